@@ -1,0 +1,13 @@
+"""The book's own Sphinx extension: pages that need no network, and tables that build themselves.
+
+Tables about chapters are read from the notebooks' stored outputs and metadata, the table of models from the
+library, and the API reference from its modules. Nobody types those a second time.
+"""
+
+from . import api, chapters, models, offline
+
+
+def setup(app):
+    for part in (offline, chapters, models, api):
+        part.setup(app)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

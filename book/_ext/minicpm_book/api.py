@@ -1,0 +1,53 @@
+"""``{api} PART``: the reference of every public module of one part, found by walking the package.
+
+A new module appears by itself. A section links to the chapter that teaches the module, where there is one.
+"""
+
+import pkgutil
+from importlib import import_module
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from .tables import parse
+
+PACKAGE = "minicpm_lite"
+
+
+def public_modules(name: str) -> list[str]:
+    """A module, or a package's public modules (itself first where it documents anything), sorted.
+
+    >>> public_modules("json")
+    ['json', 'json.decoder', 'json.encoder', 'json.scanner', 'json.tool']
+    """
+    module = import_module(name)
+    inside = [
+        found
+        for info in pkgutil.iter_modules(getattr(module, "__path__", []), name + ".")
+        if not info.name.rpartition(".")[2].startswith("_")
+        for found in public_modules(info.name)
+    ]
+    return [name, *inside] if module.__doc__ else inside
+
+
+class Api(SphinxDirective):
+    """``{api} language``: one section for each module of ``minicpm_lite.language``."""
+
+    required_arguments = 1
+
+    def run(self):
+        self.env.note_reread()
+        return [self.section(name) for name in public_modules(f"{PACKAGE}.{self.arguments[0]}")]
+
+    def section(self, name: str) -> nodes.section:
+        section = nodes.section(ids=[nodes.make_id("module " + name)], names=[name])
+        section += nodes.title("", "", nodes.literal(text=name.removeprefix(PACKAGE + ".")))
+        chapter = "notebooks/" + "/".join(name.split(".")[1:])
+        if chapter in self.env.app.config.external_site_map:
+            section += parse(self, f"Taught in: {{doc}}`/{chapter}`.")
+        section += parse(self, f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :member-order: bysource\n```")
+        return section
+
+
+def setup(app):
+    app.add_directive("api", Api)
