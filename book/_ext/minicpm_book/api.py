@@ -49,5 +49,12 @@ class Api(SphinxDirective):
         return section
 
 
+def disarm_property(app, what, name, obj, options, lines):
+    """Keep napoleon from reading "The scale: 1 or less." as a property of the type "The scale"."""
+    if what == "property":
+        lines[:0] = ["..", ""]  # it looks at the first line only; this one is an empty comment
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", disarm_property, priority=100)
     app.add_directive("api", Api)
