@@ -1,0 +1,228 @@
+"""The shape of a model as a frozen dataclass, and the YAML files that hold the family's.
+
+Each file in ``configs/`` describes one model: a ``model`` block (this dataclass), where it was published a
+``training`` block (the recipe), and the ``source`` of each. ``minicpm-*``, ``minicpm3-*``, ``minicpm4*`` and
+``bitcpm4-*`` are released models; ``lite-*`` are the small models of the book. Field names are those of
+the released ``config.json`` files, so that a reader finds them there again.
+"""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Sizes of multi-head latent attention (MLA, MiniCPM3): keys and values are cached as one small latent."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Sizes of a mixture of experts (MiniCPM-MoE): each token visits a few of many feed-forward networks."""
+
+    num_experts: int
+    num_experts_per_token: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a MiniCPM decoder. With the three multipliers left out it is a Llama.
+
+    Attributes:
+        hidden_size: width of the residual stream, "d".
+        intermediate_size: width of the feed-forward network.
+        num_hidden_layers: number of blocks, "L".
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; each serves ``num_attention_heads / num_key_value_heads``
+            query heads (grouped-query attention). Left out: one for each query head.
+        vocab_size: number of token ids.
+        head_dim: width of one head. Left out: ``hidden_size / num_attention_heads``.
+        max_position_embeddings: longest sequence the model was trained for, in tokens.
+        rope_theta: base of the rotary frequencies.
+        rms_norm_eps: added to the mean square before its root is taken.
+        tie_word_embeddings: the output layer uses the embedding table.
+        scale_emb: the embeddings are multiplied by this.
+        scale_depth: each block's output is multiplied by ``scale_depth / sqrt(num_hidden_layers)`` before it
+            is added to the residual stream. None: by 1.
+        dim_model_base: the last hidden state is divided by ``hidden_size / dim_model_base``. None: by 1.
+        init_std: standard deviation of the weights at the start, at width ``dim_model_base``.
+        latent_attention: sizes of MLA, or None for ordinary attention.
+        mixture: sizes of the mixture of experts, or None for one dense feed-forward network.
+
+    Raises:
+        ValueError: a size is not positive, the heads do not divide, or a head cannot be rotated.
+
+    >>> ModelConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+    ...             vocab_size=256).head_dim
+    16
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    scale_emb: float = 1.0
+    scale_depth: float | None = None
+    dim_model_base: int | None = None
+    init_std: float = 0.02
+    latent_attention: LatentAttentionConfig | None = None
+    mixture: MixtureConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for size in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
+            _positive_integer(size, getattr(self, size))
+        for factor in ("rope_theta", "rms_norm_eps", "scale_emb", "init_std"):
+            _positive_number(factor, getattr(self, factor))
+        for factor in ("scale_depth", "dim_model_base"):
+            if getattr(self, factor) is not None:
+                _positive_number(factor, getattr(self, factor))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads} and num_key_value_heads is "
+                f"{self.num_key_value_heads}: each key-value head must serve the same number of query heads. "
+                f"Choose a divisor of {self.num_attention_heads}."
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention "
+                    "heads. Choose a divisor for num_attention_heads, or give head_dim."
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _positive_integer("head_dim", self.head_dim)
+        rotated = self.latent_attention.qk_rope_head_dim if self.latent_attention else self.head_dim
+        if rotated % 2:
+            raise ValueError(
+                f"The rotated part of a head is {rotated} wide; rotary embedding turns pairs, so it must be even."
+            )
+        if self.mixture and not 0 < self.mixture.num_experts_per_token <= self.mixture.num_experts:
+            raise ValueError(
+                f"A token visits {self.mixture.num_experts_per_token} of {self.mixture.num_experts} experts; "
+                "num_experts_per_token must lie between 1 and num_experts."
+            )
+
+    @property
+    def residual_scale(self) -> float:
+        """What each block's output is multiplied by: scale_depth / sqrt(L), or 1."""
+        return 1.0 if self.scale_depth is None else self.scale_depth / self.num_hidden_layers**0.5
+
+    @property
+    def width_ratio(self) -> float:
+        """hidden_size / dim_model_base, or 1: the logits are divided by it."""
+        return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How a released model was pre-trained, as far as it was published; None where it was not.
+
+    Attributes:
+        tokens: tokens seen in pre-training.
+        batch_tokens: tokens in one optimiser step of the stable stage.
+        peak_learning_rate: learning rate of the stable stage.
+        decay_half_life_steps: half-life of the exponential decay, in steps.
+    """
+
+    tokens: float
+    batch_tokens: float | None = None
+    peak_learning_rate: float | None = None
+    decay_half_life_steps: int | None = None
+
+
+def list_configs() -> list[str]:
+    """Names of all models that `load_config` knows, sorted.
+
+    >>> list_configs()[:2]
+    ['bitcpm4-0.5b', 'bitcpm4-1b']
+    """
+    return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+
+
+def load_config(name: str | Path) -> ModelConfig:
+    """The shape of a model, by its name (see `list_configs`) or from a YAML file of your own.
+
+    Raises:
+        ValueError: no such model (the nearest names are suggested), an unknown or missing field, or a value
+            that cannot be.
+
+    >>> load_config("minicpm-1.2b").num_hidden_layers
+    52
+    """
+    block = dict(_block(name, "model"))
+    where = f"The model block of config {str(name)!r}"
+    for field, kind in (("latent_attention", LatentAttentionConfig), ("mixture", MixtureConfig)):
+        if block.get(field) is not None:
+            block[field] = _build(kind, block[field], f"{where}, {field},")
+    return _build(ModelConfig, block, where)
+
+
+def load_recipe(name: str | Path) -> TrainingRecipe:
+    """The published training recipe of a model.
+
+    Raises:
+        ValueError: no such model, or its file holds no recipe because none was published.
+
+    >>> load_recipe("minicpm-2.4b").peak_learning_rate
+    0.01
+    """
+    return _build(TrainingRecipe, _block(name, "training"), f"The training block of config {str(name)!r}")
+
+
+def _block(name: str | Path, block: str) -> dict:
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else _CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        near = get_close_matches(str(name).lower(), list_configs(), n=3, cutoff=0.3)
+        known = f"Did you mean {' or '.join(near)}?" if near else f"Known are: {', '.join(list_configs())}."
+        raise ValueError(f"There is no config named {str(name)!r}. {known}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get(block), dict):
+        raise ValueError(f"{path.name} has no {block!r} block, so there is none to load.")
+    return {key: value for key, value in content[block].items() if key != "source"}
+
+
+def _build(kind: type, values: dict, where: str):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds {values!r}; expected names with values.")
+    known = [field.name for field in fields(kind)]
+    for key in values:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(known)}."
+            raise ValueError(f"{where} has an unknown field {key!r}. {hint}")
+    try:
+        return kind(**values)
+    except TypeError as error:  # a required field is missing
+        raise ValueError(f"{where} is incomplete: {error}.") from None
+
+
+def _positive_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+
+def _positive_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} is {value!r}; expected a number greater than 0.")

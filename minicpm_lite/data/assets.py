@@ -1,0 +1,104 @@
+"""The data that ships with the package: prose, classical Chinese, emoji, animation frames.
+
+Sources and licences stand in the file NOTICE. Each loader reads its file once and remembers the result.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+__all__ = ["Emoji", "load_austen", "load_chinese_classics", "load_emoji", "load_kenney"]
+
+_ASSETS = Path(__file__).parent / "assets"
+_EMOJI_SIZE, _EMOJI_COLUMNS = 48, 36
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One of the Noto emoji: what it shows, in English and Chinese, and its picture of 48 by 48 pixels."""
+
+    character: str
+    english: str
+    chinese: str
+    english_tags: tuple[str, ...]
+    chinese_tags: tuple[str, ...]
+    category: str
+    subcategory: str
+    image: Image.Image
+
+
+@cache
+def load_austen() -> str:
+    """Six novels by Jane Austen: 4.0 million characters of clean English prose.
+
+    >>> load_austen()[:4]
+    'EMMA'
+    """
+    return gzip.decompress(_read("austen.txt.gz")).decode("utf-8")
+
+
+@cache
+def load_chinese_classics() -> str:
+    """Classical Chinese prose and verse, one paragraph a line: 0.37 million characters."""
+    books = json.loads(gzip.decompress(_read("zh_classics.json.gz")))
+    return "\n".join(paragraph for book in books.values() for paragraph in _paragraphs(book))
+
+
+@cache
+def load_emoji() -> tuple[Emoji, ...]:
+    """The 1,026 Noto emoji, in the order of the Unicode charts."""
+    with Image.open(_ASSETS / "noto48.png") as file:
+        sheet = file.convert("RGBA")
+    emoji = []
+    for entry in json.loads(_read("noto48.json")):
+        row, column = divmod(entry["i"], _EMOJI_COLUMNS)
+        left, top = column * _EMOJI_SIZE, row * _EMOJI_SIZE
+        emoji.append(
+            Emoji(
+                character="".join(chr(int(code, 16)) for code in entry["unified"].split("-")),
+                english=entry["en"],
+                chinese=entry["zh"],
+                english_tags=tuple(entry["en_tags"]),
+                chinese_tags=tuple(entry["zh_tags"]),
+                category=entry["category"],
+                subcategory=entry["sub"],
+                image=sheet.crop((left, top, left + _EMOJI_SIZE, top + _EMOJI_SIZE)),
+            )
+        )
+    return tuple(emoji)
+
+
+@cache
+def load_kenney() -> dict[str, dict[str, Image.Image]]:
+    """Animation frames by Kenney: for each of six characters, its frames by name ("walk0", "jump", ...)."""
+    characters: dict[str, dict[str, Image.Image]] = {}
+    for path in sorted((_ASSETS / "kenney").glob("*.png")):
+        character, frame = path.stem.split("_")
+        with Image.open(path) as file:
+            characters.setdefault(character, {})[frame] = file.convert("RGBA")
+    return characters
+
+
+def _read(name: str) -> bytes:
+    path = _ASSETS / name
+    if not path.is_file():
+        raise FileNotFoundError(f"The package lacks its data file {name}; install minicpm_lite again.")
+    return path.read_bytes()
+
+
+def _paragraphs(node: object) -> Iterator[str]:
+    """The text of a book, whatever its nesting: every string under a key that holds text."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list):
+        for child in node:
+            yield from _paragraphs(child)
+    elif isinstance(node, dict):
+        for key in ("paragraphs", "content", "lines"):
+            if key in node:
+                yield from _paragraphs(node[key])

@@ -1,0 +1,1 @@
+"""Language: the decoder and what a text model is made of."""

@@ -1,0 +1,311 @@
+"""The MiniCPM decoder: a Llama block with three multipliers.
+
+    x = embedding(ids) * scale_emb
+    for each of the L blocks:
+        x = x + scale_depth / sqrt(L) * attention(norm(x))
+        x = x + scale_depth / sqrt(L) * feed_forward(norm(x))
+    logits = output(norm(x) / (hidden_size / dim_model_base))
+
+Source: Hu et al. 2024, "MiniCPM", arXiv 2404.06395, section 6.1 and appendix A.1; released modelling code.
+
+Choices, and the traps behind them:
+
+- With all multipliers 1 this is Llama, so one class runs the book's small models, Llama-type checkpoints
+  and every released MiniCPM. Module names are those of the released checkpoints.
+- ``L`` in the residual scale is the number of blocks, not twice that; attention and feed-forward share it.
+- The attention scale is 1/sqrt(head_dim). The 1/head_dim of µP theory is not used by any release.
+- Rotary embedding turns pair (i, i + head_dim/2), the "half-split" layout, with angles in float32.
+  GGUF files of this architecture use the interleaved layout: convert, do not mix.
+- The hidden state is divided before the output layer, which equals dividing the logits up to rounding.
+- Attention is a function that is passed in; feed-forward variants and latent attention are modules chosen
+  by the config. None of them is known to this file beyond its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+
+__all__ = ["Attention", "AttentionFunction", "Block", "Decoder", "FeedForward", "KVCache", "RMSNorm",
+           "apply_rotary", "dense_attention", "fold_to_llama", "rotary_angles"]  # fmt: skip
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries (batch, heads, queries, head_dim) and keys and values (batch, kv_heads, keys, head_dim) to
+outputs shaped like the queries. The last query stands at the last key; a query sees no later key."""
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square, then scale each feature. Statistics are in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_angles(
+    positions: Int[Tensor, " tokens"], head_dim: int, theta: float
+) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:
+    """Cosine and sine of each position's angle for each pair of features, in float32.
+
+    Pair ``i`` turns by ``position * theta ** (-2 i / head_dim)`` radians. Source: Su et al. 2021, RoPE.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * theta ** (-pairs / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(
+    x: Float[Tensor, "batch heads tokens head_dim"],
+    cos: Float[Tensor, "tokens half"],
+    sin: Float[Tensor, "tokens half"],
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def dense_attention(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Causal softmax attention in which each key-value head serves a group of query heads.
+
+    The last query stands at the last key, so with a cache the queries are the newest of the keys.
+    """
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if queries == 1:  # nothing to mask: the group becomes the query axis, and no key is copied for it
+        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, key, value).view(batch, heads, 1, -1)
+    mask = None
+    if queries < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+    )
+
+
+class KVCache:
+    """The keys and values of the tokens so far, so that the next token costs one token.
+
+    Room for ``max_length`` tokens is taken once, at the first use of each layer; tokens are written in place.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; a cache needs room for at least 1 token.")
+        self.max_length = max_length
+        self.length = 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest tokens of one layer and return all of its keys and values.
+
+        Args:
+            layer: index of the block; blocks append in order.
+            key: (batch, kv_heads, tokens, head_dim).
+            value: (batch, kv_heads, tokens, value_dim).
+        """
+        end = self.length + key.shape[2]
+        if layer == len(self._layers):
+            self._layers.append(
+                tuple(new.new_empty(*new.shape[:2], self.max_length, new.shape[3]) for new in (key, value))
+            )
+        keys, values = self._layers[layer]
+        if key.shape[0] != keys.shape[0]:
+            raise ValueError(
+                f"The cache was filled with batches of {keys.shape[0]} and now gets {key.shape[0]}; "
+                "use one cache for each batch."
+            )
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken, in bytes, at full length."""
+        return sum(part.numel() * part.element_size() for layer in self._layers for part in layer)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and no biases."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionFunction) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.attention = layer, config.head_dim, attention
+        queries, keys = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Float[Tensor, "batch tokens d"]:
+        def heads(features: Tensor) -> Tensor:  # (batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)
+            return features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        query = apply_rotary(heads(self.q_proj(x)), *rotary)
+        key = apply_rotary(heads(self.k_proj(x)), *rotary)
+        value = heads(self.v_proj(x))
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        out = self.attention(query, key, value)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * head_dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gate, passed through SiLU, multiplies a second projection. Source: Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each normed before and scaled after."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionFunction) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = _attention_module(config)(config, layer, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = _feed_forward_module(config)(config)
+        self.residual_scale = config.residual_scale
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Float[Tensor, "batch tokens d"]:
+        # add(alpha=...) scales and adds in one pass over memory
+        x = x.add(self.self_attn(self.input_layernorm(x), rotary, cache), alpha=self.residual_scale)
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
+
+
+def _attention_module(config: ModelConfig) -> type[nn.Module]:
+    if config.latent_attention is None:
+        return Attention
+    from .latent_attention import LatentAttention  # here, because that file builds on this one
+
+    return LatentAttention
+
+
+def _feed_forward_module(config: ModelConfig) -> type[nn.Module]:
+    if config.mixture is None:
+        return FeedForward
+    from .moe import MixtureOfExperts  # here, because that file builds on this one
+
+    return MixtureOfExperts
+
+
+class Decoder(nn.Module):
+    """The whole model: token ids in, logits out.
+
+    Args:
+        config: its shape.
+        attention: how queries meet keys and values; dense and causal unless another function is given.
+
+    Weights start as the MiniCPM paper's Table 7 says: normal with standard deviation ``init_std`` for the
+    embeddings and ``init_std / sqrt(width_ratio)`` for the matrices; norms start at 1. On the meta device
+    (``with torch.device("meta")``) the model has shapes and no memory.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionFunction = dense_attention) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, attention) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.init_std / config.width_ratio**0.5)
+        for table in (self.embed_tokens, self.lm_head):
+            nn.init.normal_(table.weight, std=config.init_std)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self, ids: Int[Tensor, "batch tokens"], cache: KVCache | None = None
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """Logits of the next token at each position, in float32.
+
+        With a cache, ``ids`` are the newest tokens only, and the cache keeps their keys and values.
+
+        Raises:
+            ValueError: no token, or more tokens than the cache has room for or the model was made for.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + ids.shape[1]
+        self._refuse_impossible_length(ids, end, cache)
+        x = self.embed_tokens(ids) * self.config.scale_emb
+        rotary = self._rotary(torch.arange(start, end, device=ids.device))
+        for layer in self.layers:
+            x = layer(x, rotary, cache)
+        if cache is not None:
+            cache.length = end
+        return self.lm_head(self.norm(x) / self.config.width_ratio).float()
+
+    def num_parameters(self, embeddings: bool = False) -> int:
+        """Number of parameters; without ``embeddings``, neither the table nor the output layer counts."""
+        tables = {id(self.embed_tokens.weight), id(self.lm_head.weight)}
+        return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.config.latent_attention
+        rotated = latent.qk_rope_head_dim if latent else self.config.head_dim
+        return rotary_angles(positions, rotated, self.config.rope_theta)
+
+    def _refuse_impossible_length(self, ids: Tensor, end: int, cache: KVCache | None) -> None:
+        if ids.shape[1] == 0:
+            raise ValueError("ids holds no token; give at least one, for instance the start token.")
+        if end > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{end} tokens were given, but the model was made for {self.config.max_position_embeddings} "
+                "(max_position_embeddings). Give fewer, or extend its context first."
+            )
+        if cache is not None and end > cache.max_length:
+            raise ValueError(
+                f"The cache has room for {cache.max_length} tokens and would need {end}; make a larger KVCache."
+            )
+
+
+@torch.no_grad()
+def fold_to_llama(model: Decoder) -> Decoder:
+    """A Llama with the same logits: each multiplier is folded into the weights beside it.
+
+    Embeddings take ``scale_emb``, the matrices that end a branch take ``scale_depth / sqrt(L)``, and the
+    output layer takes ``dim_model_base / hidden_size``; the tables can therefore no longer be tied.
+    """
+    config = model.config
+    if config.latent_attention or config.mixture:
+        raise ValueError(
+            "Only a decoder with ordinary attention and one feed-forward network folds to a Llama; this one has "
+            + ("latent attention." if config.latent_attention else "a mixture of experts.")
+        )
+    llama = Decoder(
+        replace(config, scale_emb=1.0, scale_depth=None, dim_model_base=None, tie_word_embeddings=False)
+    ).to(model.embed_tokens.weight)
+    llama.load_state_dict(model.state_dict())
+    llama.embed_tokens.weight *= config.scale_emb
+    llama.lm_head.weight /= config.width_ratio
+    for layer in llama.layers:
+        layer.self_attn.o_proj.weight *= config.residual_scale
+        layer.mlp.down_proj.weight *= config.residual_scale
+    return llama

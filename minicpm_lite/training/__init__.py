@@ -1,0 +1,1 @@
+"""Training: the learning-rate schedule, the trainer and its checkpoints."""

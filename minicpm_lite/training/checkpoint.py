@@ -1,0 +1,59 @@
+"""Checkpoint files: tensors in safetensors, facts about them as JSON in its header.
+
+A file is written beside its place and renamed, so a reader finds either the old one or the new one, whole.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+    """Write tensors and JSON-able facts to one safetensors file, atomically.
+
+    Tensors that share memory (tied embeddings) must be given once.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            beside,
+            metadata={"minicpm_lite": json.dumps(facts)},
+        )
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, is not a safetensors file, or was not written by `save_checkpoint`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). It may be truncated or of another format; "
+            "use an earlier checkpoint."
+        ) from None
+    if "minicpm_lite" not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of minicpm_lite's trainer.")
+    return tensors, json.loads(metadata["minicpm_lite"])

@@ -1,0 +1,239 @@
+"""A small trainer: AdamW, gradient clipping, any schedule, checkpoints that resume bit for bit.
+
+The batch of a step and the learning rate of a step are functions of the step alone, and the model has no
+dropout. So weights, optimiser moments and the step number are the whole state of a run: a run that is killed
+and resumed computes the same numbers as one that was not.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.corpora import TokenBatches
+from ..language.decoder import Decoder
+from .checkpoint import load_checkpoint, save_checkpoint
+from .wsd import Schedule
+
+__all__ = ["Trainer", "TrainerConfig", "next_token_loss"]
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What stays the same over a run, apart from model, data and schedule.
+
+    Attributes:
+        batch_size: sequences in a batch.
+        sequence_length: tokens predicted in each sequence.
+        weight_decay: of AdamW, on matrices; norms and embeddings are not decayed.
+        betas: of AdamW.
+        max_grad_norm: longer gradients are shortened to this norm.
+        precision: "bfloat16" computes matrix products in bfloat16; weights and moments stay in float32.
+        compile: compile forward and backward. On 2 CPU cores this takes about half a minute and then makes
+            a small model's steps about a third faster: it pays for runs of several minutes.
+        seed: decides the order of the data.
+    """
+
+    batch_size: int = 12
+    sequence_length: int = 128
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    precision: Precision = "float32"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision is {self.precision!r}; choose {' or '.join(get_args(Precision))}.")
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens predicted in one step."""
+        return self.batch_size * self.sequence_length
+
+
+def next_token_loss(
+    model: Decoder, window: Int[Tensor, "batch length+1"], reduction: str = "mean"
+) -> Float[Tensor, ""]:
+    """Cross entropy of each token given those before it, in nats a token."""
+    logits = model(window[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
+
+
+@cache
+def _compiled_loss() -> Callable[..., Tensor]:
+    return torch.compile(next_token_loss)  # once for all trainers, so that branches of a run share it
+
+
+class Trainer:
+    """One run of training: a model, its data, a schedule, and how far it has come.
+
+    Attributes:
+        step: updates made so far.
+        losses: training loss of each update, in nats a token.
+        grad_norms: norm of the gradient of each update, before clipping.
+
+    >>> from minicpm_lite.config import ModelConfig
+    >>> from minicpm_lite.training.wsd import WSD
+    >>> config = ModelConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
+    >>> trainer = Trainer(Decoder(config), torch.arange(100) % 10, WSD(1e-2, 2, 6, 2), TrainerConfig(2, 8))
+    >>> trainer.train(progress=False)
+    >>> trainer.step
+    10
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokens: Int[Tensor, " tokens"],
+        schedule: Schedule,
+        config: TrainerConfig = TrainerConfig(),  # noqa: B008, it is frozen
+    ) -> None:
+        self.model, self.schedule, self.config = model, schedule, config
+        self.batches = TokenBatches(tokens, config.batch_size, config.sequence_length, config.seed)
+        self._loss = _compiled_loss() if config.compile else next_token_loss
+        self.step = 0
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        tables = {id(model.embed_tokens.weight), id(model.lm_head.weight)}
+        decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
+        others = [p for p in model.parameters() if p.ndim < 2 or id(p) in tables]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=schedule.peak_lr,
+            betas=config.betas,
+            fused=True,
+        )
+
+    def train(
+        self,
+        until: int | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 100,
+        progress: bool = True,
+    ) -> None:
+        """Make updates up to step ``until`` (left out: to the end of the schedule).
+
+        Args:
+            until: the step to stop at.
+            checkpoint: a file that is replaced every ``checkpoint_every`` steps and at the end.
+            checkpoint_every: in steps.
+            progress: show a bar.
+        """
+        until = self.schedule.total_steps if until is None else until
+        self.model.train()
+        bar = tqdm(range(self.step, until), disable=not progress, leave=False, unit="step")
+        for _ in bar:
+            self._update()
+            bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
+            if checkpoint and (self.step % checkpoint_every == 0 or self.step == until):
+                self.save(checkpoint)
+
+    def _update(self) -> None:
+        window = self.batches(self.step).to(self._device)
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(self.step)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            loss = self._loss(self.model, window)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of step {self.step} is not finite (loss {loss.item():.3g}). The learning rate "
+                f"there is {self.schedule(self.step):.3g}; a lower peak or a longer warm-up usually cures it."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.item())
+        self.grad_norms.append(norm.item())
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
+        """Mean loss over a held-out stream, cut into windows of the training length; in nats a token."""
+        length = self.config.sequence_length
+        starts = range(0, len(tokens) - length, length)
+        if not starts:
+            raise ValueError(f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed.")
+        windows = torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device)
+        self.model.eval()
+        total = sum(next_token_loss(self.model, part, "sum").item() for part in windows.split(batch_size))
+        return total / (len(windows) * length)
+
+    def branch(self, schedule: Schedule) -> "Trainer":
+        """A copy of this run that goes on under another schedule; this one is left as it is.
+
+        A stable run of WSD is decayed this way, as often as one likes.
+        """
+        other = Trainer(copy.deepcopy(self.model), self.batches.tokens, schedule, self.config)
+        other.step, other.losses, other.grad_norms = self.step, list(self.losses), list(self.grad_norms)
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state of the run to one safetensors file, atomically."""
+        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}  # tied tables once
+        for name, parameter in self.model.named_parameters():
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{moment}.{name}"] = value
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["grad_norms"] = torch.tensor(self.grad_norms, dtype=torch.float64)
+        save_checkpoint(path, tensors, {"step": self.step, **self._identity()})
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file of `save`. Another schedule than the saved run's is allowed: that is a branch.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or foreign, or belongs to another model or trainer config.
+        """
+        tensors, facts = load_checkpoint(path)
+        for part, mine in self._identity().items():
+            theirs = facts.get(part)
+            for field in mine:
+                if theirs is None or theirs.get(field) != mine[field]:
+                    raise ValueError(
+                        f"{path} belongs to another {part} config: its {field} is "
+                        f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
+                    )
+        parameters = dict(self.model.named_parameters())
+        expected = {f"model.{name}": p.shape for name, p in parameters.items()}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}
+        if expected != found:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(f"{path} does not fit this model: {wrong[0]} is missing, extra or of another shape.")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+        self.optimizer.state.clear()
+        for name, parameter in parameters.items():
+            for moment in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer.{moment}.{name}" in tensors:
+                    self.optimizer.state[parameter][moment] = tensors[f"optimizer.{moment}.{name}"].to(self._device)
+        self.step = facts["step"]
+        self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
+
+    def _identity(self) -> dict[str, dict]:
+        """What must be the same for a checkpoint to fit; as JSON gives it back."""
+        return {
+            "model": asdict(self.model.config),
+            "trainer": asdict(self.config) | {"betas": list(self.config.betas)},
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
