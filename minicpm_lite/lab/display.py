@@ -1,0 +1,90 @@
+"""Words and small tables whose numbers come from the run."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from IPython.display import display
+
+_NUMBER = re.compile(r"[≈~<>≤≥±]?\s?[-+−]?\d")
+
+
+def say(text: str) -> None:
+    """Show Markdown, for prose with numbers: ``lab.say(f"The cache holds **{n:,} bytes**.")``."""
+    show(text, markdown=text)
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str], caption: str) -> None:
+    """Show a small table; columns of numbers are right-aligned.
+
+    Args:
+        rows: one sequence a row. Whole numbers get thousands separators, other numbers four significant
+            digits; give a string where you want another form.
+        headers: one for each column.
+        caption: a sentence that says what the table holds, with units.
+
+    Raises:
+        ValueError: a row is not as long as the headers.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    for number, row in enumerate(cells, start=1):
+        if len(row) != len(headers):
+            raise ValueError(
+                f"Row {number} has {len(row)} cells; expected {len(headers)}, one for each header."
+            )
+    numeric = [all(_NUMBER.match(row[column]) for row in cells) for column in range(len(headers))]
+    show(
+        f"{caption}\n\n{plain_table(cells, headers, numeric)}",
+        markdown=f"*{caption}*\n\n{pipe_table(cells, headers, numeric)}",
+    )
+
+
+def pipe_table(cells: Sequence[Sequence[str]], headers: Sequence[str], numeric: Sequence[bool]) -> str:
+    """A Markdown table.
+
+    >>> print(pipe_table([["a|b", "1"]], ["name", "n"], [False, True]))
+    | name | n |
+    | :--- | ---: |
+    | a\\|b | 1 |
+    """
+    lines = [headers, ["---:" if right else ":---" for right in numeric], *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def plain_table(cells: Sequence[Sequence[str]], headers: Sequence[str], numeric: Sequence[bool]) -> str:
+    """The same table in plain text, in columns.
+
+    >>> print(plain_table([["a", "1"], ["b", "10"]], ["name", "n"], [False, True]))
+    name   n
+    a      1
+    b     10
+    """
+    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:>{width}}" if right else f"{cell:<{width}}"
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in [headers, *cells]
+    )
+
+
+def show(text: str, *, markdown: str | None = None, html: str | None = None) -> None:
+    """Display one output with its plain text and a richer form."""
+    forms = {"text/plain": text, "text/markdown": markdown, "text/html": html}
+    display({mime: form for mime, form in forms.items() if form is not None}, raw=True)
+
+
+def inline_html(text: str) -> str:
+    """Plain text as HTML; `` `code` `` in backticks becomes code.
+
+    >>> inline_html("`x < 1` fails")
+    '<code>x &lt; 1</code> fails'
+    """
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

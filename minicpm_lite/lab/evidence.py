@@ -1,0 +1,81 @@
+"""A headline claim with the published and the measured figure side by side.
+
+The output shows a table. It also carries the record as JSON under a mime type of its own, from which the
+book's evidence page is built, so that page cannot say anything the chapters did not measure.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from .display import pipe_table, plain_table
+
+MIME = "application/vnd.minicpm-lite.evidence+json"
+Verdict = Literal["reproduced", "direction only", "not at this scale"]
+_ICONS = {"reproduced": "✓", "direction only": "↗", "not at this scale": "○"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """One claim and what became of it here. Make it the last expression of a cell.
+
+    Attributes:
+        claim: the claim in one sentence.
+        published: the published figure, with its unit.
+        source: bibliography key and place, e.g. ``"@hu2024minicpm, section 4.3"``.
+        published_scale: model size, data and device of the publication.
+        measured: our figure, with its unit and its spread.
+        scale: model size and data here.
+        seeds: the seeds of the runs; empty for an exact count.
+        device: `minicpm_lite.lab.device()`.
+        minutes: how long the measurement took.
+        verdict: "reproduced", "direction only" or "not at this scale".
+
+    Raises:
+        ValueError: a text is empty, the source has no key, or the verdict is another word.
+    """
+
+    claim: str
+    published: str
+    source: str
+    published_scale: str
+    measured: str
+    scale: str
+    seeds: Sequence[int]
+    device: str
+    minutes: float
+    verdict: Verdict
+
+    def __post_init__(self) -> None:
+        for field, value in asdict(self).items():
+            if field not in ("seeds", "minutes") and not (isinstance(value, str) and value.strip()):
+                raise ValueError(f"{field} is {value!r}; expected a few words.")
+        if not self.source.startswith("@"):
+            raise ValueError(
+                f"source is {self.source!r}; expected a key of the bibliography and the place, such as "
+                "'@hu2024minicpm, section 4.3'."
+            )
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(f"verdict is {self.verdict!r}; expected one of {', '.join(get_args(Verdict))}.")
+
+    def record(self) -> dict[str, object]:
+        """What the evidence page reads: the fields, with plain lists and numbers."""
+        return asdict(self) | {"seeds": list(self.seeds), "minutes": round(float(self.minutes), 1)}
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
+        seeds = (
+            f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed" if self.seeds else "exact count"
+        )
+        run = f"{seeds}, {self.device}, {self.record()['minutes']:g} min"
+        headers, numeric = ["", "Published", "Measured here"], [False] * 3
+        rows = [["Figure", self.published, self.measured], ["Scale", self.published_scale, self.scale]]
+        verdict = f"{_ICONS[self.verdict]} {self.verdict}"
+        cited = re.sub(r"@([\w:.-]*\w)", r"{cite}`\1`", self.source)
+        plain = plain_table([*rows, ["From", self.source, run]], headers, numeric)
+        pipes = pipe_table([*rows, ["From", cited, run]], headers, numeric)
+        return {
+            "text/plain": f"Claim: {self.claim}\n{plain}\nVerdict: {verdict}",
+            "text/markdown": f"**Claim.** {self.claim}\n\n{pipes}\n\n**Verdict:** {verdict}",
+            MIME: self.record(),
+        }
