@@ -68,7 +68,7 @@ class Evidence:
             f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed" if self.seeds else "exact count"
         )
         run = f"{seeds}, {self.device}, {self.record()['minutes']:g} min"
-        headers, numeric = ["", "Published", "Measured here"], [False] * 3
+        headers, numeric = ["Compared", "Published", "Measured here"], [False] * 3
         rows = [["Figure", self.published, self.measured], ["Scale", self.published_scale, self.scale]]
         verdict = f"{_ICONS[self.verdict]} {self.verdict}"
         cited = re.sub(r"@([\w:.-]*\w)", r"{cite}`\1`", self.source)

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .style import THEME
+from .style import KEEP_KEYS, THEME
 
 _SCRIPT = """(() => {
 const figure = document.currentScript.parentElement, image = figure.querySelector('img');
@@ -79,13 +79,13 @@ class Explorer:
         slider_style = "flex:1 1 12rem;min-width:0;height:2.75rem;margin:0"
         identity = hashlib.sha256(b"".join(self.frames) + data.encode()).hexdigest()[:10]
         return (
-            f'{THEME}<figure class="lab-piece" id="explorer-{identity}" data-lm-suppress-shortcuts="true" '
-            'style="margin:1rem 0;max-width:42rem">'
+            f'{THEME}<figure class="lab-piece" id="explorer-{identity}" '
+            'style="margin:1rem auto;max-width:42rem">'
             f'<img src="{_data_uri(first)}" alt="{alt}" style="max-width:100%;height:auto">'
             '<div style="display:flex;align-items:center;gap:1rem">'
             '<label style="display:flex;flex-wrap:wrap;align-items:center;column-gap:1rem;flex:1">'
             f"<span>{escape(self.label)}</span>"
-            f'<input type="range" min="0" max="{len(self.frames) - 1}" step="1" value="{self.start}" '
+            f'<input type="range" {KEEP_KEYS} min="0" max="{len(self.frames) - 1}" value="{self.start}" '
             f'aria-valuetext="{text}. {alt}" style="{slider_style}"></label>'
             f'<output aria-hidden="true" style="min-width:4rem;font-weight:bold">{text}</output></div>'
             "<small>Run this cell to move the slider.</small>"

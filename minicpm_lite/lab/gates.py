@@ -84,7 +84,7 @@ def _described(notebook: Notebook) -> Iterator[str]:
     for number, cell in notebook.code:
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         if any(mime.startswith("image/") for data in _data(cell) for mime in data) and not alt.strip():
-            yield f"Cell {number} shows a picture without alt text (metadata `mystnb: {{image: {{alt: …}}}}`)."
+            yield f"Cell {number} shows a picture without alt text (`mystnb: {{image: {{alt: …}}}}`)."
     for number, text in _pages(notebook):
         undescribed = [image for image in _MARKDOWN_IMAGE.finditer(text) if not image["alt"].strip()]
         undescribed += [1 for tag, values in _elements(text) if tag == "img" and not values.get("alt")]

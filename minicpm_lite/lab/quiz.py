@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .display import inline_html
-from .style import THEME
+from .style import KEEP_KEYS, THEME
 
 _SCRIPT = """(() => {
 const quiz = document.currentScript.parentElement;
@@ -59,7 +59,7 @@ class Quiz:
             for number, question in enumerate(self.questions, start=1)
         )
         return (
-            f'{THEME}<div class="lab-piece" data-lm-suppress-shortcuts="true" style="margin:1rem 0">'
+            f'{THEME}<div class="lab-piece" style="margin:1rem 0">'
             f"{questions}<small>Run this cell to answer here, or open the answers.</small>"
             f"<script>{_SCRIPT}</script></div>"
         )
@@ -68,7 +68,8 @@ class Quiz:
 def _question(name: str, number: int, question: str, options: Sequence[str], right: int, why: str) -> str:
     radios = "".join(
         '<label style="display:flex;gap:.6rem;align-items:baseline;padding:.3rem 0">'
-        f'<input type="radio" name="{name}" value="{index}"><span>{inline_html(option)}</span></label>'
+        f'<input type="radio" {KEEP_KEYS} name="{name}" value="{index}">'
+        f"<span>{inline_html(option)}</span></label>"
         for index, option in enumerate(options)
     )
     legend_style = "float:left;width:100%;margin:0;padding:0;border:0;font-size:inherit;font-weight:bold"
@@ -79,6 +80,6 @@ def _question(name: str, number: int, question: str, options: Sequence[str], rig
         f'<fieldset data-right="{right}" data-why="{escape(why.replace("`", ""))}" style="{box_style}">'
         f'<legend style="{legend_style}">{number}. {inline_html(question)}</legend>'
         f'<div style="clear:both">{radios}</div><p role="status" style="margin:.3rem 0;font-weight:bold"></p>'
-        f"<details><summary>Answer</summary><p>{inline_html(options[right])}. {inline_html(why)}</p>"
-        "</details></fieldset>"
+        f"<details><summary {KEEP_KEYS}>Answer</summary>"
+        f"<p>{inline_html(options[right])}. {inline_html(why)}</p></details></fieldset>"
     )

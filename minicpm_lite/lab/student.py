@@ -44,7 +44,7 @@ def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
     """
     written = []
     for path in paths:
-        target = out / path.parent.name / path.name
+        target = out / path.resolve().parent.name / path.name
         if target.exists():
             raise FileExistsError(f"{target} exists already; remove it, or give another folder.")
         target.parent.mkdir(parents=True, exist_ok=True)

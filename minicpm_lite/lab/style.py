@@ -18,6 +18,9 @@ THEME = (
     "{background-color:transparent!important;color:inherit!important;padding:0!important}</style>"
 )
 
+# JupyterLab would take the arrow keys for itself and move between cells.
+KEEP_KEYS = 'data-lm-suppress-shortcuts="true"'
+
 
 def use_book_style() -> None:
     """Set matplotlib's defaults: 6 by 3 inches (fits a phone), a light grid, colours with line styles."""
