@@ -4,10 +4,10 @@ Tables about chapters are read from the notebooks' stored outputs and metadata, 
 library, and the API reference from its modules. Nobody types those a second time.
 """
 
-from . import api, chapters, models, offline
+from . import api, chapters, markup, models, offline
 
 
 def setup(app):
-    for part in (offline, chapters, models, api):
+    for part in (offline, markup, chapters, models, api):
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -45,7 +45,8 @@ class Api(SphinxDirective):
         chapter = "notebooks/" + "/".join(name.split(".")[1:])
         if chapter in self.env.app.config.external_site_map:
             section += parse(self, f"Taught in: {{doc}}`/{chapter}`.")
-        section += parse(self, f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :member-order: bysource\n```")
+        options = "   :members:\n   :member-order: bysource\n   :ignore-module-all:\n"
+        section += parse(self, f"```{{eval-rst}}\n.. automodule:: {name}\n{options}```")
         return section
 
 
@@ -55,6 +56,26 @@ def disarm_property(app, what, name, obj, options, lines):
         lines[:0] = ["..", ""]  # it looks at the first line only; this one is an empty comment
 
 
+def indented_is_code(app, what, name, obj, options, lines):
+    """In a module's docstring an indented block after a paragraph is code, as in Markdown."""
+    if what != "module":
+        return
+    for number in range(len(lines) - 1, 0, -1):
+        if lines[number].startswith("    ") and not lines[number - 1].strip():
+            paragraph = next((line for line in reversed(lines[:number]) if line.strip()), "")
+            if paragraph and not paragraph.startswith((" ", "-", "*", "..")) and not paragraph.endswith("::"):
+                lines[number:number] = ["::", ""]
+
+
+def only_exported(app, what, name, obj, skip, options):
+    """Show what the module's ``__all__`` names; autodoc would sort those by name, not as the source reads."""
+    module = import_module(app.env.temp_data.get("autodoc:module") or PACKAGE)
+    exported = getattr(module, "__all__", None)
+    return True if what == "module" and exported is not None and name not in exported else None
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", disarm_property, priority=100)
+    app.connect("autodoc-process-docstring", indented_is_code, priority=100)
+    app.connect("autodoc-skip-member", only_exported)
     app.add_directive("api", Api)

@@ -9,19 +9,19 @@ from minicpm_lite.language.decoder import Decoder
 from .tables import table
 
 HEADERS = [
-    "Configuration", "Width", "FFN", "Layers", "Heads q / kv", "Head", "Vocabulary", "Context", "Tied", "Without embeddings",
-    "Parameters",
+    "Configuration", "Parameters", "Without embeddings", "Layers", "Width", "FFN", "Heads q / kv", "Head size",
+    "Vocabulary", "Context", "Tied",
 ]  # fmt: skip
 
 
 def count(config) -> tuple[str, str]:
-    """Parameters without and with embeddings, counted on the meta device: the shapes exist, the numbers do not."""
+    """All parameters and those without embeddings, counted on the meta device: the shapes exist, the numbers do not."""
     try:
         with torch.device("meta"):
             decoder = Decoder(config)
     except (NotImplementedError, ValueError):  # a variant whose chapter is not written yet
         return "–", "–"
-    return f"{decoder.num_parameters(embeddings=False):,}", f"{decoder.num_parameters(embeddings=True):,}"
+    return f"{decoder.num_parameters(embeddings=True):,}", f"{decoder.num_parameters(embeddings=False):,}"
 
 
 def row(name: str) -> list[str]:
@@ -32,9 +32,9 @@ def row(name: str) -> list[str]:
     head = f"{latent.qk_nope_head_dim} + {latent.qk_rope_head_dim}" if latent else f"{config.head_dim}"
     mixture = f" × {config.mixture.num_experts}" if config.mixture else ""
     return [
-        f"`{name}`", f"{config.hidden_size:,}", f"{config.intermediate_size:,}{mixture}", f"{config.num_hidden_layers}",
-        heads, head, f"{config.vocab_size:,}", f"{config.max_position_embeddings:,}",
-        "yes" if config.tie_word_embeddings else "no", *count(config),
+        f"`{name}`", *count(config), f"{config.num_hidden_layers}", f"{config.hidden_size:,}",
+        f"{config.intermediate_size:,}{mixture}", heads, head, f"{config.vocab_size:,}",
+        f"{config.max_position_embeddings:,}", "yes" if config.tie_word_embeddings else "no",
     ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class ModelTable(SphinxDirective):
     def run(self):
         self.env.note_reread()
         rows = [row(name) for name in list_configs() if not name.startswith("lite-")]
-        return [table(self, HEADERS, rows, numeric=set(range(1, len(HEADERS))) - {8}, name="models")]
+        return [table(self, HEADERS, rows, numeric=set(range(1, len(HEADERS) - 1)), name="models")]
 
 
 def setup(app):

@@ -1,0 +1,138 @@
+"""What must hold on every page of the book, looked at in a real browser.
+
+``inspect`` opens a page at one width and returns its problems, a sentence each. ``test_page_checks.py`` proves for
+every check that a page with the fault is caught.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page
+
+
+SIZES = {"desktop": (1400, 900), "phone": (390, 844)}
+SCHEMES = ("light", "dark")
+
+# One look at the finished page. Prose is text outside code and outside typeset mathematics.
+LOOK = r"""() => {
+  const found = {text: [], images: [], noAlt: [], tracebacks: 0, links: [], wide: []};
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const node = texts.currentNode;
+    if (!node.parentElement.closest('pre, code, script, style, textarea, mjx-container')) found.text.push(node.data);
+  }
+  for (const image of document.images) {
+    if (!image.complete || !image.naturalWidth) found.images.push(image.currentSrc || image.src);
+    // Outside the text the theme's mark may say nothing (alt=""), because its name stands beside it.
+    if (image.closest('article') ? !image.alt.trim() : !image.hasAttribute('alt'))
+      found.noAlt.push(image.src.slice(0, 80));
+  }
+  for (const svg of document.querySelectorAll('article svg[role=img], figure svg:not([role])'))
+    if (!svg.closest('mjx-container') && !svg.getAttribute('aria-label') && !svg.querySelector('title'))
+      found.noAlt.push('a drawing (svg)');
+  for (const output of document.querySelectorAll('.cell_output'))
+    if (/Traceback \(most recent call last\)/.test(output.textContent)) found.tracebacks += 1;
+  found.mathErrors = document.querySelectorAll('mjx-merror, [data-mjx-error]').length;
+  found.links = [...document.querySelectorAll('a[href]')].map(a => a.href);
+  found.scroll = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  if (found.scroll > 0)
+    for (const element of document.querySelectorAll('body *'))
+      if (element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('.pst-scrollable-table-container, pre'))
+        found.wide.push(element.tagName.toLowerCase() + '.' + element.className);
+  return found;
+}"""
+RAW_MARKUP = re.compile(
+    r"\$[^$\n]+\$|\\\(|\\\[|\\[a-zA-Z]{2,}|\{(?:ref|numref|eq|term|doc|cite(?::\w)?|func|class|mod)\}"
+)
+
+
+def inspect(page: Page, base: str, path: str, site: Path, size: str, schemes: Sequence[str] = SCHEMES) -> list[str]:
+    """Open one page of a served site at one width and list what is wrong with it.
+
+    Args:
+        page: a fresh browser page.
+        base: the address of the site, ending in a slash.
+        path: the page, relative to the site.
+        site: the folder that is served.
+        size: a key of ``SIZES``.
+        schemes: the page is opened in the first colour scheme and then switched to the others.
+    """
+    problems: list[str] = []
+
+    def requested(request):
+        if not request.url.startswith((base, "data:", "blob:")):
+            problems.append(f"asks the network for {request.url}")
+
+    def answered(response):
+        if response.status >= 400:
+            problems.append(f"gets {response.status} for {response.url.removeprefix(base)}")
+
+    def said(message):
+        if message.type == "error":
+            problems.append(f"console error: {message.text}")
+
+    page.on("request", requested)
+    page.on("response", answered)
+    page.on("console", said)
+    page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+    width, height = SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=schemes[0])
+    page.goto(base + path)
+    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
+    page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
+    found = page.evaluate(LOOK)
+    problems += [f"raw markup on the page: {m.group()!r}" for text in found["text"] for m in RAW_MARKUP.finditer(text)]
+    problems += [f"image does not load: {image}" for image in found["images"]]
+    problems += [f"image without alt text: {image}" for image in found["noAlt"]]
+    problems += [f"{found['mathErrors']} formulas with an error"] if found["mathErrors"] else []
+    problems += ["an output holds a traceback"] if found["tracebacks"] else []
+    problems += broken_links(found["links"], base, site)
+    if found["scroll"] > 0:
+        problems.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
+    problems += [f"{schemes[0]}: {problem}" for problem in accessibility(page)]
+    for scheme in schemes[1:]:
+        page.emulate_media(color_scheme=scheme)
+        problems += [f"{scheme}: {problem}" for problem in accessibility(page, ["color-contrast"])]
+    return [f"{size}: {problem}" for problem in dict.fromkeys(problems)]
+
+
+def broken_links(links: list[str], base: str, site: Path) -> list[str]:
+    """Links into the site that lead to no file, or to no place in it."""
+    broken = []
+    for link in dict.fromkeys(links):
+        if not link.startswith(base):
+            continue
+        parts = urlsplit(link)
+        target = site / unquote(parts.path).lstrip("/")
+        if target.is_dir():
+            target /= "index.html"
+        anchor = unquote(parts.fragment)
+        if not target.is_file():
+            broken.append(f"broken link: {link.removeprefix(base)}")
+        elif anchor and target.suffix == ".html" and anchor not in anchors(target):
+            broken.append(f"broken link, no such place on the page: {link.removeprefix(base)}")
+    return broken
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """All ids of a page."""
+    return frozenset(re.findall(r'\bid="([^"]+)"', page.read_text("utf-8")))
+
+
+def accessibility(page: Page, rules: Sequence[str] = ()) -> list[str]:
+    """Serious and critical violations that axe-core finds, by all its rules or by some."""
+    # Without preload axe does not fetch style sheets a second time, from addresses that do not exist.
+    options = {"preload": False, "resultTypes": ["violations"]}
+    if rules:
+        options["runOnly"] = list(rules)
+    return [
+        f"accessibility, {violation['id']}: {violation['help']}: {violation['nodes'][0]['html'][:160]}"
+        for violation in Axe().run(page, options=options).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]

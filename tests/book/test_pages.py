@@ -1,0 +1,70 @@
+"""Every page of the built book, in a browser: desktop and phone, light and dark.
+
+The book is built by `make book`; these tests open what it wrote into `_build/html`.
+"""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from page_checks import broken_links, inspect
+
+pytestmark = pytest.mark.pages
+SITE = ROOT / "_build" / "html"
+SOURCES = ["_config.yml", "_toc.yml", "CHANGELOG.md", "book/**/*.*", "notebooks/**/*.ipynb", "minicpm_lite/**/*.py"]
+
+
+def built_pages() -> list[str]:
+    """All pages of the site; those that only forward to another are left to ``test_front_door``."""
+    pages = [page for page in sorted(SITE.rglob("*.html")) if "_static" not in page.parts]
+    return [str(page.relative_to(SITE)) for page in pages if 'http-equiv="Refresh"' not in page.read_text("utf-8")]
+
+
+@pytest.fixture(scope="session")
+def site(serve) -> str:
+    built = SITE / "searchindex.js"
+    if not built.exists():
+        pytest.fail("There is no built book in _build/html: run `make book` first.", pytrace=False)
+    newest = max((path for pattern in SOURCES for path in ROOT.glob(pattern)), key=lambda path: path.stat().st_mtime)
+    if newest.stat().st_mtime > built.stat().st_mtime:
+        pytest.fail(f"{newest.relative_to(ROOT)} is newer than the built book: run `make book` first.", pytrace=False)
+    return serve(SITE)
+
+
+@pytest.mark.parametrize("path", built_pages() or ["book/intro.html"])
+def test_page_is_sound(path, site, context):
+    problems = []
+    # Each width is opened fresh in one colour scheme and then switched to the other, as a reader does.
+    for size, schemes in (("desktop", ("light", "dark")), ("phone", ("dark", "light"))):
+        page = context.new_page()
+        problems += inspect(page, site, path, SITE, size, schemes)
+        page.close()
+    assert not problems, f"{path}\n" + "\n".join(problems)
+
+
+def test_front_door_leads_to_the_book(site, page):
+    page.goto(site)
+    page.wait_for_url("**/book/intro.html")
+
+
+def test_search_finds_a_word(site, page):
+    page.goto(site + "search.html?q=decay")
+    page.wait_for_selector("#search-results li")
+    links = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.href)")
+    assert any("notebooks/training/wsd" in link for link in links)
+    assert not broken_links([link.partition("?")[0] for link in links], site, SITE)
+
+
+def test_a_folded_solution_opens(site, page):
+    page.goto(site + "notebooks/training/wsd.html")
+    solution = page.locator(".solution.dropdown").first
+    body = solution.locator(".toggle-hidden, div.cell").first
+    before = body.is_visible()
+    solution.locator("button.toggle-button, summary, .admonition-title").first.click()
+    assert not before and body.is_visible()
+
+
+def test_every_part_of_the_library_has_a_reference_page():
+    parts = {path.parent.name for path in (ROOT / "minicpm_lite").glob("*/__init__.py")}
+    written = {page.stem for page in Path(ROOT, "book", "api").glob("*.md")}
+    assert parts <= written, f"Add book/api/PART.md and its line in _toc.yml for: {sorted(parts - written)}"
