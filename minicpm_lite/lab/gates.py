@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -225,6 +226,7 @@ def _bound(tree: ast.Module | None) -> set[str]:
     return names
 
 
+@cache
 def _public_names(library: Path) -> dict[str, str]:
     """Every name in an ``__all__`` of the library, but for lab's, with the module that holds it."""
     public = {}

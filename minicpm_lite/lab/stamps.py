@@ -16,6 +16,7 @@ computed, all count.
 import ast
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -88,6 +89,17 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+@cache  # many notebooks reach the same modules
+def _parse(source: bytes) -> ast.Module:
+    return ast.parse(source)
+
+
+@cache
+def _meaning(source: bytes) -> str:
+    """A hash of what a module does."""
+    return _hash(repr(_skeleton(_parse(source))).encode())
+
+
 def _skeleton(node: object) -> object:
     """A syntax tree as nested tuples, without docstrings, positions and empty fields.
 
@@ -121,7 +133,7 @@ def _reached(trees: list[ast.Module], library: Path) -> dict[str, Path]:
         if name and _file(f"{module}.{name}", library):
             waiting.append((f"{module}.{name}", None))
             continue
-        offered = _imports(ast.parse(file.read_bytes()), _package(module, file), library, bound=name)
+        offered = _imports(_parse(file.read_bytes()), _package(module, file), library, bound=name)
         if name and not offered:  # the module defines the name itself
             offered = [(module, None)]
         waiting += offered

@@ -14,7 +14,7 @@ from .stamps import recorded_files
 _nbconvert = require("nbconvert.preprocessors", install=INSTALL, purpose="make a student's copy")
 
 SOLUTION_MARKER = re.compile(r"\{solution(-start|-end)?\}")
-_EXERCISE_START = re.compile(r"```+\{exercise-start\}([^\n]*)\n(?::[^\n]*\n)*```+")
+_EXERCISE_START = re.compile(r"```+\{exercise-start\}([^\n]*)\n(?::[^\n]*\n)*```+\n*")
 _EXERCISE_END = re.compile(r"\n*```+\{exercise-end\}\s*```+")
 
 
@@ -31,7 +31,7 @@ def student_copy(notebook: Notebook, path: Path) -> Notebook:
     nb.cells = [c for c in nb.cells if c.cell_type != "markdown" or not SOLUTION_MARKER.search(c.source)]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            headed = _EXERCISE_START.sub(lambda start: f"**Exercise: {start[1].strip()}**", cell.source)
+            headed = _EXERCISE_START.sub(lambda start: f"**Exercise: {start[1].strip()}**\n\n", cell.source)
             cell.source = _EXERCISE_END.sub("", headed)
     return Notebook(path, nb)
 

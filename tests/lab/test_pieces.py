@@ -1,0 +1,169 @@
+"""What chapters show: words, tables, explorable figures, quizzes, evidence; and how they start."""
+
+import doctest
+import importlib
+import json
+import re
+import sys
+
+import matplotlib.pyplot as plt
+import pytest
+
+import minicpm_lite
+from minicpm_lite import lab
+from minicpm_lite.lab import display, evidence, style
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was displayed, as a list of mime bundles."""
+    outputs = []
+    monkeypatch.setattr(display, "display", lambda data, raw: outputs.append(data))
+    return outputs
+
+
+@pytest.mark.parametrize("name", ["display", "machine", "quiz"])
+def test_examples(name):
+    assert doctest.testmod(importlib.import_module(f"minicpm_lite.lab.{name}")).failed == 0
+
+
+def test_start_seeds_and_sets_the_style():
+    import torch
+
+    lab.start(library="0.1", seed=3)
+    first = torch.rand(1)
+    lab.start(library="0.1.9", seed=3)
+    assert torch.equal(torch.rand(1), first)
+    assert plt.rcParams["figure.constrained_layout.use"]
+
+
+def test_start_refuses_another_library(monkeypatch):
+    monkeypatch.setattr(minicpm_lite, "__version__", "0.2.0")
+    with pytest.raises(
+        RuntimeError, match=r"written for minicpm_lite 0\.1, but 0\.2\.0 is installed: install"
+    ):
+        lab.start(library="0.1", seed=0)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "ipywidgets"])
+def test_a_missing_package_is_one_sentence(monkeypatch, package):
+    for module in list(sys.modules):
+        if module.startswith("minicpm_lite.lab"):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(minicpm_lite, "lab", lab)  # importing anew would leave another module there
+    monkeypatch.setattr("sys.meta_path", [_Without(package), *sys.meta_path])
+    for module in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ImportError, match=rf'{package}.*pip install "minicpm_lite\[notebooks\]"'):
+        importlib.import_module("minicpm_lite.lab")
+
+
+class _Without:
+    def __init__(self, package):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_curves_differ_by_more_than_colour():
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    assert all(1.05 / (luminance(color) + 0.05) >= 3 for color in style.COLORS), "contrast against white"
+    assert len(set(style.LINE_STYLES)) == len(set(style.COLORS)) == len(style.COLORS)
+
+
+def test_say_and_table(shown):
+    lab.say("The cache holds **9,216 bytes**.")
+    lab.table([["WSD", 12000, 2.71828], ["a|b", 7, 3.0]], ["schedule", "steps", "loss"], "Loss in nats.")
+    assert shown[0] == {name: "The cache holds **9,216 bytes**." for name in ("text/plain", "text/markdown")}
+    assert shown[1]["text/markdown"].splitlines() == [
+        "*Loss in nats.*", "", "| schedule | steps | loss |", "| :--- | ---: | ---: |",
+        "| WSD | 12,000 | 2.718 |", r"| a\|b | 7 | 3 |",
+    ]  # fmt: skip
+    assert "WSD       12,000  2.718" in shown[1]["text/plain"]
+    with pytest.raises(ValueError, match="Row 1 has 1 cells; expected 2"):
+        lab.table([["WSD"]], ["schedule", "steps"], "Loss.")
+
+
+def draw(height):
+    figure, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([0, {"low": 1, "high": 2}.get(height, 1.0)])
+    return figure
+
+
+def test_an_explorer_has_two_lives():
+    explorer = lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line <here>.", start=1)
+    bundle = explorer._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    assert bundle["text/plain"] == "Height: high (one of 2). A high line <here>."
+    page = bundle["text/html"]
+    assert page == explorer.html(), "the same content gives the same ids"
+    assert (
+        'alt="A high line &lt;here&gt;."' in page
+        and 'aria-valuetext="high. A high line &lt;here&gt;."' in page
+    )
+    assert page.count("data:image/png;base64,") == 2, "each frame is stored once"
+    frames = json.loads(re.search(r'json">(.*?)</script>', page)[1])
+    assert [frame["alt"] for frame in frames] == ["A low line <here>.", "A high line <here>."]
+    assert "http" not in page and plt.get_fignums() == []
+    picture, slider = explorer.widget().children
+    slider.value = 0
+    assert 'alt="A low line &lt;here&gt;."' in picture.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"values": [1.0]}, ValueError, "at least two values"),
+        ({"start": 2}, ValueError, "start is 2"),
+        ({"draw": lambda v: None}, TypeError, "return figure"),
+        ({"alt": "A line."}, TypeError, "expected a function"),
+        ({"alt": lambda v: ""}, TypeError, "one sentence"),
+    ],
+)
+def test_an_explorer_refuses(arguments, error, says):
+    usual = {"draw": draw, "values": [1.0, 2.0], "label": "Height", "alt": lambda v: f"Height {v}."}
+    with pytest.raises(error, match=says):
+        lab.Explorer(**usual | arguments)
+
+
+def test_a_quiz():
+    page = lab.Quiz([("Is `1 < 2`?", ["yes", "no"], 0, 'It "is".')])._repr_html_()
+    assert "<code>1 &lt; 2</code>" in page and 'data-right="0"' in page and "It &quot;is&quot;." in page
+    for options, right, says in (
+        (["a"], 0, "two or more"),
+        (["a", "a"], 0, "all different"),
+        (["a", "b"], 2, "0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            lab.Quiz([("?", options, right, "")])
+
+
+EVIDENCE = {
+    "claim": "WSD ends no higher than cosine.", "published": "equal loss",
+    "source": "@hu2024minicpm, section 4.3", "published_scale": "0.036 B", "measured": "2.31 ± 0.01 nats", "scale": "1 M", "seeds": (0, 1, 2),
+    "device": "CPU, 2 cores", "minutes": 1.234, "verdict": "direction only",
+}  # fmt: skip
+
+
+def test_evidence_shows_a_table_and_carries_its_record():
+    bundle = lab.Evidence(**EVIDENCE)._repr_mimebundle_()
+    assert bundle[evidence.MIME] == EVIDENCE | {"seeds": [0, 1, 2], "minutes": 1.2}
+    assert json.loads(json.dumps(bundle)) == bundle
+    assert "{cite}`hu2024minicpm`, section 4.3 | 3 seeds, CPU, 2 cores, 1.2 min |" in bundle["text/markdown"]
+    assert "direction only" in bundle["text/plain"]
+    assert "exact count" in lab.Evidence(**EVIDENCE | {"seeds": ()})._repr_mimebundle_()["text/plain"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("verdict", "proved"), ("source", "Hu et al."), ("measured", " "), ("published", 0.5)],
+)
+def test_evidence_refuses(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}; expected"):
+        lab.Evidence(**EVIDENCE | {field: value})

@@ -1,0 +1,24 @@
+"""Every notebook of the book passes every gate, and so does its student's copy."""
+
+from pathlib import Path
+
+import pytest
+
+from minicpm_lite.lab.gates import problems, student_problems
+from minicpm_lite.lab.notebook import Notebook, find
+from minicpm_lite.lab.student import student_copy
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+CHAPTERS = [pytest.param(path, id=str(path.relative_to(NOTEBOOKS))) for path in find([NOTEBOOKS])]
+
+
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_no_problems(path):
+    assert problems(path) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_no_problems_in_the_students_copy(path, tmp_path):
+    copy = student_copy(Notebook.read(path), tmp_path / path.name)
+    copy.write()
+    assert student_problems(copy.path) == []
