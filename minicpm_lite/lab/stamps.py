@@ -33,11 +33,11 @@ def stamp(notebook: Notebook, library: Path = LIBRARY) -> dict[str, str]:
     cells = [(cell.source.rstrip(), sorted(tags(cell))) for _, cell in notebook.code]
     trees = _trees(notebook)
     modules = _reached(trees, library)
-    code = {name: _skeleton(ast.parse(path.read_bytes())) for name, path in sorted(modules.items())}
-    users = [
-        ast.parse(path.read_bytes()) for name, path in modules.items() if name != f"{library.name}.config"
+    code = {name: _meaning(path.read_bytes()) for name, path in sorted(modules.items())}
+    readers = [
+        _parse(path.read_bytes()) for name, path in modules.items() if name != f"{library.name}.config"
     ]
-    configs = {path.name: path.read_text("utf-8") for path in _configs([*trees, *users], library)}
+    configs = {path.name: path.read_text("utf-8") for path in _configs([*trees, *readers], library)}
     recorded = {path.name: _hash(path.read_bytes()) for path in recorded_files(notebook)}
     return {
         "cells": _hash(repr(cells).encode()),

@@ -145,10 +145,17 @@ def test_a_quiz():
 
 
 EVIDENCE = {
-    "claim": "WSD ends no higher than cosine.", "published": "equal loss",
-    "source": "@hu2024minicpm, section 4.3", "published_scale": "0.036 B", "measured": "2.31 ± 0.01 nats", "scale": "1 M", "seeds": (0, 1, 2),
-    "device": "CPU, 2 cores", "minutes": 1.234, "verdict": "direction only",
-}  # fmt: skip
+    "claim": "WSD ends no higher than cosine.",
+    "published": "equal loss",
+    "source": "@hu2024minicpm, section 4.3",
+    "published_scale": "0.036 B",
+    "measured": "2.31 ± 0.01 nats",
+    "scale": "1 M",
+    "seeds": (0, 1, 2),
+    "device": "CPU, 2 cores",
+    "minutes": 1.234,
+    "verdict": "direction only",
+}
 
 
 def test_evidence_shows_a_table_and_carries_its_record():
