@@ -1,0 +1,219 @@
+"""The recorded runs of the decoder chapter: `python notebooks/language/recorded/decoder.py`, about 15 minutes on 2 cores.
+
+Two workers with one thread each train on Austen:
+
+- three shapes with equal parameters without embeddings, from deep and thin to shallow and wide. The peak
+  learning rate of each shape is tuned on a seed of its own; then three seeds are compared;
+- the model `lite-1m` for longer. Its weights go to `decoder.safetensors`, for this chapter and later ones.
+
+At the end one worker alone measures the speed of each shape. Results go to `decoder.json` beside this file
+after each job; a run that is stopped goes on where it was.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import minicpm_lite
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.data.corpora import load_corpus
+from minicpm_lite.language.decoder import Decoder, KVCache
+from minicpm_lite.runtime import seed_everything
+from minicpm_lite.training.checkpoint import save_checkpoint
+from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.wsd import WSD
+
+RESULTS = Path(__file__).with_suffix(".json")
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+WARMUP = 40
+STEPS = 300  # updates of 1,536 tokens, for each shape
+LONG_STEPS = 4000
+LONG_PEAK_LR = 0.01
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100  # not among the seeds that are compared
+FIRST_RATES = (0.005, 0.01, 0.02)  # extended by factors of 2 while the best lies at the edge
+SAMPLE_STEPS = (0, 100, 300, 1000, 3600, 4000)
+PROMPT = "It is a truth"
+
+_PROPORTIONS = minicpm_lite.load_config("lite-1m")
+SHAPES: dict[str, ModelConfig] = {  # 4 query heads, 2 key-value heads; equal parameters to within 0.2 %
+    f"{layers} x {width}": replace(
+        _PROPORTIONS,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        head_dim=width // 4,
+        intermediate_size=feed_forward,
+    )
+    for layers, width, feed_forward in ((8, 88, 238), (4, 128, 320), (2, 176, 476))
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shape, trained once; `name` is its key in the results."""
+
+    shape: str
+    peak_lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}/lr={self.peak_lr:g}/seed={self.seed}"
+
+
+def new_run(config: ModelConfig, seed: int, steps: int, peak_lr: float) -> Trainer:
+    seed_everything(seed)
+    schedule = WSD(peak_lr, WARMUP, steps - steps // 10 - WARMUP, steps // 10)
+    return Trainer(Decoder(config), load_corpus().train, schedule, TrainerConfig(seed=seed, compile=True))
+
+
+def train_shape(job: Job) -> dict:
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    run = new_run(SHAPES[job.shape], job.seed, STEPS, job.peak_lr)
+    run.train(progress=False)
+    loss = run.evaluate(load_corpus().validation)
+    return asdict(job) | {"loss": loss, "train_losses": run.losses, "seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def sample(model: Decoder, prompt: str, new_tokens: int, temperature: float, seed: int) -> str:
+    """A continuation of the prompt; the key-value cache makes each token cost one token."""
+    tokenizer = load_corpus().tokenizer
+    ids = tokenizer.encode(prompt).ids
+    generator, cache = torch.Generator().manual_seed(seed), KVCache(len(ids) + new_tokens)
+    newest = torch.tensor([ids])
+    for _ in range(new_tokens):
+        probabilities = torch.softmax(model(newest, cache)[0, -1] / temperature, dim=-1)
+        newest = torch.multinomial(probabilities, 1, generator=generator)[None]
+        ids.append(newest.item())
+    return tokenizer.decode(ids)
+
+
+def train_long() -> dict:
+    """The model that later chapters use: its curve, samples on the way, and its weights as float16."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    held_out = load_corpus().validation
+    run = new_run(_PROPORTIONS, 0, LONG_STEPS, LONG_PEAK_LR)
+    curve, samples = [], {}
+    for step in sorted({*range(0, LONG_STEPS + 1, 100), *SAMPLE_STEPS}):
+        run.train(step, progress=False)
+        curve.append((step, run.evaluate(held_out[: len(held_out) // 8])))
+        if step in SAMPLE_STEPS:
+            samples[step] = sample(run.model, PROMPT, 60, temperature=0.8, seed=0)
+    weights = {name: parameter.half() for name, parameter in run.model.named_parameters()}  # tied table once
+    save_checkpoint(WEIGHTS, weights, {"model": "lite-1m", "data": "austen", "steps": run.step, "seed": 0})
+    return {
+        "shape": "lite-1m",
+        "peak_lr": LONG_PEAK_LR,
+        "seed": 0,
+        "updates": run.step,
+        "loss": run.evaluate(held_out),
+        "curve": curve,
+        "samples": samples,
+        "train_losses": run.losses,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def measure_speed(rounds: int = 7, training_steps: int = 6, new_tokens: int = 64) -> dict:
+    """Tokens per second on one thread, in training and in decoding with a cache; shapes take turns."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    runs = {name: new_run(config, 0, 1000, 0.001) for name, config in SHAPES.items()}
+    for run in runs.values():  # compile, and fill the caches
+        run.train(5, progress=False)
+    seconds: dict[str, dict[str, list[float]]] = {name: {"training": [], "decoding": []} for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            before = time.perf_counter()
+            run.train(run.step + training_steps, progress=False)
+            seconds[name]["training"].append((time.perf_counter() - before) / training_steps / run.config.batch_tokens)
+            before = time.perf_counter()
+            sample(run.model, PROMPT, new_tokens, temperature=1.0, seed=0)
+            seconds[name]["decoding"].append((time.perf_counter() - before) / new_tokens)
+    rates = {
+        name: {kind: {"median": 1 / median(each), "low": 1 / max(each), "high": 1 / min(each)} for kind, each in kinds.items()}
+        for name, kinds in seconds.items()
+    }  # fmt: skip
+    return {"tokens_per_second": rates, "seconds": time.perf_counter() - start}
+
+
+def load_results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+
+
+def keep(name: str, result: dict) -> None:
+    """Add one result to the file, atomically."""
+    done = load_results()["runs"] | {name: result}
+    beside = RESULTS.with_suffix(".writing")
+    facts = {
+        "command": "python notebooks/language/recorded/decoder.py",
+        "data": "austen",
+        "batch_tokens": TrainerConfig().batch_tokens,
+        "warmup": WARMUP,
+        "steps": STEPS,
+        "seeds": SEEDS,
+        "tuning_seed": TUNING_SEED,
+        "shapes": {name: asdict(config) for name, config in SHAPES.items()},
+        "device": f"CPU, {os.cpu_count()} cores, {WORKERS} workers",
+        "torch": torch.__version__,
+        "minutes": sum(run["seconds"] for run in done.values()) / 60 / WORKERS,
+    }
+    beside.write_text(json.dumps(facts | {"runs": rounded(done)}))
+    beside.replace(RESULTS)
+    print(f"{name}: {result['seconds']:.0f} s, loss {result.get('loss', float('nan')):.4f}", flush=True)
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: rounded(child) for key, child in value.items()}
+    return [rounded(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+def run_all(jobs: list[Job], pool: ProcessPoolExecutor) -> dict:
+    """Run the jobs that are not in the results yet, and return all results."""
+    todo = {pool.submit(train_shape, job): job.name for job in jobs if job.name not in load_results()["runs"]}
+    for future in as_completed(todo):
+        keep(todo[future], future.result())
+    return load_results()["runs"]
+
+
+def tune(pool: ProcessPoolExecutor) -> dict[str, float]:
+    """The best peak rate of each shape, on the tuning seed."""
+    rates = {shape: list(FIRST_RATES) for shape in SHAPES}
+    while True:
+        jobs = {(shape, rate): Job(shape, rate, TUNING_SEED) for shape in SHAPES for rate in rates[shape]}
+        runs = run_all(list(jobs.values()), pool)
+        best = {shape: min(rates[shape], key=lambda rate: runs[jobs[shape, rate].name]["loss"]) for shape in SHAPES}
+        edges = [shape for shape in SHAPES if best[shape] in (min(rates[shape]), max(rates[shape]))]
+        if not edges:
+            return best
+        for shape in edges:
+            low, high = min(rates[shape]), max(rates[shape])
+            rates[shape].append(low / 2 if best[shape] == low else high * 2)
+
+
+if __name__ == "__main__":
+    WORKERS = os.cpu_count() or 1
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        long_run: Future | None = None
+        if "long" not in load_results()["runs"] or not WEIGHTS.exists():
+            long_run = pool.submit(train_long)
+        best_rates = tune(pool)
+        print(f"tuned: {best_rates}", flush=True)
+        run_all([Job(shape, best_rates[shape], seed) for shape in SHAPES for seed in SEEDS], pool)
+        if long_run:
+            keep("long", long_run.result())
+        if "speed" not in load_results()["runs"]:
+            keep("speed", pool.submit(measure_speed).result())
