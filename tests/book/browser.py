@@ -31,7 +31,7 @@ def candidates(playwright: Playwright) -> Iterator[str]:
 
 
 def launch(playwright: Playwright) -> Browser | None:
-    """Start the first browser that can be started; None if there is none. A stub that only prints does not count."""
+    """Start the first browser that can be started; None if there is none. A stub that only prints is none."""
     for path in candidates(playwright):
         if os.path.exists(path):
             try:

@@ -1,6 +1,6 @@
 """Make sure that the page tests find a browser: ``python tests/book/install_browser.py``.
 
-Silent where one starts. Else it asks playwright to install one, then, as root on Debian or Ubuntu, apt-get; and if
+Silent where one starts. Else it asks playwright to install one; then, as root on Debian or Ubuntu, apt-get; if
 that does not help either, it says in one sentence what to do.
 """
 

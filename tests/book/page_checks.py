@@ -1,7 +1,7 @@
 """What must hold on every page of the book, looked at in a real browser.
 
-``inspect`` opens a page at one width and returns its problems, a sentence each. ``test_page_checks.py`` proves for
-every check that a page with the fault is caught.
+``inspect`` opens a page at one width and returns its problems, a sentence each. ``test_page_checks.py``
+proves for every check that a page with the fault is caught.
 """
 
 import re
@@ -13,7 +13,6 @@ from urllib.parse import unquote, urlsplit
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 
-
 SIZES = {"desktop": (1400, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
 
@@ -23,7 +22,8 @@ LOOK = r"""() => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const node = texts.currentNode;
-    if (!node.parentElement.closest('pre, code, script, style, textarea, mjx-container')) found.text.push(node.data);
+    if (!node.parentElement.closest('pre, code, script, style, textarea, mjx-container'))
+      found.text.push(node.data);
   }
   for (const image of document.images) {
     if (!image.complete || !image.naturalWidth) found.images.push(image.currentSrc || image.src);
@@ -41,7 +41,7 @@ LOOK = r"""() => {
   found.scroll = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   if (found.scroll > 0)
     for (const element of document.querySelectorAll('body *'))
-      if (element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('.pst-scrollable-table-container, pre'))
+      if (element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('table, pre'))
         found.wide.push(element.tagName.toLowerCase() + '.' + element.className);
   return found;
 }"""
@@ -50,7 +50,9 @@ RAW_MARKUP = re.compile(
 )
 
 
-def inspect(page: Page, base: str, path: str, site: Path, size: str, schemes: Sequence[str] = SCHEMES) -> list[str]:
+def inspect(
+    page: Page, base: str, path: str, site: Path, size: str, schemes: Sequence[str] = SCHEMES
+) -> list[str]:
     """Open one page of a served site at one width and list what is wrong with it.
 
     Args:
@@ -86,7 +88,9 @@ def inspect(page: Page, base: str, path: str, site: Path, size: str, schemes: Se
     page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
     page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
     found = page.evaluate(LOOK)
-    problems += [f"raw markup on the page: {m.group()!r}" for text in found["text"] for m in RAW_MARKUP.finditer(text)]
+    problems += [
+        f"raw markup on the page: {m.group()!r}" for text in found["text"] for m in RAW_MARKUP.finditer(text)
+    ]
     problems += [f"image does not load: {image}" for image in found["images"]]
     problems += [f"image without alt text: {image}" for image in found["noAlt"]]
     problems += [f"{found['mathErrors']} formulas with an error"] if found["mathErrors"] else []

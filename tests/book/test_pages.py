@@ -11,13 +11,22 @@ from page_checks import broken_links, inspect
 
 pytestmark = pytest.mark.pages
 SITE = ROOT / "_build" / "html"
-SOURCES = ["_config.yml", "_toc.yml", "CHANGELOG.md", "book/**/*.*", "notebooks/**/*.ipynb", "minicpm_lite/**/*.py"]
+SOURCES = [
+    "_config.yml",
+    "_toc.yml",
+    "CHANGELOG.md",
+    "book/**/*.*",
+    "notebooks/**/*.ipynb",
+    "minicpm_lite/**/*.py",
+]
 
 
 def built_pages() -> list[str]:
     """All pages of the site; those that only forward to another are left to ``test_front_door``."""
     pages = [page for page in sorted(SITE.rglob("*.html")) if "_static" not in page.parts]
-    return [str(page.relative_to(SITE)) for page in pages if 'http-equiv="Refresh"' not in page.read_text("utf-8")]
+    return [
+        str(page.relative_to(SITE)) for page in pages if 'http-equiv="Refresh"' not in page.read_text("utf-8")
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +34,13 @@ def site(serve) -> str:
     built = SITE / "searchindex.js"
     if not built.exists():
         pytest.fail("There is no built book in _build/html: run `make book` first.", pytrace=False)
-    newest = max((path for pattern in SOURCES for path in ROOT.glob(pattern)), key=lambda path: path.stat().st_mtime)
+    newest = max(
+        (path for pattern in SOURCES for path in ROOT.glob(pattern)), key=lambda path: path.stat().st_mtime
+    )
     if newest.stat().st_mtime > built.stat().st_mtime:
-        pytest.fail(f"{newest.relative_to(ROOT)} is newer than the built book: run `make book` first.", pytrace=False)
+        pytest.fail(
+            f"{newest.relative_to(ROOT)} is newer than the built book: run `make book` first.", pytrace=False
+        )
     return serve(SITE)
 
 

@@ -1,7 +1,7 @@
 """What the chapters say about themselves: ``{measured}``, ``{chapters}`` and ``{evidence-table}``.
 
-An executed notebook carries what its run cost in ``metadata.minicpm_lite`` (seconds, peak_memory_mb, device), and
-each of its claims as an output of the type below. Both are read here from the file, nothing is executed.
+An executed notebook carries what its run cost in ``metadata.minicpm_lite`` (seconds, peak_memory_mb, device),
+and each of its claims as an output of the type below. Both are read from the file; nothing is executed.
 """
 
 import json
@@ -16,10 +16,15 @@ from .tables import parse, table
 
 EVIDENCE = "application/vnd.minicpm-lite.evidence+json"
 FIELDS = {
-    "claim", "published", "source", "published_scale", "measured", "scale", "seeds", "device", "minutes", "verdict"
+    "claim", "published", "source", "published_scale",
+    "measured", "scale", "seeds", "device", "minutes", "verdict",
 }  # fmt: skip
 # A sign beside the word, so that colour is never the only carrier.
-VERDICTS = {"reproduced": "✔ reproduced", "direction only": "↗ direction only", "not at this scale": "○ not at this scale"}
+VERDICTS = {
+    "reproduced": "✔ reproduced",
+    "direction only": "↗ direction only",
+    "not at this scale": "○ not at this scale",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +52,9 @@ def read_chapter(path: Path, docname: str) -> Chapter:
     ]
     for number, record in enumerate(records, 1):
         if missing := FIELDS - record.keys():
-            raise ValueError(f"{docname}: evidence {number} lacks {', '.join(sorted(missing))}. Run the notebook again.")
+            raise ValueError(
+                f"{docname}: evidence {number} lacks {', '.join(sorted(missing))}. Run the notebook again."
+            )
         if record["verdict"] not in VERDICTS:
             raise ValueError(
                 f"{docname}: evidence {number} has the verdict {record['verdict']!r}; "
@@ -75,7 +82,19 @@ def cost(run: dict) -> tuple[str, str]:
     ('12 s', '99 MB')
     """
     seconds = run["seconds"]
-    return (f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"), f"{run['peak_memory_mb']:,.0f} MB"
+    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return time, f"{run['peak_memory_mb']:,.0f} MB"
+
+
+def runs(seeds: list[int]) -> str:
+    """How often an experiment was run.
+
+    >>> runs([0, 1, 2]), runs([7]), runs([])
+    ('3 seeds', 'seed 7', 'exact, no seed')
+    """
+    if not seeds:
+        return "exact, no seed"
+    return f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
 
 
 def cite(source: str) -> str:
@@ -106,12 +125,15 @@ class Measured(SphinxDirective):
         chapter = read_chapter(path, self.env.docname) if path.suffix == ".ipynb" else None
         if chapter is None or not chapter.run.keys() >= {"seconds", "peak_memory_mb", "device"}:
             logger.warning(
-                "This page holds no measured run. Execute the notebook with: python -m minicpm_lite.lab run %s",
-                path.name, location=self.get_location(), type="minicpm_book", subtype="measured",
-            )  # fmt: skip
+                f"This page holds no measured run. Execute it: python -m minicpm_lite.lab run {path.name}",
+                location=self.get_location(),
+                type="minicpm_book",
+                subtype="measured",
+            )
             return parse(self, "Not measured yet.")
         time, memory = cost(chapter.run)
-        return parse(self, f"**{time}** and **{memory}** of memory at its peak, measured on {chapter.run['device']}.")
+        device = chapter.run["device"]
+        return parse(self, f"**{time}** and **{memory}** of memory at its peak, measured on {device}.")
 
 
 class Chapters(BookDirective):
@@ -126,7 +148,8 @@ class Chapters(BookDirective):
             if chapter.docname.startswith(folder):
                 measured = chapter.run.keys() >= {"seconds", "peak_memory_mb"}
                 seconds += chapter.run["seconds"] if measured else 0
-                rows.append([f"{{doc}}`/{chapter.docname}`", *(cost(chapter.run) if measured else ("–", "–"))])
+                time, memory = cost(chapter.run) if measured else ("–", "–")
+                rows.append([f"{{doc}}`/{chapter.docname}`", time, memory])
         if not self.arguments:
             rows.append(["**All together**", f"{seconds / 60:.1f} min", ""])
         return [table(self, ["Chapter", "Run time", "Peak memory"], rows, numeric={1, 2})]
@@ -139,14 +162,17 @@ class EvidenceTable(BookDirective):
         rows = []
         for chapter in self.chapters():
             for record in chapter.evidence:
-                seeds = record["seeds"]
-                runs = f"{len(seeds)} seeds" if len(seeds) > 1 else "exact count" if not seeds else f"seed {seeds[0]}"
-                rows.append([
-                    f"{record['claim']}\n\n{{doc}}`/{chapter.docname}`",
-                    f"**{record['published']}**\n\n{record['published_scale']}; {cite(record['source'])}",
-                    f"**{record['measured']}**\n\n{record['scale']}; {runs}, {record['device']}, {record['minutes']:g} min",
-                    VERDICTS[record["verdict"]],
-                ])  # fmt: skip
+                published = f"{record['published_scale']}; {cite(record['source'])}"
+                measured = f"{record['scale']}; {runs(record['seeds'])}, {record['device']}, "
+                measured += f"{record['minutes']:g} min"
+                rows.append(
+                    [
+                        f"{record['claim']}\n\n{{doc}}`/{chapter.docname}`",
+                        f"**{record['published']}**\n\n{published}",
+                        f"**{record['measured']}**\n\n{measured}",
+                        VERDICTS[record["verdict"]],
+                    ]
+                )
         if not rows:
             return parse(self, "No chapter has recorded evidence yet.")
         return [table(self, ["Claim", "Published", "Measured here", "Verdict"], rows, name="evidence")]

@@ -18,7 +18,8 @@ def mend(app, pagename, templatename, context, doctree):
     if generate:
 
         def named(*args, **kwargs):
-            return str(generate(*args, **kwargs)).replace("<summary>", '<summary aria-label="Pages of this chapter">')
+            tree = str(generate(*args, **kwargs))
+            return tree.replace("<summary>", '<summary aria-label="Pages of this chapter">')
 
         context["generate_toctree_html"] = named
 

@@ -1,4 +1,4 @@
-"""``{model-table}``: the released models, read from the library's configurations and counted by its decoder."""
+"""``{model-table}``: the released models, read from the library's configurations, counted by its decoder."""
 
 import torch
 from sphinx.util.docutils import SphinxDirective
@@ -9,13 +9,13 @@ from minicpm_lite.language.decoder import Decoder
 from .tables import table
 
 HEADERS = [
-    "Configuration", "Parameters", "Without embeddings", "Layers", "Width", "FFN", "Heads q / kv", "Head size",
-    "Vocabulary", "Context", "Tied",
+    "Configuration", "Parameters", "Without embeddings", "Layers", "Width", "FFN",
+    "Heads q / kv", "Head size", "Vocabulary", "Context", "Tied",
 ]  # fmt: skip
 
 
 def count(config) -> tuple[str, str]:
-    """All parameters and those without embeddings, counted on the meta device: the shapes exist, the numbers do not."""
+    """All parameters, and those without embeddings, counted on the meta device: shapes without numbers."""
     try:
         with torch.device("meta"):
             decoder = Decoder(config)
