@@ -17,7 +17,7 @@ _CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
-    """Sizes of multi-head latent attention (MLA, MiniCPM3): keys and values are cached as one small latent."""
+    """Sizes of multi-head latent attention (MLA, MiniCPM3): keys and values come from one small latent."""
 
     q_lora_rank: int
     kv_lora_rank: int
@@ -105,15 +105,15 @@ class ModelConfig:
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention "
-                    "heads. Choose a divisor for num_attention_heads, or give head_dim."
+                    f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} "
+                    "attention heads. Choose a divisor for num_attention_heads, or give head_dim."
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         _positive_integer("head_dim", self.head_dim)
         rotated = self.latent_attention.qk_rope_head_dim if self.latent_attention else self.head_dim
         if rotated % 2:
             raise ValueError(
-                f"The rotated part of a head is {rotated} wide; rotary embedding turns pairs, so it must be even."
+                f"The rotated part of a head is {rotated} wide; rotary embedding turns pairs, so make it even."
             )
         if self.mixture and not 0 < self.mixture.num_experts_per_token <= self.mixture.num_experts:
             raise ValueError(

@@ -15,9 +15,9 @@ def require(module: str, install: str, purpose: str) -> ModuleType:
     Raises:
         ImportError: the package is missing; the message names the command that installs it.
 
-    >>> require("no_such_package", install="no-such-package", purpose="show this message")
+    >>> require("no_package", install="no-package", purpose="show this")
     Traceback (most recent call last):
-    ImportError: The package 'no_such_package' is needed to show this message. Install it with: pip install "no-such-package"
+    ImportError: The package 'no_package' is needed to show this. Install it with: pip install "no-package"
     """
     try:
         return import_module(module)
@@ -25,5 +25,5 @@ def require(module: str, install: str, purpose: str) -> ModuleType:
         if error.name != module.split(".")[0]:  # the package is there, but something it imports is not
             raise
         raise ImportError(
-            f"The package {module!r} is needed to {purpose}. Install it with: pip install \"{install}\""
+            f'The package {module!r} is needed to {purpose}. Install it with: pip install "{install}"'
         ) from None

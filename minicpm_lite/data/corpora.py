@@ -29,8 +29,8 @@ class Corpus:
     """
 
     tokenizer: Tokenizer
-    train: Int[Tensor, " tokens"]
-    validation: Int[Tensor, " tokens"]
+    train: Int[Tensor, " train_tokens"]
+    validation: Int[Tensor, " held_out_tokens"]
     bytes_per_token: float
 
 
@@ -87,8 +87,8 @@ class TokenBatches:
     def _windows(self) -> int:
         return (len(self.tokens) - self.length) // self.length  # the offset takes up to one window
 
-    def __call__(self, step: int) -> Int[Tensor, "batch_size length+1"]:
-        """The windows of a step, counted from 0."""
+    def __call__(self, step: int) -> Int[Tensor, "batch_size window"]:
+        """The windows of a step, counted from 0; each has ``length + 1`` tokens."""
         first = step * self.batch_size
         starts = [self._start(index) for index in range(first, first + self.batch_size)]
         return torch.stack([self.tokens[start : start + self.length + 1] for start in starts])
@@ -102,4 +102,6 @@ class TokenBatches:
 @lru_cache(maxsize=4)
 def _epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int, list[int]]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return int(torch.randint(length, (1,), generator=generator)), torch.randperm(windows, generator=generator).tolist()
+    return int(torch.randint(length, (1,), generator=generator)), torch.randperm(
+        windows, generator=generator
+    ).tolist()

@@ -154,7 +154,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], cache: KVCache | None
     ) -> Float[Tensor, "batch tokens d"]:
-        def heads(features: Tensor) -> Tensor:  # (batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)
+        def heads(
+            features: Tensor,
+        ) -> Tensor:  # (batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)
             return features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         query = apply_rotary(heads(self.q_proj(x)), *rotary)
@@ -230,7 +232,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, attention) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, attention) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
@@ -282,7 +286,7 @@ class Decoder(nn.Module):
             )
         if cache is not None and end > cache.max_length:
             raise ValueError(
-                f"The cache has room for {cache.max_length} tokens and would need {end}; make a larger KVCache."
+                f"The cache has room for {cache.max_length} tokens and would need {end}; make a larger one."
             )
 
 
@@ -296,7 +300,7 @@ def fold_to_llama(model: Decoder) -> Decoder:
     config = model.config
     if config.latent_attention or config.mixture:
         raise ValueError(
-            "Only a decoder with ordinary attention and one feed-forward network folds to a Llama; this one has "
+            "Only a decoder with ordinary attention and one feed-forward network folds to a Llama; this has "
             + ("latent attention." if config.latent_attention else "a mixture of experts.")
         )
     llama = Decoder(

@@ -67,9 +67,9 @@ class TrainerConfig:
 
 
 def next_token_loss(
-    model: Decoder, window: Int[Tensor, "batch length+1"], reduction: str = "mean"
+    model: Decoder, window: Int[Tensor, "batch window"], reduction: str = "mean"
 ) -> Float[Tensor, ""]:
-    """Cross entropy of each token given those before it, in nats a token."""
+    """Cross entropy of each token of a window, but the first, given those before it; in nats a token."""
     logits = model(window[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
 
@@ -89,7 +89,9 @@ class Trainer:
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
-    >>> config = ModelConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
+    >>> config = ModelConfig(
+    ...     hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10
+    ... )
     >>> trainer = Trainer(Decoder(config), torch.arange(100) % 10, WSD(1e-2, 2, 6, 2), TrainerConfig(2, 8))
     >>> trainer.train(progress=False)
     >>> trainer.step
@@ -101,7 +103,7 @@ class Trainer:
         model: Decoder,
         tokens: Int[Tensor, " tokens"],
         schedule: Schedule,
-        config: TrainerConfig = TrainerConfig(),  # noqa: B008, it is frozen
+        config: TrainerConfig = TrainerConfig(),
     ) -> None:
         self.model, self.schedule, self.config = model, schedule, config
         self.batches = TokenBatches(tokens, config.batch_size, config.sequence_length, config.seed)
@@ -113,7 +115,10 @@ class Trainer:
         decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
         others = [p for p in model.parameters() if p.ndim < 2 or id(p) in tables]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=schedule.peak_lr,
             betas=config.betas,
             fused=True,
@@ -168,7 +173,9 @@ class Trainer:
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
         if not starts:
-            raise ValueError(f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed.")
+            raise ValueError(
+                f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."
+            )
         windows = torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device)
         self.model.eval()
         total = sum(next_token_loss(self.model, part, "sum").item() for part in windows.split(batch_size))
@@ -214,8 +221,12 @@ class Trainer:
         expected = {f"model.{name}": p.shape for name, p in parameters.items()}
         found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}
         if expected != found:
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise ValueError(f"{path} does not fit this model: {wrong[0]} is missing, extra or of another shape.")
+            wrong = sorted(
+                name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+            )
+            raise ValueError(
+                f"{path} does not fit this model: {wrong[0]} is missing, extra or of another shape."
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -223,7 +234,9 @@ class Trainer:
         for name, parameter in parameters.items():
             for moment in ("step", "exp_avg", "exp_avg_sq"):
                 if f"optimizer.{moment}.{name}" in tensors:
-                    self.optimizer.state[parameter][moment] = tensors[f"optimizer.{moment}.{name}"].to(self._device)
+                    self.optimizer.state[parameter][moment] = tensors[f"optimizer.{moment}.{name}"].to(
+                        self._device
+                    )
         self.step = facts["step"]
         self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
 

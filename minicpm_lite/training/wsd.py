@@ -33,7 +33,7 @@ DecayForm = Literal["exponential", "linear", "cosine", "sqrt"]
 
 
 class Schedule:
-    """A learning rate for each step: ``schedule(step)``; ``schedule.scheduler(optimizer)`` for a torch loop."""
+    """A learning rate for each step: ``schedule(step)``, or ``schedule.scheduler(optimizer)`` in a torch loop."""
 
     peak_lr: float
     total_steps: int
@@ -90,7 +90,9 @@ class WSD(Schedule):
         for name in ("warmup_steps", "stable_steps", "decay_steps"):
             _check_steps(name, getattr(self, name))
         if self.form not in get_args(DecayForm):
-            raise ValueError(f"The decay form is {self.form!r}; choose one of {', '.join(get_args(DecayForm))}.")
+            raise ValueError(
+                f"The decay form is {self.form!r}; choose one of {', '.join(get_args(DecayForm))}."
+            )
         if self.half_life is not None:
             if self.form != "exponential":
                 raise ValueError(f"half_life belongs to the exponential decay; the form is {self.form!r}.")
@@ -125,7 +127,11 @@ class WSD(Schedule):
         """f, from 1 at progress 0 to final_ratio at progress 1."""
         if self.form == "exponential":
             return self.final_ratio**progress
-        shape = {"linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2, "sqrt": math.sqrt(progress)}
+        shape = {
+            "linear": progress,
+            "cosine": (1 - math.cos(math.pi * progress)) / 2,
+            "sqrt": math.sqrt(progress),
+        }
         return 1 - (1 - self.final_ratio) * shape[self.form]
 
 
@@ -160,7 +166,9 @@ class Cosine(Schedule):
         if not self._warmed_up(step, self.warmup_steps):
             return self.peak_lr * step / self.warmup_steps
         progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
-        return self.peak_lr * (self.final_ratio + (1 - self.final_ratio) * (1 + math.cos(math.pi * progress)) / 2)
+        return self.peak_lr * (
+            self.final_ratio + (1 - self.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        )
 
 
 def _check_peak(peak_lr: float) -> None:

@@ -1,0 +1,41 @@
+# Each command makes what it needs in .venv; a second run installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+SITE := _build/html/index.html
+
+.PHONY: book test check lab run student bench clean
+
+book: .venv/.ready  ## from nothing to the rendered book
+	$(BIN)/jupyter-book build . --warningiserror --nitpick --keep-going --quiet
+	@echo "The book: file://$(CURDIR)/$(SITE)"
+
+test: book  ## every test: library, notebooks, pages
+	$(BIN)/python tests/book/install_browser.py
+	$(BIN)/ruff check --quiet
+	$(BIN)/python -m pytest --nbval tests notebooks
+
+check: .venv/.ready  ## the quick tests
+	$(BIN)/ruff check --quiet
+	$(BIN)/python -m pytest -m "not slow and not pages" tests
+
+lab: .venv/.ready  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+run: .venv/.ready  ## execute the notebooks whose outputs are stale
+	$(BIN)/python -m minicpm_lite.lab run
+
+student: .venv/.ready  ## copies of the notebooks without solutions, in _build/student
+	$(BIN)/python -m minicpm_lite.lab student _build/student
+
+bench: .venv/.ready  ## training and decoding speed beside transformers
+	$(BIN)/python -m benchmarks
+
+.venv/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Give another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:  ## remove what was built and installed
+	rm -rf _build .venv

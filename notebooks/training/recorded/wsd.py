@@ -1,0 +1,202 @@
+"""The recorded runs of the WSD chapter: `python notebooks/training/recorded/wsd.py`, under an hour on 2 cores.
+
+Two workers with one thread each train the model `lite-1m` on Austen. Every job is one stable run with its
+decays, or one cosine run. Results go to `wsd.json` beside this file after each job; a run that is stopped
+goes on where it was. Learning rates are tuned on a seed of their own, for each schedule and budget.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import minicpm_lite
+from minicpm_lite.data.corpora import load_corpus
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.runtime import seed_everything
+from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.wsd import WSD, Cosine, Schedule
+
+RESULTS = Path(__file__).with_suffix(".json")
+BUDGETS = (200, 400, 800, 1600)  # updates; 1,536 tokens each
+WARMUP = 40
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100  # not among the seeds that are compared
+FIRST_RATES = (0.005, 0.01, 0.02)  # extended by factors of 2 while the best lies at the edge
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process' worth of work; `name` is its key in the results."""
+
+    schedule: str  # "cosine" or "wsd"
+    peak_lr: float
+    seed: int
+    budget: int | None = None  # of a cosine run
+    study: bool = False  # a stable run that also tries fractions, forms and resuming
+
+    @property
+    def name(self) -> str:
+        parts = [self.schedule, f"lr={self.peak_lr:g}", f"seed={self.seed}"]
+        return "/".join(parts + ([f"budget={self.budget}"] if self.budget else []) + ["study"] * self.study)
+
+
+def new_run(seed: int, schedule: Schedule) -> Trainer:
+    seed_everything(seed)
+    model = Decoder(minicpm_lite.load_config("lite-1m"))
+    return Trainer(model, load_corpus().train, schedule, TrainerConfig(seed=seed, compile=True))
+
+
+def wsd(peak_lr: float, total: int, decay: int, form: str = "exponential", final_ratio: float = 0.1) -> WSD:
+    return WSD(peak_lr, WARMUP, total - decay - WARMUP, decay, form, final_ratio)
+
+
+def train_and_evaluate(run: Trainer, until: int, curve: list | None = None) -> float:
+    """Train to a step; on the way note (step, loss on an eighth of the held-out text) every 50 steps."""
+    held_out = load_corpus().validation
+    if curve is not None:
+        for step in range((run.step // 50 + 1) * 50, until, 50):
+            run.train(step, progress=False)
+            curve.append((step, run.evaluate(held_out[: len(held_out) // 8])))
+    run.train(until, progress=False)
+    if curve is not None:
+        curve.append((until, run.evaluate(held_out[: len(held_out) // 8])))
+    return run.evaluate(held_out)
+
+
+def run_cosine(job: Job) -> dict:
+    run, curve = new_run(job.seed, Cosine(job.peak_lr, WARMUP, job.budget)), []
+    at = {budget: train_and_evaluate(run, budget, curve) for budget in BUDGETS if budget <= job.budget}
+    return {"loss": at, "curve": curve, "updates": job.budget, "train_losses": run.losses}
+
+
+def run_wsd(job: Job) -> dict:
+    """One stable run. At 90 % of each budget a copy decays to the budget's end."""
+    last = BUDGETS[-1]
+    branch_points = {budget - budget // 10: budget for budget in BUDGETS}
+    if job.study:
+        branch_points |= {last - round(last * part): last for part in (0.025, 0.05, 0.2)}
+    trunk, trunk_curve = new_run(job.seed, wsd(job.peak_lr, last, 0)), []
+    result = {"loss": {}, "stable_loss": {}, "decay_curves": {}, "fractions": {}, "forms": {}, "updates": 0}
+    for start, budget in sorted(branch_points.items()):
+        result["stable_loss"][start] = train_and_evaluate(trunk, start, trunk_curve)
+        branch = trunk.branch(wsd(job.peak_lr, budget, budget - start))
+        curve = [trunk_curve[-1]]
+        loss = train_and_evaluate(branch, budget, curve)
+        result["updates"] += budget - start
+        if budget - start == budget // 10:
+            result["loss"][budget] = loss
+            result["decay_curves"][budget] = curve
+            if budget == last:
+                result["train_losses"], result["grad_norms"] = branch.losses, branch.grad_norms
+        if budget == last:
+            result["fractions"][(budget - start) / budget] = loss
+        if job.study and start == last - last // 10:
+            for form, final_ratio in (("linear", 0.1), ("cosine", 0.1), ("sqrt", 0.1), ("linear", 0.0)):
+                other = trunk.branch(wsd(job.peak_lr, last, budget - start, form, final_ratio))
+                result["forms"][f"{form} to {final_ratio:g}"] = train_and_evaluate(other, last)
+        if job.study and budget == last // 2:
+            # After the decay to half the budget: back to the full rate, and the usual decay at the end.
+            resumed = branch.branch(wsd(job.peak_lr, last, last // 10))
+            result["resumed_post_decay_curve"] = resume_curve = [curve[-1]]
+            result["resumed_post_decay"] = train_and_evaluate(resumed, last, resume_curve)
+            # Or on at the low rate the decay ended with, which is what a finished cosine offers.
+            low = branch.branch(WSD(job.peak_lr / 10, 0, last, 0))
+            result["continued_at_low_rate"] = train_and_evaluate(low, last)
+    result["forms"]["exponential to 0.1"] = result["loss"][last]
+    result["updates"] += trunk.step
+    result["trunk_curve"] = trunk_curve
+    return result
+
+
+def work(job: Job) -> tuple[str, dict]:
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    result = run_cosine(job) if job.schedule == "cosine" else run_wsd(job)
+    facts = {"schedule": job.schedule, "peak_lr": job.peak_lr, "seed": job.seed, "budget": job.budget}
+    return job.name, facts | result | {"seconds": time.perf_counter() - start}
+
+
+def load_results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+
+
+def run_all(jobs: list[Job], pool: ProcessPoolExecutor) -> dict:
+    """Run the jobs that are not in the results yet, and return all results."""
+    done = load_results()["runs"]
+    todo = {pool.submit(work, job) for job in jobs if job.name not in done}
+    for future in as_completed(todo):
+        name, result = future.result()
+        done[name] = result
+        beside = RESULTS.with_suffix(".writing")
+        facts = {
+            "command": "python notebooks/training/recorded/wsd.py",
+            "model": "lite-1m",
+            "batch_tokens": TrainerConfig().batch_tokens,
+            "warmup": WARMUP,
+            "budgets": BUDGETS,
+            "seeds": SEEDS,
+            "tuning_seed": TUNING_SEED,
+            "device": f"CPU, {os.cpu_count()} cores, {WORKERS} workers",
+            "torch": torch.__version__,
+            "minutes": sum(run["seconds"] for run in done.values()) / 60 / WORKERS,
+        }
+        beside.write_text(json.dumps(facts | {"runs": rounded(done)}))
+        beside.replace(RESULTS)
+        print(f"{name}: {result['seconds']:.0f} s, loss {result['loss']}", flush=True)
+    return load_results()["runs"]
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: rounded(child) for key, child in value.items()}
+    return [rounded(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+def tune(pool: ProcessPoolExecutor) -> tuple[float, dict[int, float]]:
+    """The best peak rate of WSD (one for all budgets) and of the cosine of each budget, on the tuning seed."""
+    cases = [("wsd", None)] + [("cosine", budget) for budget in BUDGETS]
+    rates = {case: list(FIRST_RATES) for case in cases}
+    while True:
+        jobs = {
+            (case, rate): Job(case[0], rate, TUNING_SEED, case[1]) for case in cases for rate in rates[case]
+        }
+        runs = run_all(sorted(jobs.values(), key=lambda job: job.schedule, reverse=True), pool)
+
+        best = {}
+        for schedule, budget in cases:
+            losses = {
+                rate: runs[jobs[(schedule, budget), rate].name]["loss"] for rate in rates[schedule, budget]
+            }
+            judged = {
+                rate: loss[str(budget)] if budget else mean(loss.values()) for rate, loss in losses.items()
+            }
+            best[schedule, budget] = min(judged, key=judged.get)
+        edges = [case for case in cases if best[case] in (min(rates[case]), max(rates[case]))]
+        if not edges:
+            return best["wsd", None], {budget: best["cosine", budget] for budget in BUDGETS}
+        for case in edges:
+            low, high = min(rates[case]), max(rates[case])
+            rates[case].append(low / 2 if best[case] == low else high * 2)
+
+
+if __name__ == "__main__":
+    WORKERS = os.cpu_count() or 1
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        wsd_rate, cosine_rates = tune(pool)
+        print(f"tuned: WSD {wsd_rate:g}, cosine {cosine_rates}", flush=True)
+        jobs = [Job("wsd", wsd_rate, seed, study=True) for seed in SEEDS]
+        jobs += [
+            Job("cosine", cosine_rates[budget], seed, budget)
+            for budget in reversed(BUDGETS)
+            for seed in SEEDS
+        ]
+        run_all(jobs, pool)

@@ -1,0 +1,347 @@
+"""The decoder: equal to reference implementations, cached equal to uncached, wrong variants told apart."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from minicpm_lite import ModelConfig, load_config
+from minicpm_lite.language import decoder
+from minicpm_lite.language.decoder import (
+    Decoder,
+    KVCache,
+    RMSNorm,
+    apply_rotary,
+    dense_attention,
+    fold_to_llama,
+    rotary_angles,
+)
+
+MULTIPLIERS = dict(scale_emb=12, scale_depth=1.4, dim_model_base=32, init_std=0.1)
+CONFIGS = {
+    "grouped, tied": ModelConfig(
+        64, 160, 3, 4, 99, num_key_value_heads=2, max_position_embeddings=64, **MULTIPLIERS
+    ),
+    "grouped, untied": ModelConfig(
+        64,
+        160,
+        3,
+        4,
+        99,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        **MULTIPLIERS,
+    ),
+    "multi-head, tied": ModelConfig(96, 256, 2, 6, 120, max_position_embeddings=64, **MULTIPLIERS),
+    "multi-head, untied": ModelConfig(
+        48,
+        64,
+        5,
+        3,
+        50,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        rope_theta=500.0,
+        **MULTIPLIERS,
+    ),
+    "no multipliers": ModelConfig(
+        64, 160, 3, 4, 99, num_key_value_heads=2, max_position_embeddings=64, init_std=0.1
+    ),
+}
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    model = Decoder(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones would hide a norm that is not applied
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def make_ids(config: ModelConfig, batch: int = 2, tokens: int = 17) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def granite(model: Decoder) -> torch.nn.Module:
+    """The same weights in transformers' Granite, which has all of MiniCPM's multipliers."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = model.config
+    reference = GraniteForCausalLM(
+        GraniteConfig(
+            **huggingface_shape(config),
+            embedding_multiplier=config.scale_emb,
+            residual_multiplier=config.residual_scale,
+            attention_multiplier=1 / math.sqrt(config.head_dim),
+            logits_scaling=config.width_ratio,
+        )
+    )
+    return with_weights(reference, model)
+
+
+def llama(model: Decoder) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return with_weights(LlamaForCausalLM(LlamaConfig(**huggingface_shape(model.config))), model)
+
+
+def huggingface_shape(config: ModelConfig) -> dict:
+    return dict(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+
+
+def with_weights(reference: torch.nn.Module, model: Decoder) -> torch.nn.Module:
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()
+    }
+    reference.load_state_dict(weights)
+    return reference.eval()
+
+
+def run_cached(model: Decoder, ids: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    """Logits from feeding the ids in pieces, split at the cuts."""
+    cache = KVCache(model.config.max_position_embeddings)
+    return torch.cat([model(piece, cache) for piece in ids.tensor_split(cuts, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_equal_to_granite(name):
+    model = make_model(CONFIGS[name])
+    ids = make_ids(model.config)
+    reference = granite(model)(ids).logits
+    assert_close(model(ids), reference, atol=1e-5, rtol=1e-5)
+    assert_close(run_cached(model, ids, [9, 10, 14]), reference, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cached_steps_equal_granite_with_its_own_cache():
+    from transformers import DynamicCache
+
+    model = make_model(CONFIGS["grouped, tied"])
+    ids, reference = make_ids(model.config, tokens=8), granite(model)
+    cache, theirs = KVCache(8), DynamicCache()
+    for token in ids.split(1, dim=1):
+        assert_close(
+            model(token, cache), reference(token, past_key_values=theirs).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_gradients_equal_granite():
+    model = make_model(CONFIGS["grouped, tied"])
+    reference, ids = granite(model), make_ids(model.config)
+    for each in (lambda: model(ids), lambda: reference(ids).logits):
+        each().square().mean().backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, theirs[f"model.{name}"].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+# Wrong decoders that people really write. Each must differ from the reference by far more than rounding.
+
+
+def interleaved_rotary(x, cos, sin):
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def scale_by_head_dim(query, key, value):
+    return dense_attention(query / query.shape[-1] ** 0.5, key, value)
+
+
+def groups_in_the_wrong_order(query, key, value):
+    groups = query.shape[1] // key.shape[1]
+    return dense_attention(query, key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1))
+
+
+def not_causal(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+WRONG = {
+    "interleaved rotary": lambda m, patch: patch.setattr(decoder, "apply_rotary", interleaved_rotary),
+    "scale 1/head_dim": lambda m, patch: set_attention(m, scale_by_head_dim),
+    "groups repeated, not interleaved": lambda m, patch: set_attention(m, groups_in_the_wrong_order),
+    "not causal": lambda m, patch: set_attention(m, not_causal),
+    "residual scale with 2L": lambda m, patch: [setattr(b, "residual_scale", 1.4 / 6**0.5) for b in m.layers],
+    "no scale_emb": lambda m, patch: setattr(m, "config", replace(m.config, scale_emb=1.0)),
+    "logits not divided": lambda m, patch: setattr(m, "config", replace(m.config, dim_model_base=None)),
+    "other rope base": lambda m, patch: setattr(m, "config", replace(m.config, rope_theta=5_000.0)),
+}
+
+
+def set_attention(model, function):
+    for block in model.layers:
+        block.self_attn.attention = function
+
+
+@pytest.mark.parametrize("name", WRONG)
+@torch.no_grad()
+def test_wrong_decoders_are_told_apart(name, monkeypatch):
+    model = make_model(CONFIGS["grouped, tied"])
+    ids = make_ids(model.config)
+    reference = granite(model)(ids).logits
+    WRONG[name](model, monkeypatch)
+    assert (model(ids) - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_fold_to_llama(name):
+    model = make_model(CONFIGS[name])
+    ids = make_ids(model.config)
+    folded = fold_to_llama(model)
+    assert (folded.config.scale_emb, folded.config.residual_scale, folded.config.width_ratio) == (1, 1, 1)
+    assert_close(folded(ids), model(ids), atol=2e-5, rtol=1e-5)
+    assert_close(llama(folded)(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+
+
+def test_only_plain_decoders_fold():
+    with pytest.raises(ValueError, match="latent attention"), torch.device("meta"):
+        fold_to_llama(Decoder(load_config("minicpm3-4b")))
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, 16), max_size=4, unique=True).map(sorted), batch=st.integers(1, 3))
+@torch.no_grad()
+def test_cached_equals_uncached_however_the_ids_are_cut(cuts, batch):
+    model = make_model(CONFIGS["grouped, untied"])
+    ids = make_ids(model.config, batch)
+    assert_close(run_cached(model, ids, cuts), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_later_tokens_change_nothing_before_them():
+    model = make_model(CONFIGS["grouped, tied"])
+    ids = make_ids(model.config)
+    changed = ids.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % model.config.vocab_size
+    assert_close(model(changed)[:, :10], model(ids)[:, :10], atol=0, rtol=0)
+    assert not torch.allclose(model(changed)[:, 10:], model(ids)[:, 10:])
+
+
+def test_rms_norm_of_a_vector_known_by_hand():
+    norm = RMSNorm(2, eps=0.0)
+    assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / math.sqrt(12.5))
+
+
+def test_rms_norm_keeps_its_statistics_in_float32():
+    x = torch.full((4096,), 300.0, dtype=torch.bfloat16)  # the sum of squares has no place in 8 bits
+    assert_close(RMSNorm(4096, eps=0.0).bfloat16()(x), torch.ones(4096, dtype=torch.bfloat16))
+
+
+@settings(max_examples=50, deadline=None)
+@given(position=st.integers(0, 30_000), shift=st.integers(0, 2_000), distance=st.integers(0, 200))
+def test_rotated_products_depend_on_distance_only(position, shift, distance):
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+
+    def product(at):
+        cos, sin = rotary_angles(torch.tensor([at, at + distance]), 16, 10_000.0)
+        return (apply_rotary(k, cos[:1], sin[:1]) * apply_rotary(q, cos[1:], sin[1:])).sum()
+
+    assert_close(product(position), product(position + shift), atol=2e-2, rtol=0)
+
+
+def test_rotary_keeps_lengths_and_starts_at_the_identity():
+    x = torch.randn(1, 2, 3, 8)
+    turned = apply_rotary(x, *rotary_angles(torch.arange(3), 8, 10_000.0))
+    assert_close(turned[:, :, 0], x[:, :, 0])
+    assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rotary_of_a_pair_known_by_hand():
+    cos, sin = rotary_angles(torch.tensor([1]), 4, 100.0)  # pair 0 turns by 1, pair 1 by 100^(-1/2) = 0.1
+    turned = apply_rotary(torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]]), cos, sin)
+    expected = torch.tensor([math.cos(1), math.cos(0.1), math.sin(1), math.sin(0.1)])
+    assert_close(turned.flatten(), expected)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 5), (3, 8)])
+def test_attention_equals_the_obvious_loop(queries, keys):
+    heads, kv_heads, dim = 6, 2, 8
+    q, k, v = (
+        torch.randn(2, heads, queries, dim),
+        torch.randn(2, kv_heads, keys, dim),
+        torch.randn(2, kv_heads, keys, dim),
+    )
+    expected = torch.empty_like(q)
+    for head in range(heads):
+        for i in range(queries):
+            seen = keys - queries + i + 1
+            kv = head // (heads // kv_heads)
+            scores = torch.einsum("bd,bsd->bs", q[:, head, i], k[:, kv, :seen]) / math.sqrt(dim)
+            expected[:, head, i] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, kv, :seen])
+    assert_close(dense_attention(q, k, v), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_initial_weights_follow_table_7():
+    config = ModelConfig(256, 640, 2, 4, 500, tie_word_embeddings=False, dim_model_base=64, init_std=0.1)
+    torch.manual_seed(0)
+    model = Decoder(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert bool((parameter == 1).all())
+        else:
+            table = name.startswith(("embed_tokens", "lm_head"))
+            assert parameter.std().item() == pytest.approx(0.1 if table else 0.05, rel=0.02)
+
+
+def test_tied_tables_are_one_tensor():
+    tied, untied = (Decoder(CONFIGS[f"grouped, {kind}"]) for kind in ("tied", "untied"))
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.embed_tokens.weight
+
+
+def test_cache_takes_the_promised_bytes():
+    config = CONFIGS["grouped, tied"]
+    cache = KVCache(32)
+    Decoder(config)(make_ids(config, batch=1, tokens=3), cache)
+    assert cache.length == 3
+    assert (
+        cache.nbytes == 32 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), "ids holds no token"),
+        (
+            lambda m: m(torch.zeros(1, 65, dtype=torch.long)),
+            "65 tokens were given, but the model was made for 64",
+        ),
+        (lambda m: m(torch.zeros(1, 5, dtype=torch.long), KVCache(4)), "room for 4 tokens and would need 5"),
+        (lambda m: KVCache(0), "max_length is 0"),
+    ],
+)
+def test_impossible_lengths_get_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(Decoder(CONFIGS["grouped, tied"]))
+
+
+def test_a_cache_serves_one_batch_size():
+    model, cache = Decoder(CONFIGS["grouped, tied"]), KVCache(8)
+    model(torch.zeros(2, 1, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="batches of 2 and now gets 1"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+def test_a_strange_token_id_is_refused():
+    with pytest.raises(IndexError):
+        Decoder(CONFIGS["grouped, tied"])(torch.tensor([[99]]))
