@@ -61,7 +61,7 @@ def inspect(
         path: the page, relative to the site.
         site: the folder that is served.
         size: a key of ``SIZES``.
-        schemes: the page is opened in the first colour scheme and then switched to the others.
+        schemes: colour schemes; everything is looked at in the first, the colours also in the others.
     """
     problems: list[str] = []
 
@@ -83,10 +83,7 @@ def inspect(
     page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
     width, height = SIZES[size]
     page.set_viewport_size({"width": width, "height": height})
-    page.emulate_media(color_scheme=schemes[0])
-    page.goto(base + path)
-    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
-    page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
+    show(page, base + path, schemes[0])
     found = page.evaluate(LOOK)
     problems += [
         f"raw markup on the page: {m.group()!r}" for text in found["text"] for m in RAW_MARKUP.finditer(text)
@@ -99,10 +96,20 @@ def inspect(
     if found["scroll"] > 0:
         problems.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
     problems += [f"{schemes[0]}: {problem}" for problem in accessibility(page)]
-    for scheme in schemes[1:]:
-        page.emulate_media(color_scheme=scheme)
+    for scheme in schemes[1:]:  # only colours differ
+        show(page, base + path, scheme)
         problems += [f"{scheme}: {problem}" for problem in accessibility(page, ["color-contrast"])]
     return [f"{size}: {problem}" for problem in dict.fromkeys(problems)]
+
+
+def show(page: Page, address: str, scheme: str) -> None:
+    """Open an address in a colour scheme and wait until it is finished: mathematics, fonts, no transition."""
+    page.emulate_media(color_scheme=scheme)
+    page.goto(address)
+    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
+    page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
+    theme = page.evaluate("document.documentElement.dataset.theme")
+    assert theme in (None, scheme), f"{address} shows its {theme} theme to a reader who asks for {scheme}."
 
 
 def broken_links(links: list[str], base: str, site: Path) -> list[str]:

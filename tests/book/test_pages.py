@@ -3,7 +3,6 @@
 The book is built by `make book`; these tests open what it wrote into `_build/html`.
 """
 
-
 import pytest
 from conftest import ROOT
 from page_checks import broken_links, inspect
@@ -46,7 +45,7 @@ def site(serve) -> str:
 @pytest.mark.parametrize("path", built_pages() or ["book/intro.html"])
 def test_page_is_sound(path, site, context):
     problems = []
-    # Each width is opened fresh in one colour scheme and then switched to the other, as a reader does.
+    # Four views; what does not depend on colour is looked at once for each width.
     for size, schemes in (("desktop", ("light", "dark")), ("phone", ("dark", "light"))):
         page = context.new_page()
         problems += inspect(page, site, path, SITE, size, schemes)
