@@ -17,10 +17,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.profiler import profile
-from transformers import GraniteConfig, GraniteForCausalLM
 
 from minicpm_lite import ModelConfig, load_config
 from minicpm_lite.language.decoder import Decoder, KVCache
+from minicpm_lite.optional import require
 from minicpm_lite.runtime import seed_everything, tune_cpu
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
 from minicpm_lite.training.wsd import WSD
@@ -34,9 +34,10 @@ SHAPES = {
 
 def transformers_twin(model: Decoder) -> nn.Module:
     """The same weights in transformers' Granite, whose graph has MiniCPM's multipliers."""
+    transformers = require("transformers", install="minicpm_lite[parity]", purpose="compare with it")
     config = model.config
-    twin = GraniteForCausalLM(
-        GraniteConfig(
+    twin = transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_hidden_layers,
@@ -132,7 +133,7 @@ def decode(new_tokens: int = 96) -> None:
         )
         speed, reference = new_tokens / ours, new_tokens / hugging_face
         print(
-            f"  {name:8} minicpm_lite {speed:7,.0f} tokens/s = {speed / reference:.2f} x transformers.generate"
+            f"  {name:8} minicpm_lite {speed:7,.0f} tokens/s = {speed / reference:.2f} x generate()"
         )
         print(f"  {'':8} transformers {reference:7,.0f} tokens/s")
 

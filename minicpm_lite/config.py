@@ -113,7 +113,7 @@ class ModelConfig:
         rotated = self.latent_attention.qk_rope_head_dim if self.latent_attention else self.head_dim
         if rotated % 2:
             raise ValueError(
-                f"The rotated part of a head is {rotated} wide; rotary embedding turns pairs, so make it even."
+                f"The rotated part of a head is {rotated} wide; rotation is of pairs, so make it even."
             )
         if self.mixture and not 0 < self.mixture.num_experts_per_token <= self.mixture.num_experts:
             raise ValueError(

