@@ -47,7 +47,9 @@ def context():
         browser = launch(playwright)
         if browser is None:
             pytest.fail(MISSING, pytrace=False)
-        yield browser.new_context(service_workers="block")
+        context = browser.new_context(service_workers="block")
+        context.set_default_timeout(120_000)  # a busy machine is slow, which is no fault of the page
+        yield context
         browser.close()
 
 
