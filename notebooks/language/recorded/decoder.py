@@ -1,4 +1,6 @@
-"""The recorded runs of the decoder chapter: `python notebooks/language/recorded/decoder.py`, about 15 minutes on 2 cores.
+"""The recorded runs of the decoder chapter, about 15 minutes on 2 cores.
+
+Run them with `python notebooks/language/recorded/decoder.py`.
 
 Two workers with one thread each train on Austen:
 
@@ -136,14 +138,19 @@ def measure_speed(rounds: int = 7, training_steps: int = 6, new_tokens: int = 64
         for name, run in runs.items():
             before = time.perf_counter()
             run.train(run.step + training_steps, progress=False)
-            seconds[name]["training"].append((time.perf_counter() - before) / training_steps / run.config.batch_tokens)
+            seconds[name]["training"].append(
+                (time.perf_counter() - before) / training_steps / run.config.batch_tokens
+            )
             before = time.perf_counter()
             sample(run.model, PROMPT, new_tokens, temperature=1.0, seed=0)
             seconds[name]["decoding"].append((time.perf_counter() - before) / new_tokens)
     rates = {
-        name: {kind: {"median": 1 / median(each), "low": 1 / max(each), "high": 1 / min(each)} for kind, each in kinds.items()}
+        name: {
+            kind: {"median": 1 / median(each), "low": 1 / max(each), "high": 1 / min(each)}
+            for kind, each in kinds.items()
+        }
         for name, kinds in seconds.items()
-    }  # fmt: skip
+    }
     return {"tokens_per_second": rates, "seconds": time.perf_counter() - start}
 
 
@@ -195,7 +202,10 @@ def tune(pool: ProcessPoolExecutor) -> dict[str, float]:
     while True:
         jobs = {(shape, rate): Job(shape, rate, TUNING_SEED) for shape in SHAPES for rate in rates[shape]}
         runs = run_all(list(jobs.values()), pool)
-        best = {shape: min(rates[shape], key=lambda rate: runs[jobs[shape, rate].name]["loss"]) for shape in SHAPES}
+        best = {
+            shape: min(rates[shape], key=lambda rate: runs[jobs[shape, rate].name]["loss"])
+            for shape in SHAPES
+        }
         edges = [shape for shape in SHAPES if best[shape] in (min(rates[shape]), max(rates[shape]))]
         if not edges:
             return best
