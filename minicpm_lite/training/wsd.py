@@ -33,7 +33,7 @@ DecayForm = Literal["exponential", "linear", "cosine", "sqrt"]
 
 
 class Schedule:
-    """A learning rate for each step: ``schedule(step)``; in a torch loop ``schedule.scheduler(optimizer)``."""
+    """A rate for each step: ``schedule(step)``, or in a torch loop ``schedule.scheduler(optimizer)``."""
 
     peak_lr: float
     total_steps: int
