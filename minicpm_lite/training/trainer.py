@@ -186,8 +186,10 @@ class Trainer:
 
         A stable run of WSD is decayed this way, as often as one likes.
         """
-        other = Trainer(copy.deepcopy(self.model), self.batches.tokens, schedule, self.config)
-        other.step, other.losses, other.grad_norms = self.step, list(self.losses), list(self.grad_norms)
+        model = copy.deepcopy(self.model)
+        other = Trainer(model, self.batches.tokens, schedule, self.config)
+        other.step = self.step
+        other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
 

@@ -121,7 +121,8 @@ class WSD(Schedule):
             return self.peak_lr * step / self.warmup_steps
         if step <= self.decay_start or self.decay_steps == 0:
             return self.peak_lr
-        return self.peak_lr * self._decay(min((step - self.decay_start) / self.decay_steps, 1.0))
+        progress = (step - self.decay_start) / self.decay_steps
+        return self.peak_lr * self._decay(min(progress, 1.0))
 
     def _decay(self, progress: float) -> float:
         """f, from 1 at progress 0 to final_ratio at progress 1."""

@@ -1,4 +1,4 @@
-"""The recorded runs of the WSD chapter: `python notebooks/training/recorded/wsd.py`, under an hour on 2 cores.
+"""The recorded runs of the WSD chapter, about an hour on 2 cores: python notebooks/training/recorded/wsd.py
 
 Two workers with one thread each train the model `lite-1m` on Austen. Every job is one stable run with its
 decays, or one cosine run. Results go to `wsd.json` beside this file after each job; a run that is stopped
@@ -162,7 +162,7 @@ def rounded(value):
 
 
 def tune(pool: ProcessPoolExecutor) -> tuple[float, dict[int, float]]:
-    """The best peak rate of WSD (one for all budgets) and of the cosine of each budget, on the tuning seed."""
+    """On the tuning seed: WSD's best peak rate, one for all budgets, and each cosine budget's best."""
     cases = [("wsd", None)] + [("cosine", budget) for budget in BUDGETS]
     rates = {case: list(FIRST_RATES) for case in cases}
     while True:
