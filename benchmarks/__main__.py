@@ -86,8 +86,9 @@ def twin_step(run: Trainer) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
-        ids = run.batches(0)
-        twin(input_ids=ids, labels=ids).loss.backward()
+        window = run.batches(0)
+        logits = twin(input_ids=window[:, :-1]).logits
+        nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -132,9 +133,7 @@ def decode(new_tokens: int = 96) -> None:
             ),
         )
         speed, reference = new_tokens / ours, new_tokens / hugging_face
-        print(
-            f"  {name:8} minicpm_lite {speed:7,.0f} tokens/s = {speed / reference:.2f} x generate()"
-        )
+        print(f"  {name:8} minicpm_lite {speed:7,.0f} tokens/s = {speed / reference:.2f} x generate()")
         print(f"  {'':8} transformers {reference:7,.0f} tokens/s")
 
 

@@ -6,7 +6,8 @@ Each file in ``configs/`` describes one model: a ``model`` block (this dataclass
 the released ``config.json`` files, so that a reader finds them there again.
 """
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -25,6 +26,10 @@ class LatentAttentionConfig:
     qk_rope_head_dim: int
     v_head_dim: int
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            require_positive_integer(field.name, getattr(self, field.name))
+
 
 @dataclass(frozen=True)
 class MixtureConfig:
@@ -33,10 +38,22 @@ class MixtureConfig:
     num_experts: int
     num_experts_per_token: int
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            require_positive_integer(field.name, getattr(self, field.name))
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"A token visits {self.num_experts_per_token} of {self.num_experts} experts; "
+                "num_experts_per_token must lie between 1 and num_experts."
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a MiniCPM decoder. With the three multipliers left out it is a Llama.
+
+    Fields that are left out and follow from others (``num_key_value_heads``, ``head_dim``) are filled in at
+    once. So `dataclasses.replace` keeps them: give them anew, or as None, when the heads or the width change.
 
     Attributes:
         hidden_size: width of the residual stream, "d".
@@ -90,12 +107,12 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for size in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
-            _positive_integer(size, getattr(self, size))
+            require_positive_integer(size, getattr(self, size))
         for factor in ("rope_theta", "rms_norm_eps", "scale_emb", "init_std"):
-            _positive_number(factor, getattr(self, factor))
+            require_positive_number(factor, getattr(self, factor))
         for factor in ("scale_depth", "dim_model_base"):
             if getattr(self, factor) is not None:
-                _positive_number(factor, getattr(self, factor))
+                require_positive_number(factor, getattr(self, factor))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads} and num_key_value_heads is "
@@ -109,17 +126,14 @@ class ModelConfig:
                     "attention heads. Choose a divisor for num_attention_heads, or give head_dim."
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _positive_integer("head_dim", self.head_dim)
+        require_positive_integer("head_dim", self.head_dim)
         rotated = self.latent_attention.qk_rope_head_dim if self.latent_attention else self.head_dim
         if rotated % 2:
             raise ValueError(
                 f"The rotated part of a head is {rotated} wide; rotation is of pairs, so make it even."
             )
-        if self.mixture and not 0 < self.mixture.num_experts_per_token <= self.mixture.num_experts:
-            raise ValueError(
-                f"A token visits {self.mixture.num_experts_per_token} of {self.mixture.num_experts} experts; "
-                "num_experts_per_token must lie between 1 and num_experts."
-            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false.")
 
     @property
     def residual_scale(self) -> float:
@@ -148,6 +162,11 @@ class TrainingRecipe:
     peak_learning_rate: float | None = None
     decay_half_life_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is not None:
+                require_positive_number(field.name, getattr(self, field.name))
+
 
 def list_configs() -> list[str]:
     """Names of all models that `load_config` knows, sorted.
@@ -168,12 +187,20 @@ def load_config(name: str | Path) -> ModelConfig:
     >>> load_config("minicpm-1.2b").num_hidden_layers
     52
     """
-    block = dict(_block(name, "model"))
-    where = f"The model block of config {str(name)!r}"
+    return model_config(_block(name, "model"), f"The model block of config {str(name)!r}")
+
+
+def model_config(values: dict, where: str = "The model config") -> ModelConfig:
+    """The shape of a model from plain values, such as `dataclasses.asdict` gives or a checkpoint holds.
+
+    Raises:
+        ValueError: an unknown or missing field, or a value that cannot be; ``where`` says whose.
+    """
+    values = dict(values)
     for field, kind in (("latent_attention", LatentAttentionConfig), ("mixture", MixtureConfig)):
-        if block.get(field) is not None:
-            block[field] = _build(kind, block[field], f"{where}, {field},")
-    return _build(ModelConfig, block, where)
+        if values.get(field) is not None:
+            values[field] = _build(kind, values[field], f"{where}, {field},")
+    return _build(ModelConfig, values, where)
 
 
 def load_recipe(name: str | Path) -> TrainingRecipe:
@@ -189,14 +216,19 @@ def load_recipe(name: str | Path) -> TrainingRecipe:
 
 
 def _block(name: str | Path, block: str) -> dict:
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else _CONFIGS / f"{name}.yaml"
-    if not path.is_file():
+    if str(name).endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"There is no file {path}.")
+    elif name in list_configs():
+        path = _CONFIGS / f"{name}.yaml"
+    else:
         near = get_close_matches(str(name).lower(), list_configs(), n=3, cutoff=0.3)
         known = f"Did you mean {' or '.join(near)}?" if near else f"Known are: {', '.join(list_configs())}."
         raise ValueError(f"There is no config named {str(name)!r}. {known}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is not valid YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get(block), dict):
         raise ValueError(f"{path.name} has no {block!r} block, so there is none to load.")
@@ -212,17 +244,21 @@ def _build(kind: type, values: dict, where: str):
             near = get_close_matches(str(key), known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(known)}."
             raise ValueError(f"{where} has an unknown field {key!r}. {hint}")
-    try:
-        return kind(**values)
-    except TypeError as error:  # a required field is missing
-        raise ValueError(f"{where} is incomplete: {error}.") from None
+    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
+    if missing:
+        raise ValueError(f"{where} is incomplete: it lacks {', '.join(missing)}.")
+    return kind(**values)
 
 
-def _positive_integer(name: str, value: object) -> None:
+def require_positive_integer(name: str, value: object) -> None:
+    """Refuse what is not a whole number of at least 1, with a sentence that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
 
 
-def _positive_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+def require_positive_number(name: str, value: object) -> None:
+    """Refuse what is not a finite number above 0, with a sentence that names it."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}; expected a number. (YAML reads 1e-5 as text: write 1.0e-5.)")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; expected a number greater than 0.")

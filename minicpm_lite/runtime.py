@@ -27,9 +27,11 @@ def seed_everything(seed: int) -> None:
 
 
 def tune_cpu() -> None:
-    """Set what makes small models slow on a CPU when left alone. Changes speed only; call it once, early.
+    """Set what makes small models slow on a CPU when left alone.
 
-    - Denormal numbers count as zero: Adam's second moments decay into them, where arithmetic is far slower.
+    Call it before the first tensor operation: threads that have already started keep their own setting.
+
+    - Numbers below 1.2e-38 become 0: Adam's second moments decay into them, where arithmetic is far slower.
     - With glibc, freed memory stays with the process. Else every large tensor is mapped and returned anew,
       and on some machines the page faults cost more than the arithmetic.
 

@@ -1,13 +1,13 @@
 """The configs of the family: every file loads, counts are the published ones, bad input gets a sentence."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 import torch
 import yaml
 
 from minicpm_lite import ModelConfig, list_configs, load_config
-from minicpm_lite.config import load_recipe
+from minicpm_lite.config import load_recipe, model_config
 from minicpm_lite.language.decoder import Decoder
 
 RELEASED = {  # non-embedding and total parameters; the first two are Table 2 of arXiv 2404.06395
@@ -98,6 +98,9 @@ def test_recipe_that_was_not_published():
         (dict(scale_depth=-1), "scale_depth is -1; expected a number greater than 0"),
         (dict(rope_theta="high"), "rope_theta is 'high'; expected a number"),
         (dict(dim_model_base=float("nan")), "dim_model_base is nan"),
+        (dict(rope_theta=float("inf")), "rope_theta is inf"),
+        (dict(rms_norm_eps="1e-5"), "YAML reads 1e-5 as text"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; expected true or false"),
     ],
 )
 def test_impossible_shapes_are_refused(change, sentence):
@@ -125,7 +128,12 @@ def test_a_file_of_ones_own(tmp_path):
         ("model: [", "is not valid YAML"),
         ("- 1\n", "has no 'model' block"),
         ("model:\n  mixture: 8\n", "mixture, holds 8"),
-        ("model:\n  mixture: {num_experts: 2, num_experts_per_token: 4}\n", "is incomplete|visits 4 of 2"),
+        ("model:\n  mixture: {num_experts: 2, num_experts_per_token: 4}\n", "visits 4 of 2"),
+        ("model:\n  mixture: {num_experts: 2.5, num_experts_per_token: 1}\n", "num_experts is 2.5"),
+        (
+            "model:\n  latent_attention: {q_lora_rank: 8}\n",
+            "latent_attention, is incomplete: it lacks kv_lora_rank",
+        ),
     ],
 )
 def test_broken_files_are_named_with_their_fault(tmp_path, text, sentence):
@@ -134,8 +142,15 @@ def test_broken_files_are_named_with_their_fault(tmp_path, text, sentence):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(ValueError, match="There is no config named"):
+    with pytest.raises(ValueError, match="There is no file .*none.yaml"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="no config named '../configs/lite-1m'"):
+        load_config("../configs/lite-1m")
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_a_config_comes_back_from_its_plain_values(name):
+    assert model_config(asdict(load_config(name))) == load_config(name)
 
 
 def test_documented_fields_are_the_fields():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minicpm_lite.optional import require
-from minicpm_lite.runtime import seed_everything, tune_cpu
+from minicpm_lite.runtime import seed_everything
 
 
 def draw():
@@ -30,12 +30,15 @@ def test_impossible_seed(seed):
         seed_everything(seed)
 
 
-def test_tuning_changes_no_result():
-    x = torch.randn(64, 64)
-    before = x @ x
-    tune_cpu()
-    tune_cpu()
-    assert torch.equal(x @ x, before)
+def test_tuning_makes_denormals_zero_on_every_thread():
+    """In a process of its own: threads that run already keep their setting."""
+    script = (
+        "import torch; from minicpm_lite.runtime import tune_cpu; tune_cpu(); "
+        "print(int((torch.full((1_000_000,), 1e-30) * 1e-10).count_nonzero()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "0"
+    assert torch.tensor(1e-30) * 1e-10 != 0, "without it, the product is a denormal number"
 
 
 def test_a_missing_package_is_one_sentence():

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..config import require_positive_integer
 from ..language.tokenizer import train_tokenizer
 from .assets import load_austen
 
@@ -17,7 +18,7 @@ _BLOCK_CHARACTERS = 20_000  # about ten pages
 _HELD_OUT_EVERY = 20  # one block in twenty, 5 %, from all over the text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """A text as tokens: a part to train on and a held-out part.
 
@@ -34,12 +35,17 @@ class Corpus:
     bytes_per_token: float
 
 
-@cache
 def load_corpus(vocab_size: int = 1024) -> Corpus:
     """Jane Austen's novels as tokens of a byte-level BPE with ``vocab_size`` entries.
 
-    One block of 20,000 characters in twenty is held out, so the held-out text comes from every novel.
+    One block of 20,000 characters in twenty is held out, so the held-out text comes from every novel. The
+    first call takes a few seconds; the result is remembered.
     """
+    return _load_corpus(vocab_size)
+
+
+@cache
+def _load_corpus(vocab_size: int) -> Corpus:
     text = load_austen()
     blocks = [text[start : start + _BLOCK_CHARACTERS] for start in range(0, len(text), _BLOCK_CHARACTERS)]
     held_out = "".join(blocks[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
@@ -50,13 +56,13 @@ def load_corpus(vocab_size: int = 1024) -> Corpus:
     return Corpus(tokenizer, train, validation, len(held_out.encode()) / len(validation))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenBatches:
     """The batch of each step, as a function of the step alone: a resumed run sees the same data.
 
     Each epoch cuts the stream into windows of ``length`` tokens at a random offset and visits them in random
-    order; both follow from the seed and the epoch's number. A window overlaps the next by one token, so that
-    every token but the first is predicted once.
+    order; both follow from the seed and the epoch's number. A window overlaps the next by one token, so no
+    token is predicted twice in an epoch; fewer than two windows' worth, at the ends, are left out.
 
     Attributes:
         tokens: the stream.
@@ -77,6 +83,8 @@ class TokenBatches:
     seed: int
 
     def __post_init__(self) -> None:
+        require_positive_integer("batch_size", self.batch_size)
+        require_positive_integer("length", self.length)
         if self._windows < 1:
             raise ValueError(
                 f"The stream holds {len(self.tokens)} tokens; windows of {self.length} need at least "
@@ -89,9 +97,11 @@ class TokenBatches:
 
     def __call__(self, step: int) -> Int[Tensor, "batch_size window"]:
         """The windows of a step, counted from 0; each has ``length + 1`` tokens."""
+        if step < 0:
+            raise ValueError(f"The step is {step}; steps are counted from 0.")
         first = step * self.batch_size
         starts = [self._start(index) for index in range(first, first + self.batch_size)]
-        return torch.stack([self.tokens[start : start + self.length + 1] for start in starts])
+        return torch.stack([self.tokens[start : start + self.length + 1] for start in starts]).long()
 
     def _start(self, index: int) -> int:
         epoch, position = divmod(index, self._windows)

@@ -115,21 +115,33 @@ class KVCache:
             layer: index of the block; blocks append in order.
             key: (batch, kv_heads, tokens, head_dim).
             value: (batch, kv_heads, tokens, value_dim).
+
+        Raises:
+            ValueError: gradients are on, or the cache belongs to another batch size or model.
         """
-        end = self.length + key.shape[2]
-        if layer == len(self._layers):
-            self._layers.append(
-                tuple(new.new_empty(*new.shape[:2], self.max_length, new.shape[3]) for new in (key, value))
-            )
-        keys, values = self._layers[layer]
-        if key.shape[0] != keys.shape[0]:
+        if torch.is_grad_enabled() and key.requires_grad:
             raise ValueError(
-                f"The cache was filled with batches of {keys.shape[0]} and now gets {key.shape[0]}; "
-                "use one cache for each batch."
+                "A cache is written in place, so nothing can be trained through it: use torch.no_grad()."
             )
+        end = self.length + key.shape[2]
+        if self.length == 0:  # the first tokens; what a failed call may have left is dropped
+            del self._layers[layer:]
+            self._layers.append((self._room(key), self._room(value)))
+        keys, values = self._layers[layer]
+        for old, new in ((keys, key), (values, value)):
+            if (old.shape[:2], old.shape[3]) != (new.shape[:2], new.shape[3]):
+                raise ValueError(
+                    f"The cache holds (batch, heads, width) of {(*old.shape[:2], old.shape[3])} and now gets "
+                    f"{(*new.shape[:2], new.shape[3])}; use one cache for each batch and model."
+                )
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def _room(self, new: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # so that it can be written in any mode
+            shape = (*new.shape[:2], self.max_length, new.shape[3])
+            return torch.empty(shape, dtype=new.dtype, device=new.device)
 
     @property
     def nbytes(self) -> int:
@@ -230,7 +242,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: AttentionFunction = dense_attention) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer, attention) for layer in range(config.num_hidden_layers)
@@ -256,7 +268,7 @@ class Decoder(nn.Module):
             ValueError: no token, or more tokens than the cache has room for or the model was made for.
         """
         start = 0 if cache is None else cache.length
-        end = start + ids.shape[1]
+        end = start + ids.shape[-1]
         self._refuse_impossible_length(ids, end, cache)
         x = self.embed_tokens(ids) * self.config.scale_emb
         rotary = self._rotary(torch.arange(start, end, device=ids.device))
@@ -277,6 +289,10 @@ class Decoder(nn.Module):
         return rotary_angles(positions, rotated, self.config.rope_theta)
 
     def _refuse_impossible_length(self, ids: Tensor, end: int, cache: KVCache | None) -> None:
+        if ids.ndim != 2:
+            raise ValueError(
+                f"ids has shape {tuple(ids.shape)}; expected (batch, tokens). For one text: ids[None]."
+            )
         if ids.shape[1] == 0:
             raise ValueError("ids holds no token; give at least one, for instance the start token.")
         if end > self.config.max_position_embeddings:
@@ -304,7 +320,8 @@ def fold_to_llama(model: Decoder) -> Decoder:
             + ("latent attention." if config.latent_attention else "a mixture of experts.")
         )
     llama = Decoder(
-        replace(config, scale_emb=1.0, scale_depth=None, dim_model_base=None, tie_word_embeddings=False)
+        replace(config, scale_emb=1.0, scale_depth=None, dim_model_base=None, tie_word_embeddings=False),
+        model.attention,
     ).to(model.embed_tokens.weight)
     llama.load_state_dict(model.state_dict())
     llama.embed_tokens.weight *= config.scale_emb
@@ -312,4 +329,4 @@ def fold_to_llama(model: Decoder) -> Decoder:
     for layer in llama.layers:
         layer.self_attn.o_proj.weight *= config.residual_scale
         layer.mlp.down_proj.weight *= config.residual_scale
-    return llama
+    return llama.train(model.training)

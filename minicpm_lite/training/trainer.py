@@ -6,6 +6,7 @@ and resumed computes the same numbers as one that was not.
 """
 
 import copy
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..config import require_positive_integer, require_positive_number
 from ..data.corpora import TokenBatches
 from ..language.decoder import Decoder
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -26,6 +28,7 @@ from .wsd import Schedule
 __all__ = ["Trainer", "TrainerConfig", "next_token_loss"]
 
 Precision = Literal["float32", "bfloat16"]
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TrainerConfig:
     Attributes:
         batch_size: sequences in a batch.
         sequence_length: tokens predicted in each sequence.
-        weight_decay: of AdamW, on matrices; norms and embeddings are not decayed.
+        weight_decay: of AdamW, on matrices; norms, embeddings and output layer are not decayed.
         betas: of AdamW.
         max_grad_norm: longer gradients are shortened to this norm.
         precision: "bfloat16" computes matrix products in bfloat16; weights and moments stay in float32.
@@ -54,9 +57,11 @@ class TrainerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
+        require_positive_integer("batch_size", self.batch_size)
+        require_positive_integer("sequence_length", self.sequence_length)
+        require_positive_number("max_grad_norm", self.max_grad_norm)
+        if self.weight_decay != 0:
+            require_positive_number("weight_decay", self.weight_decay)
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision is {self.precision!r}; choose {' or '.join(get_args(Precision))}.")
 
@@ -107,6 +112,7 @@ class Trainer:
     ) -> None:
         self.model, self.schedule, self.config = model, schedule, config
         self.batches = TokenBatches(tokens, config.batch_size, config.sequence_length, config.seed)
+        self._refuse_what_cannot_be_trained()
         self._loss = _compiled_loss() if config.compile else next_token_loss
         self.step = 0
         self.losses: list[float] = []
@@ -135,41 +141,53 @@ class Trainer:
 
         Args:
             until: the step to stop at.
-            checkpoint: a file that is replaced every ``checkpoint_every`` steps and at the end.
+            checkpoint: a file that is replaced every ``checkpoint_every`` steps and at the end; its folder is
+                made if need be.
             checkpoint_every: in steps.
             progress: show a bar.
         """
         until = self.schedule.total_steps if until is None else until
+        require_positive_integer("checkpoint_every", checkpoint_every)
+        if checkpoint:
+            Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
         self.model.train()
         bar = tqdm(range(self.step, until), disable=not progress, leave=False, unit="step")
         for _ in bar:
             self._update()
             bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
-            if checkpoint and (self.step % checkpoint_every == 0 or self.step == until):
+            if checkpoint and self.step % checkpoint_every == 0 and self.step < until:
                 self.save(checkpoint)
+        if checkpoint:
+            self.save(checkpoint)
 
     def _update(self) -> None:
+        """One update. Interrupted anywhere before its end, it leaves the run as it was."""
+        step = self.step + 1
         window = self.batches(self.step).to(self._device)
-        self.step += 1
+        self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(self.step)
+            group["lr"] = self.schedule(step)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             loss = self._loss(self.model, window)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"The gradient of step {self.step} is not finite (loss {loss.item():.3g}). The learning rate "
-                f"there is {self.schedule(self.step):.3g}; a lower peak or a longer warm-up usually cures it."
+                f"The gradient of step {step} is not finite (loss {loss.item():.3g}). The learning rate "
+                f"there is {self.schedule(step):.3g}; a lower peak or a longer warm-up usually cures it."
             )
+        loss_now, norm_now = loss.item(), norm.item()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.item())
-        self.grad_norms.append(norm.item())
+        self.step = step
+        self.losses.append(loss_now)
+        self.grad_norms.append(norm_now)
 
     @torch.no_grad()
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
-        """Mean loss over a held-out stream, cut into windows of the training length; in nats a token."""
+        """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
+
+        In float32 whatever the training precision. The model is left as it was, training or not.
+        """
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
         if not starts:
@@ -177,8 +195,10 @@ class Trainer:
                 f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."
             )
         windows = torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device)
+        training = self.model.training
         self.model.eval()
         total = sum(next_token_loss(self.model, part, "sum").item() for part in windows.split(batch_size))
+        self.model.train(training)
         return total / (len(windows) * length)
 
     def branch(self, schedule: Schedule) -> "Trainer":
@@ -206,9 +226,12 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Go on from a file of `save`. Another schedule than the saved run's is allowed: that is a branch.
 
+        Everything is checked before anything is changed.
+
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or foreign, or belongs to another model or trainer config.
+            ValueError: the file is truncated or foreign, belongs to another model, trainer config or text, or
+                lacks a tensor.
         """
         tensors, facts = load_checkpoint(path)
         for part, mine in self._identity().items():
@@ -216,38 +239,72 @@ class Trainer:
             for field in mine:
                 if theirs is None or theirs.get(field) != mine[field]:
                     raise ValueError(
-                        f"{path} belongs to another {part} config: its {field} is "
+                        f"{path} belongs to another {part}: its {field} is "
                         f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
                     )
         parameters = dict(self.model.named_parameters())
-        expected = {f"model.{name}": p.shape for name, p in parameters.items()}
-        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}
+        expected = self._shapes(tensors, facts["step"])
+        found = {name: tensor.shape for name, tensor in tensors.items()}
         if expected != found:
             wrong = sorted(
                 name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
             )
             raise ValueError(
-                f"{path} does not fit this model: {wrong[0]} is missing, extra or of another shape."
+                f"{path} does not fit this run: {wrong[0]} is missing, extra or of another shape."
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
         self.optimizer.state.clear()
         for name, parameter in parameters.items():
-            for moment in ("step", "exp_avg", "exp_avg_sq"):
-                if f"optimizer.{moment}.{name}" in tensors:
-                    self.optimizer.state[parameter][moment] = tensors[f"optimizer.{moment}.{name}"].to(
-                        self._device
-                    )
+            if f"optimizer.step.{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    moment: tensors[f"optimizer.{moment}.{name}"].to(self._device) for moment in _MOMENTS
+                }
         self.step = facts["step"]
         self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
 
+    def _shapes(self, tensors: dict[str, Tensor], step: int) -> dict[str, torch.Size]:
+        """Name and shape of every tensor of a checkpoint; a parameter never used yet has no moments."""
+        shapes = {"losses": torch.Size([step]), "grad_norms": torch.Size([step])}
+        for name, parameter in self.model.named_parameters():
+            shapes[f"model.{name}"] = parameter.shape
+            if any(f"optimizer.{moment}.{name}" in tensors for moment in _MOMENTS) or (
+                step and not self._has_experts
+            ):
+                shapes |= {f"optimizer.{moment}.{name}": parameter.shape for moment in _MOMENTS[1:]}
+                shapes[f"optimizer.step.{name}"] = torch.Size([])
+        return shapes
+
+    @property
+    def _has_experts(self) -> bool:
+        return self.model.config.mixture is not None
+
+    def _refuse_what_cannot_be_trained(self) -> None:
+        config, tokens = self.model.config, self.batches.tokens
+        if int(tokens.max()) >= config.vocab_size or int(tokens.min()) < 0:
+            raise ValueError(
+                f"The text has token ids from {int(tokens.min())} to {int(tokens.max())}; the model knows "
+                f"0 to {config.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
+            )
+        if self.config.sequence_length > config.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length is {self.config.sequence_length}; the model was made for "
+                f"{config.max_position_embeddings} tokens (max_position_embeddings)."
+            )
+        if config.tie_word_embeddings and self.model.lm_head.weight is not self.model.embed_tokens.weight:
+            raise ValueError(
+                "The config ties the embeddings, but this model has two tables. Tie them again: "
+                "model.lm_head.weight = model.embed_tokens.weight."
+            )
+
     def _identity(self) -> dict[str, dict]:
         """What must be the same for a checkpoint to fit; as JSON gives it back."""
-        return {
-            "model": asdict(self.model.config),
-            "trainer": asdict(self.config) | {"betas": list(self.config.betas)},
-        }
+        trainer = asdict(self.config) | {"betas": list(self.config.betas)}
+        del trainer["compile"]  # decides how, not what
+        tokens = self.batches.tokens.cpu().long().contiguous()
+        text = {"tokens": len(tokens), "checksum": zlib.crc32(tokens.numpy().tobytes())}
+        return {"model config": asdict(self.model.config), "trainer config": trainer, "text": text}
 
     @property
     def _device(self) -> torch.device:

@@ -47,6 +47,29 @@ def test_batches_follow_from_seed_and_step_alone():
     assert not torch.equal(make(0)(1), early)
 
 
+def test_epochs_differ_in_order_and_offset():
+    batches = TokenBatches(torch.arange(1000), 1, 10, 0)
+    firsts = [[int(batches(step)[0, 0]) for step in range(99 * epoch, 99 * epoch + 99)] for epoch in range(4)]
+    assert len({tuple(first) for first in firsts}) == 4
+    assert len({min(first) % 10 for first in firsts}) > 1, "the windows begin at other offsets"
+
+
+def test_the_corpus_is_made_once():
+    assert load_corpus() is load_corpus(1024)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(length=0), "length is 0"),
+    ],
+)
+def test_impossible_batches(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TokenBatches(**(dict(tokens=torch.arange(100), batch_size=1, length=8, seed=0) | change))
+
+
 def test_too_short_a_stream():
     with pytest.raises(ValueError, match="holds 10 tokens; windows of 8 need at least 16"):
         TokenBatches(torch.arange(10), 1, 8, 0)

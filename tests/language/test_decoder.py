@@ -212,6 +212,15 @@ def test_fold_to_llama(name):
     assert_close(llama(folded)(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_folding_keeps_attention_and_mode():
+    torch.manual_seed(0)
+    model = Decoder(CONFIGS["grouped, tied"], attention=not_causal).eval()
+    folded, ids = fold_to_llama(model), make_ids(model.config)
+    assert not folded.training
+    assert_close(folded(ids), model(ids), atol=2e-5, rtol=1e-5)
+
+
 def test_only_plain_decoders_fold():
     with pytest.raises(ValueError, match="latent attention"), torch.device("meta"):
         fold_to_llama(Decoder(load_config("minicpm3-4b")))
@@ -308,6 +317,7 @@ def test_tied_tables_are_one_tensor():
     assert untied.lm_head.weight is not untied.embed_tokens.weight
 
 
+@torch.no_grad()
 def test_cache_takes_the_promised_bytes():
     config = CONFIGS["grouped, tied"]
     cache = KVCache(32)
@@ -335,11 +345,41 @@ def test_impossible_lengths_get_a_sentence(call, sentence):
         call(Decoder(CONFIGS["grouped, tied"]))
 
 
-def test_a_cache_serves_one_batch_size():
+@torch.no_grad()
+def test_a_cache_serves_one_batch_and_one_model():
     model, cache = Decoder(CONFIGS["grouped, tied"]), KVCache(8)
     model(torch.zeros(2, 1, dtype=torch.long), cache)
-    with pytest.raises(ValueError, match="batches of 2 and now gets 1"):
+    with pytest.raises(
+        ValueError, match=r"holds \(batch, heads, width\) of \(2, 2, 16\) and now gets \(1, 2, 16\)"
+    ):
         model(torch.zeros(1, 1, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"now gets \(2, 1, 16\)"):
+        Decoder(CONFIGS["grouped, untied"])(torch.zeros(2, 1, dtype=torch.long), cache)
+
+
+def test_a_cache_is_not_trained_through():
+    with pytest.raises(ValueError, match="use torch.no_grad"):
+        Decoder(CONFIGS["grouped, tied"])(torch.zeros(1, 1, dtype=torch.long), KVCache(8))
+
+
+def test_a_cache_may_change_between_inference_mode_and_no_grad():
+    model, cache, ids = make_model(CONFIGS["grouped, tied"]), KVCache(8), torch.arange(6)[None]
+    with torch.inference_mode():
+        first = model(ids[:, :4], cache)
+    with torch.no_grad():
+        assert_close(torch.cat([first, model(ids[:, 4:], cache)], dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_survives_a_call_that_failed():
+    model, cache = make_model(CONFIGS["grouped, tied"]), KVCache(8)
+    failing, calls = model.layers[2].mlp.forward, []
+    model.layers[2].mlp.forward = lambda x: calls.append(x) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(torch.zeros(3, 2, dtype=torch.long), cache)
+    model.layers[2].mlp.forward = failing
+    ids = make_ids(model.config, batch=1, tokens=4)
+    assert_close(model(ids, cache), model(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_a_strange_token_id_is_refused():

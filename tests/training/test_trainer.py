@@ -128,8 +128,9 @@ def test_resume_after_kill_9(tmp_path):
     resumed = make()
     resumed.load(checkpoint)
     assert 0 < resumed.step <= SCHEDULE.total_steps
-    resumed.train(progress=False)
+    resumed.train(checkpoint=checkpoint, progress=False)
     assert_same(resumed, trained())
+    assert list(tmp_path.iterdir()) == [checkpoint], "nothing of the killed process is left"
 
 
 def test_a_branch_leaves_its_trunk_alone():
@@ -235,20 +236,94 @@ def test_checkpoint_of_another_config(tmp_path, other, sentence):
     assert run.step == 0
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight", "losses"])
 @pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
-def test_checkpoint_with_other_tensors(tmp_path, damage):
+def test_checkpoint_with_other_tensors(tmp_path, damage, name):
     path = tmp_path / "run.safetensors"
     trained(2).save(path)
     tensors, facts = load_checkpoint(path)
     if damage == "missing":
-        del tensors["model.norm.weight"]
-    elif damage == "extra":
-        tensors["model.extra"] = torch.zeros(1)
+        del tensors[name]
     else:
-        tensors["model.norm.weight"] = torch.zeros(3)
+        tensors[name + ".extra" if damage == "extra" else name] = torch.zeros(3)
     save_checkpoint(path, tensors, facts)
-    with pytest.raises(ValueError, match="does not fit this model: model.(norm.weight|extra)"):
+    run = make()
+    with pytest.raises(ValueError, match=f"does not fit this run: {name}"):
+        run.load(path)
+    assert_same(run, make())
+
+
+def test_checkpoint_without_moments_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    trained(2).save(path)
+    tensors, facts = load_checkpoint(path)
+    save_checkpoint(path, {n: t for n, t in tensors.items() if not n.startswith("optimizer")}, facts)
+    with pytest.raises(ValueError, match="does not fit this run: optimizer"):
         make().load(path)
+
+
+def test_checkpoint_of_another_text(tmp_path):
+    trained(2).save(tmp_path / "run.safetensors")
+    run = Trainer(Decoder(MODEL), TOKENS.flip(0), SCHEDULE, CONFIG)
+    with pytest.raises(ValueError, match="belongs to another text: its checksum is"):
+        run.load(tmp_path / "run.safetensors")
+
+
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_update_leaves_the_run_as_it_was(monkeypatch, stopped_by):
+    run = trained(10)
+
+    def interrupted():
+        raise stopped_by
+
+    with monkeypatch.context() as patch, pytest.raises(stopped_by):
+        patch.setattr(run.optimizer, "step", interrupted)
+        run.train(progress=False)
+    run.train(progress=False)
+    assert_same(run, trained())
+
+
+def test_evaluation_leaves_the_mode_as_it_was():
+    run = make()
+    for mode in (True, False):
+        run.model.train(mode)
+        run.evaluate(TOKENS)
+        assert run.model.training is mode
+
+
+def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "folder" / "run.safetensors"
+    run = make()
+    run.train(3, checkpoint=path, progress=False)
+    assert load_checkpoint(path)[1]["step"] == 3
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="checkpoint_every is 0"):
+        run.train(5, checkpoint=path, checkpoint_every=0)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "sentence"),
+    [
+        (
+            lambda: Trainer(Decoder(MODEL), TOKENS + 1, SCHEDULE, CONFIG),
+            "ids from 1 to 40; the model knows 0 to 39",
+        ),
+        (
+            lambda: make(config=replace(CONFIG, sequence_length=65)),
+            "sequence_length is 65; the model was made for 64",
+        ),
+    ],
+)
+def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_it()
+
+
+def test_a_model_that_lost_its_tie_is_refused():
+    model = Decoder(MODEL)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="this model has two tables. Tie them again"):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG)
 
 
 def test_nothing_is_lost_when_writing_fails(tmp_path, monkeypatch):
@@ -258,12 +333,11 @@ def test_nothing_is_lost_when_writing_fails(tmp_path, monkeypatch):
     run.save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors, file, metadata):
-        file.write_bytes(b"half")
+    def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minicpm_lite.training.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="run.safetensors could not be written: No space left"):
         run.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -280,6 +354,8 @@ def test_a_run_that_blows_up_says_where():
     [
         (dict(precision="fp8"), "precision is 'fp8'; choose float32 or bfloat16"),
         (dict(batch_size=0), "batch_size is 0"),
+        (dict(max_grad_norm=-1), "max_grad_norm is -1"),
+        (dict(weight_decay=-0.1), "weight_decay is -0.1"),
     ],
 )
 def test_impossible_trainers(change, sentence):

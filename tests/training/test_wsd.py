@@ -110,8 +110,9 @@ def warmup_inside_the_decay(schedule):
 @pytest.mark.parametrize("wrong", [off_by_one, decay_from_the_whole_step, warmup_inside_the_decay])
 def test_wrong_schedules_miss_an_edge(wrong):
     schedule = WSD(0.01, 100, 800, 100)
-    edges = (0, 1, 99, 100, 900, 901, 950, 1000)
-    assert any(wrong(schedule)(step) != pytest.approx(schedule(step), rel=1e-9, abs=1e-15) for step in edges)
+    exact = {0: 0.0, 50: 0.005, 100: 0.01, 900: 0.01, 950: 0.01 * 0.1**0.5, 1000: 0.001}
+    assert all(schedule(step) == pytest.approx(lr, rel=1e-9) for step, lr in exact.items())
+    assert any(wrong(schedule)(step) != pytest.approx(lr, rel=1e-9) for step, lr in exact.items())
 
 
 schedules = st.builds(
