@@ -13,9 +13,15 @@ Each piece leaves plain text beside what it shows, so that a stored output can b
 browser. What it shows works in a live kernel and in a static page, offline, in light and in dark.
 """
 
+import os
+
 import minicpm_lite
 
 from ..optional import require
+
+# Threads that wait should sleep, not spin: spinning is a third faster on an idle machine, but when another
+# program wants a core, training becomes 20 times slower. Read when torch is imported, so it stands first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INSTALL = "minicpm_lite[notebooks]"
 for _module in ("IPython", "ipywidgets", "matplotlib"):
