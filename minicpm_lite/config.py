@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
 _CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -49,6 +50,59 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are changed for texts longer than the model was trained on.
+
+    Attributes:
+        rope_type: "linear" (position interpolation), "dynamic" (NTK-aware, by the length at hand), "yarn",
+            "llama3" or "longrope", as released ``config.json`` files spell them.
+        factor: how many times longer the context becomes. Left out for "longrope": the ratio of the model's
+            ``max_position_embeddings`` to the original one.
+        original_max_position_embeddings: the context before, in tokens.
+        short_factor: "longrope": what each frequency is divided by up to the original context.
+        long_factor: "longrope": what each frequency is divided by beyond it.
+        attention_factor: what cosine and sine are multiplied by. Left out: as the method's paper says.
+        beta_fast: "yarn": pairs that turn more often than this in the original context stay as they are.
+        beta_slow: "yarn": pairs that turn less often than this are interpolated.
+        low_freq_factor: "llama3": the same border as ``beta_slow``.
+        high_freq_factor: "llama3": the same border as ``beta_fast``.
+    """
+
+    rope_type: str
+    original_max_position_embeddings: int
+    factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {', '.join(ROPE_TYPES)}.")
+        require_positive_integer("original_max_position_embeddings", self.original_max_position_embeddings)
+        for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            require_positive_number(name, getattr(self, name))
+        if self.attention_factor is not None:
+            require_positive_number("attention_factor", self.attention_factor)
+        if self.rope_type == "longrope":
+            for name in ("short_factor", "long_factor"):
+                object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+                if not getattr(self, name):
+                    raise ValueError(f'rope_type "longrope" needs {name}: one number for each frequency.')
+                for factor in getattr(self, name):
+                    require_positive_number(f"each {name}", factor)
+        elif self.factor is None:
+            raise ValueError(f'rope_type "{self.rope_type}" needs a factor: how many times longer.')
+        if self.factor is not None:
+            require_positive_number("factor", self.factor)
+            if self.factor < 1:
+                raise ValueError(f"factor is {self.factor}; a context is made longer, so give at least 1.")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a MiniCPM decoder. With the three multipliers left out it is a Llama.
 
@@ -66,6 +120,7 @@ class ModelConfig:
         head_dim: width of one head. Left out: ``hidden_size / num_attention_heads``.
         max_position_embeddings: longest sequence the model was trained for, in tokens.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how the rotary frequencies are changed for longer texts, or None.
         rms_norm_eps: added to the mean square before its root is taken.
         tie_word_embeddings: the output layer uses the embedding table.
         scale_emb: the embeddings are multiplied by this.
@@ -93,6 +148,7 @@ class ModelConfig:
     head_dim: int | None = None
     max_position_embeddings: int = 4096
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     scale_emb: float = 1.0
@@ -127,13 +183,24 @@ class ModelConfig:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         require_positive_integer("head_dim", self.head_dim)
-        rotated = self.latent_attention.qk_rope_head_dim if self.latent_attention else self.head_dim
-        if rotated % 2:
+        if self.rotary_dim % 2:
             raise ValueError(
-                f"The rotated part of a head is {rotated} wide; rotation is of pairs, so make it even."
+                f"The rotated part of a head is {self.rotary_dim} wide; pairs are rotated, so make it even."
             )
+        if self.rope_scaling and self.rope_scaling.rope_type == "longrope":
+            for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor):
+                if len(factors) != self.rotary_dim // 2:
+                    raise ValueError(
+                        f"rope_scaling holds {len(factors)} factors; the rotated part of a head is "
+                        f"{self.rotary_dim} wide and needs {self.rotary_dim // 2}, one for each pair."
+                    )
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false.")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many features of a head are rotated."""
+        return self.latent_attention.qk_rope_head_dim if self.latent_attention else self.head_dim
 
     @property
     def residual_scale(self) -> float:
@@ -197,7 +264,11 @@ def model_config(values: dict, where: str = "The model config") -> ModelConfig:
         ValueError: an unknown or missing field, or a value that cannot be; ``where`` says whose.
     """
     values = dict(values)
-    for field, kind in (("latent_attention", LatentAttentionConfig), ("mixture", MixtureConfig)):
+    for field, kind in (
+        ("latent_attention", LatentAttentionConfig),
+        ("mixture", MixtureConfig),
+        ("rope_scaling", RopeScaling),
+    ):
         if values.get(field) is not None:
             values[field] = _build(kind, values[field], f"{where}, {field},")
     return _build(ModelConfig, values, where)

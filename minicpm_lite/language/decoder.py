@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 
 __all__ = ["Attention", "AttentionFunction", "Block", "Decoder", "FeedForward", "KVCache", "RMSNorm",
-           "apply_rotary", "dense_attention", "fold_to_llama", "rotary_angles"]  # fmt: skip
+           "apply_rotary", "dense_attention", "fold_to_llama", "rotary_angles",
+           "rotary_frequencies"]  # fmt: skip
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From queries (batch, heads, queries, head_dim) and keys and values (batch, kv_heads, keys, head_dim) to
-outputs shaped like the queries. The last query stands at the last key; a query sees no later key."""
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""From queries (batch, heads, queries, head_dim), keys and values (batch, kv_heads, keys, head_dim) and the
+padding (batch,), or None, to outputs shaped like the queries. The last query stands at the last key; a query
+sees no later key, and none of the first ``padding`` keys of its row, which are no text."""
 
 
 class RMSNorm(nn.Module):
@@ -51,92 +53,111 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_angles(
-    positions: Int[Tensor, " tokens"], head_dim: int, theta: float
-) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:
-    """Cosine and sine of each position's angle for each pair of features, in float32.
+def rotary_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
+    """By how many radians a position turns each pair of features: ``theta ** (-2 i / head_dim)``.
 
-    Pair ``i`` turns by ``position * theta ** (-2 i / head_dim)`` radians. Source: Su et al. 2021, RoPE.
+    Source: Su et al. 2021, RoPE.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[:, None] * theta ** (-pairs / head_dim)
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def rotary_angles(
+    positions: Int[Tensor, "*batch tokens"], frequencies: Float[Tensor, " half"]
+) -> tuple[Float[Tensor, "*batch tokens half"], Float[Tensor, "*batch tokens half"]]:
+    """Cosine and sine of each position's angle for each pair of features, in float32."""
+    angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(
     x: Float[Tensor, "batch heads tokens head_dim"],
-    cos: Float[Tensor, "tokens half"],
-    sin: Float[Tensor, "tokens half"],
+    cos: Float[Tensor, "*rows tokens half"],
+    sin: Float[Tensor, "*rows tokens half"],
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    turned = [
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    ]
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def dense_attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
+    padding: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Causal softmax attention in which each key-value head serves a group of query heads.
 
-    The last query stands at the last key, so with a cache the queries are the newest of the keys.
+    The last query stands at the last key, so with a cache the queries are the newest of the keys. The first
+    ``padding`` keys of a row are seen by none but themselves.
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    if queries == 1:  # nothing to mask: the group becomes the query axis, and no key is copied for it
-        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, key, value).view(batch, heads, 1, -1)
     mask = None
-    if queries < keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if padding is not None or 1 < queries < keys:
+        at = torch.arange(keys, device=query.device)
+        mask = at <= at[keys - queries :, None]  # (queries, keys)
+        if padding is not None:
+            # a key that is no text sees itself, for a softmax over nothing is not a number
+            text = (at >= padding[:, None])[:, None, None]  # (batch, 1, 1, keys)
+            mask = mask & (text | (at == at[keys - queries :, None]))
+    if queries == 1:  # the group becomes the query axis, so that no key is copied for it
+        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, key, value, mask).view(batch, heads, 1, -1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
     )
 
 
 class KVCache:
-    """The keys and values of the tokens so far, so that the next token costs one token.
+    """What the layers keep of the tokens so far, so that the next token costs one token.
 
     Room for ``max_length`` tokens is taken once, at the first use of each layer; tokens are written in place.
+
+    Attributes:
+        max_length: tokens there is room for.
+        padding: for each row of the batch, how many tokens at its start are no text (left padding); None: 0.
+        length: tokens stored so far.
+        rotary: cosine and sine of every position there is room for, kept here by the decoder.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, padding: Int[Tensor, " batch"] | None = None) -> None:
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}; a cache needs room for at least 1 token.")
-        self.max_length = max_length
+        self.max_length, self.padding = max_length, padding
         self.length = 0
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self._layers: list[tuple[Tensor, ...]] = []
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the newest tokens of one layer and return all of its keys and values.
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store the newest tokens of one layer and return all of its tokens.
 
         Args:
             layer: index of the block; blocks append in order.
-            key: (batch, kv_heads, tokens, head_dim).
-            value: (batch, kv_heads, tokens, value_dim).
+            new: each (batch, heads, tokens, width); ordinary attention stores a key and a value.
 
         Raises:
             ValueError: gradients are on, or the cache belongs to another batch size or model.
         """
-        if torch.is_grad_enabled() and key.requires_grad:
+        if torch.is_grad_enabled() and new[0].requires_grad:
             raise ValueError(
                 "A cache is written in place, so nothing can be trained through it: use torch.no_grad()."
             )
-        end = self.length + key.shape[2]
+        tokens = new[0].shape[2]
         if self.length == 0:  # the first tokens; what a failed call may have left is dropped
             del self._layers[layer:]
-            self._layers.append((self._room(key), self._room(value)))
-        keys, values = self._layers[layer]
-        for old, new in ((keys, key), (values, value)):
-            if (old.shape[:2], old.shape[3]) != (new.shape[:2], new.shape[3]):
+            self._layers.append(tuple(self._room(each) for each in new))
+        for kept, each in zip(self._layers[layer], new, strict=True):
+            if kept.shape[:2] != each.shape[:2] or kept.shape[3] != each.shape[3]:
                 raise ValueError(
-                    f"The cache holds (batch, heads, width) of {(*old.shape[:2], old.shape[3])} and now gets "
-                    f"{(*new.shape[:2], new.shape[3])}; use one cache for each batch and model."
+                    f"The cache holds (batch, heads, width) of {(*kept.shape[:2], kept.shape[3])} and now "
+                    f"gets {(*each.shape[:2], each.shape[3])}; use one cache for each batch and model."
                 )
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+            kept.narrow(2, self.length, tokens).copy_(each)
+        return tuple(kept.narrow(2, 0, self.length + tokens) for kept in self._layers[layer])
 
     def _room(self, new: Tensor) -> Tensor:
         with torch.inference_mode(False):  # so that it can be written in any mode
@@ -174,9 +195,11 @@ class Attention(nn.Module):
         query = apply_rotary(heads(self.q_proj(x)), *rotary)
         key = apply_rotary(heads(self.k_proj(x)), *rotary)
         value = heads(self.v_proj(x))
+        padding = None
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        out = self.attention(query, key, value)
+            padding = cache.padding
+        out = self.attention(query, key, value, padding)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * head_dim)
 
 
@@ -248,47 +271,71 @@ class Decoder(nn.Module):
             Block(config, layer, attention) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None  # tied: the embedding table is the output layer
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.init_std / config.width_ratio**0.5)
-        for table in (self.embed_tokens, self.lm_head):
-            nn.init.normal_(table.weight, std=config.init_std)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        for table in self.tables:
+            nn.init.normal_(table, std=config.init_std)
 
     def forward(
         self, ids: Int[Tensor, "batch tokens"], cache: KVCache | None = None
     ) -> Float[Tensor, "batch tokens vocab"]:
         """Logits of the next token at each position, in float32.
 
-        With a cache, ``ids`` are the newest tokens only, and the cache keeps their keys and values.
+        With a cache, ``ids`` are the newest tokens only, and the cache keeps their keys and values. Rows of
+        different lengths are padded on the left, and the cache knows by how much (``KVCache.padding``).
 
         Raises:
             ValueError: no token, or more tokens than the cache has room for or the model was made for.
         """
-        start = 0 if cache is None else cache.length
-        end = start + ids.shape[-1]
-        self._refuse_impossible_length(ids, end, cache)
+        self._refuse_impossible_length(ids, cache)
+        rotary = self._rotary(ids, cache)
         x = self.embed_tokens(ids) * self.config.scale_emb
-        rotary = self._rotary(torch.arange(start, end, device=ids.device))
         for layer in self.layers:
             x = layer(x, rotary, cache)
         if cache is not None:
-            cache.length = end
-        return self.lm_head(self.norm(x) / self.config.width_ratio).float()
+            cache.length += ids.shape[1]
+        x = self.norm(x) / self.config.width_ratio
+        logits = F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return logits.float()
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """The embedding table and, unless it is tied, the table of the output layer."""
+        return [self.embed_tokens.weight] + ([] if self.lm_head is None else [self.lm_head.weight])
 
     def num_parameters(self, embeddings: bool = False) -> int:
         """Number of parameters; without ``embeddings``, neither the table nor the output layer counts."""
-        tables = {id(self.embed_tokens.weight), id(self.lm_head.weight)}
+        tables = {id(table) for table in self.tables}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        latent = self.config.latent_attention
-        rotated = latent.qk_rope_head_dim if latent else self.config.head_dim
-        return rotary_angles(positions, rotated, self.config.rope_theta)
+    def _rotary(self, ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the positions of ``ids``; with a cache they are computed once for all of it."""
+        if cache is None:
+            return self._rotary_angles(torch.arange(ids.shape[1], device=ids.device))
+        if cache.rotary is None:
+            positions = torch.arange(cache.max_length, device=ids.device)
+            if cache.padding is not None:  # a row begins where its text begins
+                positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)
+            cache.rotary = self._rotary_angles(positions)
+        return tuple(angles.narrow(-2, cache.length, ids.shape[1]) for angles in cache.rotary)
 
-    def _refuse_impossible_length(self, ids: Tensor, end: int, cache: KVCache | None) -> None:
+    def _rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        config, magnitude = self.config, 1.0
+        if config.rope_scaling is None:
+            frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta)
+        else:
+            from .long_context import scaled_frequencies  # here, because that file builds on this one
+
+            frequencies, magnitude = scaled_frequencies(config, length=positions.shape[-1])
+        cos, sin = rotary_angles(positions, frequencies.to(positions.device))
+        return cos * magnitude, sin * magnitude
+
+    def _refuse_impossible_length(self, ids: Tensor, cache: KVCache | None) -> None:
+        end = ids.shape[-1] + (0 if cache is None else cache.length)
         if ids.ndim != 2:
             raise ValueError(
                 f"ids has shape {tuple(ids.shape)}; expected (batch, tokens). For one text: ids[None]."
@@ -323,7 +370,7 @@ def fold_to_llama(model: Decoder) -> Decoder:
         replace(config, scale_emb=1.0, scale_depth=None, dim_model_base=None, tie_word_embeddings=False),
         model.attention,
     ).to(model.embed_tokens.weight)
-    llama.load_state_dict(model.state_dict())
+    llama.load_state_dict({"lm_head.weight": model.embed_tokens.weight} | model.state_dict())
     llama.embed_tokens.weight *= config.scale_emb
     llama.lm_head.weight /= config.width_ratio
     for layer in llama.layers:

@@ -7,11 +7,21 @@
 
 Source: MiniCPM3 as released (``MiniCPM3ForCausalLM``); the idea is DeepSeek-V2's. The scale is
 1/sqrt(qk_nope_head_dim + qk_rope_head_dim), and the two inner norms use their own epsilon of 1e-6 whatever
-the config says. This is the naive form, which caches the expanded keys and values.
+the config says.
+
+Two forms compute the same. The naive form expands keys and values of every token. The absorbed form moves the
+expansion into the query and behind the sum, so that attention reads the latents as they are:
+
+    score = (W_k^T q) . c + q_rot . k_rot       instead of   q . (W_k c) + q_rot . k_rot
+    out   = W_v (sum of weights * c)            instead of   sum of weights * (W_v c)
+
+That is attention with one key-value head as wide as the latent. For many queries at once the naive form is
+cheaper, since its heads are narrower; for one query over a long cache the absorbed form is. Either way the
+cache holds the normed latent and the rotated key, kv_lora_rank + qk_rope_head_dim values a token and layer.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -45,23 +55,55 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], cache: KVCache | None
     ) -> Float[Tensor, "batch tokens d"]:
-        sizes = self.sizes
-
-        def heads(features: Tensor) -> Tensor:  # (batch, tokens, heads * dim) -> (batch, heads, tokens, dim)
-            return features.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        query = heads(self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))))
-        query, query_rotated = query.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
-        latent, key_rotated = self.kv_a_proj_with_mqa(x).split(
+        sizes, padding = self.sizes, None
+        query, query_rotated = self._heads(self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))).split(
+            [sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1
+        )
+        latent, key_rotated = self.kv_a_proj_with_mqa(x)[:, None].split(
             [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
         )
-        key, value = heads(self.kv_b_proj(self.kv_a_layernorm(latent))).split(
+        latent = torch.cat([self.kv_a_layernorm(latent), apply_rotary(key_rotated, *rotary)], dim=-1)
+        if cache is not None:
+            (latent,) = cache.append(self.layer, latent)
+            padding = cache.padding
+        form = self.absorbed if x.shape[1] == 1 else self.naive
+        out = form(query, apply_rotary(query_rotated, *rotary), latent, padding)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * v_head_dim)
+
+    def naive(
+        self,
+        query: Float[Tensor, "batch heads queries nope"],
+        query_rotated: Float[Tensor, "batch heads queries rope"],
+        latent: Float[Tensor, "batch 1 keys latent_and_rope"],
+        padding: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch heads queries v_head_dim"]:
+        """Attention over keys and values that are expanded from the latents, for every head."""
+        sizes = self.sizes
+        latent, key_rotated = latent.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
+        key, value = self._heads(self.kv_b_proj(latent[:, 0])).split(
             [sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1
         )
-        query_rotated = apply_rotary(query_rotated, *rotary)
-        key_rotated = apply_rotary(key_rotated[:, None], *rotary).expand(-1, self.heads, -1, -1)
-        query, key = torch.cat([query, query_rotated], dim=-1), torch.cat([key, key_rotated], dim=-1)
-        if cache is not None:
-            key, value = cache.append(self.layer, key, value)
-        out = self.attention(query, key, value)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * v_head_dim)
+        key = torch.cat([key, key_rotated.expand(-1, self.heads, -1, -1)], dim=-1)
+        return self.attention(torch.cat([query, query_rotated], dim=-1), key, value, padding)
+
+    def absorbed(
+        self,
+        query: Float[Tensor, "batch heads queries nope"],
+        query_rotated: Float[Tensor, "batch heads queries rope"],
+        latent: Float[Tensor, "batch 1 keys latent_and_rope"],
+        padding: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch heads queries v_head_dim"]:
+        """Attention over the latents themselves; what expands them is applied to the query and the sum."""
+        sizes = self.sizes
+        expand_key, expand_value = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
+            [sizes.qk_nope_head_dim, sizes.v_head_dim], dim=1
+        )  # (heads, nope, latent), (heads, v_head_dim, latent)
+        joint = torch.cat([query @ expand_key, query_rotated], dim=-1)
+        # Attention divides by the root of the width it sees; the scale of MLA is that of a naive head.
+        joint = joint * (joint.shape[-1] / (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)) ** 0.5
+        out = self.attention(joint, latent, latent[..., : sizes.kv_lora_rank], padding)
+        return out @ expand_value.mT  # (batch, heads, queries, latent) -> (..., v_head_dim)
+
+    def _heads(self, features: Tensor) -> Tensor:
+        """(batch, tokens, heads * width) -> (batch, heads, tokens, width)"""
+        return features.unflatten(-1, (self.heads, -1)).transpose(1, 2)

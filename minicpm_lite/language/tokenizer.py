@@ -1,12 +1,289 @@
-"""Byte-level BPE for the book's small models, trained by the `tokenizers` package."""
+"""Byte-level BPE: text as numbers, from scratch, and the fast path by the `tokenizers` package.
 
+BPE joins the most frequent pair of neighbouring symbols, again and again (Sennrich et al. 2016). Here the
+first symbols are the 256 bytes, as in GPT-2: any text can be written, and no token means "unknown".
+
+`BytePairTokenizer` is written to be read and equals `tokenizers` (``BpeTrainer``, ``ByteLevel``) in every
+merge and every id. `train_tokenizer` calls that package, for the book's small models.
+
+Choices and traps:
+
+- The text is cut into words first, by GPT-2's pattern. No merge crosses a cut, so words can be counted once.
+- Equal counts: the smaller pair of ids is joined first. Without a rule the vocabulary depends on chance.
+- The ids of the 256 bytes follow GPT-2's printable stand-ins, not the bytes: "!" is 0, and the space is 220.
+- Encoding applies merges by rank, the order in which they were learned, not from left to right.
+- A merge lowers the counts of the pairs beside it. Old counts that stay in the heap must be looked up again.
+- The pattern asks Unicode what a letter is. Packages with tables of different age can differ on characters
+  that were added after Unicode 14.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from operator import index
+
+import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["train_tokenizer"]
+__all__ = ["BytePairTokenizer", "split_words", "train_tokenizer"]
+
+# A contraction; or letters, digits or other signs, each with one space before; or blank space, of which the
+# last sign is left for the word that follows.
+_WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+_DIGIT = regex.compile(r"\p{N}|\P{N}+")
+
+# GPT-2 writes each byte as one printable character: itself where it is one, else one from U+0100 on. Ids of
+# bytes follow these characters, so the printable bytes come first.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
+_CHARACTERS = [chr(byte) for byte in _PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(_PRINTABLE))]
+_BYTE_OF = dict(zip(_CHARACTERS, _BYTES, strict=True))
+_REMEMBERED_WORDS = 100_000
+
+
+def split_words(text: str, individual_digits: bool = False) -> list[str]:
+    """Cut a text into the words that merges do not cross; together they are the text again.
+
+    Args:
+        text: any string.
+        individual_digits: every digit is a word of its own, as in SmolLM2.
+
+    >>> split_words("I'll take 12 apples!")
+    ['I', "'ll", ' take', ' 12', ' apples', '!']
+    """
+    parts = _DIGIT.findall(text) if individual_digits else [text]
+    return [word for part in parts for word in _WORD.findall(part)]
+
+
+@dataclass(frozen=True)
+class BytePairTokenizer:
+    """A byte-level BPE vocabulary: cuts any text into tokens and joins them again.
+
+    Attributes:
+        vocabulary: the bytes of each token; a token's place is its id.
+        merges: pairs of ids, in the order in which they were learned.
+        individual_digits: every digit is a word of its own.
+
+    Raises:
+        ValueError: one of the 256 bytes is missing, or a merge makes no token of the vocabulary.
+
+    >>> tokenizer = BytePairTokenizer.train(["low low low lower lowest"], vocab_size=259)
+    >>> tokenizer.vocabulary[256:]
+    (b'lo', b'low', b' low')
+    >>> tokenizer.decode(tokenizer.encode("a low hat 帽"))
+    'a low hat 帽'
+    """
+
+    vocabulary: tuple[bytes, ...] = field(repr=False)
+    merges: tuple[tuple[int, int], ...] = field(repr=False)
+    individual_digits: bool = False
+    _byte_ids: dict[int, int] = field(init=False, repr=False, compare=False)
+    _ranks: dict[tuple[int, int], tuple[int, int]] = field(init=False, repr=False, compare=False)
+    _encoded_words: dict[str, list[int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids = {token: i for i, token in enumerate(self.vocabulary)}
+        missing = [byte for byte in range(256) if bytes([byte]) not in ids]
+        if missing:
+            raise ValueError(
+                f"The vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02X}. "
+                "Without them some texts cannot be written; give each byte an entry."
+            )
+        ranks = {}
+        for rank, (left, right) in enumerate(self.merges):
+            self._check_id(left)
+            self._check_id(right)
+            joined = self.vocabulary[left] + self.vocabulary[right]
+            if joined not in ids:
+                raise ValueError(
+                    f"Merge {rank} makes {joined!r}, which is not in the vocabulary; add it there."
+                )
+            ranks[left, right] = rank, ids[joined]
+        object.__setattr__(self, "_byte_ids", {byte: ids[bytes([byte])] for byte in range(256)})
+        object.__setattr__(self, "_ranks", ranks)
+        object.__setattr__(self, "_encoded_words", {})
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
+        """Learn a vocabulary.
+
+        Words do not cross from one text to the next. With whole documents runs of blank lines are joined
+        too; with single lines, as in `train_tokenizer`, they never are.
+
+        Args:
+            texts: the training texts, one string each.
+            vocab_size: entries, of which 256 are the bytes. There are fewer if no pair is left to join.
+
+        Raises:
+            TypeError: ``texts`` is one string, or holds something that is none.
+            ValueError: fewer than 256 entries, no text at all, or an unpaired surrogate in a text.
+        """
+        _check_size(vocab_size)
+        vocabulary = [bytes([byte]) for byte in _BYTES]
+        byte_ids = {byte: i for i, byte in enumerate(_BYTES)}
+        word_counts = _count_words(texts)
+        words = [[byte_ids[byte] for byte in word.encode()] for word in word_counts]
+        occurrences = list(word_counts.values())
+
+        counts: Counter[tuple[int, int]] = Counter()
+        where = defaultdict(set)  # the words that hold a pair, or once held it
+        for i, word in enumerate(words):
+            for pair in pairwise(word):
+                counts[pair] += occurrences[i]
+                where[pair].add(i)
+        heap = [(-count, pair) for pair, count in counts.items()]
+        heapify(heap)
+
+        merges = []
+        while len(vocabulary) < vocab_size and heap:
+            negative_count, pair = heappop(heap)
+            if -negative_count != counts[pair]:  # a merge beside it has lowered the count since
+                if counts[pair]:
+                    heappush(heap, (-counts[pair], pair))
+                continue
+            new = len(vocabulary)
+            vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+            merges.append(pair)
+            born = set()
+            for i in where.pop(pair):
+                for old in pairwise(words[i]):
+                    counts[old] -= occurrences[i]
+                words[i] = _join(words[i], pair, new)
+                for now in pairwise(words[i]):
+                    counts[now] += occurrences[i]
+                    if new in now:
+                        where[now].add(i)
+                        born.add(now)
+            for now in born:
+                heappush(heap, (-counts[now], now))
+        return cls(tuple(vocabulary), tuple(merges))
+
+    @classmethod
+    def from_tokenizers(cls, tokenizer: Tokenizer) -> "BytePairTokenizer":
+        """The same vocabulary as one of the `tokenizers` package.
+
+        Special tokens keep their ids, but `encode` does not look for them: text is text.
+
+        Raises:
+            ValueError: it is not a byte-level BPE with GPT-2's pattern, or its ids have gaps.
+        """
+        description = json.loads(tokenizer.to_str())
+        steps = description["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        digits = {"type": "Digits", "individual_digits": True}
+        splits_digits = steps[0] == digits
+        if splits_digits:
+            steps = steps[1:]
+        kinds = [(step.get("type"), step.get("add_prefix_space"), step.get("use_regex")) for step in steps]
+        model = description["model"]
+        if model["type"] != "BPE" or kinds != [("ByteLevel", False, True)] or description["normalizer"]:
+            raise ValueError(
+                f"Expected a BPE model behind ByteLevel(add_prefix_space=False), perhaps with single digits; "
+                f"got {model['type']} behind {description['pre_tokenizer']}, normalised by "
+                f"{description['normalizer']}. Other kinds cut text in another way."
+            )
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        if sorted(ids.values()) != list(range(len(ids))):
+            raise ValueError(
+                f"The vocabulary has {len(ids)} tokens, but their ids are not 0 to {len(ids) - 1}; "
+                "close the gaps."
+            )
+        return cls(
+            tuple(_token_bytes(token) for token in sorted(ids, key=ids.get)),
+            tuple((ids[left], ids[right]) for left, right in model["merges"]),
+            splits_digits,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return len(self.vocabulary)
+
+    def first(self, vocab_size: int) -> "BytePairTokenizer":
+        """The vocabulary that the same training would have given at a smaller size: training only appends.
+
+        Raises:
+            ValueError: fewer than 256 entries, more than there are, or a vocabulary with other ids (special
+                tokens, for instance) than training gives.
+        """
+        _check_size(vocab_size)
+        if vocab_size > self.vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}; this vocabulary has {self.vocab_size} entries.")
+        merges = self.merges[: vocab_size - 256]
+        if self.vocab_size != 256 + len(self.merges) or any(max(p) >= 256 + i for i, p in enumerate(merges)):
+            raise ValueError("This vocabulary was not made by BytePairTokenizer.train; train a smaller one.")
+        return BytePairTokenizer(self.vocabulary[:vocab_size], merges, self.individual_digits)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text's tokens.
+
+        Raises:
+            TypeError: the text is not a str.
+            ValueError: it holds an unpaired surrogate, half a character of UTF-16, which has no bytes.
+        """
+        _check_text(text)
+        ids = []
+        for word in split_words(text, self.individual_digits):
+            if word not in self._encoded_words:
+                if len(self._encoded_words) >= _REMEMBERED_WORDS:
+                    self._encoded_words.clear()
+                self._encoded_words[word] = self._encode_word(word.encode())
+            ids += self._encoded_words[word]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some tokens. Bytes that are no whole character become U+FFFD, "�".
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        return b"".join(self.vocabulary[self._check_id(i)] for i in ids).decode("utf-8", errors="replace")
+
+    def _encode_word(self, word: bytes) -> list[int]:
+        """Join the pair of lowest rank, the leftmost first, until none is left.
+
+        A heap holds the pairs that can be joined. Joining keeps the left place and empties the right one.
+        """
+        ids = [self._byte_ids[byte] for byte in word]
+        end = len(ids)
+        left, right = list(range(-1, end - 1)), list(range(1, end + 1))  # neighbours of each place
+        heap: list[tuple[int, int, int]] = []
+
+        def offer(place: int) -> None:
+            if place >= 0 and right[place] < end and (ids[place], ids[right[place]]) in self._ranks:
+                rank, joined = self._ranks[ids[place], ids[right[place]]]
+                heappush(heap, (rank, place, joined))
+
+        for place in range(end):
+            offer(place)
+        while heap:
+            rank, place, joined = heappop(heap)
+            neighbour = right[place]
+            if neighbour >= end or self._ranks.get((ids[place], ids[neighbour])) != (rank, joined):
+                continue  # one of the two was joined with another in the meantime
+            ids[place], ids[neighbour] = joined, -1
+            right[place] = right[neighbour]
+            if right[place] < end:
+                left[right[place]] = place
+            offer(left[place])
+            offer(place)
+        return [token for token in ids if token >= 0]
+
+    def _check_id(self, token: int) -> int:
+        if not 0 <= index(token) < self.vocab_size:
+            raise ValueError(
+                f"Token id {index(token)} is outside the vocabulary; ids go from 0 to {self.vocab_size - 1}."
+            )
+        return index(token)
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE vocabulary from a text. Any string round-trips; there is no unknown token.
+
+    It is trained on single lines, so a run of blank lines stays one token a line.
 
     Raises:
         ValueError: fewer entries than the 256 bytes that every vocabulary holds.
@@ -25,3 +302,53 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     return tokenizer
+
+
+def _count_words(texts: Iterable[str]) -> Counter[str]:
+    if isinstance(texts, str):
+        raise TypeError("texts is one string; give a list of strings, such as [text].")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        _check_text(text)
+        counts.update(split_words(text))
+    if not counts:
+        raise ValueError("The training texts are empty; there is nothing to learn a vocabulary from.")
+    return counts
+
+
+def _join(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with every occurrence of the pair joined, from left to right."""
+    joined, place = [], 0
+    while place < len(word):
+        if word[place] == pair[0] and place + 1 < len(word) and word[place + 1] == pair[1]:
+            joined.append(new)
+            place += 2
+        else:
+            joined.append(word[place])
+            place += 1
+    return joined
+
+
+def _token_bytes(token: str) -> bytes:
+    """The bytes of a token as `tokenizers` writes it; a special token may use any characters."""
+    if all(character in _BYTE_OF for character in token):
+        return bytes(_BYTE_OF[character] for character in token)
+    return token.encode()
+
+
+def _check_size(vocab_size: int) -> None:
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size is {vocab_size}; the 256 bytes alone take 256 entries.")
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"The text is of type {type(text).__name__}; expected str. Decode bytes first.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text holds an unpaired surrogate, U+{ord(text[error.start]):04X} at position {error.start}: "
+            "half a character of UTF-16, which has no UTF-8 bytes. Replace it, for instance with "
+            'text.encode("utf-8", "replace").decode().'
+        ) from None

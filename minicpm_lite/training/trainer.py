@@ -117,7 +117,7 @@ class Trainer:
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
-        tables = {id(model.embed_tokens.weight), id(model.lm_head.weight)}
+        tables = {id(table) for table in model.tables}
         decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
         others = [p for p in model.parameters() if p.ndim < 2 or id(p) in tables]
         self.optimizer = torch.optim.AdamW(
@@ -291,11 +291,6 @@ class Trainer:
             raise ValueError(
                 f"sequence_length is {self.config.sequence_length}; the model was made for "
                 f"{config.max_position_embeddings} tokens (max_position_embeddings)."
-            )
-        if config.tie_word_embeddings and self.model.lm_head.weight is not self.model.embed_tokens.weight:
-            raise ValueError(
-                "The config ties the embeddings, but this model has two tables. Tie them again: "
-                "model.lm_head.weight = model.embed_tokens.weight."
             )
 
     def _identity(self) -> dict[str, dict]:

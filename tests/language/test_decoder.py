@@ -19,6 +19,7 @@ from minicpm_lite.language.decoder import (
     dense_attention,
     fold_to_llama,
     rotary_angles,
+    rotary_frequencies,
 )
 
 MULTIPLIERS = dict(scale_emb=12, scale_depth=1.4, dim_model_base=32, init_std=0.1)
@@ -107,10 +108,8 @@ def huggingface_shape(config: ModelConfig) -> dict:
 
 
 def with_weights(reference: torch.nn.Module, model: Decoder) -> torch.nn.Module:
-    weights = {
-        name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()
-    }
-    reference.load_state_dict(weights)
+    weights = {f"model.{name}": w for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    reference.load_state_dict(weights | {"lm_head.weight": model.tables[-1]})
     return reference.eval()
 
 
@@ -161,16 +160,16 @@ def interleaved_rotary(x, cos, sin):
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
-def scale_by_head_dim(query, key, value):
+def scale_by_head_dim(query, key, value, padding):
     return dense_attention(query / query.shape[-1] ** 0.5, key, value)
 
 
-def groups_in_the_wrong_order(query, key, value):
+def groups_in_the_wrong_order(query, key, value, padding):
     groups = query.shape[1] // key.shape[1]
     return dense_attention(query, key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1))
 
 
-def not_causal(query, key, value):
+def not_causal(query, key, value, padding):
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
@@ -261,7 +260,7 @@ def test_rotated_products_depend_on_distance_only(position, shift, distance):
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
     def product(at):
-        cos, sin = rotary_angles(torch.tensor([at, at + distance]), 16, 10_000.0)
+        cos, sin = rotary_angles(torch.tensor([at, at + distance]), rotary_frequencies(16, 10_000.0))
         return (apply_rotary(k, cos[:1], sin[:1]) * apply_rotary(q, cos[1:], sin[1:])).sum()
 
     assert_close(product(position), product(position + shift), atol=2e-2, rtol=0)
@@ -269,13 +268,15 @@ def test_rotated_products_depend_on_distance_only(position, shift, distance):
 
 def test_rotary_keeps_lengths_and_starts_at_the_identity():
     x = torch.randn(1, 2, 3, 8)
-    turned = apply_rotary(x, *rotary_angles(torch.arange(3), 8, 10_000.0))
+    turned = apply_rotary(x, *rotary_angles(torch.arange(3), rotary_frequencies(8, 10_000.0)))
     assert_close(turned[:, :, 0], x[:, :, 0])
     assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
 def test_rotary_of_a_pair_known_by_hand():
-    cos, sin = rotary_angles(torch.tensor([1]), 4, 100.0)  # pair 0 turns by 1, pair 1 by 100^(-1/2) = 0.1
+    cos, sin = rotary_angles(
+        torch.tensor([1]), rotary_frequencies(4, 100.0)
+    )  # pair 0 turns by 1, pair 1 by 100^(-1/2) = 0.1
     turned = apply_rotary(torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]]), cos, sin)
     expected = torch.tensor([math.cos(1), math.cos(0.1), math.sin(1), math.sin(0.1)])
     assert_close(turned.flatten(), expected)
@@ -313,8 +314,34 @@ def test_initial_weights_follow_table_7():
 
 def test_tied_tables_are_one_tensor():
     tied, untied = (Decoder(CONFIGS[f"grouped, {kind}"]) for kind in ("tied", "untied"))
-    assert tied.lm_head.weight is tied.embed_tokens.weight
-    assert untied.lm_head.weight is not untied.embed_tokens.weight
+    assert tied.lm_head is None and [id(table) for table in tied.tables] == [id(tied.embed_tokens.weight)]
+    assert len(untied.tables) == 2 and "lm_head.weight" not in tied.state_dict()
+
+
+@torch.no_grad()
+def test_a_tied_model_that_was_built_without_memory_is_still_tied():
+    model = make_model(CONFIGS["grouped, tied"])
+    with torch.device("meta"):
+        other = Decoder(model.config)
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    ids = make_ids(model.config)
+    assert_close(other(ids), model(ids), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["grouped, tied", "multi-head, untied"])
+@torch.no_grad()
+def test_rows_padded_on_the_left_are_the_rows_alone(name):
+    model = make_model(CONFIGS[name])
+    ids, padding = make_ids(model.config, batch=3, tokens=12), torch.tensor([0, 5, 11])
+    cache = KVCache(20, padding)
+    padded = torch.cat([model(piece, cache) for piece in ids.split([11, 1], dim=1)], dim=1)
+    cache = KVCache(20, padding)
+    one_by_one = torch.cat([model(piece, cache) for piece in ids.tensor_split([6, 7, 8], dim=1)], dim=1)
+    assert bool(padded.isfinite().all())
+    for row, pad in enumerate(padding.tolist()):
+        alone = model(ids[row : row + 1, pad:])
+        assert_close(padded[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-5)
+        assert_close(one_by_one[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -35,10 +35,8 @@ def minicpm3(model: Decoder) -> torch.nn.Module:
             v_head_dim=latent.v_head_dim, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         )
     )  # fmt: skip
-    weights = {
-        name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()
-    }
-    reference.load_state_dict(weights)
+    weights = {f"model.{name}": w for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    reference.load_state_dict(weights | {"lm_head.weight": model.tables[-1]})
     return reference.eval()
 
 

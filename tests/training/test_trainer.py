@@ -319,13 +319,6 @@ def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
         make_it()
 
 
-def test_a_model_that_lost_its_tie_is_refused():
-    model = Decoder(MODEL)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match="this model has two tables. Tie them again"):
-        Trainer(model, TOKENS, SCHEDULE, CONFIG)
-
-
 def test_nothing_is_lost_when_writing_fails(tmp_path, monkeypatch):
     """A full disk in the middle of a save: the old checkpoint stands, and no half file is left."""
     path = tmp_path / "run.safetensors"

@@ -1,0 +1,93 @@
+"""Recorded runs: experiments too long for a chapter, run once by a script whose results are committed.
+
+A script ``recorded/TOPIC.py`` beside the chapter says what its jobs are and what one job does; `run_jobs` does
+the rest. Results go to ``recorded/TOPIC.json`` after each job, so a script that is stopped goes on where it was.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+__all__ = ["Job", "load_results", "run_jobs"]
+
+
+class Job(Protocol):
+    """One process' worth of work: a frozen dataclass, so that it can be sent to a worker."""
+
+    @property
+    def name(self) -> str:
+        """Its key in the results."""
+        ...
+
+
+def run_jobs(
+    script: str | Path,
+    jobs: Iterable[Job],
+    work: Callable[[Job], dict],
+    facts: Mapping[str, object],
+    workers: int | None = None,
+) -> dict[str, dict]:
+    """Run the jobs that have no result yet, one thread each, and return the results of all.
+
+    Args:
+        script: the script's own ``__file__``; results stand beside it with the ending ``.json``.
+        jobs: what to run. Longest first keeps all workers busy to the end.
+        work: a function at the top level of the script; what it returns must fit into JSON.
+        facts: what a reader must know to read the results: model, seeds, batch.
+        workers: processes at a time; left out, one for each core.
+
+    Numbers are kept to six digits after the point. Beside the facts stand the command, the device, the version
+    of torch, and the minutes the runs took in all with this number of workers.
+    """
+    script, workers = Path(script), workers or os.cpu_count() or 1
+    results = load_results(script)
+    runs = results["runs"]
+    todo = [job for job in jobs if job.name not in runs]
+    about = dict(facts) | {
+        "command": f"python {script.resolve().relative_to(Path.cwd())}",
+        "device": f"CPU, {os.cpu_count()} cores, {workers} workers",
+        "torch": torch.__version__,
+    }
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_timed, work, job): job.name for job in todo}
+        for future in as_completed(futures):
+            name, run = futures[future], future.result()
+            runs[name] = run
+            minutes = results.get("minutes", 0.0) + run["seconds"] / 60 / workers
+            results = about | {"minutes": minutes, "runs": runs}
+            beside = _results_of(script).with_suffix(".writing")
+            beside.write_text(json.dumps(_rounded(results), indent=None))
+            beside.replace(_results_of(script))
+            print(f"{name}: {run['seconds']:.0f} s", flush=True)
+    return load_results(script)["runs"]
+
+
+def load_results(script: str | Path) -> dict:
+    """What `run_jobs` wrote beside a script so far; with no ``runs`` yet, if it wrote nothing."""
+    path = _results_of(Path(script))
+    return json.loads(path.read_text()) if path.exists() else {"runs": {}}
+
+
+def _results_of(script: Path) -> Path:
+    return script.with_suffix(".json")
+
+
+def _timed(work: Callable[[Job], dict], job: Job) -> dict:
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    return work(job) | {"seconds": time.perf_counter() - start}
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(child) for key, child in value.items()}
+    return [_rounded(child) for child in value] if isinstance(value, list | tuple) else value
