@@ -1,7 +1,7 @@
 """Recorded runs: experiments too long for a chapter, run once by a script whose results are committed.
 
-A script ``recorded/TOPIC.py`` beside the chapter says what its jobs are and what one job does; `run_jobs` does
-the rest. Results go to ``recorded/TOPIC.json`` after each job, so a script that is stopped goes on where it was.
+A script ``recorded/TOPIC.py`` beside the chapter says what its jobs are and what one job does; `run_jobs`
+does the rest. Results go to ``recorded/TOPIC.json`` after each job: a script that is stopped goes on where it was.
 """
 
 import json
@@ -43,8 +43,8 @@ def run_jobs(
         facts: what a reader must know to read the results: model, seeds, batch.
         workers: processes at a time; left out, one for each core.
 
-    Numbers are kept to six digits after the point. Beside the facts stand the command, the device, the version
-    of torch, and the minutes the runs took in all with this number of workers.
+    Numbers are kept to six digits after the point. Beside the facts stand the command, the device, torch's
+    version, and the minutes that all runs together took with this number of workers.
     """
     script, workers = Path(script), workers or os.cpu_count() or 1
     results = load_results(script)

