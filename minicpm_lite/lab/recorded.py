@@ -1,7 +1,7 @@
 """Recorded runs: experiments too long for a chapter, run once by a script whose results are committed.
 
 A script ``recorded/TOPIC.py`` beside the chapter says what its jobs are and what one job does; `run_jobs`
-does the rest. Results go to ``recorded/TOPIC.json`` after each job: a script that is stopped goes on where it was.
+does the rest. Results go to ``recorded/TOPIC.json`` after each job, so a stopped script goes on where it was.
 """
 
 import json
