@@ -63,24 +63,24 @@ def rotary_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
 
 def rotary_angles(
     positions: Int[Tensor, "*batch tokens"], frequencies: Float[Tensor, " half"]
-) -> tuple[Float[Tensor, "*batch tokens half"], Float[Tensor, "*batch tokens half"]]:
-    """Cosine and sine of each position's angle for each pair of features, in float32."""
+) -> tuple[Float[Tensor, "*batch tokens head_dim"], Float[Tensor, "*batch tokens head_dim"]]:
+    """Cosine and signed sine of each position's angle for each feature, in float32.
+
+    The two features of a pair share a cosine; the sine of the first is negative, as `apply_rotary` needs it.
+    """
     angles = positions.float()[..., None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def apply_rotary(
     x: Float[Tensor, "batch heads tokens head_dim"],
-    cos: Float[Tensor, "*rows tokens half"],
-    sin: Float[Tensor, "*rows tokens half"],
+    cos: Float[Tensor, "*rows tokens head_dim"],
+    sin: Float[Tensor, "*rows tokens head_dim"],
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = [
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    ]
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    x32 = x.float()
+    partner = x32.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x32 * cos, partner, sin).to(x.dtype)
 
 
 def dense_attention(

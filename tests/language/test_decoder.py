@@ -156,7 +156,7 @@ def test_gradients_equal_granite():
 
 
 def interleaved_rotary(x, cos, sin):
-    even, odd = x[..., ::2], x[..., 1::2]
+    cos, sin, even, odd = cos.chunk(2, -1)[1], sin.chunk(2, -1)[1], x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
