@@ -81,7 +81,7 @@ def test_the_same_ids_at_the_corners(text):
 
 
 def test_the_same_ids_on_held_out_text():
-    for text in (load_austen()[1_000_000:1_050_000], load_chinese_classics()[-20_000:]):
+    for text in (load_austen()[1_000_000:1_020_000], load_chinese_classics()[-5_000:]):
         assert MINE.encode(text) == REFERENCE.encode(text).ids
 
 
@@ -152,10 +152,10 @@ def test_half_a_character():
 
 def test_more_words_than_are_remembered(monkeypatch):
     monkeypatch.setattr("minicpm_lite.language.tokenizer._REMEMBERED_WORDS", 3)
+    tokenizer = MINE.first(400)
     text = load_austen()[:2_000]
-    assert BytePairTokenizer.train(TEXTS, 400).encode(text) == BytePairTokenizer.train(TEXTS, 400).encode(
-        text
-    )
+    assert tokenizer.encode(text) == naive_encode(tokenizer, text, min)
+    assert len(tokenizer._encoded_words) <= 3
 
 
 # Sizes
@@ -218,7 +218,7 @@ def test_a_released_vocabulary(smollm2):
     assert [mine.vocabulary[i] for i in mine.encode("The capital of France is Paris.")] == [
         b"The", b" capital", b" of", b" France", b" is", b" Paris", b".",
     ]  # fmt: skip
-    texts = [load_austen()[500_000:550_000], load_chinese_classics()[:5_000], *CORNERS[4:]]
+    texts = [load_austen()[500_000:520_000], load_chinese_classics()[:5_000], *CORNERS[4:]]
     for text in texts:
         text = text.replace("\U0010ffff", "")
         assert mine.encode(text) == theirs.encode(text).ids
@@ -247,7 +247,7 @@ def naive_train(texts, vocab_size, key=lambda count, pair: (-count, pair), cut=s
     while len(vocabulary) < vocab_size:
         if not stale or counts is None:
             counts = Counter(pair for word in words for pair in pairwise(word))
-        else:  # only new pairs are counted; the old counts stay as they were
+        else:  # counts can rise but never fall
             counts = Counter(pair for word in words for pair in pairwise(word)) | counts
             counts -= Counter({pair: counts[pair] for pair in merges})
         if not counts:
