@@ -1,9 +1,10 @@
 """The shape of a model as a frozen dataclass, and the YAML files that hold the family's.
 
-Each file in ``configs/`` describes one model: a ``model`` block (this dataclass), where it was published a
-``training`` block (the recipe), and the ``source`` of each. ``minicpm-*``, ``minicpm3-*``, ``minicpm4*`` and
-``bitcpm4-*`` are released models; ``lite-*`` are the small models of the book. Field names are those of
-the released ``config.json`` files, so that a reader finds them there again.
+Each file in ``configs/`` describes one model: a ``model`` block (this dataclass), where they were published a
+``training`` block (the recipe) and a ``rope_scaling`` block (for longer texts), and the ``source`` of each.
+``minicpm-*``, ``minicpm3-*``, ``minicpm4*`` and ``bitcpm4-*`` are released models; ``lite-*`` are the small
+models of the book. Field names are those of the released ``config.json`` files, so that a reader finds them
+there again.
 """
 
 import math
@@ -34,14 +35,23 @@ class LatentAttentionConfig:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Sizes of a mixture of experts (MiniCPM-MoE): each token visits a few of many feed-forward networks."""
+    """A mixture of experts (MiniCPM-MoE): each token visits a few of many feed-forward networks.
+
+    Attributes:
+        num_experts: feed-forward networks in each layer.
+        num_experts_per_token: how many of them a token visits.
+        balance_loss_weight: what the balance loss is multiplied by in training; 0 trains without it.
+    """
 
     num_experts: int
     num_experts_per_token: int
+    balance_loss_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            require_positive_integer(field.name, getattr(self, field.name))
+        require_positive_integer("num_experts", self.num_experts)
+        require_positive_integer("num_experts_per_token", self.num_experts_per_token)
+        if self.balance_loss_weight != 0:
+            require_positive_number("balance_loss_weight", self.balance_loss_weight)
         if self.num_experts_per_token > self.num_experts:
             raise ValueError(
                 f"A token visits {self.num_experts_per_token} of {self.num_experts} experts; "
@@ -56,7 +66,8 @@ class RopeScaling:
     Attributes:
         rope_type: "linear" (position interpolation), "dynamic" (NTK-aware, by the length at hand), "yarn",
             "llama3" or "longrope", as released ``config.json`` files spell them.
-        factor: how many times longer the context becomes. Left out for "longrope": the ratio of the model's
+        factor: how many times longer the context becomes. For "dynamic", how fast theta grows beyond the
+            original context; 1 keeps pace with the text. Left out for "longrope": the ratio of the model's
             ``max_position_embeddings`` to the original one.
         original_max_position_embeddings: the context before, in tokens.
         short_factor: "longrope": what each frequency is divided by up to the original context.
@@ -66,6 +77,9 @@ class RopeScaling:
         beta_slow: "yarn": pairs that turn less often than this are interpolated.
         low_freq_factor: "llama3": the same border as ``beta_slow``.
         high_freq_factor: "llama3": the same border as ``beta_fast``.
+
+    Raises:
+        ValueError: an unknown type, a number that cannot be, factors that are missing or that no one reads.
     """
 
     rope_type: str
@@ -87,14 +101,26 @@ class RopeScaling:
             require_positive_number(name, getattr(self, name))
         if self.attention_factor is not None:
             require_positive_number("attention_factor", self.attention_factor)
-        if self.rope_type == "longrope":
-            for name in ("short_factor", "long_factor"):
-                object.__setattr__(self, name, tuple(getattr(self, name) or ()))
-                if not getattr(self, name):
-                    raise ValueError(f'rope_type "longrope" needs {name}: one number for each frequency.')
-                for factor in getattr(self, name):
-                    require_positive_number(f"each {name}", factor)
-        elif self.factor is None:
+        for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if getattr(self, slow) >= getattr(self, fast):
+                raise ValueError(
+                    f"{slow} is {getattr(self, slow)} and {fast} is {getattr(self, fast)}; slow pairs turn "
+                    f"less often than fast ones, so {slow} must be the smaller."
+                )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if self.rope_type != "longrope":
+                if factors is not None:
+                    raise ValueError(f'Only rope_type "longrope" reads {name}; this is "{self.rope_type}".')
+                continue
+            if not isinstance(factors, list | tuple) or not factors:
+                raise ValueError(
+                    f'rope_type "longrope" needs {name}: a list with one number for each frequency.'
+                )
+            object.__setattr__(self, name, tuple(factors))
+            for factor in factors:
+                require_positive_number(f"each {name}", factor)
+        if self.rope_type != "longrope" and self.factor is None:
             raise ValueError(f'rope_type "{self.rope_type}" needs a factor: how many times longer.')
         if self.factor is not None:
             require_positive_number("factor", self.factor)
@@ -284,6 +310,18 @@ def load_recipe(name: str | Path) -> TrainingRecipe:
     0.01
     """
     return _build(TrainingRecipe, _block(name, "training"), f"The training block of config {str(name)!r}")
+
+
+def load_rope_scaling(name: str | Path) -> RopeScaling:
+    """The published rotary scaling that takes a model beyond its released context.
+
+    Raises:
+        ValueError: no such model, or its file holds no scaling because none was published.
+
+    >>> load_rope_scaling("minicpm4.1-8b").original_max_position_embeddings
+    65536
+    """
+    return _build(RopeScaling, _block(name, "rope_scaling"), f"The rope_scaling of config {str(name)!r}")
 
 
 def _block(name: str | Path, block: str) -> dict:

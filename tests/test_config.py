@@ -43,7 +43,7 @@ def test_every_block_names_its_source(name):
     from minicpm_lite import config
 
     content = yaml.safe_load((config._CONFIGS / f"{name}.yaml").read_text())
-    assert content.keys() <= {"model", "training"}
+    assert content.keys() <= {"model", "training", "rope_scaling"}
     assert all(block["source"] for block in content.values())
     if "training" in content:
         load_recipe(name)
