@@ -16,20 +16,43 @@ expansion into the query and behind the sum, so that attention reads the latents
     out   = W_v (sum of weights * c)            instead of   sum of weights * (W_v c)
 
 That is attention with one key-value head as wide as the latent. For many queries at once the naive form is
-cheaper, since its heads are narrower; for one query over a long cache the absorbed form is. Either way the
-cache holds the normed latent and the rotated key, kv_lora_rank + qk_rope_head_dim values a token and layer.
+cheaper, since its heads are narrower; for few queries over a long cache the absorbed form is. `forward` takes
+the cheaper one. Either way the cache holds the normed latent and the rotated key, kv_lora_rank +
+qk_rope_head_dim values a token and layer.
+
+Both forms give attention keys and values of equal width (zeros behind the values, or the whole latent as
+value) and drop what is too much of the result: fast attention kernels take no others, and without them
+attention writes down every score: 86 GB for one layer of MiniCPM3 at 32K tokens in bfloat16.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import LatentAttentionConfig, ModelConfig
 from .decoder import AttentionFunction, KVCache, RMSNorm, apply_rotary
 
-__all__ = ["LatentAttention"]
+__all__ = ["LatentAttention", "absorbed_is_cheaper"]
 
 _INNER_EPS = 1e-6
+
+
+def absorbed_is_cheaper(sizes: LatentAttentionConfig, queries: int, keys: int) -> bool:
+    """Whether the absorbed form needs fewer multiplications for the newest ``queries`` of ``keys`` tokens.
+
+    For each head, the naive form expands ``keys`` latents and compares heads; the absorbed form takes
+    ``queries`` through the same matrices and compares latents:
+
+        naive     keys * rank * expanded + queries * keys * (nope + rope + v)
+        absorbed  queries * rank * expanded + queries * keys * (rank + rope + rank)
+
+    >>> released = LatentAttentionConfig(768, 256, 64, 32, 64)  # MiniCPM3-4B
+    >>> [absorbed_is_cheaper(released, queries, keys=4096) for queries in (1, 83, 84, 4096)]
+    [True, True, False, False]
+    """
+    rank, expanded = sizes.kv_lora_rank, sizes.qk_nope_head_dim + sizes.v_head_dim
+    return (keys - queries) * rank * expanded > queries * keys * (2 * rank - expanded)
 
 
 class LatentAttention(nn.Module):
@@ -66,7 +89,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             (latent,) = cache.append(self.layer, latent)
             padding = cache.padding
-        form = self.absorbed if x.shape[1] == 1 else self.naive
+        cheaper = absorbed_is_cheaper(sizes, queries=x.shape[1], keys=latent.shape[2])
+        form = self.absorbed if cheaper else self.naive
         out = form(query, apply_rotary(query_rotated, *rotary), latent, padding)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * v_head_dim)
 
@@ -84,7 +108,9 @@ class LatentAttention(nn.Module):
             [sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1
         )
         key = torch.cat([key, key_rotated.expand(-1, self.heads, -1, -1)], dim=-1)
-        return self.attention(torch.cat([query, query_rotated], dim=-1), key, value, padding)
+        value = F.pad(value, (0, max(0, key.shape[-1] - sizes.v_head_dim)))
+        out = self.attention(torch.cat([query, query_rotated], dim=-1), key, value, padding)
+        return out[..., : sizes.v_head_dim]
 
     def absorbed(
         self,
@@ -101,7 +127,7 @@ class LatentAttention(nn.Module):
         joint = torch.cat([query @ expand_key, query_rotated], dim=-1)
         # Attention divides by the root of the width it sees; the scale of MLA is that of a naive head.
         joint = joint * (joint.shape[-1] / (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)) ** 0.5
-        out = self.attention(joint, latent, latent[..., : sizes.kv_lora_rank], padding)
+        out = self.attention(joint, latent, latent, padding)[..., : sizes.kv_lora_rank]
         return out @ expand_value.mT  # (batch, heads, queries, latent) -> (..., v_head_dim)
 
     def _heads(self, features: Tensor) -> Tensor:
