@@ -281,12 +281,14 @@ class Decoder(nn.Module):
             nn.init.normal_(table, std=config.init_std)
 
     def forward(
-        self, ids: Int[Tensor, "batch tokens"], cache: KVCache | None = None
-    ) -> Float[Tensor, "batch tokens vocab"]:
+        self, ids: Int[Tensor, "batch tokens"], cache: KVCache | None = None, last_only: bool = False
+    ) -> Float[Tensor, "batch logits vocab"]:
         """Logits of the next token at each position, in float32.
 
         With a cache, ``ids`` are the newest tokens only, and the cache keeps their keys and values. Rows of
         different lengths are padded on the left, and the cache knows by how much (``KVCache.padding``).
+        With ``last_only`` the logits are those of the last position alone: of a long prompt nothing else is
+        needed, and the logits of all of it can take more memory than the model.
 
         Raises:
             ValueError: no token, or more tokens than the cache has room for or the model was made for.
@@ -298,7 +300,7 @@ class Decoder(nn.Module):
             x = layer(x, rotary, cache)
         if cache is not None:
             cache.length += ids.shape[1]
-        x = self.norm(x) / self.config.width_ratio
+        x = self.norm(x[:, -1:] if last_only else x) / self.config.width_ratio
         logits = F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
         return logits.float()
 
