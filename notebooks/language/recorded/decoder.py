@@ -12,12 +12,8 @@ At the end one worker alone measures the speed of each shape. Results go to `dec
 after each job; a run that is stopped goes on where it was.
 """
 
-import json
-import os
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -26,13 +22,14 @@ import torch
 import minicpm_lite
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.data.corpora import load_corpus
-from minicpm_lite.language.decoder import Decoder, KVCache
+from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.generation import generate
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.checkpoint import save_checkpoint
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
 from minicpm_lite.training.wsd import WSD
 
-RESULTS = Path(__file__).with_suffix(".json")
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 WARMUP = 40
 STEPS = 300  # updates of 1,536 tokens, for each shape
@@ -57,6 +54,17 @@ SHAPES: dict[str, ModelConfig] = {  # 4 query heads, 2 key-value heads; equal pa
 }
 
 
+FACTS = {
+    "data": "austen",
+    "batch_tokens": TrainerConfig().batch_tokens,
+    "warmup": WARMUP,
+    "steps": STEPS,
+    "seeds": SEEDS,
+    "tuning_seed": TUNING_SEED,
+    "shapes": {name: asdict(config) for name, config in SHAPES.items()},
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """One shape, trained once; `name` is its key in the results."""
@@ -70,6 +78,13 @@ class Job:
         return f"{self.shape}/lr={self.peak_lr:g}/seed={self.seed}"
 
 
+@dataclass(frozen=True)
+class Single:
+    """A run there is one of: "long" or "speed"."""
+
+    name: str
+
+
 def new_run(config: ModelConfig, seed: int, steps: int, peak_lr: float) -> Trainer:
     seed_everything(seed)
     schedule = WSD(peak_lr, WARMUP, steps - steps // 10 - WARMUP, steps // 10)
@@ -77,32 +92,20 @@ def new_run(config: ModelConfig, seed: int, steps: int, peak_lr: float) -> Train
 
 
 def train_shape(job: Job) -> dict:
-    torch.set_num_threads(1)
-    start = time.perf_counter()
     run = new_run(SHAPES[job.shape], job.seed, STEPS, job.peak_lr)
     run.train(progress=False)
-    loss = run.evaluate(load_corpus().validation)
-    return asdict(job) | {"loss": loss, "train_losses": run.losses, "seconds": time.perf_counter() - start}
+    return asdict(job) | {"loss": run.evaluate(load_corpus().validation), "train_losses": run.losses}
 
 
-@torch.no_grad()
-def sample(model: Decoder, prompt: str, new_tokens: int, temperature: float, seed: int) -> str:
-    """A continuation of the prompt; the key-value cache makes each token cost one token."""
+def sample(model: Decoder, new_tokens: int, temperature: float) -> str:
     tokenizer = load_corpus().tokenizer
-    ids = tokenizer.encode(prompt).ids
-    generator, cache = torch.Generator().manual_seed(seed), KVCache(len(ids) + new_tokens)
-    newest = torch.tensor([ids])
-    for _ in range(new_tokens):
-        probabilities = torch.softmax(model(newest, cache)[0, -1] / temperature, dim=-1)
-        newest = torch.multinomial(probabilities, 1, generator=generator)[None]
-        ids.append(newest.item())
-    return tokenizer.decode(ids)
+    ids = torch.tensor([tokenizer.encode(PROMPT).ids])
+    generator = torch.Generator().manual_seed(0)
+    return tokenizer.decode(generate(model, ids, new_tokens, temperature, generator=generator)[0].tolist())
 
 
 def train_long() -> dict:
     """The model that later chapters use: its curve, samples on the way, and its weights as float16."""
-    torch.set_num_threads(1)
-    start = time.perf_counter()
     held_out = load_corpus().validation
     run = new_run(_PROPORTIONS, 0, LONG_STEPS, LONG_PEAK_LR)
     curve, samples = [], {}
@@ -110,7 +113,7 @@ def train_long() -> dict:
         run.train(step, progress=False)
         curve.append((step, run.evaluate(held_out[: len(held_out) // 8])))
         if step in SAMPLE_STEPS:
-            samples[step] = sample(run.model, PROMPT, 60, temperature=0.8, seed=0)
+            samples[step] = sample(run.model, 60, temperature=0.8)
     weights = {name: parameter.half() for name, parameter in run.model.named_parameters()}  # tied table once
     save_checkpoint(WEIGHTS, weights, {"model": "lite-1m", "data": "austen", "steps": run.step, "seed": 0})
     return {
@@ -122,14 +125,11 @@ def train_long() -> dict:
         "curve": curve,
         "samples": samples,
         "train_losses": run.losses,
-        "seconds": time.perf_counter() - start,
     }
 
 
 def measure_speed(rounds: int = 7, training_steps: int = 6, new_tokens: int = 64) -> dict:
     """Tokens per second on one thread, in training and in decoding with a cache; shapes take turns."""
-    torch.set_num_threads(1)
-    start = time.perf_counter()
     runs = {name: new_run(config, 0, 1000, 0.001) for name, config in SHAPES.items()}
     for run in runs.values():  # compile, and fill the caches
         run.train(5, progress=False)
@@ -142,7 +142,7 @@ def measure_speed(rounds: int = 7, training_steps: int = 6, new_tokens: int = 64
                 (time.perf_counter() - before) / training_steps / run.config.batch_tokens
             )
             before = time.perf_counter()
-            sample(run.model, PROMPT, new_tokens, temperature=1.0, seed=0)
+            sample(run.model, new_tokens, temperature=1.0)
             seconds[name]["decoding"].append((time.perf_counter() - before) / new_tokens)
     rates = {
         name: {
@@ -151,57 +151,25 @@ def measure_speed(rounds: int = 7, training_steps: int = 6, new_tokens: int = 64
         }
         for name, kinds in seconds.items()
     }
-    return {"tokens_per_second": rates, "seconds": time.perf_counter() - start}
+    return {"tokens_per_second": rates}
 
 
-def load_results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+def work(job: Job | Single) -> dict:
+    if isinstance(job, Job):
+        return train_shape(job)
+    return {"long": train_long, "speed": measure_speed}[job.name]()
 
 
-def keep(name: str, result: dict) -> None:
-    """Add one result to the file, atomically."""
-    done = load_results()["runs"] | {name: result}
-    beside = RESULTS.with_suffix(".writing")
-    facts = {
-        "command": "python notebooks/language/recorded/decoder.py",
-        "data": "austen",
-        "batch_tokens": TrainerConfig().batch_tokens,
-        "warmup": WARMUP,
-        "steps": STEPS,
-        "seeds": SEEDS,
-        "tuning_seed": TUNING_SEED,
-        "shapes": {name: asdict(config) for name, config in SHAPES.items()},
-        "device": f"CPU, {os.cpu_count()} cores, {WORKERS} workers",
-        "torch": torch.__version__,
-        "minutes": sum(run["seconds"] for run in done.values()) / 60 / WORKERS,
-    }
-    beside.write_text(json.dumps(facts | {"runs": rounded(done)}))
-    beside.replace(RESULTS)
-    print(f"{name}: {result['seconds']:.0f} s, loss {result.get('loss', float('nan')):.4f}", flush=True)
+def run_all(jobs: list[Job | Single]) -> dict[str, dict]:
+    return run_jobs(__file__, jobs, work, FACTS)
 
 
-def rounded(value):
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {key: rounded(child) for key, child in value.items()}
-    return [rounded(child) for child in value] if isinstance(value, list | tuple) else value
-
-
-def run_all(jobs: list[Job], pool: ProcessPoolExecutor) -> dict:
-    """Run the jobs that are not in the results yet, and return all results."""
-    todo = {pool.submit(train_shape, job): job.name for job in jobs if job.name not in load_results()["runs"]}
-    for future in as_completed(todo):
-        keep(todo[future], future.result())
-    return load_results()["runs"]
-
-
-def tune(pool: ProcessPoolExecutor) -> dict[str, float]:
-    """The best peak rate of each shape, on the tuning seed."""
+def tune() -> dict[str, float]:
+    """The best peak rate of each shape, on the tuning seed. The long run begins first, beside them."""
     rates = {shape: list(FIRST_RATES) for shape in SHAPES}
     while True:
         jobs = {(shape, rate): Job(shape, rate, TUNING_SEED) for shape in SHAPES for rate in rates[shape]}
-        runs = run_all(list(jobs.values()), pool)
+        runs = run_all([Single("long"), *jobs.values()])
         best = {
             shape: min(rates[shape], key=lambda rate: runs[jobs[shape, rate].name]["loss"])
             for shape in SHAPES
@@ -215,15 +183,7 @@ def tune(pool: ProcessPoolExecutor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    WORKERS = os.cpu_count() or 1
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        long_run: Future | None = None
-        if "long" not in load_results()["runs"] or not WEIGHTS.exists():
-            long_run = pool.submit(train_long)
-        best_rates = tune(pool)
-        print(f"tuned: {best_rates}", flush=True)
-        run_all([Job(shape, best_rates[shape], seed) for shape in SHAPES for seed in SEEDS], pool)
-        if long_run:
-            keep("long", long_run.result())
-        if "speed" not in load_results()["runs"]:
-            keep("speed", pool.submit(measure_speed).result())
+    best_rates = tune()
+    print(f"tuned: {best_rates}", flush=True)
+    run_all([Job(shape, best_rates[shape], seed) for shape in SHAPES for seed in SEEDS])
+    run_all([Single("speed")])  # alone on the machine

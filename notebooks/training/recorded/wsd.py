@@ -1,34 +1,34 @@
 """The recorded runs of the WSD chapter, about an hour on 2 cores: python notebooks/training/recorded/wsd.py
 
-Two workers with one thread each train the model `lite-1m` on Austen. Every job is one stable run with its
+Workers with one thread each train the model `lite-1m` on Austen. Every job is one stable run with its
 decays, or one cosine run. Results go to `wsd.json` beside this file after each job; a run that is stopped
 goes on where it was. Learning rates are tuned on a seed of their own, for each schedule and budget.
 """
 
-import json
-import os
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import mean
-
-import torch
 
 import minicpm_lite
 from minicpm_lite.data.corpora import load_corpus
+from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
 from minicpm_lite.training.wsd import WSD, Cosine, Schedule
 
-RESULTS = Path(__file__).with_suffix(".json")
 BUDGETS = (200, 400, 800, 1600)  # updates; 1,536 tokens each
 WARMUP = 40
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # not among the seeds that are compared
 FIRST_RATES = (0.005, 0.01, 0.02)  # extended by factors of 2 while the best lies at the edge
+FACTS = {
+    "model": "lite-1m",
+    "batch_tokens": TrainerConfig().batch_tokens,
+    "warmup": WARMUP,
+    "budgets": BUDGETS,
+    "seeds": SEEDS,
+    "tuning_seed": TUNING_SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -115,53 +115,18 @@ def run_wsd(job: Job) -> dict:
     return result
 
 
-def work(job: Job) -> tuple[str, dict]:
-    torch.set_num_threads(1)
-    start = time.perf_counter()
+def work(job: Job) -> dict:
     result = run_cosine(job) if job.schedule == "cosine" else run_wsd(job)
-    facts = {"schedule": job.schedule, "peak_lr": job.peak_lr, "seed": job.seed, "budget": job.budget}
-    return job.name, facts | result | {"seconds": time.perf_counter() - start}
+    facts = asdict(job)
+    del facts["study"]
+    return facts | result
 
 
-def load_results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+def run_all(jobs: list[Job]) -> dict[str, dict]:
+    return run_jobs(__file__, jobs, work, FACTS)
 
 
-def run_all(jobs: list[Job], pool: ProcessPoolExecutor) -> dict:
-    """Run the jobs that are not in the results yet, and return all results."""
-    done = load_results()["runs"]
-    todo = {pool.submit(work, job) for job in jobs if job.name not in done}
-    for future in as_completed(todo):
-        name, result = future.result()
-        done[name] = result
-        beside = RESULTS.with_suffix(".writing")
-        facts = {
-            "command": "python notebooks/training/recorded/wsd.py",
-            "model": "lite-1m",
-            "batch_tokens": TrainerConfig().batch_tokens,
-            "warmup": WARMUP,
-            "budgets": BUDGETS,
-            "seeds": SEEDS,
-            "tuning_seed": TUNING_SEED,
-            "device": f"CPU, {os.cpu_count()} cores, {WORKERS} workers",
-            "torch": torch.__version__,
-            "minutes": sum(run["seconds"] for run in done.values()) / 60 / WORKERS,
-        }
-        beside.write_text(json.dumps(facts | {"runs": rounded(done)}))
-        beside.replace(RESULTS)
-        print(f"{name}: {result['seconds']:.0f} s, loss {result['loss']}", flush=True)
-    return load_results()["runs"]
-
-
-def rounded(value):
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {key: rounded(child) for key, child in value.items()}
-    return [rounded(child) for child in value] if isinstance(value, list | tuple) else value
-
-
-def tune(pool: ProcessPoolExecutor) -> tuple[float, dict[int, float]]:
+def tune() -> tuple[float, dict[int, float]]:
     """On the tuning seed: WSD's best peak rate, one for all budgets, and each cosine budget's best."""
     cases = [("wsd", None)] + [("cosine", budget) for budget in BUDGETS]
     rates = {case: list(FIRST_RATES) for case in cases}
@@ -169,7 +134,7 @@ def tune(pool: ProcessPoolExecutor) -> tuple[float, dict[int, float]]:
         jobs = {
             (case, rate): Job(case[0], rate, TUNING_SEED, case[1]) for case in cases for rate in rates[case]
         }
-        runs = run_all(sorted(jobs.values(), key=lambda job: job.schedule, reverse=True), pool)
+        runs = run_all(sorted(jobs.values(), key=lambda job: job.schedule, reverse=True))
 
         best = {}
         for schedule, budget in cases:
@@ -189,14 +154,10 @@ def tune(pool: ProcessPoolExecutor) -> tuple[float, dict[int, float]]:
 
 
 if __name__ == "__main__":
-    WORKERS = os.cpu_count() or 1
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        wsd_rate, cosine_rates = tune(pool)
-        print(f"tuned: WSD {wsd_rate:g}, cosine {cosine_rates}", flush=True)
-        jobs = [Job("wsd", wsd_rate, seed, study=True) for seed in SEEDS]
-        jobs += [
-            Job("cosine", cosine_rates[budget], seed, budget)
-            for budget in reversed(BUDGETS)
-            for seed in SEEDS
-        ]
-        run_all(jobs, pool)
+    wsd_rate, cosine_rates = tune()
+    print(f"tuned: WSD {wsd_rate:g}, cosine {cosine_rates}", flush=True)
+    jobs = [Job("wsd", wsd_rate, seed, study=True) for seed in SEEDS]
+    jobs += [
+        Job("cosine", cosine_rates[budget], seed, budget) for budget in reversed(BUDGETS) for seed in SEEDS
+    ]
+    run_all(jobs)

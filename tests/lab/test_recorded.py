@@ -1,0 +1,46 @@
+"""Recorded runs: done once, kept after each job, gone on with where they stopped."""
+
+import json
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from minicpm_lite.lab.recorded import load_results, run_jobs
+
+
+@dataclass(frozen=True)
+class Square:
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"square/{self.number}"
+
+
+def square(job: Square) -> dict:
+    if job.number == 13:
+        raise ValueError("thirteen")
+    time.sleep(0.05)
+    return {"square": job.number**2, "third": job.number / 3, "curve": [(1, 2 / 3)]}
+
+
+@pytest.mark.slow  # it starts worker processes, and each imports torch
+def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "recorded" / "squares.py"
+    script.parent.mkdir()
+    runs = run_jobs(script, [Square(2), Square(3)], square, {"what": "squares"}, workers=1)
+    assert runs["square/3"]["square"] == 9 and runs["square/2"]["third"] == 0.666667
+    kept = load_results(script)
+    assert kept["what"] == "squares" and kept["command"] == "python recorded/squares.py"
+    assert kept["minutes"] > 0 and "1 worker" in kept["device"]
+
+    kept["runs"]["square/2"]["square"] = "not computed again"
+    script.with_suffix(".json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="thirteen"):
+        run_jobs(script, [Square(2), Square(5), Square(13)], square, {"what": "squares"}, workers=1)
+    runs = load_results(script)["runs"]
+    assert runs["square/2"]["square"] == "not computed again"
+    assert runs["square/5"]["square"] == 25  # done before the failure, and kept
+    assert list(script.parent.iterdir()) == [script.with_suffix(".json")]  # nothing half written
