@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from ..config import require_positive_integer, require_positive_number
 from ..data.corpora import TokenBatches
 from ..language.decoder import Decoder
+from ..language.moe import balance_loss
 from .checkpoint import load_checkpoint, save_checkpoint
 from .wsd import Schedule
 
-__all__ = ["Trainer", "TrainerConfig", "next_token_loss"]
+__all__ = ["Trainer", "TrainerConfig", "next_token_loss", "training_loss"]
 
 Precision = Literal["float32", "bfloat16"]
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
@@ -79,9 +80,20 @@ def next_token_loss(
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
 
 
+def training_loss(
+    model: Decoder, window: Int[Tensor, "batch window"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """What is minimised, and the next-token loss in it: they differ by the balance loss of a mixture."""
+    loss = next_token_loss(model, window)
+    mixture = model.config.mixture
+    if mixture is None or mixture.balance_loss_weight == 0:
+        return loss, loss.detach()
+    return loss + mixture.balance_loss_weight * balance_loss(model), loss.detach()
+
+
 @cache
-def _compiled_loss() -> Callable[..., Tensor]:
-    return torch.compile(next_token_loss)  # once for all trainers, so that branches of a run share it
+def _compiled_loss() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(training_loss)  # once for all trainers, so that branches of a run share it
 
 
 class Trainer:
@@ -89,7 +101,7 @@ class Trainer:
 
     Attributes:
         step: updates made so far.
-        losses: training loss of each update, in nats a token.
+        losses: next-token loss of each update, in nats a token; without a mixture's balance loss.
         grad_norms: norm of the gradient of each update, before clipping.
 
     >>> from minicpm_lite.config import ModelConfig
@@ -113,7 +125,7 @@ class Trainer:
         self.model, self.schedule, self.config = model, schedule, config
         self.batches = TokenBatches(tokens, config.batch_size, config.sequence_length, config.seed)
         self._refuse_what_cannot_be_trained()
-        self._loss = _compiled_loss() if config.compile else next_token_loss
+        self._loss = _compiled_loss() if config.compile else training_loss
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
@@ -168,8 +180,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            loss = self._loss(self.model, window)
-        loss.backward()
+            minimised, loss = self._loss(self.model, window)
+        minimised.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -243,7 +255,7 @@ class Trainer:
                         f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
                     )
         parameters = dict(self.model.named_parameters())
-        expected = self._shapes(tensors, facts["step"])
+        expected = self._shapes(facts["step"])
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if expected != found:
             wrong = sorted(
@@ -256,29 +268,22 @@ class Trainer:
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
         self.optimizer.state.clear()
-        for name, parameter in parameters.items():
-            if f"optimizer.step.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    moment: tensors[f"optimizer.{moment}.{name}"].to(self._device) for moment in _MOMENTS
-                }
         self.step = facts["step"]
+        for name, parameter in parameters.items() if self.step else ():
+            self.optimizer.state[parameter] = {
+                moment: tensors[f"optimizer.{moment}.{name}"].to(self._device) for moment in _MOMENTS
+            }
         self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
 
-    def _shapes(self, tensors: dict[str, Tensor], step: int) -> dict[str, torch.Size]:
-        """Name and shape of every tensor of a checkpoint; a parameter never used yet has no moments."""
+    def _shapes(self, step: int) -> dict[str, torch.Size]:
+        """Name and shape of every tensor of a checkpoint; before the first update there are no moments."""
         shapes = {"losses": torch.Size([step]), "grad_norms": torch.Size([step])}
         for name, parameter in self.model.named_parameters():
             shapes[f"model.{name}"] = parameter.shape
-            if any(f"optimizer.{moment}.{name}" in tensors for moment in _MOMENTS) or (
-                step and not self._has_experts
-            ):
+            if step:
                 shapes |= {f"optimizer.{moment}.{name}": parameter.shape for moment in _MOMENTS[1:]}
                 shapes[f"optimizer.step.{name}"] = torch.Size([])
         return shapes
-
-    @property
-    def _has_experts(self) -> bool:
-        return self.model.config.mixture is not None
 
     def _refuse_what_cannot_be_trained(self) -> None:
         config, tokens = self.model.config, self.batches.tokens
