@@ -1,0 +1,1 @@
+"""Deployment: models in the formats that other programs read and write."""
