@@ -1,7 +1,7 @@
 """Training and cached decoding beside transformers, on the same weights and shapes, in one run.
 
     python -m benchmarks               everything, about five minutes on 2 cores
-    python -m benchmarks decode        one part: train, decode, profile or settings
+    python -m benchmarks decode        one part: settings, profile, decode, decode-135m or train
 
 Each figure is the median over rounds in which the two take turns, so that a busy machine slows both.
 """
@@ -10,16 +10,20 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import profile
 
 from minicpm_lite import ModelConfig, load_config
-from minicpm_lite.language.decoder import Decoder, KVCache
+from minicpm_lite.data.packages import smollm2_file
+from minicpm_lite.deployment.checkpoints import load_pretrained, save_pretrained
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.generation import generate
 from minicpm_lite.optional import require
 from minicpm_lite.runtime import seed_everything, tune_cpu
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
@@ -35,31 +39,9 @@ SHAPES = {
 def transformers_twin(model: Decoder) -> nn.Module:
     """The same weights in transformers' Granite, whose graph has MiniCPM's multipliers."""
     transformers = require("transformers", install="minicpm_lite[parity]", purpose="compare with it")
-    config = model.config
-    twin = transformers.GraniteForCausalLM(
-        transformers.GraniteConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            embedding_multiplier=config.scale_emb,
-            residual_multiplier=config.residual_scale,
-            attention_multiplier=config.head_dim**-0.5,
-            logits_scaling=config.width_ratio,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
-    weights = model.state_dict()
-    twin.load_state_dict({n if n.startswith("lm_head") else f"model.{n}": w for n, w in weights.items()})
-    return twin
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, f"{folder}/twin", model_type="granite")
+        return transformers.GraniteForCausalLM.from_pretrained(f"{folder}/twin", dtype=torch.float32)
 
 
 def take_turns(rounds: int, *works: Callable[[], None]) -> list[float]:
@@ -114,35 +96,48 @@ def train() -> None:
         print(f"  {'':8} transformers {tokens / theirs:7,.0f} tokens/s")
 
 
-@torch.no_grad()
 def decode(new_tokens: int = 96) -> None:
-    print(f"\nGreedy decoding with a cache, batch 1, {new_tokens} tokens after a prompt of 32")
+    print(f"\nGreedy decoding with a cache, batch 1, {new_tokens} tokens after a prompt of 32, one thread")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waiting for each other costs threads more than such small matrices do
     for name, config in SHAPES.items():
         seed_everything(0)
-        model = Decoder(config).eval()
-        twin = transformers_twin(model).eval()
-        prompt = torch.randint(config.vocab_size, (1, 32))
-        mine = greedy(model, prompt, new_tokens)
-        theirs = twin.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
-        assert torch.equal(mine, theirs), "both must write the same tokens"
-        ours, hugging_face = take_turns(
-            5,
-            lambda model=model, prompt=prompt: greedy(model, prompt, new_tokens),
-            lambda twin=twin, prompt=prompt: twin.generate(
-                prompt, max_new_tokens=new_tokens, do_sample=False
-            ),
+        compare_decoding(name, Decoder(config).eval(), new_tokens, compiled=True)
+    torch.set_num_threads(threads)
+
+
+def decode_a_real_model(new_tokens: int = 48) -> None:
+    """Decoding reads every weight once a token: how much of the bandwidth of the memory is used?"""
+    print(f"\nGreedy decoding of SmolLM2-135M in float32, {new_tokens} tokens after a prompt of 32")
+    model = load_pretrained(smollm2_file())
+    seconds = compare_decoding("SmolLM2", model, new_tokens, compiled=False)
+    array = torch.ones(256_000_000 // 4)
+    (reading,) = take_turns(20, lambda: array.sum())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    used, possible = weights / seconds, array.nbytes / reading
+    print(f"  {weights / 1e6:.0f} MB of weights a token: {used / 1e9:.1f} GB/s = {used / possible:.0%} of the "
+          f"{possible / 1e9:.1f} GB/s at which an array is summed")  # fmt: skip
+
+
+def compare_decoding(name: str, model: Decoder, new_tokens: int, compiled: bool) -> float:
+    """Print tokens a second beside transformers', and return our seconds a token."""
+    prompt = torch.randint(model.config.vocab_size, (1, 32))
+    twin = transformers_twin(model).eval()
+    versions = {"minicpm_lite": lambda: generate(model, prompt, new_tokens)}
+    if compiled:
+        faster = torch.compile(model)
+        versions["    compiled"] = lambda: generate(faster, prompt, new_tokens)
+    versions["transformers"] = lambda: twin.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
+    )
+    texts = [version() for version in versions.values()]
+    assert all(torch.equal(text, texts[0]) for text in texts), "all must write the same tokens"
+    seconds = take_turns(7, *versions.values())
+    for version, mine in zip(versions, seconds, strict=True):
+        print(
+            f"  {name:8} {version} {new_tokens / mine:7,.0f} tokens/s = {seconds[-1] / mine:.2f} x generate()"
         )
-        speed, reference = new_tokens / ours, new_tokens / hugging_face
-        print(f"  {name:8} minicpm_lite {speed:7,.0f} tokens/s = {speed / reference:.2f} x generate()")
-        print(f"  {'':8} transformers {reference:7,.0f} tokens/s")
-
-
-def greedy(model: Decoder, ids: Tensor, new_tokens: int) -> Tensor:
-    cache, newest = KVCache(ids.shape[1] + new_tokens), ids
-    for _ in range(new_tokens):
-        newest = model(newest, cache)[:, -1:].argmax(-1)
-        ids = torch.cat([ids, newest], dim=1)
-    return ids
+    return seconds[0] / new_tokens
 
 
 def where_the_time_goes(rows: int = 8) -> None:
@@ -181,7 +176,13 @@ def one_setting(threads: int, tuned: bool) -> None:
 
 
 def main() -> None:
-    parts = {"settings": settings, "profile": where_the_time_goes, "decode": decode, "train": train}
+    parts = {
+        "settings": settings,
+        "profile": where_the_time_goes,
+        "decode": decode,
+        "decode-135m": decode_a_real_model,
+        "train": train,
+    }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
     parser.add_argument("part", nargs="?", choices=["all", *parts, "one-setting"], default="all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for one-setting")

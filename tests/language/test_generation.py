@@ -323,6 +323,14 @@ def test_a_batch_of_texts_stops_row_by_row():
     ]
 
 
+def test_a_special_token_can_be_a_stop_string():
+    tokenizer = train_tokenizer(TEXT, 290)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    answer = tokenizer.encode("a wife<|im_end|>a wife").ids
+    assert tokenizer.token_to_id("<|im_end|>") in answer
+    assert generate_text(Says(answer), tokenizer, ["x"], 20, stop=["<|im_end|>"]) == ["a wife"]
+
+
 def test_a_stop_token_is_not_part_of_the_text():
     tokens = TOKENIZER.encode("a wife").ids
     stop = TOKENIZER.encode("🙂").ids[0]
