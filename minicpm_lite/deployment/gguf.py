@@ -19,7 +19,7 @@ Choices, and the traps behind them:
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -292,9 +292,10 @@ def _config(file: GGUFFile) -> ModelConfig:
             rope_scaling=_rope_scaling(file, architecture),
             rms_norm_eps=_shortest(key("attention.layer_norm_rms_epsilon")),
             tie_word_embeddings="output.weight" not in file.tensors,
-            **_multipliers(file, width, layers) if architecture == "minicpm" else {},
         )
-    except (ValueError, TypeError) as error:
+        if architecture == "minicpm":
+            config = replace(config, **_multipliers(file, width, layers))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         sentence = str(error)
         raise ValueError(sentence if str(file.path) in sentence else f"{file.path}: {sentence}") from None
     for name, expected in (
