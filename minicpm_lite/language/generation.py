@@ -86,9 +86,14 @@ def next_token_probabilities(
         sampling: temperature, filters and penalty.
         seen: the tokens so far; needed for a repetition penalty.
         padding: how many of the first ``seen`` of each row are no text.
+
+    Raises:
+        ValueError: a repetition penalty without the tokens so far.
     """
     if sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
+        if seen is None:
+            raise ValueError(f"repetition_penalty is {penalty}; give the tokens so far as seen.")
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(_occurred(logits, seen, padding), penalised, logits)
     if sampling.temperature == 0:

@@ -407,6 +407,7 @@ def test_chatml_with_a_system_message_of_the_model():
         (lambda m: generate(m, make_ids(1, 5), 5, repetition_penalty=-1.0), "repetition_penalty is -1.0"),
         (lambda m: generate(m, make_ids(2, 5), 5, padding=torch.tensor([0, 5])), r"padding is \[0, 5\]; expected a number from 0 to 4"),
         (lambda m: generate(m, make_ids(2, 5), 5, padding=torch.tensor([0])), r"for each of the 2 rows|i64\[1\]"),
+        (lambda m: next_token_probabilities(torch.zeros(1, 3), Sampling(repetition_penalty=1.2)), "penalty is 1.2; give the tokens so far as seen"),
         (lambda m: pad_left([]), "There is no prompt"),
         (lambda m: pad_left([[1], []]), "Prompt 1 is empty"),
         (lambda m: generate_text(m, TOKENIZER, ["a", ""], 5), "Prompt 1 is empty"),
