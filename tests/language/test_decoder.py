@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig, load_config
+from minicpm_lite.deployment.checkpoints import save_pretrained
 from minicpm_lite.language import decoder
 from minicpm_lite.language.decoder import (
     Decoder,
@@ -71,46 +73,19 @@ def make_ids(config: ModelConfig, batch: int = 2, tokens: int = 17) -> torch.Ten
 
 def granite(model: Decoder) -> torch.nn.Module:
     """The same weights in transformers' Granite, which has all of MiniCPM's multipliers."""
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    config = model.config
-    reference = GraniteForCausalLM(
-        GraniteConfig(
-            **huggingface_shape(config),
-            embedding_multiplier=config.scale_emb,
-            residual_multiplier=config.residual_scale,
-            attention_multiplier=1 / math.sqrt(config.head_dim),
-            logits_scaling=config.width_ratio,
-        )
-    )
-    return with_weights(reference, model)
+    return opened_by_transformers(model, "granite")
 
 
 def llama(model: Decoder) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return with_weights(LlamaForCausalLM(LlamaConfig(**huggingface_shape(model.config))), model)
+    return opened_by_transformers(model, "llama")
 
 
-def huggingface_shape(config: ModelConfig) -> dict:
-    return dict(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-    )
+def opened_by_transformers(model: Decoder, family: str) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
 
-
-def with_weights(reference: torch.nn.Module, model: Decoder) -> torch.nn.Module:
-    weights = {f"model.{name}": w for name, w in model.state_dict().items() if name != "lm_head.weight"}
-    reference.load_state_dict(weights | {"lm_head.weight": model.tables[-1]})
-    return reference.eval()
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, f"{folder}/model", family)
+        return AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
 
 
 def run_cached(model: Decoder, ids: torch.Tensor, cuts: list[int]) -> torch.Tensor:
