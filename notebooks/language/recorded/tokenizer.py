@@ -1,11 +1,11 @@
-"""The recorded runs of the tokenizer chapter, about 12 minutes on one core.
+"""The recorded runs of the tokenizer chapter, 20 tuning runs and 15 longer ones on one core.
 
 Run them with `python notebooks/language/recorded/tokenizer.py`.
 
 One body, the proportions of `lite-1m`, is trained on Austen with four vocabularies, each for the same number
 of FLOPs: a larger vocabulary pays for its output layer with fewer tokens. One of them is trained untied, too.
-The peak learning rate of each is the best of four on a seed of its own, with a quarter of the budget; then
-three seeds are compared. Results go to `tokenizer.json` beside this file after each run; a script that is
+The peak learning rate of each is tuned on a seed of its own, with a quarter of the budget; then three seeds
+are compared. Results go to `tokenizer.json` beside this file after each run; a script that is
 stopped goes on where it was.
 """
 
@@ -22,8 +22,9 @@ from minicpm_lite.training.wsd import WSD
 
 VOCABULARIES = (256, 1024, 4096, 16384)
 UNTIED = 4096  # this one also with a second table
+MODELS = [(size, True) for size in VOCABULARIES] + [(UNTIED, False)]
 BUDGET = 2.7e12  # FLOPs of one run, six for each token and parameter that is multiplied
-RATES = (0.0025, 0.005, 0.01, 0.02)
+FIRST_RATES = (0.005, 0.01, 0.02)  # extended by factors of 2 while the best lies at the edge
 TUNING_SEED, TUNING_PART = 100, 0.25
 SEEDS = (0, 1, 2)
 BATCH = 6  # sequences of 128 tokens
@@ -71,22 +72,31 @@ def train(run: Run) -> dict:
     }
 
 
+def tune(facts: dict) -> dict[tuple[int, bool], float]:
+    """The best peak rate of each model on the tuning seed."""
+    rates = {model: list(FIRST_RATES) for model in MODELS}
+    while True:
+        jobs = {
+            (model, rate): Run(*model, rate, TUNING_SEED, TUNING_PART * BUDGET)
+            for model in MODELS
+            for rate in rates[model]
+        }
+        runs = run_jobs(__file__, jobs.values(), train, facts, workers=1)
+        loss = {key: runs[job.name]["bits_per_byte"] for key, job in jobs.items()}
+        best = {model: min(rates[model], key=lambda rate, m=model: loss[m, rate]) for model in MODELS}
+        at_edge = [model for model in MODELS if best[model] in (min(rates[model]), max(rates[model]))]
+        if not at_edge:
+            return best
+        for model in at_edge:
+            rates[model].append(best[model] * (0.5 if best[model] == min(rates[model]) else 2))
+
+
 def main() -> None:
     """Tune, then compare."""
-    models = [(size, True) for size in VOCABULARIES] + [(UNTIED, False)]
-    tuning = [
-        Run(size, tied, rate, TUNING_SEED, TUNING_PART * BUDGET) for size, tied in models for rate in RATES
-    ]
-    facts = {"body": "lite-1m", "budget": BUDGET, "seeds": SEEDS, "tuning_seed": TUNING_SEED, "rates": RATES}
-    tuned = run_jobs(__file__, tuning, train, facts, workers=1)
-    best = {
-        (size, tied): min(
-            (job for job in tuning if (job.vocab_size, job.tied) == (size, tied)),
-            key=lambda job: tuned[job.name]["bits_per_byte"],
-        ).peak_lr
-        for size, tied in models
-    }
-    compared = [Run(size, tied, best[size, tied], seed, BUDGET) for seed in SEEDS for size, tied in models]
+    facts = {"body": "lite-1m", "budget": BUDGET, "seeds": SEEDS, "tuning_seed": TUNING_SEED}
+    best = tune(facts)
+    facts["peak_lr"] = {f"{size}/{'tied' if tied else 'untied'}": rate for (size, tied), rate in best.items()}
+    compared = [Run(*model, best[model], seed, BUDGET) for seed in SEEDS for model in MODELS]
     run_jobs(__file__, compared, train, facts, workers=1)
 
 
