@@ -76,19 +76,19 @@ class MixtureOfExperts(nn.Module):
         by_expert = chosen.flatten().argsort(stable=True)  # visits, those of expert 0 first
         visitor = by_expert // self.experts_per_token  # the token of each visit
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        slices = tokens.index_select(0, visitor).split(counts)
         outputs = torch.cat(
             [
                 expert(part) if len(part) or torch.is_grad_enabled() else part
-                for expert, part in zip(self.experts, tokens[visitor].split(counts), strict=True)
+                for expert, part in zip(self.experts, slices, strict=True)
             ]
         )
         weighted = (outputs * weights.flatten()[by_expert, None]).to(tokens.dtype)
         return torch.zeros_like(tokens).index_add_(0, visitor, weighted)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {
-            "balance_loss": None
-        }  # it hangs on a graph, which no copy takes along
+        # the balance loss hangs on a graph, which no copy can take along
+        return super().__getstate__() | {"balance_loss": None}
 
 
 def _probabilities(router_logits: Tensor) -> Tensor:

@@ -404,6 +404,13 @@ def test_a_mixture_resumes_bit_for_bit_and_branches(tmp_path):
             assert torch.equal(mine, theirs)
 
 
+def test_bfloat16_trains_experts_like_float32():
+    """Router and sums stay in float32; the experts' products round to three digits."""
+    half = trained(0.01, 4, replace(TRAINER, precision="bfloat16"))
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    assert half.losses == pytest.approx(trained(0.01, 4).losses, rel=0.02)
+
+
 COMPILED = """
 import sys
 sys.path[:0] = {path!r}
