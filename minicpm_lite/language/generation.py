@@ -15,7 +15,7 @@ Choices, and the traps behind them:
   would get alone.
 - A token may hold half a character, and a stop string may begin in one token and end in another. Text is
   held back until it can no longer change.
-- Special tokens are part of the text, so that "<|im_end|>" can be a stop string like any other.
+- Special tokens are part of the text, so that ``<|im_end|>`` can be a stop string like any other.
 - A chat template belongs to its model. A model that gets another one answers worse and gives no error.
 """
 
