@@ -1,4 +1,4 @@
-"""The recorded runs of the chapter on latent attention, about 20 minutes on one core.
+"""The recorded runs of the chapter on latent attention, 46 minutes on one core of a busy machine.
 
 Run them with `python notebooks/language/recorded/latent_attention.py`.
 
