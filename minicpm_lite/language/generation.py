@@ -146,6 +146,8 @@ def stream(
     """
     require_positive_integer("max_new_tokens", max_new_tokens)
     _refuse_impossible_prompt(model, ids, max_new_tokens, padding)
+    if padding is not None and not padding.any():
+        padding = None  # rows of one length need no mask
     total = ids.shape[1] + max_new_tokens
     cache, seen, newest = KVCache(total, padding), ids, ids
     stops = torch.tensor(stop_ids, device=ids.device) if len(stop_ids) else None
