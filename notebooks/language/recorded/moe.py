@@ -1,4 +1,4 @@
-"""The recorded runs of the chapter on experts, about a quarter of an hour on one free core.
+"""The recorded runs of the chapter on experts, about 40 minutes on one core of a busy machine.
 
 Run them with `python notebooks/language/recorded/moe.py`.
 
