@@ -1,4 +1,4 @@
-"""The recorded runs of the chapter on long contexts, about 25 minutes on one core.
+"""The recorded runs of the chapter on long contexts, about 45 minutes beside other work on 2 cores.
 
 Run them with `python notebooks/language/recorded/long_context.py`.
 
