@@ -101,6 +101,10 @@ class RopeScaling:
             require_positive_number(name, getattr(self, name))
         if self.attention_factor is not None:
             require_positive_number("attention_factor", self.attention_factor)
+            if self.rope_type not in ("yarn", "longrope"):
+                raise ValueError(
+                    f'Only rope_type "yarn" and "longrope" read attention_factor; this is "{self.rope_type}".'
+                )
         for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
             if getattr(self, slow) >= getattr(self, fast):
                 raise ValueError(

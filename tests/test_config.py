@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from minicpm_lite import ModelConfig, list_configs, load_config
-from minicpm_lite.config import load_recipe, model_config
+from minicpm_lite.config import RopeScaling, load_recipe, model_config
 from minicpm_lite.language.decoder import Decoder
 
 RELEASED = {  # non-embedding and total parameters; the first two are Table 2 of arXiv 2404.06395
@@ -156,3 +156,9 @@ def test_a_config_comes_back_from_its_plain_values(name):
 def test_documented_fields_are_the_fields():
     documented = ModelConfig.__doc__.split("Attributes:")[1].split("Raises:")[0]
     assert all(f"        {field.name}:" in documented for field in fields(ModelConfig))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "llama3"])
+def test_an_attention_factor_that_no_one_reads_is_refused(rope_type):
+    with pytest.raises(ValueError, match="read attention_factor"):
+        RopeScaling(rope_type, 64, factor=2.0, attention_factor=2.0)

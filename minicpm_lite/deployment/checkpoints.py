@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, require_positive_integer
 from ..language.decoder import Decoder
 from ..optional import require
 from .families import config_from_json, config_to_json, family_of, few, own_family, stored_names
@@ -53,8 +53,6 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
         ValueError: a file is damaged, or holds something this library would compute wrongly.
         ImportError: the hub or a GGUF file needs a package that is not installed.
     """
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype is {dtype}; weights are held in float32, float16, bfloat16 or float64.")
     path = _local(path_or_id, _HUB_FILES)
     if path.suffix == ".gguf":
         from .gguf import load_gguf  # here, because that file builds on this one
@@ -89,14 +87,18 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
 
 def _local(path_or_id: str | Path, hub_files: list[str]) -> Path:
     """The path itself, or where the hub's files of that name were put."""
-    path = Path(path_or_id)
+    path = Path(path_or_id).expanduser()
     if path.suffix == ".gguf" and path.is_file() or path.is_dir():
         return path
     if path.exists():
         raise ValueError(
             f"{path} is a file; expected the folder that holds config.json and the weights, or a .gguf file."
         )
-    if not isinstance(path_or_id, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id):
+    if (
+        path.suffix == ".gguf"
+        or not isinstance(path_or_id, str)
+        or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id)
+    ):
         raise FileNotFoundError(f"There is no folder or file {path}.")
     hub = require("huggingface_hub", install="minicpm_lite[pretrained]", purpose="download a model")
     try:
@@ -168,6 +170,10 @@ def assemble(
     Raises:
         ValueError: names or shapes differ; or the tables are tied, and an output layer differs from them.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"dtype is {dtype!r}; weights are held in torch.float32, float16, bfloat16 or float64."
+        )
     with torch.device("meta"):
         model = Decoder(config)
     expected = {names[name]: parameter for name, parameter in model.named_parameters()}
@@ -225,13 +231,19 @@ def save_pretrained(
         ValueError: the family computes something else than the model, or the model was changed inside.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing is left.
     """
-    path = Path(path)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    path = Path(path).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {path.parent} to write {path.name} into; create it first."
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"{path} exists and holds something; nothing is overwritten. Give another folder, or remove it."
         )
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; give at least 1, or leave it out.")
+    require_positive_integer("max_shard_bytes", max_shard_bytes)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model is on the meta device: it has shapes and no weights to write.")
     family = model_type or own_family(model.config)
     values = config_to_json(model.config, family)
     weights = model.state_dict()
@@ -250,8 +262,10 @@ def save_pretrained(
         _write_json(beside / "config.json", values)
         _write_shards(beside, {names[name]: tensor for name, tensor in weights.items()}, max_shard_bytes)
         os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:  # also when the user interrupts
         shutil.rmtree(beside, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise OSError(f"{path} could not be written, and nothing was left of it: {error}") from None
 
 

@@ -60,6 +60,7 @@ _DEFAULTS = {  # of fields that a config.json may leave out, by family; "" is fo
     "num_local_experts": {"": 8},
     "num_experts": {"": 0},
     "num_experts_per_tok": {"mixtral": 2, "": _REQUIRED},
+    "router_aux_loss_coef": {"mixtral": 0.001, "": 0.01},
     "q_lora_rank": {"": 768},
     "kv_lora_rank": {"": 256},
     "qk_nope_head_dim": {"": 64},
@@ -170,7 +171,10 @@ def _config_from_json(values: Mapping[str, object]) -> ModelConfig:
             dim_model_base=None if division == 1 else _short(config.hidden_size / division),
         )
     if experts := field("num_local_experts" if family == "mixtral" else "num_experts"):
-        config = replace(config, mixture=MixtureConfig(experts, field("num_experts_per_tok")))
+        config = replace(
+            config,
+            mixture=MixtureConfig(experts, field("num_experts_per_tok"), field("router_aux_loss_coef")),
+        )
     _refuse_other_computations(family, config, values, field)
     return config
 
@@ -242,6 +246,10 @@ def _rope_from_json(values: Mapping[str, object], field: Callable[[str], object]
     original = given.pop("original_max_position_embeddings", None)
     original = values.get("original_max_position_embeddings") or original
     if kind == "default":
+        if given:
+            raise ValueError(
+                f"the rotary parameters hold {few(sorted(given))} and no rope_type that reads them. Add it."
+            )
         return {"rope_theta": theta}
     if kind in ("linear", "dynamic"):  # other programs know no other context for these
         original = None
@@ -312,7 +320,7 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if model_type != "minicpm3" and not _has_plain_heads(config):
+    if model_type == "mixtral" or model_type != "minicpm3" and not _has_plain_heads(config):
         values["head_dim"] = config.head_dim
     if model_type in ("minicpm", "minicpm3"):
         values["scale_emb"] = config.scale_emb
@@ -328,6 +336,7 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
     if config.mixture is not None:
         values["num_local_experts" if model_type == "mixtral" else "num_experts"] = config.mixture.num_experts
         values["num_experts_per_tok"] = config.mixture.num_experts_per_token
+        values["router_aux_loss_coef"] = config.mixture.balance_loss_weight
     return values
 
 
@@ -359,7 +368,8 @@ def _why_not(config: ModelConfig, model_type: str) -> str | None:
         if original != config.max_position_embeddings:
             return (
                 f'its "dynamic" rope scaling starts at {original} tokens, and other programs start at '
-                f"max_position_embeddings, {config.max_position_embeddings}. Make them the same."
+                f"max_position_embeddings, {config.max_position_embeddings}. Make them the same "
+                "with dataclasses.replace; whoever loads it sets the longer limit again."
             )
     return None
 

@@ -260,7 +260,8 @@ class Decoder(nn.Module):
 
     Weights start as the MiniCPM paper's Table 7 says: normal with standard deviation ``init_std`` for the
     embeddings and ``init_std / sqrt(width_ratio)`` for the matrices; norms start at 1. On the meta device
-    (``with torch.device("meta")``) the model has shapes and no memory.
+    (``with torch.device("meta")``) the model has shapes and no memory. ``config`` may be replaced by one with
+    other rotary frequencies; what else it says was built in, and needs a new model.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionFunction = dense_attention) -> None:
@@ -318,7 +319,12 @@ class Decoder(nn.Module):
         """Cosine and sine of the positions of ``ids``; with a cache they are computed once for all of it."""
         if cache is None:
             return self._rotary_angles(torch.arange(ids.shape[1], device=ids.device))
-        if cache.rotary is None:
+        if cache.padding is not None and len(cache.padding) != len(ids):
+            raise ValueError(
+                f"The cache has the padding of {len(cache.padding)} rows, and ids has {len(ids)}; use one "
+                "cache for each batch."
+            )
+        if cache.length == 0:  # also when a cache is used again: another model has other frequencies
             positions = torch.arange(cache.max_length, device=ids.device)
             if cache.padding is not None:  # a row begins where its text begins
                 positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)

@@ -12,20 +12,21 @@ Choices, and the traps behind them:
 
 - Prompts of different lengths are padded on the left, so that every row's next token stands in one column.
   Positions count from where a row's text begins, and no row sees its padding: a row gets the tokens that it
-  would get alone.
+  would get alone. Not so where the rotary frequencies follow the length of the text ("dynamic", "longrope"
+  around its border): the room of the whole batch, with the tokens still to come, decides for all rows.
 - A token may hold half a character, and a stop string may begin in one token and end in another. Text is
   held back until it can no longer change.
 - Special tokens are part of the text, so that ``<|im_end|>`` can be a stop string like any other.
 - A chat template belongs to its model. A model that gets another one answers worse and gives no error.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from ..config import require_positive_integer, require_positive_number
@@ -33,6 +34,8 @@ from .decoder import Decoder, KVCache
 
 __all__ = ["Sampling", "TextWriter", "chatml", "generate", "generate_text", "minicpm_chat",
            "next_token_probabilities", "pad_left", "stream", "stream_text"]  # fmt: skip
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,7 @@ def next_token_probabilities(
     Raises:
         ValueError: a repetition penalty without the tokens so far.
     """
-    if sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
-        if seen is None:
-            raise ValueError(f"repetition_penalty is {penalty}; give the tokens so far as seen.")
-        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(_occurred(logits, seen, padding), penalised, logits)
+    logits = _penalised(logits, sampling.repetition_penalty, seen, padding)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
@@ -112,13 +110,18 @@ def next_token_probabilities(
     return probabilities
 
 
-def _occurred(logits: Tensor, seen: Tensor, padding: Tensor | None) -> Tensor:
-    """For each row, which entries of the vocabulary its text holds: (batch, vocab)."""
+def _penalised(logits: Tensor, penalty: float, seen: Tensor | None, padding: Tensor | None) -> Tensor:
+    """The scores, lowered for the tokens that a row's text already holds."""
+    if penalty == 1:
+        return logits
+    if seen is None:
+        raise ValueError(f"repetition_penalty is {penalty}; give the tokens so far as seen.")
     text = torch.ones_like(seen, dtype=torch.bool)
     if padding is not None:
         text = torch.arange(seen.shape[1], device=seen.device) >= padding[:, None]
     # counted, not set: padding may hold the id of a token that the text holds too
-    return torch.zeros_like(logits).scatter_add(-1, seen, text.to(logits.dtype)) > 0
+    occurred = torch.zeros_like(logits).scatter_add(-1, seen, text.to(logits.dtype)) > 0
+    return torch.where(occurred, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def stream(
@@ -126,7 +129,7 @@ def stream(
     ids: Int[Tensor, "batch tokens"],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     padding: Int[Tensor, " batch"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
@@ -145,18 +148,24 @@ def stream(
         ValueError: an empty prompt, or more tokens than the model was made for; before the first step.
     """
     require_positive_integer("max_new_tokens", max_new_tokens)
+    stop_ids = _whole_numbers(stop_ids)
     _refuse_impossible_prompt(model, ids, max_new_tokens, padding)
     if padding is not None and not padding.any():
         padding = None  # rows of one length need no mask
-    total = ids.shape[1] + max_new_tokens
-    cache, seen, newest = KVCache(total, padding), ids, ids
-    stops = torch.tensor(stop_ids, device=ids.device) if len(stop_ids) else None
+    room = ids.shape[1] + max_new_tokens - 1  # the last token is chosen and never read
+    cache, seen, newest = KVCache(room, padding), ids, ids
+    stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the whole function: a caller's code runs between its steps
             logits = model(newest, cache, last_only=True)[:, -1]
-        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-            token = logits.argmax(-1)
+        if newest is ids and not bool(logits.isfinite().all()):
+            raise FloatingPointError(
+                f"Not all scores after the prompt are finite numbers ({model.embed_tokens.weight.dtype}). "
+                "Are the weights whole? float16 overflows where bfloat16 and float32 do not."
+            )
+        if sampling.temperature == 0:
+            token = _penalised(logits, sampling.repetition_penalty, seen, padding).argmax(-1)
         else:
             probabilities = next_token_probabilities(logits, sampling, seen, padding)
             token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
@@ -179,7 +188,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     padding: Int[Tensor, " batch"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "batch more_tokens"]:
@@ -200,7 +209,7 @@ def pad_left(
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, " batch"]]:
     """Prompts of different lengths as one tensor, and how many tokens of each row are padding.
 
-    Which id pads makes no difference, since nothing sees it.
+    Which id of the vocabulary pads makes no difference, since nothing sees it.
 
     >>> ids, padding = pad_left([[5, 6, 7], [8]])
     >>> ids.tolist(), padding.tolist()
@@ -212,7 +221,7 @@ def pad_left(
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"Prompt {index} is empty; give at least one token, such as the start token.")
-    if not prompts:
+    if not len(prompts):
         raise ValueError("There is no prompt; give at least one.")
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
@@ -220,9 +229,20 @@ def pad_left(
     return torch.tensor(rows), torch.tensor(padding)
 
 
+def _whole_numbers(stop_ids: Iterable[int]) -> tuple[int, ...]:
+    """Token ids as a tuple, from a list, a set or another collection of them."""
+    if not isinstance(stop_ids, Iterable) or not all(isinstance(each, int) for each in stop_ids):
+        raise ValueError(f"stop_ids is {stop_ids!r}; expected a list of token ids, [] for none.")
+    return tuple(stop_ids)
+
+
 def _refuse_impossible_prompt(
     model: Decoder, ids: Tensor, max_new_tokens: int, padding: Tensor | None
 ) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not len(ids):
+        raise ValueError(
+            f"ids is {ids!r}; expected a tensor of token ids, (batch, tokens). For lists of ids: pad_left."
+        )
     if ids.ndim != 2:
         raise ValueError(
             f"ids has shape {tuple(ids.shape)}; expected (batch, tokens). For one text: ids[None]."
@@ -241,6 +261,10 @@ def _refuse_impossible_prompt(
             f"The prompt has token ids from {int(ids.min())} to {int(ids.max())}; the model knows 0 to "
             f"{model.config.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
         )
+    if padding is not None and not (
+        isinstance(padding, Tensor) and padding.dtype in (torch.int64, torch.int32)
+    ):
+        raise ValueError(f"padding is {padding!r}; expected whole numbers in a tensor, as pad_left gives.")
     if padding is not None and not (
         padding.shape == ids.shape[:1] and 0 <= int(padding.min()) <= int(padding.max()) < prompt
     ):
@@ -263,29 +287,39 @@ class TextWriter:
             raise ValueError(f"stop is {stop!r}; expected a list of strings, none of them empty.")
         self.text, self.stopped = "", False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._decoded = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
+        self._context, self._known = 0, 0  # the ids from here on are decoded; those up to there are text
         self._held = ""  # complete characters that may yet become a stop string
 
     def push(self, token: int) -> str:
         """Take one more token, and return the text that it makes certain: often a word, at times nothing."""
         self._ids.append(token)
-        return self._settle(self._decoded.step(self._tokenizer, token) or "", last=False)
+        new = self._new_text()
+        # a token such as <0xE4> is a byte, and what a run of bytes means is known at its end
+        if new.endswith("\ufffd") or _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""):
+            return ""
+        self._context, self._known = self._known, len(self._ids)
+        return self._settle(new, last=False)
 
     def finish(self) -> str:
-        """No more tokens will come: return what was held back."""
-        whole = self._tokenizer.decode(
-            self._ids, skip_special_tokens=False
-        )  # half a character at the end becomes U+FFFD
-        return self._settle(whole[len(self.text) + len(self._held) :], last=True)
+        """No more tokens will come: return what was held back; half a character becomes U+FFFD."""
+        return self._settle(self._new_text(), last=True)
+
+    def _new_text(self) -> str:
+        """What the newest ids add. A few known ones are decoded with them: the place decides on spaces."""
+        context = self._ids[self._context : self._known]
+        known = self._tokenizer.decode(context, skip_special_tokens=False)
+        whole = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=False)
+        return whole[len(known) :]
 
     def _settle(self, new: str, last: bool) -> str:
         if self.stopped:
             return ""
         self._held += new
-        met = [self._held.find(stop) for stop in self._stop if stop in self._held]
-        if met:
-            certain, self._held, self.stopped = self._held[: min(met)], "", True
+        starts = [(self._held.find(stop), stop) for stop in self._stop if stop in self._held]
+        if starts:  # the one that is complete first, as if the text had come letter by letter
+            _, start = min((start + len(stop), start) for start, stop in starts)
+            certain, self._held, self.stopped = self._held[:start], "", True
         else:
             hold = 0 if last else self._possible_stop()
             certain, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
@@ -308,7 +342,7 @@ def stream_text(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt piece by piece, each when it can no longer change.
@@ -346,7 +380,7 @@ def generate_text(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """The answers to a batch of prompts, computed together. See `stream_text` for the arguments."""
@@ -418,14 +452,18 @@ def minicpm_chat(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _messages(messages: Sequence[Mapping[str, str]], roles: tuple[str, ...]) -> list[tuple[str, str]]:
-    if isinstance(messages, str | Mapping) or not messages:
+    messages = [] if isinstance(messages, str | Mapping) else list(messages)
+    if not messages:
         raise ValueError(
-            f"messages is {messages!r}; expected a list such as [{{'role': 'user', 'content': 'Hello!'}}]."
+            "messages holds no message; expected a list such as [{'role': 'user', 'content': 'Hello!'}]."
         )
     for index, message in enumerate(messages):
-        if message.get("role") not in roles or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, Mapping)
+            or message.get("role") not in roles
+            or not isinstance(message.get("content"), str)
+        ):
             raise ValueError(
-                f"Message {index} is {dict(message)}; expected a role ({', '.join(roles)}) and a text as "
-                "content."
+                f"Message {index} is {message!r}; expected a role ({', '.join(roles)}) and a text as content."
             )
     return [(message["role"], message["content"]) for message in messages]

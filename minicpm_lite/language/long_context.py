@@ -29,7 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import ROPE_TYPES, ModelConfig, RopeScaling, require_positive_number
+from ..config import (
+    ROPE_TYPES,
+    ModelConfig,
+    RopeScaling,
+    require_positive_integer,
+    require_positive_number,
+)
 from .decoder import rotary_frequencies
 
 __all__ = ["extend_context", "ntk_theta", "scaled_frequencies", "search_factors"]
@@ -58,7 +64,8 @@ def extend_context(
     if config.rope_scaling is not None:
         raise ValueError(
             f'This config is scaled already, by "{config.rope_scaling.rope_type}"; extend the config '
-            "that the model was trained with, with the whole factor."
+            "that the model was trained with, with the whole factor. To allow longer texts with the "
+            "scaling it has: dataclasses.replace(config, max_position_embeddings=...)."
         )
     if long_factor is not None and method != "longrope":
         raise ValueError(f'Only method "longrope" takes long_factor; this is "{method}".')
@@ -157,13 +164,16 @@ def search_factors(
 
     Args:
         loss: what is to become small, given a candidate; on text the result is not judged by.
-        starts: the first candidates, such as the factors of other methods.
-        factor: the largest value is 1.25 times this, the smallest 1.
+        starts: the first candidates, such as the factors of other methods; tried as they are.
+        factor: a child's largest value is 1.25 times this, its smallest 1.
         generations: rounds of children.
         children: new candidates in a round; ``len(starts) + generations * children`` are tried in all.
         parents: the best candidates so far, from which children are made.
         seed: decides the children.
     """
+    if not len(starts) or any(start.shape != starts[0].shape for start in starts):
+        raise ValueError("starts must hold at least one candidate, and all of one length.")
+    require_positive_integer("parents", parents)
     generator = torch.Generator().manual_seed(seed)
     tried = [(loss(start), start) for start in starts]
     for _ in range(generations):

@@ -173,6 +173,16 @@ class BytePairTokenizer:
             steps = steps[1:]
         kinds = [(step.get("type"), step.get("add_prefix_space"), step.get("use_regex")) for step in steps]
         model = description["model"]
+        changed = [
+            "ignore_merges",
+            "dropout",
+            "continuing_subword_prefix",
+            "end_of_word_suffix",
+            "byte_fallback",
+        ]
+        changed = [name for name in changed if model.get(name)]
+        if changed:
+            raise ValueError(f"The model sets {', '.join(changed)}, by which it cuts text in another way.")
         if model["type"] != "BPE" or kinds != [("ByteLevel", False, True)] or description["normalizer"]:
             raise ValueError(
                 f"Expected a BPE model behind ByteLevel(add_prefix_space=False), perhaps with single digits; "

@@ -176,10 +176,11 @@ def test_the_type_in_memory_is_the_one_asked_for(dtype, tmp_path):
     assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == str(dtype).split(".")[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
 def test_weights_are_held_in_floating_point(dtype, tmp_path):
-    with pytest.raises(ValueError, match="weights are held in float32, float16"):
-        load_pretrained(tmp_path, dtype)
+    save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    with pytest.raises((ValueError, TypeError), match="weights are held in torch.float32|torch._C.dtype"):
+        load_pretrained(tmp_path / "model", dtype)
 
 
 def test_a_model_does_not_hang_on_its_file(tmp_path):
@@ -423,8 +424,29 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not be written, and nothing was left of it: .*No space left"):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
     assert os.listdir(tmp_path) == []
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(FileNotFoundError, match="There is no folder .*such to write folder into"):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "no/such/folder")
+    monkeypatch.setattr(checkpoints, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+def test_paths_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(make_model(OURS["llama"]), "~/model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert load_pretrained("~/model").config == load_pretrained("model").config
+    with pytest.raises(FileNotFoundError, match="no folder or file models.small.gguf"):
+        load_pretrained("models/small.gguf")  # a file that is missing, not a name on the hub
+
+
+def test_a_model_without_memory_is_not_written(tmp_path):
+    with torch.device("meta"):
+        model = Decoder(OURS["llama"])
+    with pytest.raises(ValueError, match="on the meta device"):
+        save_pretrained(model, tmp_path / "model")
 
 
 def test_a_model_that_was_changed_inside_is_not_written(tmp_path):

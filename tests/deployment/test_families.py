@@ -81,13 +81,24 @@ def test_multipliers_survive_granite(layers, depth, base):
     assert back.width_ratio == pytest.approx(config.width_ratio, rel=1e-12)
 
 
+def test_the_balance_loss_survives():
+    config = ModelConfig(**SHAPE, mixture=MixtureConfig(4, 2, 0.5))
+    for family in ("mixtral", "minicpm"):
+        assert config_from_json(config_to_json(config, family)).mixture == config.mixture
+
+
+def test_a_factor_that_no_type_reads_is_refused():
+    with pytest.raises(ValueError, match="hold factor and no rope_type that reads"):
+        config_from_json(LLAMA | {"rope_scaling": {"factor": 4.0}})
+
+
 def test_the_same_default_differs_by_family():
     assert config_from_json(MINICPM).tie_word_embeddings
     assert not config_from_json(LLAMA).tie_word_embeddings
     assert config_from_json(LLAMA).rope_theta == 10_000
     mixtral = SHAPE | {"model_type": "mixtral"}
     assert config_from_json(mixtral).rope_theta == 1_000_000
-    assert config_from_json(mixtral).mixture == MixtureConfig(8, 2)
+    assert config_from_json(mixtral).mixture == MixtureConfig(8, 2, 0.001)
     minicpm3 = config_from_json(SHAPE | {"model_type": "minicpm3"})
     assert minicpm3.latent_attention == LatentAttentionConfig(768, 256, 64, 32, 16)
     assert (minicpm3.scale_emb, minicpm3.scale_depth, minicpm3.dim_model_base) == (12, 1.4, 256)

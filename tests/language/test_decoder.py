@@ -387,3 +387,18 @@ def test_a_cache_survives_a_call_that_failed():
 def test_a_strange_token_id_is_refused():
     with pytest.raises(IndexError):
         Decoder(CONFIGS["grouped, tied"])(torch.tensor([[99]]))
+
+
+@torch.no_grad()
+def test_a_cache_used_again_takes_the_frequencies_of_its_new_model():
+    model, ids, cache = make_model(CONFIGS["grouped, tied"]), make_ids(CONFIGS["grouped, tied"]), KVCache(17)
+    model(ids, cache)
+    model.config, cache.length = replace(model.config, rope_theta=77.0), 0
+    assert_close(model(ids, cache), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_of_another_batch_is_refused():
+    with pytest.raises(ValueError, match="padding of 2 rows, and ids has 3"), torch.no_grad():
+        make_model(CONFIGS["grouped, tied"])(
+            make_ids(CONFIGS["grouped, tied"], batch=3), KVCache(17, torch.tensor([0, 1]))
+        )

@@ -1,12 +1,15 @@
 """Generation: cached equals uncached, batched equals alone, greedy and sampled equal to transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from torch.testing import assert_close
 
-from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig
+from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig, RopeScaling
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import (
     Sampling,
@@ -237,6 +240,24 @@ def test_a_row_stops_and_the_others_go_on():
     assert len(list(stream(model, ids[:1], 12, stop_ids=[stop]))) <= 4  # nothing is computed after the end
 
 
+def test_the_best_token_is_taken_without_chance():
+    before = torch.random.get_rng_state()
+    generate(make_model(), make_ids(2, 4), 3, repetition_penalty=1.2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(15, 2), (12, 5), (16, 1), (14, 2), (17, 3)])
+@torch.no_grad()
+def test_longrope_counts_the_tokens_that_are_read(prompt, new):
+    """The last token is chosen and never read, so up to the border the short factors hold."""
+    scaling = RopeScaling("longrope", 16, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 4.0, 8.0))
+    torch.manual_seed(0)
+    model, ids = Decoder(replace(CONFIGS["grouped"], rope_scaling=scaling)), make_ids(1, prompt)
+    first = generate(model, ids, new)[0, prompt]
+    read = torch.cat([ids, make_ids(1, new - 1)], dim=1) if new > 1 else ids  # same length, same first tokens
+    assert first == model(read)[0, prompt - 1].argmax()
+
+
 def test_generated_ids_can_be_trained_on():
     """They are ordinary tensors, not ones of inference mode, which autograd refuses."""
     model, ids = make_model(), make_ids(1, 4)
@@ -282,8 +303,8 @@ def test_text_ends_before_the_first_stop_string_wherever_tokens_are_cut(text, st
         if writer.stopped:
             break
     shown += writer.finish()
-    places = [text.find(each) for each in stop if each in text]
-    assert shown == writer.text == (text[: min(places)] if places else text)
+    places = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]
+    assert shown == writer.text == (text[: min(places)[1]] if places else text)
     assert writer.stopped == bool(places)
 
 
@@ -297,6 +318,28 @@ def test_half_a_character_at_the_end_is_shown_as_such():
 def test_text_is_held_back_only_as_long_as_it_may_become_a_stop_string():
     writer = TextWriter(TOKENIZER, ["END"])
     assert [writer.push(token) for token in TOKENIZER.encode("xEyENz").ids] == ["x", "", "Ey", "", "", "ENz"]
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """A tokenizer of the kind that Llama 2 and MiniCPM have: what it lacks is written as byte tokens."""
+    pieces = ["\u2581a", "\u2581b", "c", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.lists(
+        st.sampled_from([0, 1, 2, 3 + 0x0A, 3 + 0x61, *(3 + b for b in "🙂人".encode())]), max_size=12
+    )
+)
+def test_byte_tokens_are_put_together_as_the_tokenizer_does(tokens):
+    tokenizer = byte_fallback_tokenizer()
+    writer = TextWriter(tokenizer)
+    assert "".join([writer.push(token) for token in tokens] + [writer.finish()]) == tokenizer.decode(tokens)
 
 
 def test_streamed_text_is_the_whole_text():
@@ -408,12 +451,15 @@ def test_chatml_with_a_system_message_of_the_model():
         (lambda m: generate(m, make_ids(2, 5), 5, padding=torch.tensor([0, 5])), r"padding is \[0, 5\]; expected a number from 0 to 4"),
         (lambda m: generate(m, make_ids(2, 5), 5, padding=torch.tensor([0])), r"for each of the 2 rows|i64\[1\]"),
         (lambda m: next_token_probabilities(torch.zeros(1, 3), Sampling(repetition_penalty=1.2)), "penalty is 1.2; give the tokens so far as seen"),
+        (lambda m: generate(m, make_ids(1, 5), 5, stop_ids=None), "stop_ids is None|argument stop_ids|stop_ids"),
+        (lambda m: generate(m, make_ids(1, 5), 5, stop_ids=["a"]), "stop_ids"),
         (lambda m: pad_left([]), "There is no prompt"),
         (lambda m: pad_left([[1], []]), "Prompt 1 is empty"),
         (lambda m: generate_text(m, TOKENIZER, ["a", ""], 5), "Prompt 1 is empty"),
         (lambda m: generate_text(m, TOKENIZER, "a", 5), "prompts is one string"),
         (lambda m: TextWriter(TOKENIZER, ["a", ""]), "none of them empty"),
         (lambda m: chatml([]), r"expected a list such as"),
+        (lambda m: chatml(["hi"]), "Message 0 is 'hi'|messages"),
         (lambda m: chatml([{"role": "user"}]), "Message 0 is .*expected a role"),
         (lambda m: chatml([{"role": "robot", "content": "x"}]), "system, user, assistant"),
         (lambda m: minicpm_chat(TALK), "Message 0 is .*expected a role .user, assistant."),

@@ -449,3 +449,11 @@ def test_compiled_training_equals_eager():
 def test_impossible_mixtures(make_it, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_it()
+
+
+def test_counting_the_load_leaves_the_balance_loss_of_the_last_step():
+    model, ids = Decoder(CONFIG).train(), torch.arange(20).view(2, 10)
+    model(ids)
+    before = balance_loss(model)
+    expert_load(model, ids.flip(1))
+    assert balance_loss(model).requires_grad and torch.equal(balance_loss(model), before)
