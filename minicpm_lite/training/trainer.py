@@ -6,6 +6,7 @@ and resumed computes the same numbers as one that was not.
 """
 
 import copy
+import json
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -299,12 +300,13 @@ class Trainer:
             )
 
     def _identity(self) -> dict[str, dict]:
-        """What must be the same for a checkpoint to fit; as JSON gives it back."""
-        trainer = asdict(self.config) | {"betas": list(self.config.betas)}
+        """What must be the same for a checkpoint to fit; as JSON gives it back, with lists for tuples."""
+        trainer = asdict(self.config)
         del trainer["compile"]  # decides how, not what
         tokens = self.batches.tokens.cpu().long().contiguous()
         text = {"tokens": len(tokens), "checksum": zlib.crc32(tokens.numpy().tobytes())}
-        return {"model config": asdict(self.model.config), "trainer config": trainer, "text": text}
+        identity = {"model config": asdict(self.model.config), "trainer config": trainer, "text": text}
+        return json.loads(json.dumps(identity))
 
     @property
     def _device(self) -> torch.device:

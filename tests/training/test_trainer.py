@@ -13,6 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
+from minicpm_lite.config import RopeScaling
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.training.checkpoint import load_checkpoint, save_checkpoint
 from minicpm_lite.training.trainer import Trainer, TrainerConfig, next_token_loss
@@ -317,6 +318,18 @@ def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
 def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_it()
+
+
+def test_a_run_with_longrope_factors_resumes(tmp_path):
+    """JSON has no tuples, and the factors are one."""
+    scaling = RopeScaling("longrope", 32, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 4.0))
+    config = replace(MODEL, rope_scaling=scaling)
+    run = Trainer(Decoder(config), TOKENS, SCHEDULE, CONFIG)
+    run.train(2, progress=False)
+    run.save(tmp_path / "run.safetensors")
+    resumed = Trainer(Decoder(config), TOKENS, SCHEDULE, CONFIG)
+    resumed.load(tmp_path / "run.safetensors")
+    assert resumed.step == 2
 
 
 def test_nothing_is_lost_when_writing_fails(tmp_path, monkeypatch):
