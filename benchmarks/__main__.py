@@ -115,8 +115,10 @@ def decode_a_real_model(new_tokens: int = 48) -> None:
     (reading,) = take_turns(20, lambda: array.sum())
     weights = sum(parameter.nbytes for parameter in model.parameters())
     used, possible = weights / seconds, array.nbytes / reading
-    print(f"  {weights / 1e6:.0f} MB of weights a token: {used / 1e9:.1f} GB/s = {used / possible:.0%} of the "
-          f"{possible / 1e9:.1f} GB/s at which an array is summed")  # fmt: skip
+    print(
+        f"  {weights / 1e6:.0f} MB of weights a token: {used / 1e9:.1f} GB/s = {used / possible:.0%} of the "
+        f"{possible / 1e9:.1f} GB/s at which an array is summed"
+    )
 
 
 def compare_decoding(name: str, model: Decoder, new_tokens: int, compiled: bool) -> float:
