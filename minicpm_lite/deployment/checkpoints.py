@@ -181,15 +181,15 @@ def assemble(
     output = names.get("lm_head.weight", "")  # a tied table that is stored a second time
     problems = []
     if missing := [name for name in expected if name not in shapes]:
-        problems.append(f"{len(missing)} are missing: {few(missing)}")
+        problems.append(f"{len(missing)} missing: {few(missing)}")
     if extra := sorted(shapes.keys() - expected.keys() - {output}):
-        problems.append(f"{len(extra)} are unknown: {few(extra)}")
+        problems.append(f"{len(extra)} unknown: {few(extra)}")
     if misshapen := [
         f"{name} is {shapes[name]} and should be {tuple(parameter.shape)}"
         for name, parameter in expected.items()
         if name in shapes and shapes[name] != tuple(parameter.shape)
     ]:
-        problems.append(f"{len(misshapen)} have another shape: {few(misshapen)}")
+        problems.append(f"{len(misshapen)} of another shape: {few(misshapen)}")
     if problems:
         raise ValueError(
             f"The tensors in {where} do not fit its config: {'; '.join(problems)}. Nothing was loaded."
@@ -309,7 +309,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         shards.setdefault(folder / file, set()).add(name)
     if absent := sorted(file.name for file in shards if not file.is_file()):
         raise FileNotFoundError(
-            f"{index} names {len(shards)} files, of which {len(absent)} are missing: {few(absent)}. Was the "
+            f"{index} names {len(shards)} files, {len(absent)} of them missing: {few(absent)}. Was the "
             "download cut short?"
         )
     return shards

@@ -52,7 +52,7 @@ def run_jobs(
     todo = [job for job in jobs if job.name not in runs]
     about = dict(facts) | {
         "command": f"python {script.resolve().relative_to(Path.cwd())}",
-        "device": f"CPU, {os.cpu_count()} cores, {workers} workers",
+        "device": f"CPU, {os.cpu_count()} cores, {workers} worker{'s' * (workers > 1)}",
         "torch": torch.__version__,
     }
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

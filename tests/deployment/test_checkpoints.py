@@ -226,13 +226,13 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.pop(Q), f"1 are missing: {Q}"),
-        (lambda t: [t.pop(n) for n in list(t) if "layers.2." in n], "9 are missing: .* and 5 more"),
-        (lambda t: t.update(stranger=torch.ones(1)), "1 are unknown: stranger"),
-        (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)}), "1 are unknown: .*q_proj.bias"),
+        (lambda t: t.pop(Q), f"1 missing: {Q}"),
+        (lambda t: [t.pop(n) for n in list(t) if "layers.2." in n], "9 missing: .* and 5 more"),
+        (lambda t: t.update(stranger=torch.ones(1)), "1 unknown: stranger"),
+        (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)}), "1 unknown: .*q_proj.bias"),
         (
             lambda t: t.update({Q: t[Q][:32]}),
-            rf"1 have another shape: {Q} is \(32, 64\) and should be \(64, 64\)",
+            rf"1 of another shape: {Q} is \(32, 64\) and should be \(64, 64\)",
         ),
         (lambda t: t.update({Q: t[Q].to(torch.int8)}), f"{Q} in .* is stored as I8; only floating-point"),
         (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), "is stored as F8_E4M3"),
@@ -271,7 +271,7 @@ def test_harmless_tensors_are_passed_over(saved):
 
 def test_untied_needs_its_output_layer(saved):
     change_config(saved, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="1 are missing: lm_head.weight"):
+    with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
         load_pretrained(saved)
 
 
@@ -300,7 +300,7 @@ def test_a_shard_that_is_missing_or_emptied_is_named(sharded):
     with pytest.raises(ValueError, match=f"is stored twice: in {files[0]} and in .*{files[1]}|stored twice"):
         load_pretrained(sharded)
     (sharded / files[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"names \d+ files, of which 1 are missing: {files[1]}"):
+    with pytest.raises(FileNotFoundError, match=rf"names \d+ files, 1 of them missing: {files[1]}"):
         load_pretrained(sharded)
 
 
