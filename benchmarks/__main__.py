@@ -20,6 +20,7 @@ from torch import nn
 from torch.profiler import profile
 
 from minicpm_lite import ModelConfig, load_config
+from minicpm_lite.data.corpora import batch_of
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.deployment.checkpoints import load_pretrained, save_pretrained
 from minicpm_lite.language.decoder import Decoder
@@ -68,7 +69,7 @@ def twin_step(run: Trainer) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
-        window = run.batches(0)
+        window = batch_of(run.windows, 0, run.config.batch_size)
         logits = twin(input_ids=window[:, :-1]).logits
         nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)

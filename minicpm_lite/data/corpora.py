@@ -1,7 +1,13 @@
-"""Texts as token streams: a vocabulary learned from the text, a held-out part, and batches by step."""
+"""Texts as token streams: a vocabulary learned from the text, a held-out part, and windows to train on.
 
+A run reads an endless sequence of windows, and each window is a function of its index alone. So a resumed run
+sees the same data, several processes can share a batch, and mixtures can be built from sequences.
+"""
+
+import zlib
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -12,7 +18,7 @@ from ..config import require_positive_integer
 from ..language.tokenizer import train_tokenizer
 from .assets import load_austen
 
-__all__ = ["Corpus", "TokenBatches", "load_corpus"]
+__all__ = ["Corpus", "TokenWindows", "Windows", "batch_of", "load_corpus"]
 
 _BLOCK_CHARACTERS = 20_000  # about ten pages
 _HELD_OUT_EVERY = 20  # one block in twenty, 5 %, from all over the text
@@ -56,9 +62,47 @@ def _load_corpus(vocab_size: int) -> Corpus:
     return Corpus(tokenizer, train, validation, len(held_out.encode()) / len(validation))
 
 
+@runtime_checkable
+class Windows(Protocol):
+    """An endless, shuffled sequence of training windows; each is a function of its index alone.
+
+    A token that is context only, and not to be predicted, is stored as its complement ``~id``, which is
+    negative: the question in front of an answer, for instance.
+
+    Attributes:
+        length: tokens that are predicted in a window, which holds one more.
+    """
+
+    length: int
+
+    def __getitem__(self, index: int) -> Int[Tensor, " window"]:
+        """The window of an index, counted from 0: ``length + 1`` token ids, or complements of them."""
+        ...
+
+    def id_range(self) -> tuple[int, int]:
+        """Smallest and largest token id in it."""
+        ...
+
+    def identity(self) -> dict:
+        """What must be the same for a resumed run to see the same windows; fits into JSON."""
+        ...
+
+
+def batch_of(windows: Windows, step: int, batch_size: int) -> Int[Tensor, "batch_size window"]:
+    """The windows of a step, counted from 0: ``batch_size`` of them, none of which any other step sees.
+
+    >>> batch_of(TokenWindows(torch.arange(100), length=4, seed=0), step=7, batch_size=2).shape
+    torch.Size([2, 5])
+    """
+    require_positive_integer("batch_size", batch_size)
+    if step < 0:
+        raise ValueError(f"The step is {step}; steps are counted from 0.")
+    return torch.stack([windows[index] for index in range(step * batch_size, (step + 1) * batch_size)])
+
+
 @dataclass(frozen=True, eq=False)
-class TokenBatches:
-    """The batch of each step, as a function of the step alone: a resumed run sees the same data.
+class TokenWindows:
+    """A stream of tokens, cut into windows.
 
     Each epoch cuts the stream into windows of ``length`` tokens at a random offset and visits them in random
     order; both follow from the seed and the epoch's number. A window overlaps the next by one token, so no
@@ -66,50 +110,54 @@ class TokenBatches:
 
     Attributes:
         tokens: the stream.
-        batch_size: windows in a batch.
         length: tokens that are predicted in each window.
         seed: decides offsets and orders.
 
-    >>> batches = TokenBatches(torch.arange(100), batch_size=2, length=4, seed=0)
-    >>> batches(0).shape
-    torch.Size([2, 5])
-    >>> bool((batches(7) == batches(7)).all())
+    >>> windows = TokenWindows(torch.arange(100), length=4, seed=0)
+    >>> bool((windows[7] == windows[7]).all())
     True
     """
 
     tokens: Int[Tensor, " tokens"]
-    batch_size: int
     length: int
     seed: int
 
     def __post_init__(self) -> None:
-        require_positive_integer("batch_size", self.batch_size)
         require_positive_integer("length", self.length)
-        if self._windows < 1:
+        if self._in_epoch < 1:
             raise ValueError(
                 f"The stream holds {len(self.tokens)} tokens; windows of {self.length} need at least "
                 f"{2 * self.length}. Give a longer text or shorter windows."
             )
 
     @property
-    def _windows(self) -> int:
+    def _in_epoch(self) -> int:
         return (len(self.tokens) - self.length) // self.length  # the offset takes up to one window
 
-    def __call__(self, step: int) -> Int[Tensor, "batch_size window"]:
-        """The windows of a step, counted from 0; each has ``length + 1`` tokens."""
-        if step < 0:
-            raise ValueError(f"The step is {step}; steps are counted from 0.")
-        first = step * self.batch_size
-        starts = [self._start(index) for index in range(first, first + self.batch_size)]
-        return torch.stack([self.tokens[start : start + self.length + 1] for start in starts]).long()
+    def __getitem__(self, index: int) -> Int[Tensor, " window"]:
+        """The window of an index, counted from 0: ``length + 1`` token ids."""
+        if index < 0:
+            raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
+        epoch, position = divmod(index, self._in_epoch)
+        offset, order = _epoch(self._in_epoch, self.length, self.seed, epoch)
+        start = offset + order[position] * self.length
+        return self.tokens[start : start + self.length + 1].long()
 
-    def _start(self, index: int) -> int:
-        epoch, position = divmod(index, self._windows)
-        offset, order = _epoch(self._windows, self.length, self.seed, epoch)
-        return offset + order[position] * self.length
+    def id_range(self) -> tuple[int, int]:
+        """Smallest and largest token id in the stream."""
+        return int(self.tokens.min()), int(self.tokens.max())
+
+    def identity(self) -> dict:
+        """Number of tokens and their checksum, window length and seed."""
+        return {"tokens": len(self.tokens), "checksum": self._checksum, "length": self.length,
+                "seed": self.seed}  # fmt: skip
+
+    @cached_property
+    def _checksum(self) -> int:
+        return zlib.crc32(self.tokens.cpu().long().contiguous().numpy().tobytes())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int, list[int]]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return int(torch.randint(length, (1,), generator=generator)), torch.randperm(

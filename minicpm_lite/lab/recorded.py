@@ -7,15 +7,17 @@ does the rest. Results go to ``recorded/TOPIC.json`` after each job, so a stoppe
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-__all__ = ["Job", "load_results", "run_jobs"]
+__all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
+
+Case = TypeVar("Case", bound=Hashable)
 
 
 class Job(Protocol):
@@ -73,6 +75,37 @@ def load_results(script: str | Path) -> dict:
     """What `run_jobs` wrote beside a script so far; with no ``runs`` yet, if it wrote nothing."""
     path = _results_of(Path(script))
     return json.loads(path.read_text()) if path.exists() else {"runs": {}}
+
+
+def tune_rates(
+    cases: Iterable[Case],
+    first_rates: Sequence[float],
+    losses_of: Callable[[list[tuple[Case, float]]], Mapping[tuple[Case, float], float]],
+) -> dict[Case, float]:
+    """The learning rate of least loss for each case, so that each side of a comparison is tuned alike.
+
+    A grid is extended by factors of 2 while the best rate lies at its edge.
+
+    Args:
+        cases: what is compared.
+        first_rates: the grid to begin with, at least two rates.
+        losses_of: from all pairs of a case and a rate to the loss of each; pairs it was asked for before are
+            among them, so it should remember them, as `run_jobs` does.
+
+    >>> tune_rates(["valley"], [0.01, 0.02], lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs})
+    {'valley': 0.08}
+    """
+    rates = {case: list(first_rates) for case in cases}
+    while True:
+        losses = losses_of([(case, rate) for case in rates for rate in rates[case]])
+        best = {case: min((losses[case, rate], rate) for rate in grid)[1] for case, grid in rates.items()}
+        if all(min(rates[case]) < best[case] < max(rates[case]) for case in rates):
+            return best
+        for case, rate in best.items():
+            if rate == min(rates[case]):
+                rates[case].append(rate / 2)
+            elif rate == max(rates[case]):
+                rates[case].append(rate * 2)
 
 
 def _results_of(script: Path) -> Path:

@@ -7,7 +7,6 @@ and resumed computes the same numbers as one that was not.
 
 import copy
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,15 +20,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import require_positive_integer, require_positive_number
-from ..data.corpora import TokenBatches
+from ..data.corpora import TokenWindows, Windows, batch_of
 from ..language.decoder import Decoder
 from ..language.moe import balance_loss
 from .checkpoint import load_checkpoint, save_checkpoint
+from .wind_tunnel import mup_groups
 from .wsd import Schedule
 
-__all__ = ["Trainer", "TrainerConfig", "next_token_loss", "training_loss"]
+__all__ = ["Trainer", "TrainerConfig", "next_token_loss", "parameter_groups", "training_loss"]
 
 Precision = Literal["float32", "bfloat16"]
+Parametrization = Literal["standard", "mup"]
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
@@ -43,6 +44,8 @@ class TrainerConfig:
         weight_decay: of AdamW, on matrices; norms, embeddings and output layer are not decayed.
         betas: of AdamW.
         max_grad_norm: longer gradients are shortened to this norm.
+        parametrization: "standard" gives all parameters one learning rate; "mup" divides that of matrices by
+            the model's ``width_ratio``, as MiniCPM does.
         precision: "bfloat16" computes matrix products in bfloat16; weights and moments stay in float32.
         compile: compile forward and backward. On 2 CPU cores this takes about half a minute and then makes
             a small model's steps about a third faster: it pays for runs of several minutes.
@@ -54,6 +57,7 @@ class TrainerConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    parametrization: Parametrization = "standard"
     precision: Precision = "float32"
     compile: bool = False
     seed: int = 0
@@ -64,8 +68,9 @@ class TrainerConfig:
         require_positive_number("max_grad_norm", self.max_grad_norm)
         if self.weight_decay != 0:
             require_positive_number("weight_decay", self.weight_decay)
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision is {self.precision!r}; choose {' or '.join(get_args(Precision))}.")
+        for name, known in (("parametrization", Parametrization), ("precision", Precision)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(get_args(known))}.")
 
     @property
     def batch_tokens(self) -> int:
@@ -73,12 +78,26 @@ class TrainerConfig:
         return self.batch_size * self.sequence_length
 
 
+def parameter_groups(model: Decoder, config: TrainerConfig, peak_lr: float) -> list[dict]:
+    """Parameter groups for an optimiser: matrices with weight decay; tables and norms without.
+
+    Each group's own ``lr`` is its peak: the schedule's, or what µP makes of it.
+    """
+    groups = mup_groups(model, peak_lr, config.weight_decay)
+    return groups if config.parametrization == "mup" else [group | {"lr": peak_lr} for group in groups]
+
+
 def next_token_loss(
     model: Decoder, window: Int[Tensor, "batch window"], reduction: str = "mean"
 ) -> Float[Tensor, ""]:
-    """Cross entropy of each token of a window, but the first, given those before it; in nats a token."""
-    logits = model(window[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
+    """Cross entropy of each token of a window, but the first, given those before it; in nats a token.
+
+    Complements ``~id`` stand for tokens that are read and not predicted: they count neither in the sum nor in
+    the mean (see `minicpm_lite.data.corpora.Windows`).
+    """
+    logits = model(torch.where(window < 0, ~window, window)[:, :-1])
+    targets = window[:, 1:].flatten()
+    return F.cross_entropy(logits.flatten(0, 1), targets.clamp(min=-1), ignore_index=-1, reduction=reduction)
 
 
 def training_loss(
@@ -119,29 +138,24 @@ class Trainer:
     def __init__(
         self,
         model: Decoder,
-        tokens: Int[Tensor, " tokens"],
+        text: Int[Tensor, " tokens"] | Windows,
         schedule: Schedule,
         config: TrainerConfig = TrainerConfig(),
     ) -> None:
         self.model, self.schedule, self.config = model, schedule, config
-        self.batches = TokenBatches(tokens, config.batch_size, config.sequence_length, config.seed)
+        if isinstance(text, Tensor):
+            text = TokenWindows(text, config.sequence_length, config.seed)
+        self.windows = text
         self._refuse_what_cannot_be_trained()
         self._loss = _compiled_loss() if config.compile else training_loss
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
-        tables = {id(table) for table in model.tables}
-        decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
-        others = [p for p in model.parameters() if p.ndim < 2 or id(p) in tables]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=schedule.peak_lr,
-            betas=config.betas,
-            fused=True,
+            parameter_groups(model, config, schedule.peak_lr), betas=config.betas, fused=True
         )
+        # with a schedule of another peak, groups keep their ratios
+        self._lr_ratios = [group["lr"] / schedule.peak_lr for group in self.optimizer.param_groups]
 
     def train(
         self,
@@ -176,10 +190,10 @@ class Trainer:
     def _update(self) -> None:
         """One update. Interrupted anywhere before its end, it leaves the run as it was."""
         step = self.step + 1
-        window = self.batches(self.step).to(self._device)
+        window = batch_of(self.windows, self.step, self.config.batch_size).to(self._device)
         self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(step)
+        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = self.schedule(step) * ratio
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             minimised, loss = self._loss(self.model, window)
         minimised.backward()
@@ -214,13 +228,14 @@ class Trainer:
         self.model.train(training)
         return total / (len(windows) * length)
 
-    def branch(self, schedule: Schedule) -> "Trainer":
+    def branch(self, schedule: Schedule, text: Int[Tensor, " tokens"] | Windows | None = None) -> "Trainer":
         """A copy of this run that goes on under another schedule; this one is left as it is.
 
-        A stable run of WSD is decayed this way, as often as one likes.
+        A stable run of WSD is decayed this way, as often as one likes, and on another text if one is given.
+        The step goes on, and with it the index of the windows.
         """
         model = copy.deepcopy(self.model)
-        other = Trainer(model, self.batches.tokens, schedule, self.config)
+        other = Trainer(model, self.windows if text is None else text, schedule, self.config)
         other.step = self.step
         other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
@@ -287,15 +302,21 @@ class Trainer:
         return shapes
 
     def _refuse_what_cannot_be_trained(self) -> None:
-        config, tokens = self.model.config, self.batches.tokens
-        if int(tokens.max()) >= config.vocab_size or int(tokens.min()) < 0:
+        config, length = self.model.config, self.windows.length
+        smallest, largest = self.windows.id_range()
+        if largest >= config.vocab_size or smallest < 0:
             raise ValueError(
-                f"The text has token ids from {int(tokens.min())} to {int(tokens.max())}; the model knows "
+                f"The text has token ids from {smallest} to {largest}; the model knows "
                 f"0 to {config.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
             )
-        if self.config.sequence_length > config.max_position_embeddings:
+        if length != self.config.sequence_length:
             raise ValueError(
-                f"sequence_length is {self.config.sequence_length}; the model was made for "
+                f"The windows predict {length} tokens each, and sequence_length is "
+                f"{self.config.sequence_length}. Make them the same."
+            )
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length is {length}; the model was made for "
                 f"{config.max_position_embeddings} tokens (max_position_embeddings)."
             )
 
@@ -303,8 +324,7 @@ class Trainer:
         """What must be the same for a checkpoint to fit; as JSON gives it back, with lists for tuples."""
         trainer = asdict(self.config)
         del trainer["compile"]  # decides how, not what
-        tokens = self.batches.tokens.cpu().long().contiguous()
-        text = {"tokens": len(tokens), "checksum": zlib.crc32(tokens.numpy().tobytes())}
+        text = self.windows.identity()
         identity = {"model config": asdict(self.model.config), "trainer config": trainer, "text": text}
         return json.loads(json.dumps(identity))
 

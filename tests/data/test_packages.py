@@ -1,8 +1,10 @@
 """Files inside installed packages: found, or one sentence with the command that gets them."""
 
+import json
+
 import pytest
 
-from minicpm_lite.data.packages import package_file
+from minicpm_lite.data.packages import chitchat_file, package_file, web_samples_file
 
 
 @pytest.fixture
@@ -40,3 +42,10 @@ def test_another_version_is_refused(installed):
 def test_a_missing_file_is_named(installed):
     with pytest.raises(FileNotFoundError, match="carrier 1.2 holds no file nothing.txt"):
         package_file("carrier", "1.2", "nothing.txt")
+
+
+def test_the_data_of_the_chapters_is_there():
+    conversations = json.loads(chitchat_file().read_text())
+    assert len(conversations) == 7168
+    documents = [json.loads(line) for line in web_samples_file().read_text().splitlines()]
+    assert len(documents) == 400 and all(document["text"] for document in documents)

@@ -1,12 +1,13 @@
 """Recorded runs: done once, kept after each job, gone on with where they stopped."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 
 import pytest
 
-from minicpm_lite.lab.recorded import load_results, run_jobs
+from minicpm_lite.lab.recorded import load_results, run_jobs, tune_rates
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,18 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
     assert runs["square/2"]["square"] == "not computed again"
     assert runs["square/5"]["square"] == 25  # done before the failure, and kept
     assert list(script.parent.iterdir()) == [script.with_suffix(".json")]  # nothing half written
+
+
+def test_rates_are_tuned_until_the_best_lies_inside_the_grid():
+    """Each case has its own valley: one to the left of the grid, one inside it, one to the right."""
+    valleys = {"left": 0.0025, "inside": 0.02, "right": 0.16}
+    asked = []
+
+    def losses_of(pairs):
+        asked.append(pairs)
+        return {(case, rate): abs(math.log(rate / valleys[case])) for case, rate in pairs}
+
+    assert tune_rates(valleys, (0.01, 0.02, 0.04), losses_of) == pytest.approx(valleys)
+    assert len(asked) == 4, "three extensions to the right; the left needs as many"
+    assert [case for case, _ in asked[0]] == ["left"] * 3 + ["inside"] * 3 + ["right"] * 3
+    assert sum(case == "inside" for case, _ in asked[-1]) == 3, "a grid whose best lies inside stays"

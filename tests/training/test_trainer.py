@@ -14,9 +14,11 @@ from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
+from minicpm_lite.data.corpora import TokenWindows, batch_of
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.training.checkpoint import load_checkpoint, save_checkpoint
 from minicpm_lite.training.trainer import Trainer, TrainerConfig, next_token_loss
+from minicpm_lite.training.wind_tunnel import mup_groups
 from minicpm_lite.training.wsd import WSD
 
 MODEL = ModelConfig(32, 80, 2, 4, 40, num_key_value_heads=2, max_position_embeddings=64, scale_emb=12,
@@ -63,7 +65,7 @@ def test_equal_to_the_loop_one_would_write():
     )  # fmt: skip
     scheduler = SCHEDULE.scheduler(optimizer)
     for step in range(12):
-        window = run.batches(step)
+        window = batch_of(run.windows, step, CONFIG.batch_size)
         logits = model(window[:, :-1])
         torch.nn.functional.cross_entropy(logits.transpose(1, 2), window[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -313,6 +315,14 @@ def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
             lambda: make(config=replace(CONFIG, sequence_length=65)),
             "sequence_length is 65; the model was made for 64",
         ),
+        (
+            lambda: Trainer(Decoder(MODEL), TokenWindows(TOKENS, 8, 0), SCHEDULE, CONFIG),
+            "windows predict 8 tokens each, and sequence_length is 16",
+        ),
+        (
+            lambda: replace(CONFIG, parametrization="ntk"),
+            "parametrization is 'ntk'; choose standard or mup",
+        ),
     ],
 )
 def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
@@ -372,3 +382,51 @@ def test_impossible_trainers(change, sentence):
 def test_too_short_held_out_text():
     with pytest.raises(ValueError, match="has 5 tokens; at least 17"):
         make().evaluate(TOKENS[:5])
+
+
+def test_a_complement_is_read_and_not_predicted():
+    model = make().model
+    window = TOKENS[:34].view(2, 17).clone()
+    losses = torch.nn.functional.cross_entropy(
+        model(window[:, :-1]).transpose(1, 2), window[:, 1:], reduction="none"
+    )
+    context = torch.zeros_like(window, dtype=torch.bool)
+    context[0, :9] = True
+    context[1, [0, 4, 16]] = True
+    counted = losses[~context[:, 1:]]
+    masked = torch.where(context, ~window, window)
+    assert_close(next_token_loss(model, masked), counted.mean())
+    assert_close(next_token_loss(model, masked, "sum"), counted.sum())
+
+
+def test_a_branch_may_go_on_with_another_text():
+    run = trained(10)
+    other = run.branch(SCHEDULE, TOKENS.flip(0))
+    assert torch.equal(other.windows.tokens, TOKENS.flip(0))
+    assert_same(run, other)
+    other.train(12, progress=False)
+    run.train(12, progress=False)
+    assert other.losses[:10] == run.losses[:10] and other.losses[10:] != run.losses[10:]
+
+
+def test_mup_gives_matrices_a_smaller_rate():
+    """As two plain AdamW groups would, with the schedule as a torch scheduler."""
+    model = replace(MODEL, dim_model_base=8)
+    config = replace(CONFIG, parametrization="mup")
+    run, plain = make(config=config, model=model), make(model=model).model
+    optimizer = torch.optim.AdamW(mup_groups(plain, SCHEDULE.peak_lr, 0.1), betas=(0.9, 0.95))
+    scheduler = SCHEDULE.scheduler(optimizer)
+    for step in range(12):
+        next_token_loss(plain, batch_of(run.windows, step, CONFIG.batch_size)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    run.train(12, progress=False)
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+    assert min(rates.values()) == pytest.approx(SCHEDULE(12) / 4) and max(rates.values()) == SCHEDULE(12)
+    for mine, theirs in zip(run.model.parameters(), plain.parameters(), strict=True):
+        assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    with pytest.raises(AssertionError):
+        for mine, theirs in zip(trained(12, model=model).model.parameters(), plain.parameters(), strict=True):
+            assert_close(mine, theirs, atol=1e-5, rtol=1e-4)

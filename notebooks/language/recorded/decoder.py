@@ -22,7 +22,7 @@ import torch
 import minicpm_lite
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.data.corpora import load_corpus
-from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.lab.recorded import run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.runtime import seed_everything
@@ -164,26 +164,14 @@ def run_all(jobs: list[Job | Single]) -> dict[str, dict]:
     return run_jobs(__file__, jobs, work, FACTS)
 
 
-def tune() -> dict[str, float]:
-    """The best peak rate of each shape, on the tuning seed. The long run begins first, beside them."""
-    rates = {shape: list(FIRST_RATES) for shape in SHAPES}
-    while True:
-        jobs = {(shape, rate): Job(shape, rate, TUNING_SEED) for shape in SHAPES for rate in rates[shape]}
-        runs = run_all([Single("long"), *jobs.values()])
-        best = {
-            shape: min(rates[shape], key=lambda rate: runs[jobs[shape, rate].name]["loss"])
-            for shape in SHAPES
-        }
-        edges = [shape for shape in SHAPES if best[shape] in (min(rates[shape]), max(rates[shape]))]
-        if not edges:
-            return best
-        for shape in edges:
-            low, high = min(rates[shape]), max(rates[shape])
-            rates[shape].append(low / 2 if best[shape] == low else high * 2)
+def losses_of(pairs: list[tuple[str, float]]) -> dict[tuple[str, float], float]:
+    jobs = {(shape, rate): Job(shape, rate, TUNING_SEED) for shape, rate in pairs}
+    runs = run_all([Single("long"), *jobs.values()])  # the long run begins first, beside them
+    return {pair: runs[job.name]["loss"] for pair, job in jobs.items()}
 
 
 if __name__ == "__main__":
-    best_rates = tune()
+    best_rates = tune_rates(SHAPES, FIRST_RATES, losses_of)
     print(f"tuned: {best_rates}", flush=True)
     run_all([Job(shape, best_rates[shape], seed) for shape in SHAPES for seed in SEEDS])
     run_all([Single("speed")])  # alone on the machine

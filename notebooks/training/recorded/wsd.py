@@ -10,7 +10,7 @@ from statistics import mean
 
 import minicpm_lite
 from minicpm_lite.data.corpora import load_corpus
-from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.lab.recorded import run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
@@ -126,31 +126,25 @@ def run_all(jobs: list[Job]) -> dict[str, dict]:
     return run_jobs(__file__, jobs, work, FACTS)
 
 
+def losses_of(pairs: list) -> dict:
+    """WSD's one rate is judged by its mean over all budgets, a cosine's by the loss at its own."""
+    jobs = {
+        ((schedule, budget), rate): Job(schedule, rate, TUNING_SEED, budget)
+        for (schedule, budget), rate in pairs
+    }
+    runs = run_all(sorted(jobs.values(), key=lambda job: job.schedule, reverse=True))
+    losses = {pair: runs[job.name]["loss"] for pair, job in jobs.items()}
+    return {
+        ((schedule, budget), rate): loss[str(budget)] if budget else mean(loss.values())
+        for ((schedule, budget), rate), loss in losses.items()
+    }
+
+
 def tune() -> tuple[float, dict[int, float]]:
     """On the tuning seed: WSD's best peak rate, one for all budgets, and each cosine budget's best."""
     cases = [("wsd", None)] + [("cosine", budget) for budget in BUDGETS]
-    rates = {case: list(FIRST_RATES) for case in cases}
-    while True:
-        jobs = {
-            (case, rate): Job(case[0], rate, TUNING_SEED, case[1]) for case in cases for rate in rates[case]
-        }
-        runs = run_all(sorted(jobs.values(), key=lambda job: job.schedule, reverse=True))
-
-        best = {}
-        for schedule, budget in cases:
-            losses = {
-                rate: runs[jobs[(schedule, budget), rate].name]["loss"] for rate in rates[schedule, budget]
-            }
-            judged = {
-                rate: loss[str(budget)] if budget else mean(loss.values()) for rate, loss in losses.items()
-            }
-            best[schedule, budget] = min(judged, key=judged.get)
-        edges = [case for case in cases if best[case] in (min(rates[case]), max(rates[case]))]
-        if not edges:
-            return best["wsd", None], {budget: best["cosine", budget] for budget in BUDGETS}
-        for case in edges:
-            low, high = min(rates[case]), max(rates[case])
-            rates[case].append(low / 2 if best[case] == low else high * 2)
+    best = tune_rates(cases, FIRST_RATES, losses_of)
+    return best["wsd", None], {budget: best["cosine", budget] for budget in BUDGETS}
 
 
 if __name__ == "__main__":
