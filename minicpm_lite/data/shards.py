@@ -1,0 +1,436 @@
+"""Token shards: a corpus of any size as a folder of arrays, read where they lie, checked as they are read.
+
+    folder/shards.json          vocabulary, number format, tokens and checksums of every shard
+    folder/tokens-00000.npy     one array of token ids each, uint16 or uint32
+    ...
+
+`write_shards` makes such a folder, `Shards` opens it as one long stream, `ShardWindows` cuts the stream into
+training windows. The arrays are NumPy's own format, so that any tool can read them.
+
+Choices, and the traps behind them:
+
+- Files are mapped into memory, not read: a process holds the windows it uses, whatever the corpus weighs.
+- uint16 ends at 65,535, and a larger id written to it would wrap around without a word. So the format follows
+  from the vocabulary, and MiniCPM's vocabularies (73,440 ids and more) need uint32.
+- A checksum for each million tokens. A block is checked when it is first touched, so a damaged disk is
+  noticed for the price of reading what is read anyway, not of the whole corpus at the start.
+- The folder is written beside its place and renamed, the index last: there is never half a corpus.
+- The order of an epoch is a permutation that is computed, not stored. ``torch.randperm`` for 10^12 tokens in
+  windows of 4,096 would take 2 GB in every process; a Feistel network takes none.
+- The stream knows no documents. A window may begin in one and end in another, and cross from shard to shard.
+"""
+
+import json
+import math
+import os
+import shutil
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..config import require_positive_integer
+
+__all__ = ["Permutation", "ShardWindows", "Shards", "tokenizer_checksum", "write_shards"]
+
+INDEX = "shards.json"
+_FORMAT = {"format": "minicpm_lite token shards", "version": 1}
+_BLOCK_TOKENS = 1 << 20  # what one checksum covers
+_MASK = (1 << 64) - 1
+_ROUNDS = 8  # of the Feistel network; 4 already pass as random, and the rounds cost next to nothing
+
+
+def tokenizer_checksum(tokenizer: Tokenizer) -> int:
+    """A number that differs when anything in a tokenizer differs."""
+    return zlib.crc32(tokenizer.to_str().encode())
+
+
+def write_shards(
+    folder: str | Path,
+    token_arrays: Iterable[np.ndarray | Tensor | list[int]],
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    shard_tokens: int = 1 << 28,
+) -> "Shards":
+    """Write token ids, document after document, as a folder of shards.
+
+    The arrays may come from a generator: a million tokens at a time are held in memory.
+
+    Args:
+        folder: a new folder, or an empty one.
+        token_arrays: token ids, one dimension each; they are joined to one stream.
+        vocab_size: ids of the model that will read them, from 0 to ``vocab_size - 1``. It may exceed the
+            tokenizer's, where a model's table was rounded up.
+        tokenizer: what made the ids; its checksum is noted, so that no other one is mixed in.
+        shard_tokens: tokens in a shard; the last one may hold fewer.
+
+    Raises:
+        ValueError: an id outside the vocabulary, something that is no array of whole numbers, or no token.
+        FileExistsError: the folder already holds something.
+        OSError: it cannot be written, or the disk is full; nothing is left behind.
+    """
+    folder = Path(folder)
+    require_positive_integer("vocab_size", vocab_size)
+    require_positive_integer("shard_tokens", shard_tokens)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} already holds something. Shards are written into a new folder.")
+    if tokenizer is not None and tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.get_vocab_size()} ids and vocab_size is {vocab_size}; the model's "
+            "table must have a row for each of them."
+        )
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    try:
+        beside.mkdir(parents=True)
+        shards = []
+        for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
+            if not shards or shards[-1]["tokens"] >= shard_tokens:
+                shards.append({"file": f"tokens-{len(shards):05d}.npy", "tokens": 0, "checksums": []})
+            shard = shards[-1]
+            with (beside / shard["file"]).open("r+b" if shard["tokens"] else "w+b") as file:
+                shard["tokens"] += len(block)
+                _write_header(file, dtype, shard["tokens"])
+                file.seek(0, os.SEEK_END)
+                file.write(block.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            shard["checksums"].append(zlib.crc32(block.tobytes()))
+            shard["smallest"] = min(shard.get("smallest", vocab_size), int(block.min()))
+            shard["largest"] = max(shard.get("largest", 0), int(block.max()))
+        if not shards:
+            raise ValueError("There was no token to write.")
+        index = _FORMAT | {
+            "vocab_size": vocab_size,
+            "dtype": dtype.name,
+            "tokenizer": None if tokenizer is None else tokenizer_checksum(tokenizer),
+            "block_tokens": _BLOCK_TOKENS,
+            "shards": shards,
+        }
+        with (beside / INDEX).open("w") as file:
+            file.write(json.dumps(index, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, folder)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(beside)):
+            raise  # it comes from what the arrays are read from
+        raise OSError(error.errno, f"{folder} could not be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return Shards(folder)
+
+
+def _blocks(
+    token_arrays: Iterable, vocab_size: int, dtype: np.dtype, shard_tokens: int
+) -> Iterator[np.ndarray]:
+    """The joined stream in pieces of a million tokens; a shard's last piece may be shorter."""
+    waiting: list[np.ndarray] = []
+    room_in_shard = shard_tokens
+    for number, array in enumerate(token_arrays):
+        array = _checked(array, number, vocab_size).astype(dtype)
+        while len(array):
+            wanted = min(_BLOCK_TOKENS, room_in_shard) - sum(map(len, waiting))
+            waiting.append(array[:wanted])
+            array = array[wanted:]
+            if len(waiting[-1]) == wanted:
+                block, waiting = np.concatenate(waiting), []
+                room_in_shard = room_in_shard - len(block) or shard_tokens
+                yield block
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _checked(array: object, number: int, vocab_size: int) -> np.ndarray:
+    array = np.asarray(array)
+    if array.size == 0:
+        return np.empty(0, dtype=np.uint16)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"Array {number} has {array.ndim} dimensions and the type {array.dtype}; expected token ids, "
+            "whole numbers in one dimension."
+        )
+    smallest, largest = int(array.min()), int(array.max())
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"Array {number} holds the id {smallest if smallest < 0 else largest}; the vocabulary has ids "
+            f"from 0 to {vocab_size - 1}. Was it cut with another tokenizer?"
+        )
+    return array
+
+
+def _write_header(file, dtype: np.dtype, tokens: int) -> None:
+    """Begin the file with NumPy's header, which is padded so that a larger count fits in later."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype.newbyteorder("<").str, "fortran_order": False, "shape": (tokens,)}
+    )
+
+
+class Shards:
+    """A folder of shards as one stream of token ids: ``shards[start:stop]``.
+
+    Names, sizes and number formats are checked at once, the tokens themselves when they are first read.
+
+    Args:
+        folder: what `write_shards` made.
+        vocab_size: of the model that will read them; shards for another one are refused. Left out: any.
+
+    Attributes:
+        folder: where they lie.
+        vocab_size: ids they were written for.
+        tokenizer: checksum of what made them, or None where it was not noted.
+
+    Raises:
+        FileNotFoundError: no folder, no index in it, or a shard is missing.
+        ValueError: a foreign index, another vocabulary, or a shard that is extra, truncated or of another
+            number format.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self.vocab_size: int = index["vocab_size"]
+        self.tokenizer: int | None = index["tokenizer"]
+        if vocab_size is not None and vocab_size != self.vocab_size:
+            raise ValueError(
+                f"{self.folder} was written for a vocabulary of {self.vocab_size} ids; this model's has "
+                f"{vocab_size}. Write the shards with this model's tokenizer."
+            )
+        self._block_tokens: int = index["block_tokens"]
+        self._shards: list[dict] = index["shards"]
+        extra = {path.name for path in self.folder.glob("*.npy")} - {shard["file"] for shard in self._shards}
+        if extra:
+            raise ValueError(f"{self.folder / min(extra)} is not in {INDEX}. Is it left from another corpus?")
+        self._arrays = [self._open(shard, np.dtype(index["dtype"])) for shard in self._shards]
+        self._starts = np.cumsum([0] + [shard["tokens"] for shard in self._shards]).tolist()
+        self._intact = [bytearray(len(shard["checksums"])) for shard in self._shards]
+
+    def _open(self, shard: dict, dtype: np.dtype) -> np.ndarray:
+        path = self.folder / shard["file"]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {INDEX} says it holds {shard['tokens']:,} tokens.")
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(
+                f"{path} is not a whole .npy file ({error}). It may be truncated; copy or write it again."
+            ) from None
+        if array.dtype != dtype or array.shape != (shard["tokens"],):
+            raise ValueError(
+                f"{path} holds an array of type {array.dtype} and shape {array.shape}; {INDEX} says {dtype} "
+                f"and ({shard['tokens']},). Copy or write it again."
+            )
+        if path.stat().st_size != array.offset + array.nbytes:
+            raise ValueError(f"{path} is longer than its {len(array):,} tokens. Copy or write it again.")
+        return array
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, stretch: slice) -> Int[Tensor, " tokens"]:
+        """The tokens of a stretch of the stream, as 64-bit ids.
+
+        Raises:
+            ValueError: a shard no longer is what was written.
+        """
+        start, stop, step = stretch.indices(len(self))
+        if step != 1:
+            raise ValueError(f"The stretch has a step of {step}; a stream is read token by token.")
+        pieces = []
+        while start < stop:
+            shard = bisect_right(self._starts, start) - 1
+            first, last = (
+                start - self._starts[shard],
+                min(stop, self._starts[shard + 1]) - self._starts[shard],
+            )
+            for block in range(first // self._block_tokens, (last - 1) // self._block_tokens + 1):
+                self._check(shard, block)
+            pieces.append(self._arrays[shard][first:last].astype(np.int64))
+            start = self._starts[shard + 1]
+        return torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.long)
+
+    def verify(self) -> None:
+        """Read everything once and compare it with the checksums; takes as long as reading the files does.
+
+        Raises:
+            ValueError: a shard no longer is what was written.
+        """
+        for shard, intact in enumerate(self._intact):
+            for block in range(len(intact)):
+                self._check(shard, block)
+
+    def _check(self, shard: int, block: int) -> None:
+        if self._intact[shard][block]:
+            return
+        first = block * self._block_tokens
+        tokens = self._arrays[shard][first : first + self._block_tokens]
+        if zlib.crc32(tokens.tobytes()) != self._shards[shard]["checksums"][block]:
+            raise ValueError(
+                f"{self.folder / self._shards[shard]['file']} is damaged: its tokens {first:,} to "
+                f"{first + len(tokens) - 1:,} do not have the checksum they were written with. Copy or write "
+                "it again."
+            )
+        self._intact[shard][block] = 1
+
+    def id_range(self) -> tuple[int, int]:
+        """Smallest and largest token id, as noted when they were written."""
+        return min(s["smallest"] for s in self._shards), max(s["largest"] for s in self._shards)
+
+    def identity(self) -> dict:
+        """Number of tokens, vocabulary, tokenizer, and a checksum over the checksums."""
+        checksums = json.dumps([shard["checksums"] for shard in self._shards])
+        return {"tokens": len(self), "checksum": zlib.crc32(checksums.encode()),
+                "vocab_size": self.vocab_size, "tokenizer": self.tokenizer}  # fmt: skip
+
+
+def _read_index(folder: Path) -> dict:
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"There is no {INDEX} in {folder}, so it holds no shards. Write some with `minicpm-lite shards`."
+        )
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        if {key: index[key] for key in _FORMAT} != _FORMAT:
+            raise KeyError
+        for key in ("vocab_size", "block_tokens"):
+            require_positive_integer(key, index[key])
+        for shard in index["shards"]:
+            blocks = -(-shard["tokens"] // index["block_tokens"])
+            if len(shard["checksums"]) != blocks or not {"file", "smallest", "largest"} <= shard.keys():
+                raise KeyError
+        if index["dtype"] not in ("uint16", "uint32") or not index["shards"] or "tokenizer" not in index:
+            raise KeyError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{folder / INDEX} is not an index of token shards, version {_FORMAT['version']}. Was it edited, "
+            "or written by another program?"
+        ) from None
+    return index
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The numbers 0 to ``size - 1`` in random order, each computed when it is asked for; no table is kept.
+
+    A Feistel network on a grid of about ``sqrt(size)`` rows and columns: in turn, rows are shifted by a hash
+    of the column and columns by a hash of the row. Every shift can be undone, so no two numbers meet. The
+    grid has a few cells too many; a number that lands there goes through the network again until it does
+    not (cycle walking). Sources: Luby and Rackoff 1988; Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains".
+
+    Attributes:
+        size: how many numbers.
+        key: another key, another order.
+
+    >>> [Permutation(10, key=1)[position] for position in range(10)]
+    [4, 8, 7, 1, 6, 3, 9, 5, 2, 0]
+    """
+
+    size: int
+    key: int
+
+    def __post_init__(self) -> None:
+        require_positive_integer("size", self.size)
+
+    @cached_property
+    def _grid(self) -> tuple[int, int]:
+        rows = math.isqrt(self.size - 1) + 1
+        return rows, -(-self.size // rows)
+
+    def __getitem__(self, position: int) -> int:
+        """The number at a position, counted from 0."""
+        if not 0 <= position < self.size:
+            raise IndexError(
+                f"The position is {position}; this permutation has positions 0 to {self.size - 1}."
+            )
+        number = self._shuffled(position)
+        while number >= self.size:
+            number = self._shuffled(number)
+        return number
+
+    def _shuffled(self, number: int) -> int:
+        rows, columns = self._grid
+        row, column = divmod(number, columns)
+        for turn in range(0, _ROUNDS, 2):
+            row = (row + _hash(self.key, turn, column)) % rows
+            column = (column + _hash(self.key, turn + 1, row)) % columns
+        return row * columns + column
+
+
+def _hash(*values: int) -> int:
+    """64 bits that depend on every value, which pass the finaliser of SplitMix64 (Steele et al. 2014)."""
+    mixed = 0
+    for value in values:
+        mixed = (mixed + value + 0x9E3779B97F4A7C15) & _MASK
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _MASK
+        mixed ^= mixed >> 31
+    return mixed
+
+
+@dataclass(frozen=True, eq=False)
+class ShardWindows:
+    """Shards cut into training windows: what `TokenWindows` is for a stream in memory.
+
+    Each epoch cuts the stream into windows of ``length`` tokens at a random offset and visits them in random
+    order; both follow from the seed and the epoch's number. No token is predicted twice in an epoch; fewer
+    than two windows' worth, at the ends, are left out. (The orders are not those of `TokenWindows`.)
+
+    Attributes:
+        shards: where the tokens lie.
+        length: tokens that are predicted in each window, which holds one more.
+        seed: decides offsets and orders.
+    """
+
+    shards: Shards
+    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_positive_integer("length", self.length)
+        if self._in_epoch < 1:
+            raise ValueError(
+                f"{self.shards.folder} holds {len(self.shards)} tokens; windows of {self.length} need at "
+                f"least {2 * self.length}. Give more text or shorter windows."
+            )
+
+    @property
+    def _in_epoch(self) -> int:
+        return (len(self.shards) - self.length) // self.length  # the offset takes up to one window
+
+    def __getitem__(self, index: int) -> Int[Tensor, " window"]:
+        """The window of an index, counted from 0: ``length + 1`` token ids.
+
+        Raises:
+            IndexError: the index is negative.
+            ValueError: the shard it lies in is damaged.
+        """
+        if index < 0:
+            raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
+        epoch, position = divmod(index, self._in_epoch)
+        offset, order = _epoch(self._in_epoch, self.length, self.seed, epoch)
+        start = offset + order[position] * self.length
+        return self.shards[start : start + self.length + 1]
+
+    def id_range(self) -> tuple[int, int]:
+        """Smallest and largest token id in the shards."""
+        return self.shards.id_range()
+
+    def identity(self) -> dict:
+        """What the shards hold, window length and seed."""
+        return self.shards.identity() | {"length": self.length, "seed": self.seed}
+
+
+@lru_cache(maxsize=16)
+def _epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int, Permutation]:
+    return _hash(seed, epoch, 0) % length, Permutation(windows, _hash(seed, epoch, 1))

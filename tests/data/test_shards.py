@@ -1,0 +1,404 @@
+"""Shards: nothing is lost on the way to disk, nothing damaged is read, and an epoch sees every token once."""
+
+import json
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minicpm_lite.data import shards as module
+from minicpm_lite.data.corpora import batch_of
+from minicpm_lite.data.shards import Permutation, Shards, ShardWindows, tokenizer_checksum, write_shards
+from minicpm_lite.language.tokenizer import train_tokenizer
+
+TOKENS = np.random.default_rng(0).integers(0, 1000, 1000)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_TOKENS", 64)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_shards(tmp_path / "corpus", [TOKENS], vocab_size=1000, shard_tokens=300)
+    return tmp_path / "corpus"
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 1000), max_size=8), shard=st.integers(1, 1200), stretch=st.slices(1000))
+def test_what_is_written_is_read(tmp_path_factory, cuts, shard, stretch):
+    stretch = slice(*stretch.indices(1000)[:2])
+    documents = np.split(TOKENS, sorted(cuts))
+    shards = write_shards(tmp_path_factory.mktemp("x") / "corpus", documents, 1000, shard_tokens=shard)
+    assert len(shards) == 1000
+    assert shards[stretch].tolist() == TOKENS[stretch].tolist()
+    assert shards.id_range() == (TOKENS.min(), TOKENS.max())
+    assert [len(array) for array in shards._arrays[:-1]] == [shard] * (len(shards._arrays) - 1)
+    shards.verify()
+
+
+def test_tensors_lists_and_arrays_are_taken(tmp_path):
+    shards = write_shards(tmp_path / "x", iter([[1, 2], torch.tensor([3]), np.array([4], np.uint8), []]), 10)
+    assert shards[:].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_number_format_follows_from_the_vocabulary(tmp_path, vocab_size, dtype):
+    """The largest id must survive: as uint16, 65,536 would come back as 0."""
+    shards = write_shards(tmp_path / "x", [[0, vocab_size - 1]], vocab_size)
+    assert np.load(tmp_path / "x" / "tokens-00000.npy").dtype == dtype
+    assert shards[:].tolist() == [0, vocab_size - 1]
+
+
+def test_shards_are_plain_npy_files(folder):
+    assert (
+        np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]).tolist() == TOKENS.tolist()
+    )
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch):
+    """Eight million tokens from a generator, with blocks of 64 thousand: the peak is a block, not the corpus."""
+    monkeypatch.setattr(module, "_BLOCK_TOKENS", 1 << 16)
+    document = np.arange(1 << 15, dtype=np.int64) % 1000
+    tracemalloc.start()
+    shards = write_shards(tmp_path / "x", (document for _ in range(256)), 1000, shard_tokens=1 << 20)
+    windows = ShardWindows(shards, 128, 0)
+    for index in range(100):
+        windows[index]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(shards) == 1 << 23
+    assert peak < 4e6
+
+
+# What does not fit is refused with a sentence.
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ([[1, 2], [3, 1000]], "Array 1 holds the id 1000; the vocabulary has ids from 0 to 999"),
+        ([[1, -2]], "Array 0 holds the id -2"),
+        ([[0.5]], "Array 0 has 1 dimensions and the type float64; expected token ids"),
+        ([[[1]]], "Array 0 has 2 dimensions"),
+        ([[True]], "the type bool"),
+        ([[], []], "There was no token to write"),
+    ],
+)
+def test_arrays_that_are_no_tokens(tmp_path, arrays, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        write_shards(tmp_path / "x", iter(arrays), 1000)
+    assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_a_folder_that_holds_something_is_not_touched(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="already holds something"):
+        write_shards(folder, [TOKENS], 1000)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="corpus could not be written: No space left on device"):
+        write_shards(tmp_path / "corpus", [TOKENS], 1000, shard_tokens=300)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_no_corpus_and_in_no_ones_way(tmp_path):
+    (tmp_path / ".corpus.writing").mkdir()
+    (tmp_path / ".corpus.writing" / "tokens-00000.npy").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match="There is no shards.json"):
+        Shards(tmp_path / "corpus")
+    write_shards(tmp_path / "corpus", [TOKENS], 1000).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_an_error_of_the_source_stays_the_source_s(tmp_path):
+    def arrays():
+        yield [1]
+        yield (tmp_path / "no such text").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match="no such text"):
+        write_shards(tmp_path / "x", arrays(), 1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(folder, what):
+    first, index = folder / "tokens-00000.npy", folder / "shards.json"
+    if what == "missing":
+        first.unlink()
+    elif what == "extra":
+        np.save(folder / "tokens-00009.npy", np.zeros(3, np.uint16))
+    elif what == "truncated":
+        first.write_bytes(first.read_bytes()[:-10])
+    elif what == "header cut":
+        first.write_bytes(first.read_bytes()[:20])
+    elif what == "too long":
+        first.write_bytes(first.read_bytes() + b"12")
+    elif what == "other type":
+        np.save(first, np.load(first).astype(np.int64))
+    elif what == "other shape":
+        np.save(first, np.load(first)[:-1])
+    elif what == "pickle":
+        np.save(first, np.array([{}], dtype=object), allow_pickle=True)
+    elif what == "no index":
+        index.unlink()
+    elif what == "no JSON":
+        index.write_text("{")
+    else:
+        content = json.loads(index.read_text())
+        if what == "foreign":
+            content["format"] = "something else"
+        elif what == "later version":
+            content["version"] = 2
+        elif what == "a checksum less":
+            content["shards"][0]["checksums"].pop()
+        elif what == "unknown type":
+            content["dtype"] = "float32"
+        index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("missing", "tokens-00000.npy is missing; shards.json says it holds 300 tokens"),
+        ("extra", "tokens-00009.npy is not in shards.json"),
+        ("truncated", "tokens-00000.npy is not a whole .npy file.*truncated"),
+        ("header cut", "tokens-00000.npy is not a whole .npy file"),
+        ("too long", "is longer than its 300 tokens"),
+        ("other type", r"holds an array of type int64 and shape \(300,\); shards.json says uint16"),
+        ("other shape", r"shape \(299,\); shards.json says uint16 and \(300,\)"),
+        ("pickle", "tokens-00000.npy is not a whole .npy file"),
+        ("no index", "There is no shards.json in"),
+        ("no JSON", "shards.json is not an index of token shards, version 1"),
+        ("foreign", "is not an index of token shards"),
+        ("later version", "is not an index of token shards"),
+        ("a checksum less", "is not an index of token shards"),
+        ("unknown type", "is not an index of token shards"),
+    ],
+)
+def test_damage_that_is_seen_at_once(folder, what, sentence):
+    damaged(folder, what)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
+        Shards(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_vocabulary(folder):
+    assert Shards(folder, vocab_size=1000).vocab_size == 1000
+    with pytest.raises(ValueError, match="written for a vocabulary of 1000 ids; this model's has 1024"):
+        Shards(folder, vocab_size=1024)
+
+
+def test_one_flipped_bit_is_noticed_when_it_is_touched(folder):
+    path = folder / "tokens-00001.npy"
+    content = bytearray(path.read_bytes())
+    content[-2 * (300 - 100)] ^= 1  # token 100 of the second shard, token 400 of the stream
+    path.write_bytes(content)
+    shards = Shards(folder)
+    assert shards[:364].tolist() == TOKENS[:364].tolist(), "what is whole can be read"
+    with pytest.raises(ValueError, match="tokens-00001.npy is damaged: its tokens 64 to 127 do not have"):
+        shards[364:365]
+    with pytest.raises(ValueError, match="tokens-00001.npy is damaged"):
+        shards.verify()
+
+
+def test_each_block_is_checked_once(folder, monkeypatch):
+    shards, checked = Shards(folder), []
+    crc32 = module.zlib.crc32
+    monkeypatch.setattr(module.zlib, "crc32", lambda data: checked.append(len(data)) or crc32(data))
+    shards[0:65]
+    shards[10:100]
+    assert checked == [128, 128], "two blocks of 64 tokens, two bytes each"
+    shards.verify()
+    assert len(checked) == 3 * 5 + 2
+
+
+def test_a_stretch_with_steps_is_refused(folder):
+    with pytest.raises(ValueError, match="has a step of 2"):
+        Shards(folder)[0:10:2]
+
+
+def test_the_tokenizer_is_noted(tmp_path):
+    tokenizer = train_tokenizer("Emma Woodhouse, handsome, clever, and rich " * 9, 270)
+    shards = write_shards(tmp_path / "x", [tokenizer.encode("Emma").ids], 512, tokenizer)
+    assert shards.tokenizer == tokenizer_checksum(tokenizer) == shards.identity()["tokenizer"]
+    assert tokenizer_checksum(train_tokenizer("Sense and Sensibility " * 9, 270)) != shards.tokenizer
+    with pytest.raises(ValueError, match="The tokenizer has 270 ids and vocab_size is 269"):
+        write_shards(tmp_path / "y", [[1]], 269, tokenizer)
+
+
+def test_identity_tells_corpora_apart(tmp_path):
+    def identity(name, tokens, **changes):
+        return write_shards(tmp_path / name, [tokens], **(dict(vocab_size=1000) | changes)).identity()
+
+    one = identity("a", TOKENS)
+    assert one == identity("b", TOKENS) == json.loads(json.dumps(one))
+    others = [identity("c", TOKENS[::-1]), identity("d", TOKENS, vocab_size=1001), identity("e", TOKENS[:-1])]
+    assert one not in others
+
+
+# The permutation. Each property is a function, so that wrong permutations can be held against it.
+
+
+def visits_each_once(make, sizes=range(1, 100)) -> bool:
+    return all(
+        sorted(make(size, key)[i] for i in range(size)) == list(range(size))
+        for size in sizes
+        for key in (0, 1, 77)
+    )
+
+
+def puts_each_anywhere(make, size=13, keys=2000) -> bool:
+    """Chi-square of (position, number) over many keys, against the 1e-6 quantile for that many cells."""
+    counts = np.zeros((size, size))
+    for key in range(keys):
+        shuffled = make(size, key)
+        for position in range(size):
+            counts[position, shuffled[position]] += 1
+    chi_square = ((counts - keys / size) ** 2 / (keys / size)).sum()
+    freedom = (size - 1) ** 2
+    return chi_square < freedom + 4.9 * (2 * freedom) ** 0.5
+
+
+def neighbours_are_independent(make, size=101, keys=2000) -> bool:
+    """The second step of a walk through a random order equals the first one time in ``size``."""
+    equal = sum(
+        (p[1] - p[0]) % size == (p[2] - p[1]) % size for p in (make(size, key) for key in range(keys))
+    )
+    return equal < 3 * keys / size
+
+
+@dataclass(frozen=True)
+class Hashed:  # a hash, reduced: random, but numbers meet
+    size: int
+    key: int
+
+    def __getitem__(self, position):
+        return module._hash(self.key, position) % self.size
+
+
+@dataclass(frozen=True)
+class Affine(Hashed):  # a stride: each once, but not random
+    def __getitem__(self, position):
+        stride = next(s for s in range(self.key % self.size + 1, 10**9) if np.gcd(s, self.size) == 1)
+        return (position * stride + self.key) % self.size
+
+
+class Clamped(Permutation):  # the grid's extra cells are cut off instead of walked over
+    def __getitem__(self, position):
+        return min(self._shuffled(position), self.size - 1)
+
+
+class FewRounds(Permutation):  # rows shifted once, columns never
+    def _shuffled(self, number):
+        rows, columns = self._grid
+        row, column = divmod(number, columns)
+        return (row + module._hash(self.key, column)) % rows * columns + column
+
+
+def test_the_permutation_is_one_and_looks_random():
+    assert visits_each_once(Permutation)
+    assert puts_each_anywhere(Permutation)
+    assert neighbours_are_independent(Permutation)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "test"),
+    [
+        (Hashed, visits_each_once),
+        (Clamped, visits_each_once),
+        (Affine, neighbours_are_independent),
+        (FewRounds, puts_each_anywhere),
+    ],
+)
+def test_wrong_permutations_are_noticed(wrong, test):
+    assert not test(wrong)
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_any_permutation_visits_each_once(size, key):
+    assert visits_each_once(lambda size, _: Permutation(size, key), [size])
+
+
+def test_a_huge_permutation_needs_no_table():
+    size = 10**12 // 4096
+    tracemalloc.start()
+    shuffled = Permutation(size, key=5)
+    seen = [shuffled[position] for position in range(2000)]
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+    assert len(set(seen)) == len(seen)
+    assert Counter(number * 4 // size for number in seen).most_common()[-1][1] > 430, "spread over it all"
+
+
+def test_positions_outside_are_refused():
+    for position in (-1, 10):
+        with pytest.raises(IndexError, match=f"The position is {position}; .* 0 to 9"):
+            Permutation(10, 0)[position]
+    with pytest.raises(ValueError, match="size is 0"):
+        Permutation(0, 0)
+
+
+# Windows.
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(20, 300),
+    shard=st.integers(7, 400),
+    length=st.integers(1, 9),
+    epoch=st.integers(0, 5),
+    seed=st.integers(0, 2**20),
+)
+def test_an_epoch_visits_every_window_once(tmp_path_factory, tokens, shard, length, epoch, seed):
+    folder = tmp_path_factory.mktemp("x") / "corpus"
+    shards = write_shards(folder, [np.arange(tokens)], 300, shard_tokens=shard)
+    windows, in_epoch = ShardWindows(shards, length, seed), (tokens - length) // length
+    seen = torch.stack([windows[epoch * in_epoch + i] for i in range(in_epoch)])
+    assert seen.dtype == torch.long and seen.shape == (in_epoch, length + 1)
+    assert bool((seen[:, 1:] == seen[:, :-1] + 1).all()), "a window is a stretch of the stream"
+    predicted = seen[:, 1:].flatten().tolist()
+    assert len(set(predicted)) == len(predicted), "no token is predicted twice"
+    assert len(predicted) >= tokens - 2 * length
+
+
+def test_windows_follow_from_seed_and_index_alone(folder):
+    windows = ShardWindows(Shards(folder), 8, 0)
+    late, early = windows[1000], windows[0]
+    again = ShardWindows(Shards(folder), 8, 0)
+    assert torch.equal(again[0], early) and torch.equal(again[1000], late)
+    assert not torch.equal(replace(windows, seed=1)[0], early)
+    assert batch_of(windows, 3, 4).shape == (4, 9)
+
+
+def test_epochs_differ_in_order_and_offset(tmp_path):
+    windows = ShardWindows(write_shards(tmp_path / "x", [np.arange(1000)], 1000), 10, 0)
+    firsts = [[int(windows[99 * epoch + i][0]) for i in range(99)] for epoch in range(4)]
+    assert len({tuple(first) for first in firsts}) == 4
+    assert len({min(first) % 10 for first in firsts}) > 1, "the windows begin at other offsets"
+
+
+def test_impossible_windows(folder):
+    shards = Shards(folder)
+    with pytest.raises(ValueError, match="length is 0"):
+        ShardWindows(shards, 0, 0)
+    with pytest.raises(ValueError, match="holds 1000 tokens; windows of 501 need at least 1002"):
+        ShardWindows(shards, 501, 0)
+    with pytest.raises(IndexError, match="index of the window is -1"):
+        ShardWindows(shards, 8, 0)[-1]
