@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import require_positive_integer, require_positive_number
+from ..config import ModelConfig, require_positive_integer, require_positive_number
 from ..data.corpora import TokenWindows, Windows, batch_of
 from ..language.decoder import Decoder
 from ..language.moe import balance_loss
@@ -27,7 +27,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .wind_tunnel import mup_groups
 from .wsd import Schedule
 
-__all__ = ["Trainer", "TrainerConfig", "next_token_loss", "parameter_groups", "training_loss"]
+__all__ = ["Trainer", "TrainerConfig", "next_token_loss", "parameter_groups", "require_same_run",
+           "require_trainable", "run_identity", "training_loss"]  # fmt: skip
 
 Precision = Literal["float32", "bfloat16"]
 Parametrization = Literal["standard", "mup"]
@@ -85,6 +86,54 @@ def parameter_groups(model: Decoder, config: TrainerConfig, peak_lr: float) -> l
     """
     groups = mup_groups(model, peak_lr, config.weight_decay)
     return groups if config.parametrization == "mup" else [group | {"lr": peak_lr} for group in groups]
+
+
+def require_trainable(model: ModelConfig, config: TrainerConfig, windows: Windows) -> None:
+    """Refuse windows whose ids or whose length the model or the trainer does not know.
+
+    Raises:
+        ValueError: a sentence that says which.
+    """
+    smallest, largest = windows.id_range()
+    if largest >= model.vocab_size or smallest < 0:
+        raise ValueError(
+            f"The text has token ids from {smallest} to {largest}; the model knows "
+            f"0 to {model.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
+        )
+    if windows.length != config.sequence_length:
+        raise ValueError(
+            f"The windows predict {windows.length} tokens each, and sequence_length is "
+            f"{config.sequence_length}. Make them the same."
+        )
+    if windows.length > model.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length is {windows.length}; the model was made for "
+            f"{model.max_position_embeddings} tokens (max_position_embeddings)."
+        )
+
+
+def run_identity(model: ModelConfig, config: TrainerConfig, windows: Windows) -> dict[str, dict]:
+    """What must be the same for a checkpoint to fit a run; as JSON gives it back, with lists for tuples."""
+    trainer = asdict(config)
+    del trainer["compile"]  # decides how, not what
+    identity = {"model config": asdict(model), "trainer config": trainer, "text": windows.identity()}
+    return json.loads(json.dumps(identity))
+
+
+def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -> None:
+    """Refuse a checkpoint whose facts differ from a run's `run_identity`.
+
+    Raises:
+        ValueError: a sentence that names the first field that differs.
+    """
+    for part, mine in identity.items():
+        theirs = facts.get(part)
+        for field in mine:
+            if theirs is None or theirs.get(field) != mine[field]:
+                raise ValueError(
+                    f"{path} belongs to another {part}: its {field} is "
+                    f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
+                )
 
 
 def next_token_loss(
@@ -146,7 +195,7 @@ class Trainer:
         if isinstance(text, Tensor):
             text = TokenWindows(text, config.sequence_length, config.seed)
         self.windows = text
-        self._refuse_what_cannot_be_trained()
+        require_trainable(model.config, config, text)
         self._loss = _compiled_loss() if config.compile else training_loss
         self.step = 0
         self.losses: list[float] = []
@@ -262,14 +311,7 @@ class Trainer:
                 lacks a tensor.
         """
         tensors, facts = load_checkpoint(path)
-        for part, mine in self._identity().items():
-            theirs = facts.get(part)
-            for field in mine:
-                if theirs is None or theirs.get(field) != mine[field]:
-                    raise ValueError(
-                        f"{path} belongs to another {part}: its {field} is "
-                        f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
-                    )
+        require_same_run(path, facts, self._identity())
         parameters = dict(self.model.named_parameters())
         expected = self._shapes(facts["step"])
         found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -301,32 +343,8 @@ class Trainer:
                 shapes[f"optimizer.step.{name}"] = torch.Size([])
         return shapes
 
-    def _refuse_what_cannot_be_trained(self) -> None:
-        config, length = self.model.config, self.windows.length
-        smallest, largest = self.windows.id_range()
-        if largest >= config.vocab_size or smallest < 0:
-            raise ValueError(
-                f"The text has token ids from {smallest} to {largest}; the model knows "
-                f"0 to {config.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
-            )
-        if length != self.config.sequence_length:
-            raise ValueError(
-                f"The windows predict {length} tokens each, and sequence_length is "
-                f"{self.config.sequence_length}. Make them the same."
-            )
-        if length > config.max_position_embeddings:
-            raise ValueError(
-                f"sequence_length is {length}; the model was made for "
-                f"{config.max_position_embeddings} tokens (max_position_embeddings)."
-            )
-
     def _identity(self) -> dict[str, dict]:
-        """What must be the same for a checkpoint to fit; as JSON gives it back, with lists for tuples."""
-        trainer = asdict(self.config)
-        del trainer["compile"]  # decides how, not what
-        text = self.windows.identity()
-        identity = {"model config": asdict(self.model.config), "trainer config": trainer, "text": text}
-        return json.loads(json.dumps(identity))
+        return run_identity(self.model.config, self.config, self.windows)
 
     @property
     def _device(self) -> torch.device:

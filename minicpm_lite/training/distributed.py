@@ -1,0 +1,423 @@
+"""Training on as many processes as there are: the trainer, with model, optimiser and batch spread over them.
+
+    torchrun --nproc-per-node 8 -m minicpm_lite.cli train --config minicpm-1.2b --data shards --out run
+
+Every process keeps its part of each weight, gradient and moment, and gathers a block's weights just before it
+computes with them: FSDP2, ``torch.distributed.fsdp.fully_shard``. One process, two on a laptop and a cluster
+run the same code; a run gives the same losses on any of them, up to rounding.
+
+Choices, and the traps behind them:
+
+- **The batch is divided, not multiplied.** ``batch_size`` counts the windows of a step over all processes,
+  and process r takes its stretch of them. The order of the data is that of `Trainer`, at any world size.
+- **The mean is over tokens, not over processes.** Where windows hold tokens that are not predicted, a mean of
+  the processes' means is another number. So each loss is a sum, divided by the count of the whole step.
+- **Weights do not depend on the world size.** The model is made without memory. Then each process draws each
+  parameter whole, from a generator seeded by its name, and keeps its part: one parameter at a time in memory.
+- **Gradients are reduced after every pass**, so that they are never held whole. It costs communication that
+  ``set_requires_gradient_sync(False)`` would save, and saves 4 bytes a parameter on every device.
+- **bfloat16 without rounded angles.** Blocks compute in bfloat16 and gradients are added in float32. FSDP
+  would also cast what a block is given. The rotary angles must stay in float32, so that is switched off.
+- **Errors are everyone's.** What one process finds (a damaged shard, a full disk) all processes raise.
+- **Checkpoints** are safetensors, and any number of processes reads them: see `sharded_checkpoint`.
+- With experts, the balance loss is that of each pass on each process, not of the whole batch.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm.auto import tqdm
+
+from ..config import ModelConfig, require_positive_integer
+from ..data.corpora import Windows
+from ..language.decoder import Decoder
+from ..language.moe import balance_loss
+from ..optional import require
+from .processes import on_first, raise_together
+from .sharded_checkpoint import (
+    checkpoints,
+    read_facts,
+    read_tensors,
+    require_same_past,
+    require_whole,
+    stable_schedule,
+    write_checkpoint,
+)
+from .trainer import (
+    TrainerConfig,
+    next_token_loss,
+    parameter_groups,
+    require_same_run,
+    require_trainable,
+    run_identity,
+)
+from .wsd import WSD, Schedule
+
+__all__ = ["DistributedTrainer", "Layout", "initialise"]
+
+_METRICS = "metrics.jsonl"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the step, which is the run's own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work of a step is laid out: decides speed and memory, and no number but by rounding.
+
+    Attributes:
+        micro_batch: windows that a process computes at once; its part of a step is cut into as many passes as
+            that takes. None: all in one pass.
+        activation_checkpointing: keep only what enters each block, and compute the block again when its
+            gradient is due: about a third more arithmetic, far less memory.
+    """
+
+    micro_batch: int | None = None
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None:
+            require_positive_integer("micro_batch", self.micro_batch)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> None:
+    """Draw the weights of a model anew; the same ones, whole or sharded, over however many processes.
+
+    The distributions are those of `Decoder`; each parameter has a generator of its own, seeded by its name.
+    """
+    tables = {id(table) for table in model.tables}
+    for name, parameter in model.named_parameters():
+        std = model.config.init_std / (1 if id(parameter) in tables else model.config.width_ratio**0.5)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        whole = torch.ones(parameter.shape)
+        if parameter.ndim > 1:
+            whole.normal_(std=std, generator=generator)
+        if isinstance(parameter, DTensor):  # every process has drawn it, so nothing is sent
+            whole = distribute_tensor(
+                whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        parameter.copy_(whole)
+
+
+def _sharded_decoder(
+    config: ModelConfig, trainer: TrainerConfig, layout: Layout, mesh: DeviceMesh
+) -> Decoder:
+    """A decoder of which every process holds its part, block by block."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    reduced = torch.bfloat16 if trainer.precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(
+        param_dtype=reduced, reduce_dtype=torch.float32 if reduced else None, cast_forward_inputs=False
+    )
+    for block in model.layers:
+        if layout.activation_checkpointing:  # there is no dropout, so no random state to keep
+            block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if trainer.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=mesh.device_type)
+    initialise(model, trainer.seed)
+    return model
+
+
+class DistributedTrainer:
+    """One run of training over all processes: `Trainer`'s updates, with checkpoints that any number can load.
+
+    Make it inside `processes`, in every process alike.
+
+    Args:
+        model: the shape; weights are drawn from the trainer config's seed.
+        windows: what is read; every process reads its own part of each step.
+        schedule: rate of each step.
+        config: ``batch_size`` is the windows of a step over all processes.
+        layout: passes and recomputation.
+        device: what `processes` gave.
+
+    Attributes:
+        step: updates made so far.
+        losses: next-token loss of each update since this trainer was made, in nats a predicted token.
+        grad_norms: norm of the gradient of each of them, before clipping.
+
+    Raises:
+        ValueError: windows that do not fit the model, or a batch that the processes cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        windows: Windows,
+        schedule: Schedule,
+        config: TrainerConfig = TrainerConfig(),  # noqa: B008, frozen
+        layout: Layout = Layout(),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        require_trainable(model, config, windows)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if config.batch_size % self.world_size:
+            raise ValueError(
+                f"A step has {config.batch_size} windows, which {self.world_size} processes cannot share "
+                f"evenly. Make batch_size a multiple of {self.world_size}."
+            )
+        self.windows, self.schedule, self.config, self.layout = windows, schedule, config, layout
+        self.device = torch.device(device)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        self.model = _sharded_decoder(model, config, layout, mesh)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config, schedule.peak_lr), betas=config.betas, fused=True
+        )
+        self._lr_ratios = [group["lr"] / schedule.peak_lr for group in self.optimizer.param_groups]
+        self.step = 0
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+
+    def train(
+        self,
+        until: int | None = None,
+        folder: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        keep: int = 2,
+        tensorboard: bool = False,
+        progress: bool = True,
+    ) -> None:
+        """Make updates up to step ``until`` (left out: to the end of the schedule).
+
+        Args:
+            until: the step to stop at.
+            folder: where checkpoints (``step-00001000``) and ``metrics.jsonl`` go, a line for each step.
+            checkpoint_every: in steps. One more is taken where the schedule's decay begins, and at the end.
+            keep: how many of the newest checkpoints stay. That of the decay's beginning always does.
+            tensorboard: write the metrics as TensorBoard events, too.
+            progress: show a bar.
+
+        Raises:
+            FileExistsError: the folder holds a later checkpoint than this run's step.
+            FloatingPointError: a gradient is not finite; the run is as it was before that step.
+            ValueError: a damaged shard.
+            OSError: a full disk; earlier checkpoints stand.
+        """
+        until = self.schedule.total_steps if until is None else until
+        require_positive_integer("checkpoint_every", checkpoint_every)
+        require_positive_integer("keep", keep)
+        decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
+        metrics = None
+        if folder:
+            on_first(lambda: _prepare(Path(folder), self.step))
+            metrics = _Metrics(Path(folder), self.step, tensorboard) if self.rank == 0 else None
+        self.model.train()
+        bar = tqdm(range(self.step, until), disable=self.rank != 0 or not progress, leave=False, unit="step")
+        try:
+            for _ in bar:
+                line = self._update()
+                bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+                if metrics is not None:
+                    metrics.add(line)
+                due = self.step % checkpoint_every == 0 or self.step in (decay_start, until)
+                if folder and due:
+                    self.save(folder)
+                    on_first(lambda: _prune(Path(folder), keep, decay_start))
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+    def _update(self) -> dict:
+        """One update. An error before its end leaves the run as it was."""
+        started = time.perf_counter()
+        step, mine = self.step + 1, self.config.batch_size // self.world_size
+        windows, predicted, checksum = self._read(self.step * self.config.batch_size + self.rank * mine, mine)
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = self.schedule(step) * ratio
+        loss = torch.zeros((), device=self.device)
+        mixture = self.model.config.mixture
+        passes = windows.split(self.layout.micro_batch or mine)
+        for part in passes:
+            part_loss = next_token_loss(self.model, part.to(self.device), "sum") / predicted
+            minimised = part_loss * self.world_size  # FSDP takes the mean of the processes' gradients
+            if mixture is not None and mixture.balance_loss_weight:
+                minimised = minimised + mixture.balance_loss_weight * balance_loss(self.model) / len(passes)
+            minimised.backward()
+            loss += part_loss.detach()
+        dist.all_reduce(loss)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        loss_now, norm_now = loss.item(), norm.full_tensor().item()
+        if not math.isfinite(norm_now):
+            raise FloatingPointError(
+                f"The gradient of step {step} is not finite (loss {loss_now:.3g}). The learning rate "
+                f"there is {self.schedule(step):.3g}; a lower peak or a longer warm-up usually cures it."
+            )
+        self.optimizer.step()
+        self.step = step
+        self.losses.append(loss_now)
+        self.grad_norms.append(norm_now)
+        seconds = time.perf_counter() - started
+        return {"step": step, "tokens": step * self.config.batch_tokens, "loss": loss_now,
+                "lr": self.schedule(step), "grad_norm": norm_now, "data": checksum,
+                "tokens_per_second": round(self.config.batch_tokens / seconds, 1),
+                "seconds": round(seconds, 4)}  # fmt: skip
+
+    def _read(self, first: int, count: int) -> tuple[Tensor, int, int]:
+        """This process's windows; of all, the tokens to predict and a checksum that knows their order."""
+        windows, error = torch.zeros(1, 1, dtype=torch.long), None
+        try:
+            windows = torch.stack([self.windows[index] for index in range(first, first + count)])
+        except (ValueError, OSError) as found:
+            error = found
+        checksum = sum(
+            zlib.crc32(window.numpy().tobytes()) * (1 + place)
+            for place, window in enumerate(windows, start=self.rank * count)
+        )
+        predicted = int((windows[:, 1:] >= 0).sum())
+        totals = torch.tensor([predicted, checksum, error is not None], device=self.device)
+        dist.all_reduce(totals)
+        predicted, checksum, failed = totals.tolist()
+        if failed:
+            raise_together(error)
+        if not predicted:
+            raise ValueError(f"The windows of step {self.step + 1} hold no token that is to be predicted.")
+        return windows, predicted, checksum
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
+
+        Raises:
+            OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
+                checkpoints stand.
+        """
+        facts = {
+            "step": self.step,
+            "schedule": {"kind": type(self.schedule).__name__} | asdict(self.schedule),
+            "processes": self.world_size,
+            "torch": torch.__version__,
+        }
+        return write_checkpoint(folder, self._state(), facts | self._identity())
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.
+
+        Everything is checked before anything is changed. The schedule may have another future than the saved
+        run's, but not another past.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is damaged or foreign, or belongs to another model, trainer config, text or
+                schedule.
+        """
+        self._load(checkpoint, self._identity())
+
+    def branch_from(self, checkpoint: str | Path) -> None:
+        """Start from a checkpoint of another run's stable stage, perhaps with other text.
+
+        Weights, moments and step are taken over; the step goes on, and with it the index of the windows. Make
+        the trainer with `decay_schedule` of the checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it was taken in the warm-up or the decay, or does not fit as `load` says.
+        """
+        on_first(lambda: stable_schedule(checkpoint))
+        identity = self._identity()
+        del identity["text"]
+        self._load(checkpoint, identity)
+
+    def _load(self, checkpoint: str | Path, identity: dict[str, dict]) -> None:
+        def check() -> int:
+            facts = read_facts(checkpoint)
+            require_same_run(checkpoint, facts, identity)
+            require_same_past(checkpoint, facts, self.schedule)
+            require_whole(checkpoint, self._shapes(facts["step"]))
+            return facts["step"]
+
+        self.step = on_first(check)
+        self.optimizer.state.clear()
+        for parameter in self.model.parameters() if self.step else ():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step), device=self.device),
+                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            }
+        read_tensors(checkpoint, self._state())
+
+    def _identity(self) -> dict[str, dict]:
+        return run_identity(self.model.config, self.config, self.windows)
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            state[f"model.{name}"] = parameter.detach()
+            for moment in _MOMENTS if self.step else ():
+                state[f"optimizer.{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return state
+
+    def _shapes(self, step: int) -> dict[str, torch.Size]:
+        kinds = ["model", *(f"optimizer.{moment}" for moment in _MOMENTS if step)]
+        return {f"{kind}.{name}": p.shape for kind in kinds for name, p in self.model.named_parameters()}
+
+
+class _Metrics:
+    """A JSON line for each step, and TensorBoard events; kept by the first process alone."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.path = folder / _METRICS
+        self.events = None
+        if tensorboard:
+            require("tensorboard", install="tensorboard", purpose="write TensorBoard events")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.file = self.path.open("a")
+
+    def add(self, line: dict) -> None:
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} could not be written: {error.strerror}") from None
+        if self.events is not None:
+            for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
+                self.events.add_scalar(name, line[name], line["step"])
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk was reported when the line was written
+            self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def _prepare(folder: Path, step: int) -> None:
+    """Make a run's folder ready to go on after ``step``: later lines of the metrics are dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    later = [found for found in checkpoints(folder) if found > step]
+    if later:
+        raise FileExistsError(
+            f"{folder} holds a checkpoint of step {max(later)}, and this run is at step {step}. Load that "
+            "checkpoint to go on, or choose another folder."
+        )
+    for left in folder.glob("step-*.writing"):
+        shutil.rmtree(left)  # by a process that was killed in a save
+    path = folder / _METRICS
+    if path.exists():
+        beside = folder / f".{_METRICS}.writing"
+        with path.open() as old, beside.open("w") as new:
+            new.writelines(line for line in old if line.endswith("}\n") and json.loads(line)["step"] <= step)
+        os.replace(beside, path)
+
+
+def _prune(folder: Path, keep: int, decay_start: int | None) -> None:
+    found = checkpoints(folder)
+    for step in sorted(found)[:-keep]:
+        if step != decay_start:
+            shutil.rmtree(found[step])

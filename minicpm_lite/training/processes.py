@@ -1,0 +1,67 @@
+"""The processes of a run: how they meet, and how an error of one becomes everyone's.
+
+Processes that train together wait for each other in every step. If one of them raises alone, the others wait
+until someone kills them, and the sentence that says why may be anywhere in a log. So whatever one process
+alone does or finds goes through `on_first` or `raise_together`.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["on_first", "processes", "raise_together"]
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def processes() -> Iterator[torch.device]:
+    """Join the processes that torchrun started, or be the only one; gives the device to compute on.
+
+    A GPU for each process where there are GPUs (NCCL), else the CPU (Gloo).
+
+    >>> with processes() as device:
+    ...     print(dist.get_world_size())
+    1
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """Let the first process work; its result, or its error, is everyone's."""
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [work(), None]
+        except Exception as error:  # of any kind: raised below, in all processes
+            answer = [None, error]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise in all processes what one of them hands in; each hands in its own error, or None."""
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for each in errors:
+        if each is not None:
+            raise each
