@@ -184,6 +184,7 @@ class DistributedTrainer:
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self._trouble: Exception | None = None
 
     def train(
         self,
@@ -216,7 +217,7 @@ class DistributedTrainer:
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
         metrics = None
         if folder:
-            on_first(lambda: _prepare(Path(folder), self.step))
+            on_first(lambda: _prepare(Path(folder), self.step, tensorboard))
             metrics = _Metrics(Path(folder), self.step, tensorboard) if self.rank == 0 else None
         self.model.train()
         bar = tqdm(range(self.step, until), disable=self.rank != 0 or not progress, leave=False, unit="step")
@@ -225,11 +226,15 @@ class DistributedTrainer:
                 line = self._update()
                 bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
                 if metrics is not None:
-                    metrics.add(line)
+                    try:
+                        metrics.add(line)
+                    except OSError as error:  # a full disk, which the others hear of in the next step
+                        self._trouble = error
                 due = self.step % checkpoint_every == 0 or self.step in (decay_start, until)
                 if folder and due:
                     self.save(folder)
                     on_first(lambda: _prune(Path(folder), keep, decay_start))
+            raise_together(self._trouble)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -272,7 +277,7 @@ class DistributedTrainer:
 
     def _read(self, first: int, count: int) -> tuple[Tensor, int, int]:
         """This process's windows; of all, the tokens to predict and a checksum that knows their order."""
-        windows, error = torch.zeros(1, 1, dtype=torch.long), None
+        windows, error = torch.zeros(1, 1, dtype=torch.long), self._trouble
         try:
             windows = torch.stack([self.windows[index] for index in range(first, first + count)])
         except (ValueError, OSError) as found:
@@ -374,7 +379,6 @@ class _Metrics:
         self.path = folder / _METRICS
         self.events = None
         if tensorboard:
-            require("tensorboard", install="tensorboard", purpose="write TensorBoard events")
             from torch.utils.tensorboard import SummaryWriter
 
             self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -397,8 +401,10 @@ class _Metrics:
             self.events.close()
 
 
-def _prepare(folder: Path, step: int) -> None:
+def _prepare(folder: Path, step: int, tensorboard: bool) -> None:
     """Make a run's folder ready to go on after ``step``: later lines of the metrics are dropped."""
+    if tensorboard:
+        require("tensorboard", install="tensorboard", purpose="write TensorBoard events")
     folder.mkdir(parents=True, exist_ok=True)
     later = [found for found in checkpoints(folder) if found > step]
     if later:
