@@ -292,7 +292,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        batch, heads, queries, _ = query.shape
+        # token by token, as fused kernels write it, so that joining the heads copies nothing
+        out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
         per_query = query.new_empty(query.shape[:-1], dtype=torch.float32)  # log of the softmax's sum
         ctx.save_for_backward(query, key, value, out, per_query)
         return out

@@ -1,0 +1,31 @@
+"""Processes: one alone needs no launcher, and errors of the first are everyone's."""
+
+import pytest
+import torch.distributed as dist
+
+from minicpm_lite.training.processes import on_first, processes, raise_together
+
+
+def test_one_process_stands_alone_and_leaves_nothing():
+    for _ in range(2):  # also a second time
+        with processes() as device:
+            assert device.type in ("cpu", "cuda")
+            assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+        assert not dist.is_initialized()
+
+
+def test_the_group_ends_with_an_error_too():
+    with pytest.raises(ValueError, match="this"), processes():
+        raise ValueError("this")
+    assert not dist.is_initialized()
+
+
+def test_results_and_errors_come_through():
+    with processes():
+        assert on_first(lambda: {"step": 3}) == {"step": 3}
+        with pytest.raises(OSError, match="full") as caught:
+            on_first(lambda: (_ for _ in ()).throw(OSError(28, "full")))
+        assert caught.value.errno == 28
+        raise_together(None)
+        with pytest.raises(ValueError, match="mine"):
+            raise_together(ValueError("mine"))
