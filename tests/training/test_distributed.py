@@ -1,0 +1,466 @@
+"""Distributed training: one loss curve at any world size, exact means, and runs that go on where they stopped.
+
+Most tests run in one process, which computes the same way as many. What needs two has two: `workers` runs a
+function of this file under torchrun.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
+from minicpm_lite.data.corpora import TokenWindows, batch_of
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.training.distributed import DistributedTrainer, Layout, initialise
+from minicpm_lite.training.processes import processes
+from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights
+from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.wsd import WSD
+
+MODEL = ModelConfig(32, 80, 2, 4, 41, num_key_value_heads=2, max_position_embeddings=64, scale_emb=12,
+                    scale_depth=1.4, dim_model_base=16, init_std=0.1)  # fmt: skip
+MODELS = {
+    "dense": MODEL,
+    "untied": replace(MODEL, tie_word_embeddings=False),
+    "latent": replace(MODEL, latent_attention=LatentAttentionConfig(16, 8, 8, 8, 8), head_dim=16),
+    "mixture": replace(MODEL, mixture=MixtureConfig(4, 2)),
+    "mixture without balance": replace(MODEL, mixture=MixtureConfig(4, 2, balance_loss_weight=0)),
+}
+CONFIG = TrainerConfig(batch_size=4, sequence_length=16, parametrization="mup")
+SCHEDULE = WSD(0.01, 3, 7, 4)
+TOKENS = (torch.arange(3000) * 7 // 3) % 41
+
+
+class Masked:
+    """Windows of which ever more is context only: the processes of a step predict very different numbers."""
+
+    length = 16
+
+    def __getitem__(self, index):
+        window = WINDOWS[index].clone()
+        context = 1 + 15 * (index % 4) // 3
+        window[:context] = ~window[:context]
+        return window
+
+    def id_range(self):
+        return WINDOWS.id_range()
+
+    def identity(self):
+        return WINDOWS.identity() | {"masked": True}
+
+
+WINDOWS, MASKED = TokenWindows(TOKENS, 16, 0), Masked()
+
+
+ALL_AT_ONCE = Layout()
+
+
+def make(model=MODEL, windows=WINDOWS, schedule=SCHEDULE, config=CONFIG, layout=ALL_AT_ONCE, device="cpu"):
+    return DistributedTrainer(model, windows, schedule, config, layout, device)
+
+
+def plain(model=MODEL, windows=WINDOWS, schedule=SCHEDULE, config=CONFIG) -> Trainer:
+    decoder = Decoder(model)
+    initialise(decoder, config.seed)
+    return Trainer(decoder, windows, schedule, config)
+
+
+def trained(trainer, until=None, **how):
+    trainer.train(until, progress=False, **how)
+    return trainer
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def alone():
+    with processes() as device:
+        yield device
+
+
+# One process is the trainer of the other chapters.
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_process_equals_the_trainer(alone, model):
+    one, other = trained(make(MODELS[model])), trained(plain(MODELS[model]))
+    assert one.losses == pytest.approx(other.losses, abs=1e-6)
+    assert one.grad_norms == pytest.approx(other.grad_norms, abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["dense", "latent", "mixture without balance"])
+@pytest.mark.parametrize("layout", [Layout(1), Layout(3, True)])
+def test_passes_and_recomputation_change_nothing(alone, model, layout):
+    one, other = trained(make(MODELS[model], layout=layout)), trained(plain(MODELS[model]))
+    assert one.losses == pytest.approx(other.losses, abs=1e-5)
+    assert one.grad_norms == pytest.approx(other.grad_norms, abs=1e-4)
+
+
+def test_recomputation_under_a_balance_loss(alone):
+    layout = Layout(None, True)
+    one, other = trained(make(MODELS["mixture"], layout=layout)), trained(plain(MODELS["mixture"]))
+    assert one.losses == pytest.approx(other.losses, abs=1e-5)
+
+
+def test_the_mean_is_over_predicted_tokens(alone):
+    """Passes predict 15 to 0 tokens; a mean of their means is another number, which this would notice."""
+    one, other = trained(make(windows=MASKED, layout=Layout(1))), trained(plain(windows=MASKED))
+    assert one.losses == pytest.approx(other.losses, abs=1e-5)
+    windows = batch_of(MASKED, 0, 3)  # the fourth predicts nothing: its mean would not even be a number
+    model = plain().model
+    from minicpm_lite.training.trainer import next_token_loss
+
+    wrong = sum(next_token_loss(model, window[None]).item() for window in windows) / 3
+    assert abs(wrong - one.losses[0]) > 1e-3
+
+
+def test_a_step_without_a_token_to_predict(alone):
+    class Silent(Masked):
+        def __getitem__(self, index):
+            return ~WINDOWS[index]
+
+    with pytest.raises(ValueError, match="windows of step 1 hold no token that is to be predicted"):
+        trained(make(windows=Silent()))
+
+
+def test_gradients_are_clipped(alone):
+    config = replace(CONFIG, max_grad_norm=1e-3)
+    one, other = trained(make(config=config)), trained(plain(config=config))
+    assert one.losses == pytest.approx(other.losses, abs=1e-6)
+    assert min(one.grad_norms) > 1e-2, "what is recorded is the norm before clipping"
+
+
+def test_bfloat16_keeps_float32_weights_and_angles(alone):
+    trainer, full = make(config=replace(CONFIG, precision="bfloat16")), trained(plain())
+    seen = {}
+    trainer.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, inputs: seen.update(
+            x=inputs[0].dtype, cos=inputs[1][0].dtype, w=module.q_proj.weight.dtype
+        )
+    )
+    trained(trainer)
+    assert seen == {"x": torch.bfloat16, "cos": torch.float32, "w": torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.losses != full.losses
+    assert trainer.losses == pytest.approx(full.losses, abs=0.05)
+
+
+# Weights.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_start_as_the_decoder_s_do(tied):
+    """The same distributions as Decoder draws from, parameter by parameter."""
+    config = replace(MODEL, hidden_size=256, intermediate_size=512, vocab_size=900, tie_word_embeddings=tied,
+                     head_dim=64)  # fmt: skip
+    torch.manual_seed(0)
+    drawn, expected = Decoder(config), Decoder(config)
+    initialise(drawn, 0)
+    for (name, mine), theirs in zip(drawn.named_parameters(), expected.parameters(), strict=True):
+        assert_close(mine.std(unbiased=False), theirs.std(unbiased=False), rtol=0.03, atol=0, msg=name)
+        assert abs(mine.mean() - theirs.mean()) < 0.01
+
+
+def test_weights_depend_on_the_seed_and_not_on_each_other():
+    def weights(seed, layers=2):
+        model = Decoder(replace(MODEL, num_hidden_layers=layers))
+        initialise(model, seed)
+        return dict(model.named_parameters())
+
+    one, again, deeper = weights(0), weights(0), weights(0, layers=3)
+    assert all(torch.equal(one[name], again[name]) and torch.equal(one[name], deeper[name]) for name in one)
+    name = "layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(one[name], weights(1)[name])
+    assert not torch.equal(one[name], one["layers.1.self_attn.q_proj.weight"])
+
+
+# A run's folder.
+
+
+def test_resume_is_bit_for_bit(alone, tmp_path):
+    whole = trained(make(), folder=tmp_path / "whole")
+    trained(make(), 6, folder=tmp_path / "run")
+    resumed = make()
+    resumed.load(latest_checkpoint(tmp_path / "run"))
+    trained(resumed, folder=tmp_path / "run")
+    assert resumed.losses == whole.losses[6:] and resumed.grad_norms == whole.grad_norms[6:]
+    timeless = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in lines(tmp_path / name)]
+        for name in ("whole", "run")
+    ]
+    assert timeless[0] == timeless[1]
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one.to_local(), other.to_local())
+
+
+def test_a_step_0_checkpoint(alone, tmp_path):
+    path = make().save(tmp_path)
+    fresh = make(config=CONFIG)
+    fresh.load(path)
+    assert trained(fresh).losses == trained(make()).losses
+
+
+def test_the_metrics(alone, tmp_path):
+    trainer = trained(make(), folder=tmp_path, tensorboard=True)
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == list(range(1, 15))
+    assert [line["loss"] for line in found] == trainer.losses
+    assert [line["lr"] for line in found] == [SCHEDULE(step) for step in range(1, 15)]
+    assert found[4]["tokens"] == 5 * 64
+    assert len({line["data"] for line in found}) == 14, "each step sees other windows"
+    assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in found)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_half_a_line_too(alone, tmp_path):
+    trained(make(), 6, folder=tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    resumed = make()
+    resumed.load(latest_checkpoint(tmp_path))
+    trained(resumed, folder=tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 15))
+
+
+def test_which_checkpoints_stay(alone, tmp_path):
+    trained(make(), folder=tmp_path, checkpoint_every=3, keep=1)
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == ["step-00000010", "step-00000014"], "the newest, and where the decay begins"
+
+
+def test_a_folder_with_a_later_run_is_not_overwritten(alone, tmp_path):
+    trained(make(), 6, folder=tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="holds a checkpoint of step 6, and this run is at step 0"):
+        trained(make(), folder=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_gradient_that_is_not_finite(alone):
+    trainer = make(schedule=WSD(1e30, 0, 10, 0))
+    with pytest.raises(FloatingPointError, match=r"gradient of step \d+ is not finite.*lower peak"):
+        trained(trainer)
+    assert len(trainer.losses) == trainer.step
+
+
+def test_a_full_disk_while_metrics_are_written(alone, tmp_path, monkeypatch):
+    from minicpm_lite.training import distributed
+
+    def full(self, line):
+        raise OSError(28, f"{self.path} could not be written: No space left on device")
+
+    monkeypatch.setattr(distributed._Metrics, "add", full)
+    with pytest.raises(OSError, match="metrics.jsonl could not be written: No space left"):
+        trained(make(), folder=tmp_path)
+
+
+# Branches.
+
+
+def test_a_branch_decays_a_stable_checkpoint(alone, tmp_path):
+    from minicpm_lite.training.sharded_checkpoint import decay_schedule
+
+    trunk = plain()
+    trained(trunk, 8)
+    trained(make(), folder=tmp_path, checkpoint_every=8, keep=9)
+    decay = decay_schedule(tmp_path / "step-00000008", 5)
+    assert (decay.decay_start, decay.total_steps) == (8, 13)
+    for windows in (WINDOWS, MASKED):
+        branch = make(schedule=decay, windows=windows)
+        branch.branch_from(tmp_path / "step-00000008")
+        expected = trained(trunk.branch(decay, windows))
+        assert trained(branch).losses == pytest.approx(expected.losses[8:], abs=1e-6)
+    assert latest_checkpoint(tmp_path).name == "step-00000014", "the trunk stays as it was"
+
+
+def test_a_branch_can_be_resumed(alone, tmp_path):
+    from minicpm_lite.training.sharded_checkpoint import decay_schedule
+
+    trained(make(), 8, folder=tmp_path / "trunk")
+    decay = decay_schedule(tmp_path / "trunk" / "step-00000008", 5)
+    whole = make(schedule=decay, windows=MASKED)
+    whole.branch_from(tmp_path / "trunk" / "step-00000008")
+    trained(whole, folder=tmp_path / "branch", checkpoint_every=2, keep=9)
+    resumed = make(schedule=decay, windows=MASKED)
+    resumed.load(tmp_path / "branch" / "step-00000010")
+    assert trained(resumed).losses == whole.losses[2:]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(windows=TokenWindows(TOKENS + 1, 16, 0)), "ids from 1 to 41; the model knows 0 to 40"),
+        (
+            dict(windows=TokenWindows(TOKENS, 8, 0)),
+            "windows predict 8 tokens each, and sequence_length is 16",
+        ),
+    ],
+)
+def test_windows_that_do_not_fit(alone, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(**change)
+
+
+def test_an_impossible_layout():
+    with pytest.raises(ValueError, match="micro_batch is 0"):
+        Layout(0)
+
+
+COMPILED = """
+import sys
+sys.path[:0] = [{path!r}]
+from test_distributed import *
+with processes():
+    losses = trained(make(config=replace(CONFIG, compile=True), layout=Layout(2, True)), 3).losses
+print(losses)
+"""
+
+
+@pytest.mark.slow  # about 30 s: the compiler starts
+def test_compiled_blocks_compute_the_same(alone):
+    script = COMPILED.format(path=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(trained(make(), 3).losses, abs=1e-4)
+
+
+# Two processes.
+
+
+def workers(function: str, folder: Path, count: int = 2) -> list[dict]:
+    """What each process returns from a function of this file, run under torchrun."""
+    script = folder / "worker.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{os.path.dirname(__file__)!r}]\n"
+                      f"import test_distributed\ntest_distributed.answer('{function}', {str(folder)!r})\n")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), script],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(count)]
+
+
+def answer(function: str, folder: str) -> None:
+    with processes() as device:
+        result = globals()[function](Path(folder), device)
+        (Path(folder) / f"answer-{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+
+
+def curves(folder, device) -> dict:
+    def run(**how):
+        trainer = trained(make(device=device, **how))
+        return trainer.losses, trainer.grad_norms
+
+    return {
+        "dense": run(),
+        "untied": run(model=MODELS["untied"]),
+        "passes": run(layout=Layout(1, True)),
+        "masked": run(windows=MASKED, layout=Layout(1)),
+        "mixture": run(model=MODELS["mixture without balance"]),
+        "balanced": run(model=MODELS["mixture"]),
+    }
+
+
+@pytest.mark.slow  # two processes start, about 15 s
+def test_two_processes_train_as_one(tmp_path):
+    one, other = workers("curves", tmp_path)
+    assert one == other, "every process knows the loss of all"
+    expected = {
+        "dense": plain(), "untied": plain(MODELS["untied"]), "passes": plain(), "masked": plain(windows=MASKED),
+        "mixture": plain(MODELS["mixture without balance"]),
+    }  # fmt: skip
+    for name, trainer in expected.items():
+        trained(trainer)
+        assert one[name][0] == pytest.approx(trainer.losses, abs=1e-5), name
+        assert one[name][1] == pytest.approx(trainer.grad_norms, abs=1e-4), name
+    balanced = trained(plain(MODELS["mixture"])).losses
+    assert one["balanced"][0] == pytest.approx(balanced, abs=0.01), "the balance is that of each process"
+
+
+def failures(folder, device) -> dict:
+    """Errors that one process alone meets; each must reach both, and leave nothing behind."""
+    rank, said = torch.distributed.get_rank(), {}
+
+    def note(name, work):
+        try:
+            work()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    class Damaged(Masked):
+        def __getitem__(self, index):
+            if index == 18:  # step 5, the second process
+                raise ValueError("tokens-00001.npy is damaged")
+            return WINDOWS[index]
+
+    note("damaged", lambda: trained(make(windows=Damaged(), device=device)))
+    trainer = make(device=device)
+    trained(trainer, 3, folder=folder / "run")
+    real = os.fsync
+
+    def full(descriptor):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    os.fsync = full
+    note("full", lambda: trained(trainer, 5, folder=folder / "run"))
+    os.fsync = real
+    said["left"] = sorted(path.name for path in (folder / "run").iterdir())
+    resumed = make(device=device)
+    resumed.load(folder / "run" / "step-00000003")
+    said["goes on"] = trained(resumed, 5).losses
+    note("odd", lambda: make(config=replace(CONFIG, batch_size=3), device=device))
+    note("infinite", lambda: trained(make(schedule=WSD(1e30, 0, 10, 0), device=device)))
+    note("absent", lambda: make(device=device).load(folder / "nowhere"))
+    return said
+
+
+@pytest.mark.slow  # two processes start, about 15 s
+def test_an_error_of_one_process_is_everyone_s(tmp_path):
+    one, other = workers("failures", tmp_path)
+    assert one == other
+    assert one["damaged"] == "ValueError: tokens-00001.npy is damaged"
+    assert (
+        "step-00000005 could not be written: No space left on device. Earlier checkpoints stand."
+        in one["full"]
+    )
+    assert one["left"] == ["metrics.jsonl", "step-00000003"]
+    assert one["goes on"] == pytest.approx(trained(plain(), 5).losses[3:], abs=1e-5)
+    assert "A step has 3 windows, which 2 processes cannot share evenly" in one["odd"]
+    assert "is not finite" in one["infinite"]
+    assert "FileNotFoundError: There is no checkpoint at" in one["absent"]
+
+
+def a_checkpoint(folder, device) -> dict:
+    trainer = trained(make(MODELS["untied"], device=device), 6, folder=folder / "two")
+    alone = make(MODELS["untied"], device=device)
+    alone.load(folder / "one" / "step-00000006")
+    return {"before": trainer.losses, "after": trained(alone).losses}
+
+
+@pytest.mark.slow  # two processes start, about 15 s
+def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
+    """41 ids over 2 processes: the parts are of different size."""
+    with processes():
+        whole = trained(make(MODELS["untied"])).losses
+        trained(make(MODELS["untied"]), 6, folder=tmp_path / "one")
+    answers = workers("a_checkpoint", tmp_path)
+    assert answers[0]["before"] == pytest.approx(whole[:6], abs=1e-5)
+    assert answers[0]["after"] == pytest.approx(whole[6:], abs=1e-5)
+    with processes():
+        fewer = make(MODELS["untied"])
+        fewer.load(tmp_path / "two" / "step-00000006")
+        assert trained(fewer).losses == pytest.approx(whole[6:], abs=1e-5)
+    weights = load_weights(tmp_path / "two" / "step-00000006")
+    assert_close(weights.lm_head.weight, load_weights(tmp_path / "one" / "step-00000006").lm_head.weight)
