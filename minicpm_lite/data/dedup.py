@@ -1,0 +1,282 @@
+"""Duplicates: exact ones by a hash, near ones by MinHash signatures and locality-sensitive hashing.
+
+Two documents are near duplicates if their sets of shingles, runs of a few words, overlap strongly: if their
+Jaccard index J = |A & B| / |A | B| is high. Comparing all pairs of sets is out of the question for many
+documents. MinHash (Broder 1997) gives each document a short signature: of each of many random orders of all
+shingles, its first one. Two signatures agree at a place with probability J. Locality-sensitive hashing then
+looks only at pairs that agree in at least one whole band of the signature.
+
+MiniCPM's papers say that MinHash was used, within and across corpora, and give no parameters. The defaults
+here (runs of 5 words, 128 orders, J of 0.8) are common choices.
+
+Traps: a product of two 32-bit numbers fits into 64 bits, one of two 61-bit numbers does not and would wrap
+around unseen, so all hashes here have 32 bits. A multiplier must be odd, or the "order" maps two shingles to
+one place. A hundred copies of one document are nearly 5,000 pairs, so exact copies are set aside first.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt32, UInt64
+
+from ..config import require_positive_integer
+
+__all__ = [
+    "MinHash",
+    "candidate_pairs",
+    "clusters_of",
+    "estimated_jaccard",
+    "first_of_each",
+    "hashed_ngrams",
+    "jaccard",
+    "lsh_probability",
+    "lsh_threshold",
+    "near_duplicates",
+    "words_of",
+]
+
+_32_BITS = np.uint64(0xFFFFFFFF)
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]")
+_NGRAM_FACTOR = 0x01000193  # odd; weights the words of a run by their place
+_SHINGLES_AT_A_TIME = 8192  # times 128 orders of 8 bytes: 8 MiB, about what a cache holds
+
+
+def words_of(text: str) -> list[str]:
+    """Words, single Chinese characters and punctuation marks, in order.
+
+    >>> words_of("don't, 你好")
+    ['don', "'", 't', ',', '你', '好']
+    """
+    return _WORD.findall(text)
+
+
+def hashed_ngrams(words: Sequence[str], size: int) -> UInt64[np.ndarray, " ngrams"]:
+    """A hash of 32 bits for each run of ``size`` words, in order; none if there are fewer words.
+
+    >>> hashed_ngrams(["a", "b", "a", "b"], 2).tolist()[::2] == [hashed_ngrams(["a", "b"], 2)[0]] * 2
+    True
+    """
+    hashes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
+    runs = max(len(hashes) - size + 1, 0)
+    combined = np.zeros(runs, np.uint64)
+    for place in range(size):
+        combined = (combined * np.uint64(_NGRAM_FACTOR) + hashes[place : place + runs]) & _32_BITS
+    return combined
+
+
+@dataclass(frozen=True)
+class MinHash:
+    """Signatures of documents: of each random order of all shingles, the first one in the document.
+
+    An order is h -> a h + b modulo 2^32 with an odd a, which maps no two hashes to one place; hashes go
+    through MurmurHash3's last step before, which spreads them. It is the scheme "affine32" of datasketch.
+
+    Attributes:
+        num_perm: random orders, the length of a signature.
+        shingle_size: words in a shingle; a shorter document is one shingle.
+        seed: decides the orders.
+    """
+
+    num_perm: int = 128
+    shingle_size: int = 5
+    seed: int = 1
+    permutations: UInt64[np.ndarray, "2 num_perm"] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require_positive_integer("num_perm", self.num_perm)
+        require_positive_integer("shingle_size", self.shingle_size)
+        random = np.random.RandomState(self.seed)
+        a = random.randint(0, 1 << 31, self.num_perm, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        b = random.randint(0, 1 << 32, self.num_perm, dtype=np.uint32)
+        object.__setattr__(self, "permutations", np.array([a, b], np.uint64))
+
+    def shingles(self, text: str) -> UInt64[np.ndarray, " shingles"]:
+        """The set of a document's shingles as sorted 32-bit hashes; empty only for an empty document."""
+        words = words_of(_checked(text))
+        return np.unique(hashed_ngrams(words, min(self.shingle_size, max(len(words), 1))))
+
+    def signatures(self, texts: Iterable[str]) -> UInt32[np.ndarray, "documents num_perm"]:
+        """A signature for each document; that of an empty document is all ones in binary."""
+        return self.signatures_of_sets([self.shingles(text) for text in texts])
+
+    def signatures_of_sets(
+        self, sets: Sequence[UInt64[np.ndarray, " _"]]
+    ) -> UInt32[np.ndarray, "documents num_perm"]:
+        """The same from sets of 32-bit hashes: of shingles, or of anything else."""
+        signatures = np.full((len(sets), self.num_perm), 0xFFFFFFFF, np.uint32)
+        start = 0
+        while start < len(sets):  # as many documents at a time as fit into the cache
+            stop, shingles = start, 0
+            while stop < len(sets) and (stop == start or shingles + len(sets[stop]) <= _SHINGLES_AT_A_TIME):
+                shingles += len(sets[stop])
+                stop += 1
+            filled = [index for index in range(start, stop) if len(sets[index])]
+            if filled:
+                edges = np.cumsum([0] + [len(sets[index]) for index in filled[:-1]])
+                signatures[filled] = self._first_places(np.concatenate([sets[i] for i in filled]), edges)
+            start = stop
+        return signatures
+
+    def _first_places(self, hashes: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        a, b = self.permutations
+        places = _spread(hashes)[:, None] * a  # (shingles, num_perm); at most (2^32 - 1)^2
+        places += b  # at most (2^32 - 1) 2^32, which still fits into 64 bits
+        places &= _32_BITS
+        return np.minimum.reduceat(places, edges, axis=0).astype(np.uint32)
+
+
+def _spread(hashes: UInt64[np.ndarray, " _"]) -> UInt64[np.ndarray, " _"]:
+    """MurmurHash3's finalizer on 32 bits: a bijection in which each input bit moves every output bit."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        hashes = ((hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)) & _32_BITS
+    return hashes ^ (hashes >> np.uint64(16))
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two sets (sorted, without repeats): the size of the intersection over that of the union.
+
+    Two empty sets have 1: they are the same.
+
+    >>> jaccard(np.array([1, 2, 3]), np.array([2, 3, 4]))
+    0.5
+    """
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    union = len(a) + len(b) - common
+    return common / union if union else 1.0
+
+
+def estimated_jaccard(
+    a: UInt32[np.ndarray, "*pairs num_perm"], b: UInt32[np.ndarray, "*pairs num_perm"]
+) -> float | Float[np.ndarray, "*pairs"]:
+    """The share of places where signatures agree: unbiased, with variance J (1 - J) / num_perm."""
+    return np.mean(a == b, axis=-1)
+
+
+def lsh_probability(
+    similarity: float | np.ndarray, bands: int, rows: int
+) -> float | Float[np.ndarray, " similarities"]:
+    """The probability that two documents of a Jaccard index agree in at least one of the bands.
+
+    A band of r rows agrees with probability s^r; none of b agrees with (1 - s^r)^b.
+
+    >>> round(lsh_probability(0.8, bands=16, rows=8), 3)
+    0.947
+    """
+    return 1 - (1 - similarity**rows) ** bands
+
+
+def lsh_threshold(bands: int, rows: int) -> float:
+    """About where the curve of `lsh_probability` is steepest: (1/b)^(1/r).
+
+    >>> round(lsh_threshold(bands=16, rows=8), 3)
+    0.707
+    """
+    return (1 / bands) ** (1 / rows)
+
+
+def candidate_pairs(
+    signatures: UInt32[np.ndarray, "documents num_perm"], bands: int
+) -> Int[np.ndarray, "pairs 2"]:
+    """All pairs (i < j) whose signatures agree in at least one whole band, each once, in order.
+
+    Args:
+        signatures: from `MinHash`.
+        bands: pieces of equal size that each signature is cut into.
+
+    Raises:
+        ValueError: the signature's length is no multiple of ``bands``.
+    """
+    require_positive_integer("bands", bands)
+    documents, num_perm = signatures.shape
+    if num_perm % bands:
+        raise ValueError(
+            f"Signatures of {num_perm} places cannot be cut into {bands} equal bands; "
+            f"choose bands that divide {num_perm}."
+        )
+    rows = num_perm // bands
+    pairs: set[tuple[int, int]] = set()
+    for band in range(bands):
+        keys = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
+        _, bucket = np.unique(keys.view(f"V{4 * rows}").ravel(), return_inverse=True)
+        order = np.argsort(bucket, kind="stable")
+        edges = np.flatnonzero(np.diff(bucket[order])) + 1
+        for members in np.split(order, edges) if documents else []:
+            if len(members) > 1:
+                pairs.update(combinations(members.tolist(), 2))
+    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+
+
+def clusters_of(documents: int, pairs: Iterable[Sequence[int]]) -> Int[np.ndarray, " documents"]:
+    """Who hangs together with whom, over any number of pairs: for each document its cluster's first one.
+
+    >>> clusters_of(5, [(0, 3), (3, 4)]).tolist()
+    [0, 1, 2, 0, 0]
+    """
+    parent = list(range(documents))
+
+    def root(document: int) -> int:
+        while parent[document] != document:
+            parent[document] = parent[parent[document]]  # halve the path for the next time
+            document = parent[document]
+        return document
+
+    for a, b in pairs:
+        low, high = sorted((root(int(a)), root(int(b))))
+        parent[high] = low
+    return np.array([root(document) for document in range(documents)], np.int64)
+
+
+def first_of_each(keys: Iterable) -> Bool[np.ndarray, " keys"]:
+    """Which to keep so that each key is there once: those whose key did not come before.
+
+    >>> first_of_each("abcab").tolist()
+    [True, True, True, False, False]
+    """
+    seen = set()
+    return np.array([not (key in seen or seen.add(key)) for key in keys], bool)
+
+
+def near_duplicates(
+    texts: Sequence[str],
+    minhash: MinHash | None = None,
+    bands: int = 16,
+    threshold: float | None = 0.8,
+) -> Int[np.ndarray, " documents"]:
+    """For each document the first one of its cluster; `first_of_each` of them says which to keep.
+
+    Equal texts are one document from the start. Normalise before, so that spaces and capitals do not count.
+
+    Args:
+        texts: normalised documents; empty ones are duplicates of each other.
+        minhash: the signatures; left out, 128 orders of 5-word shingles.
+        bands: of each signature.
+        threshold: least exact Jaccard index of a pair; None takes every candidate without looking.
+
+    Raises:
+        ValueError: a threshold outside 0 to 1, or bands that do not divide the signature.
+        TypeError: a document that is no string.
+    """
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(
+            f"The threshold is {threshold}; a Jaccard index is compared with more than 0 and at most 1."
+        )
+    minhash = minhash or MinHash()
+    first: dict[str, int] = {}
+    copies = [(first.setdefault(_checked(text), index), index) for index, text in enumerate(texts)]
+    distinct = list(first.values())
+    sets = [minhash.shingles(texts[index]) for index in distinct]
+    pairs = candidate_pairs(minhash.signatures_of_sets(sets), bands)
+    if threshold is not None:
+        pairs = [(a, b) for a, b in pairs if jaccard(sets[a], sets[b]) >= threshold]
+    near = [(distinct[a], distinct[b]) for a, b in pairs]
+    return clusters_of(len(texts), copies + near)
+
+
+def _checked(text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"A document is {type(text).__name__}; it must be a string.")
+    return text

@@ -1,0 +1,177 @@
+"""The pipeline of `filtering` on an engine that scales out: datatrove's executors and files, our blocks.
+
+datatrove reads documents from shards, runs blocks over them in independent tasks, on one machine or as jobs of
+a cluster, and keeps note of which tasks are done. Near duplicates need four steps, since any two documents can
+be a pair: signatures per shard, pairs per band, clusters over all, and the removal per shard. The engine's own
+steps are used for that; only the signature is ours, so that both pipelines see the same duplicates.
+
+    language -> signatures | pairs of each band | clusters | removal -> quality
+    one task per shard       one task per band     one task    one task per shard
+
+Two differences from `filtering.drop_reasons`: exact copies are not a stage of their own, since their signatures
+agree in every band; and no pair is verified, so the curve of the bands alone decides.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..optional import require
+from .dedup import MinHash, words_of
+from .filtering import QualityClassifier, identify_languages, normalise
+
+_NEED = {"install": "minicpm_lite[data]", "purpose": "run the pipeline on datatrove"}
+_minhash = require("datatrove.pipeline.dedup.minhash", **_NEED)
+_base_filter = require("datatrove.pipeline.filters.base_filter", **_NEED)
+_readers = require("datatrove.pipeline.readers", **_NEED)
+_writers = require("datatrove.pipeline.writers", **_NEED)
+_executor = require("datatrove.executor", **_NEED)
+_hashing = require("datatrove.utils.hashing", **_NEED)
+
+_words = require("datatrove.utils.word_tokenizers", **_NEED)
+
+__all__ = ["LanguageBlock", "QualityBlock", "SignatureBlock", "filtering_stages"]
+
+
+class LanguageBlock(_base_filter.BaseFilter):
+    """Keep documents of the given languages; the reason of a drop is the language that was found."""
+
+    name = "language"
+
+    def __init__(self, languages: tuple[str, ...] = ("en",), exclusion_writer=None) -> None:
+        super().__init__(exclusion_writer)
+        self.languages = languages
+
+    def filter(self, doc) -> bool | tuple[bool, str]:
+        """True to keep the document, else False and the language."""
+        code = identify_languages([doc.text])[0]
+        return True if code in self.languages else (False, code)
+
+
+class QualityBlock(_base_filter.BaseFilter):
+    """Keep documents that a classifier scores at least ``threshold``; the score goes into their metadata."""
+
+    name = "quality"
+
+    def __init__(self, classifier: str | Path, threshold: float = 0.5, exclusion_writer=None) -> None:
+        super().__init__(exclusion_writer)
+        self.path, self.threshold = str(classifier), threshold
+
+    @cached_property
+    def classifier(self) -> QualityClassifier:
+        """Read where it is used: a task on another machine gets the path, not the weights."""
+        return QualityClassifier.load(self.path)
+
+    def filter(self, doc) -> bool | tuple[bool, str]:
+        """True to keep the document."""
+        doc.metadata["quality"] = float(self.classifier.scores([normalise(doc.text)])[0])
+        return doc.metadata["quality"] >= self.threshold or (False, "quality")
+
+
+class _Words(_words.WordTokenizer):
+    """`words_of` where the engine asks for a tokenizer; its own would need another package."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return words_of(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        raise NotImplementedError("Shingles are made of words; sentences are not needed.")
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        raise NotImplementedError("Shingles are made of words; places are not needed.")
+
+
+class SignatureBlock(_minhash.MinhashDedupSignature):
+    """datatrove's first step of near duplicates, with the shingles and the random orders of `MinHash`."""
+
+    name = "signatures"
+
+    def __init__(self, output_folder: str | Path, minhash: MinHash, bands: int) -> None:
+        if minhash.num_perm % bands:
+            raise ValueError(f"Signatures of {minhash.num_perm} places cannot be cut into {bands} equal bands.")
+        super().__init__(str(output_folder), config=_engine_config(minhash, bands), language=_Words())
+        self.minhash, self.bands = minhash, bands
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """The hashed shingles of a document, in datatrove's shape (shingles, 1)."""
+        return self.minhash.shingles(normalise(text))[:, None]
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """The signature, band by band."""
+        signature = self.minhash.signatures_of_sets([shingles[:, 0]])[0]
+        return signature.reshape(self.bands, -1).tolist()
+
+
+def _engine_config(minhash: MinHash, bands: int):
+    return _minhash.MinhashConfig(
+        n_grams=minhash.shingle_size,
+        num_buckets=bands,
+        hashes_per_bucket=minhash.num_perm // bands,
+        hash_config=_hashing.HashConfig(precision=32, hash_fc="sha1"),  # 32-bit places; its hash is not used
+    )
+
+
+def filtering_stages(
+    source: str | Path,
+    work: str | Path,
+    classifier: str | Path,
+    tasks: int = 1,
+    workers: int = 1,
+    threshold: float = 0.5,
+    minhash: MinHash | None = None,
+    bands: int = 16,
+) -> list:
+    """Four executors to be run in this order; a stage that was done before is skipped when run again.
+
+    To run on a cluster, make the same stages with ``SlurmPipelineExecutor`` and chain them by ``depends``.
+
+    Args:
+        source: a folder of JSON lines with a field "text" in each.
+        work: a folder for what lies between; the result is in ``work/kept``, one file per task.
+        classifier: a file of `QualityClassifier.save`.
+        tasks: independent pieces of the work; the shards of the source are dealt out to them.
+        workers: processes at a time.
+        threshold: least score of a document that is kept.
+        minhash: the signatures; left out, 128 orders of 5-word shingles.
+        bands: of each signature.
+
+    Raises:
+        FileNotFoundError: there is no source folder, or no classifier.
+        ValueError: bands that do not divide the signature, or a threshold outside 0 to 1.
+    """
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no folder {source}; give one with files of JSON lines.")
+    if not Path(classifier).is_file():
+        raise FileNotFoundError(f"There is no classifier at {classifier}; write one with its method save().")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"The threshold is {threshold}; it is compared with a probability, from 0 to 1.")
+    minhash, work = minhash or MinHash(), Path(work)
+    config = _engine_config(minhash, bands)
+    kept_language = str(work / "language")
+    blocks = {
+        "1_signatures": (tasks, [
+            _readers.JsonlReader(str(source)),
+            LanguageBlock(),
+            _writers.JsonlWriter(kept_language, output_filename="${rank}.jsonl", compression=None),
+            SignatureBlock(work / "signatures", minhash, bands),
+        ]),
+        "2_pairs": (bands, [
+            _minhash.MinhashDedupBuckets(str(work / "signatures"), str(work / "pairs"), config=config),
+        ]),
+        "3_clusters": (1, [
+            _minhash.MinhashDedupCluster(str(work / "pairs"), str(work / "clusters"), config=config),
+        ]),
+        "4_quality": (tasks, [
+            _readers.JsonlReader(kept_language),
+            _minhash.MinhashDedupFilter(str(work / "clusters")),
+            QualityBlock(classifier, threshold),
+            _writers.JsonlWriter(str(work / "kept"), output_filename="${rank}.jsonl", compression=None),
+        ]),
+    }  # fmt: skip
+    return [
+        _executor.LocalPipelineExecutor(
+            pipeline=pipeline, tasks=count, workers=workers, logging_dir=str(work / "logs" / stage)
+        )
+        for stage, (count, pipeline) in blocks.items()
+    ]

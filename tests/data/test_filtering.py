@@ -1,0 +1,269 @@
+"""Normalisation, languages, the classifier, the perplexity filter and the whole pipeline."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minicpm_lite import optional
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.data import filtering
+from minicpm_lite.data.assets import load_austen, load_chinese_classics
+from minicpm_lite.data.filtering import (
+    QualityClassifier,
+    area_under_roc,
+    bits_per_byte,
+    drop_reasons,
+    identify_languages,
+    normalise,
+)
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.tokenizer import train_tokenizer
+
+PROSE = normalise(load_austen()[20_000:320_000])
+PIECES = [PROSE[start : start + 600] for start in range(0, len(PROSE), 600)]
+
+
+def shuffled(text: str, seed: int = 0) -> str:
+    words = text.split()
+    return " ".join(random.Random(seed).sample(words, len(words)))
+
+
+GOOD, BAD = PIECES[:150], [shuffled(text) for text in PIECES[150:300]]
+NEW_GOOD, NEW_BAD = PIECES[300:395], [shuffled(text) for text in PIECES[400:495]]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD)
+
+
+# --- normalisation ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A  B", "a b"),
+        ("a\n\n\n \nb", "a\nb"),
+        ("a\tb\r\nc", "a\tb\r\nc"),
+        ("Ünïcödé Ångström ﬁ", "unicode angstrom ﬁ"),
+        ("No\u00a0break", "no break"),
+        ("你好", "你好"),
+        ("한국어", "한국어"),  # decomposed and put together again
+        ("  \n a \n ", "a"),
+        ("", ""),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+@given(st.text(max_size=80))
+def test_normalising_twice_changes_nothing_more(text):
+    once = normalise(text)
+    assert normalise(once) == once
+    assert "\n\n" not in once and "  " not in once
+
+
+# --- languages ---
+
+
+def test_languages():
+    english, chinese = load_austen()[5000:5400], load_chinese_classics()[:200]
+    french = "Le chat est assis sur la table et regarde par la fenêtre, comme tous les jours de la semaine."
+    assert identify_languages([english, chinese, french, ""]) == ["en", "zh", "fr", "und"]
+    assert identify_languages(["12345 67890", "?!", "\n", "qzx"]) == ["und"] * 4
+    assert identify_languages(["hello"], least=1.01) == ["und"]
+    assert identify_languages([]) == []
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name=name.split(".")[0])
+
+    monkeypatch.setattr(optional, "import_module", missing)
+    filtering._language_identifier.cache_clear()
+    with pytest.raises(ImportError, match=r"'py3langid.langid' is needed to tell languages apart. .*pip install"):
+        identify_languages(["hello"])
+    filtering._language_identifier.cache_clear()
+
+
+# --- the classifier ---
+
+
+def test_it_learns_word_order_and_one_that_sees_single_words_cannot():
+    """Shuffling keeps every word, so only runs of words tell the two apart."""
+    order = QualityClassifier(dim=16, lr=1.0, epochs=40, ngrams=3).fit(GOOD, BAD)
+    single = QualityClassifier(dim=16, lr=1.0, epochs=40, ngrams=1).fit(GOOD, BAD)
+    assert area_under_roc(order.scores(NEW_GOOD), order.scores(NEW_BAD)) > 0.95
+    assert 0.2 < area_under_roc(single.scores(NEW_GOOD), single.scores(NEW_BAD)) < 0.8
+
+
+def test_its_first_step_is_the_gradient_that_autograd_finds():
+    """One document, two steps: the second is the first whose embeddings move."""
+    bag = [(np.array([0, 2]), np.array([2.0, 1.0], np.float32), 4)]  # one unseen run counts in the mean
+    ours = QualityClassifier(dim=3, lr=0.5, epochs=2)
+    ours.known = np.arange(3, dtype=np.uint64)
+    weights = ours._train(bag, np.array([1.0]))
+    rng = np.random.default_rng(0)
+    table = torch.tensor(rng.uniform(-1 / 3, 1 / 3, (3, 3)).astype(np.float32), requires_grad=True)
+    output = torch.zeros(2, 3, requires_grad=True)
+    for rate in (0.5, 0.25):
+        hidden = (2 * table[0] + table[2]) / 4
+        loss = torch.nn.functional.cross_entropy((output @ hidden)[None], torch.tensor([1]))
+        for parameter, gradient in zip((table, output), torch.autograd.grad(loss, (table, output)), strict=True):
+            parameter.data -= rate * gradient
+    expected = (table @ (output[1] - output[0])).detach().numpy()
+    np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_same_seed_gives_the_same_classifier_and_scores_are_probabilities(classifier):
+    again = QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD)
+    assert (again.weights == classifier.weights).all()
+    scores = classifier.scores([*NEW_GOOD, "", "zzyx", "好"])
+    assert ((0 <= scores) & (scores <= 1)).all()
+    assert scores[-3:].tolist() == [0.5] * 3  # nothing known
+
+
+def test_as_good_as_logistic_regression_on_the_same_features(classifier):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    sparse = pytest.importorskip("scipy.sparse")
+
+    def matrix(texts):
+        rows, columns, values = [], [], []
+        for row, text in enumerate(texts):
+            known, repeats, size = classifier._rows(classifier._features(text))
+            rows += [row] * len(known)
+            columns += known.tolist()
+            values += (repeats / size).tolist()
+        return sparse.csr_matrix((values, (rows, columns)), (len(texts), len(classifier.known)))
+
+    reference = linear_model.LogisticRegression(C=1e4, max_iter=500)
+    reference.fit(matrix(GOOD + BAD), [1] * len(GOOD) + [0] * len(BAD))
+    theirs = reference.decision_function(matrix(NEW_GOOD + NEW_BAD))
+    ours = classifier.scores(NEW_GOOD + NEW_BAD)
+    difference = area_under_roc(ours[:95], ours[95:]) - area_under_roc(theirs[:95], theirs[95:])
+    assert abs(difference) < 0.02
+    assert np.corrcoef(np.argsort(np.argsort(ours)), np.argsort(np.argsort(theirs)))[0, 1] > 0.9
+
+
+def test_as_good_as_fasttext(classifier, tmp_path):
+    fasttext = pytest.importorskip("fasttext")
+    from minicpm_lite.data.dedup import words_of
+
+    lines = [f"__label__{label} {' '.join(words_of(text))}" for label, side in (("good", GOOD), ("bad", BAD))
+             for text in side]  # fmt: skip
+    random.Random(0).shuffle(lines)
+    path = tmp_path / "train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    reference = fasttext.train_supervised(
+        str(path), dim=16, lr=1.0, epoch=40, wordNgrams=3, minCount=5, bucket=200_000, thread=1, verbose=0
+    )
+
+    def score(text):  # through the binding below fasttext's own wrapper, which fails on numpy 2
+        return {name: p for p, name in reference.f.predict(" ".join(words_of(text)) + "\n", 2, 0.0, "strict")}[
+            "__label__good"
+        ]
+
+    theirs = [score(text) for text in NEW_GOOD + NEW_BAD]
+    ours = classifier.scores(NEW_GOOD + NEW_BAD)
+    assert area_under_roc(ours[:95], ours[95:]) > area_under_roc(theirs[:95], theirs[95:]) - 0.02
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("bug", ["rate never falls", "sum instead of mean", "labels swapped"])
+def test_wrong_versions_are_seen(bug, monkeypatch):
+    """Each moves the scores away from those of the right one, which autograd confirms above."""
+    good, bad = (BAD, GOOD) if bug == "labels swapped" else (GOOD, BAD)
+    wrong = QualityClassifier(dim=16, lr=1.0, epochs=40)
+    if bug == "rate never falls":
+        wrong.lr = type("Constant", (float,), {"__mul__": lambda self, other: float(self)})(1.0)
+    if bug == "sum instead of mean":
+        rows = wrong._rows
+        monkeypatch.setattr(wrong, "_rows", lambda bag: (*rows(bag)[:2], 1))
+    right = QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD).scores(NEW_GOOD)
+    assert not np.allclose(right, wrong.fit(good, bad).scores(NEW_GOOD), atol=0.02)
+
+
+def test_it_survives_the_disk_and_refuses_what_it_did_not_write(classifier, tmp_path):
+    path = tmp_path / "quality.safetensors"
+    classifier.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert (QualityClassifier.load(path).scores(NEW_GOOD) == classifier.scores(NEW_GOOD)).all()
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+        QualityClassifier.load(path)
+    with pytest.raises(FileNotFoundError, match="There is no classifier at"):
+        QualityClassifier.load(tmp_path / "nothing")
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds no quality classifier"):
+        QualityClassifier.load(path)
+
+
+# --- perplexity and the area under the curve ---
+
+
+def test_bits_per_byte_is_the_loss_counted_by_hand():
+    tokenizer = train_tokenizer(PROSE[:50_000], 300)
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                vocab_size=300))  # fmt: skip
+    text = PIECES[0]
+    ids = tokenizer.encode(text).ids[:10]
+    with torch.no_grad():
+        log_probabilities = model(torch.tensor([ids])).log_softmax(-1)[0]
+    nats = -sum(log_probabilities[place, ids[place + 1]].item() for place in range(9))
+    size = len(tokenizer.decode(ids[1:]).encode())
+    found = bits_per_byte(model, tokenizer, [text, "", "a"], max_tokens=10)
+    assert np.isclose(found[0], nats / np.log(2) / size, rtol=1e-5)
+    assert np.isnan(found[1:]).all()  # nothing to predict
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_area_under_roc_counts_pairs(good, bad):
+    wins = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
+    assert np.isclose(area_under_roc(good, bad), wins / len(good) / len(bad))
+    assert np.isclose(area_under_roc(good, bad) + area_under_roc(bad, good), 1)
+
+
+# --- the whole ---
+
+
+def test_each_stage_drops_what_it_should_and_says_so(classifier):
+    text = load_austen()[500_000:501_200]
+    texts = [
+        text,
+        "  " + text.upper().replace(" ", "  "),  # the same when normalised
+        text.replace("the", "the", 1) + " Indeed.",  # nearly the same
+        load_chinese_classics()[:300],
+        shuffled(load_austen()[600_000:601_200]),
+        "",
+        load_austen()[700_000:701_200],
+    ]
+    assert drop_reasons(texts, classifier) == [
+        None, "exact duplicate", "near duplicate", "language", "quality", "language", None
+    ]  # fmt: skip
+    assert drop_reasons(texts, classifier, threshold=0.0).count("quality") == 0
+    assert drop_reasons([], classifier) == []
+
+
+def test_what_cannot_be_is_one_sentence(classifier):
+    for threshold in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"The threshold is {threshold}; it is compared with a probability"):
+            drop_reasons(["a"], classifier, threshold=threshold)
+    with pytest.raises(ValueError, match="No language is to be kept"):
+        drop_reasons(["a"], classifier, languages=())
+    with pytest.raises(RuntimeError, match=r"has not been trained; call fit\(good, bad\) first"):
+        QualityClassifier().scores(["a"])
+    with pytest.raises(ValueError, match="There is no bad document with a word in it"):
+        QualityClassifier().fit(["a b"], ["", " "])
+    with pytest.raises(ValueError, match="dim is 0"):
+        QualityClassifier(dim=0)
+    with pytest.raises(ValueError, match="one side is empty"):
+        area_under_roc([], [1.0])

@@ -1,0 +1,83 @@
+"""The same filtering on datatrove, run in shards on small real data, and compared with ours."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("datatrove", reason="the engine is an extra")
+pytest.importorskip("orjson", reason="datatrove reads JSON lines with it")
+
+from minicpm_lite.data.dedup import MinHash, first_of_each, near_duplicates
+from minicpm_lite.data.filtering import QualityClassifier, identify_languages, normalise
+from minicpm_lite.data.pipeline import SignatureBlock, filtering_stages
+from minicpm_lite.data.web_pool import build_pool
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Documents, classifier, and what the engine kept from three shards."""
+    folder = tmp_path_factory.mktemp("engine")
+    pool = build_pool(scale=0.08)
+    texts = [document.text for document in pool.documents]
+    good = [normalise(document.text) for document in pool.seeds]
+    bad = [normalise(document.text) for document in pool.documents if not document.clean]
+    classifier = QualityClassifier(dim=16, lr=0.5, epochs=15).fit(good, bad[: len(good)])
+    classifier.save(folder / "quality.safetensors")
+    source = folder / "source"
+    source.mkdir()
+    for shard in range(3):
+        lines = [json.dumps({"text": text, "id": str(number)}) for number, text in enumerate(texts)]
+        (source / f"{shard}.jsonl").write_text("\n".join(lines[shard::3]) + "\n")
+    for stage in filtering_stages(source, folder / "work", folder / "quality.safetensors", tasks=3):
+        stage.run()
+    kept = [
+        json.loads(line) for path in (folder / "work/kept").iterdir() for line in path.read_text().splitlines()
+    ]
+    return texts, classifier, kept
+
+
+def test_language_and_near_duplicates_agree_with_ours(run):
+    texts, classifier, kept = run
+    english = [n for n, code in enumerate(identify_languages(texts)) if code == "en"]
+    normal = [normalise(texts[number]) for number in english]
+    scores = dict(zip(english, classifier.scores(normal), strict=True))
+    labels = dict(zip(english, near_duplicates(normal, threshold=None).tolist(), strict=True))
+    survivors = Counter(labels[int(document["id"])] for document in kept)
+    assert set(survivors.values()) == {1}  # one of each cluster, though not always the first
+    good = {labels[number] for number in english if scores[number] >= 0.5}
+    assert set(survivors) <= good
+    always = {label for label in good if all(scores[n] >= 0.5 for n in english if labels[n] == label)}
+    assert always <= set(survivors)
+    assert sum(first_of_each(list(labels.values()))) < len(english)  # there was something to remove
+
+
+def test_the_score_travels_with_the_document_and_the_text_is_as_it_was(run):
+    texts, classifier, kept = run
+    for document in kept[:20]:
+        assert document["text"] == texts[int(document["id"])]
+        expected = classifier.scores([normalise(document["text"])])[0]
+        assert np.isclose(document["metadata"]["quality"], expected)
+
+
+def test_signatures_are_ours_cut_into_bands(tmp_path):
+    minhash = MinHash(num_perm=32)
+    block = SignatureBlock(tmp_path, minhash, bands=4)
+    bands = block.get_signature(block.get_shingles("One  two THREE four five six seven"))
+    expected = minhash.signatures([normalise("One  two THREE four five six seven")])[0]
+    assert [len(band) for band in bands] == [8] * 4
+    assert sum(bands, []) == expected.tolist()
+    assert block.get_shingles("").size == 0
+
+
+def test_what_cannot_be_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        filtering_stages(tmp_path / "nothing", tmp_path, tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="There is no classifier at"):
+        filtering_stages(tmp_path, tmp_path / "work", tmp_path / "c")
+    (tmp_path / "c").write_text("")
+    with pytest.raises(ValueError, match="The threshold is 2.0"):
+        filtering_stages(tmp_path, tmp_path / "work", tmp_path / "c", threshold=2.0)
+    with pytest.raises(ValueError, match="Signatures of 128 places cannot be cut into 10"):
+        filtering_stages(tmp_path, tmp_path / "work", tmp_path / "c", bands=10)
