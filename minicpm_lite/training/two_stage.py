@@ -7,7 +7,8 @@ al. 2024, arXiv 2404.06395, section 5 and Table 1.
 - `MixtureWindows`: which data come when, as one sequence of windows.
 - `ConversationWindows`: questions with answers as windows; the answers alone are predicted.
 - `score_answers`, `choice_accuracy`: what a model makes of held-out questions.
-- `watch_decay`: what gradients and curvature do while the rate falls.
+
+What gradients and curvature do while the rate falls is measured by `minicpm_lite.training.curvature`.
 
 Choices and traps:
 
@@ -20,7 +21,7 @@ Choices and traps:
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -30,22 +31,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..config import require_positive_integer, require_positive_number
-from ..data.corpora import Windows, batch_of
+from ..config import require_positive_integer
+from ..data.corpora import Windows
 from ..data.instructions import EncodedExample
 from ..language.decoder import Decoder
-from .trainer import Trainer, next_token_loss
 
 __all__ = [
     "AnswerScores",
     "ConversationWindows",
-    "DecayReading",
     "MixtureWindows",
     "choice_accuracy",
-    "directional_curvature",
-    "directional_derivatives",
     "score_answers",
-    "watch_decay",
 ]
 
 _LONGEST_PERIOD = 100_000
@@ -373,135 +369,3 @@ def choice_accuracy(model: Decoder, choices: Sequence[Sequence[EncodedExample]])
     scores = score_answers(model, [option for options in choices for option in options])
     per_token = (scores.total_loss / scores.tokens).view(len(choices), -1)  # (questions, answers)
     return (per_token[:, :1] < per_token[:, 1:]).all(1).double().mean().item()
-
-
-def directional_derivatives(
-    loss: Callable[[], Float[Tensor, ""]],
-    parameters: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    step: float = 1e-2,
-) -> tuple[float, float]:
-    """First and second derivative of a loss along a direction, where the parameters are now.
-
-    The direction is taken with length 1. The first derivative is the gradient times the direction. The second
-    is a central difference of gradients, which is exact for a quadratic whatever the step. The parameters are
-    put back bit for bit, and no ``grad`` is touched.
-
-    Args:
-        loss: computes the loss anew at each call.
-        parameters: what it depends on.
-        direction: one tensor for each parameter; for the paper's measure, the update.
-        step: of the difference, in units of the parameters.
-
-    Raises:
-        ValueError: the direction is zero or not finite.
-    """
-    require_positive_number("step", step)
-    length = math.sqrt(sum(part.double().square().sum().item() for part in direction))
-    if not 0 < length < math.inf:
-        raise ValueError(f"The direction has length {length}; expected a finite length above 0.")
-    here = [parameter.detach().clone() for parameter in parameters]
-
-    def slope(shift: float) -> float:
-        with torch.no_grad():
-            for parameter, start, part in zip(parameters, here, direction, strict=True):
-                parameter.copy_(start + shift / length * part)
-        gradients = torch.autograd.grad(loss(), list(parameters))
-        return sum((g.double() * d).sum().item() for g, d in zip(gradients, direction, strict=True)) / length
-
-    try:
-        first = slope(0.0)
-        second = (slope(step) - slope(-step)) / (2 * step)
-    finally:
-        with torch.no_grad():
-            for parameter, start in zip(parameters, here, strict=True):
-                parameter.copy_(start)
-    return first, second
-
-
-def directional_curvature(first: float, second: float) -> float:
-    """Curvature ``|D2| / (1 + D1^2)^1.5`` of the loss as a curve along a direction.
-
-    Source: Hu et al. 2024, arXiv 2404.06395, section 4.
-
-    >>> directional_curvature(0.0, -2.0)
-    2.0
-    """
-    return abs(second) / (1 + first**2) ** 1.5
-
-
-@dataclass(frozen=True)
-class DecayReading:
-    """What one update looked like.
-
-    Attributes:
-        step: of the update, counted from 1.
-        lr: its learning rate.
-        grad_norm: of its gradient, before clipping.
-        cosine: between its gradient and that of the update before.
-        first: derivative of its batch's loss along the update, before it; nats a token per unit length.
-        second: the second derivative there.
-    """
-
-    step: int
-    lr: float
-    grad_norm: float
-    cosine: float
-    first: float
-    second: float
-
-    @property
-    def curvature(self) -> float:
-        """Of the loss along the update."""
-        return directional_curvature(self.first, self.second)
-
-
-def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[DecayReading]:
-    """Train up to step ``until`` and read one update in ``every``; the updates are those of `Trainer.train`.
-
-    A reading takes two updates, for the two gradients, and three further gradients of the second one's batch.
-
-    Raises:
-        ValueError: ``every`` is less than 2.
-    """
-    if every < 2:
-        raise ValueError(f"every is {every}; a reading takes two updates, so at least 2 is needed.")
-    parameters = list(trainer.model.parameters())
-    while trainer.step + every <= until:
-        trainer.train(trainer.step + every - 1, progress=False)
-        gradient_before = _flat([parameter.grad for parameter in parameters])
-        place = [parameter.detach().clone() for parameter in parameters]
-        trainer.train(trainer.step + 1, progress=False)
-        gradient = _flat([parameter.grad for parameter in parameters])
-        update = [p.detach() - start for p, start in zip(parameters, place, strict=True)]
-        first, second = _derivatives_at(trainer, parameters, place, update)
-        yield DecayReading(
-            trainer.step,
-            trainer.schedule(trainer.step),
-            trainer.grad_norms[-1],
-            F.cosine_similarity(gradient_before, gradient, dim=0).item(),
-            first,
-            second,
-        )
-    trainer.train(until, progress=False)
-
-
-def _derivatives_at(
-    trainer: Trainer, parameters: list[Tensor], place: list[Tensor], update: list[Tensor]
-) -> tuple[float, float]:
-    """Derivatives along the last update, at the place it began; the weights stay as they are."""
-    window = batch_of(trainer.windows, trainer.step - 1, trainer.config.batch_size).to(place[0].device)
-    now = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter, start in zip(parameters, place, strict=True):
-            parameter.copy_(start)
-    try:
-        return directional_derivatives(lambda: next_token_loss(trainer.model, window), parameters, update)
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, now, strict=True):
-                parameter.copy_(value)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
-    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,4 +1,4 @@
-"""The recorded runs of the chapter on two-stage pre-training, about 25 minutes on one core.
+"""The recorded runs of the chapter on two-stage pre-training, about 40 minutes on one core of a busy machine.
 
 Run them with `python notebooks/training/recorded/two_stage.py`.
 
@@ -30,13 +30,13 @@ from minicpm_lite.data.instructions import TASKS, EncodedExample, load_instructi
 from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything, tune_cpu
+from minicpm_lite.training.curvature import watch_decay
 from minicpm_lite.training.trainer import Trainer, TrainerConfig
 from minicpm_lite.training.two_stage import (
     ConversationWindows,
     MixtureWindows,
     choice_accuracy,
     score_answers,
-    watch_decay,
 )
 from minicpm_lite.training.wsd import WSD
 

@@ -1,0 +1,160 @@
+"""The way down: what the loss looks like along the updates of a run.
+
+While the learning rate of WSD falls, MiniCPM's authors follow three figures: the norm of the gradient, the
+cosine between the gradients of one update and the next, and the curvature of the loss along the update.
+Source: Hu et al. 2024, arXiv 2404.06395, section 4.
+
+Choices and traps:
+
+- The second derivative is a difference of gradients, not of losses: a loss of 3 in float32 is exact to some
+  1e-7, which a division by the square of a small step blows up.
+- Derivatives are taken where the update began, with the batch that it was computed from.
+- The gradient of a small batch is mostly noise, and so are its norm and its cosine with the next one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import require_positive_number
+from ..data.corpora import batch_of
+from .trainer import Trainer, next_token_loss
+
+__all__ = ["DecayReading", "directional_curvature", "directional_derivatives", "watch_decay"]
+
+
+def directional_derivatives(
+    loss: Callable[[], Float[Tensor, ""]],
+    parameters: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    step: float = 1e-2,
+) -> tuple[float, float]:
+    """First and second derivative of a loss along a direction, where the parameters are now.
+
+    The direction is taken with length 1. The first derivative is the gradient times the direction. The second
+    is a central difference of gradients, which is exact for a quadratic whatever the step. The parameters are
+    put back bit for bit, and no ``grad`` is touched.
+
+    Args:
+        loss: computes the loss anew at each call.
+        parameters: what it depends on.
+        direction: one tensor for each parameter; for the paper's measure, the update.
+        step: of the difference, in units of the parameters.
+
+    Raises:
+        ValueError: the direction is zero or not finite.
+    """
+    require_positive_number("step", step)
+    length = math.sqrt(sum(part.double().square().sum().item() for part in direction))
+    if not 0 < length < math.inf:
+        raise ValueError(f"The direction has length {length}; expected a finite length above 0.")
+    here = [parameter.detach().clone() for parameter in parameters]
+
+    def slope(shift: float) -> float:
+        with torch.no_grad():
+            for parameter, start, part in zip(parameters, here, direction, strict=True):
+                parameter.copy_(start + shift / length * part)
+        gradients = torch.autograd.grad(loss(), list(parameters))
+        return sum((g.double() * d).sum().item() for g, d in zip(gradients, direction, strict=True)) / length
+
+    try:
+        first = slope(0.0)
+        second = (slope(step) - slope(-step)) / (2 * step)
+    finally:
+        with torch.no_grad():
+            for parameter, start in zip(parameters, here, strict=True):
+                parameter.copy_(start)
+    return first, second
+
+
+def directional_curvature(first: float, second: float) -> float:
+    """Curvature ``|D2| / (1 + D1^2)^1.5`` of the loss as a curve along a direction.
+
+    Source: Hu et al. 2024, arXiv 2404.06395, section 4.
+
+    >>> directional_curvature(0.0, -2.0)
+    2.0
+    """
+    return abs(second) / (1 + first**2) ** 1.5
+
+
+@dataclass(frozen=True)
+class DecayReading:
+    """What one update looked like.
+
+    Attributes:
+        step: of the update, counted from 1.
+        lr: its learning rate.
+        grad_norm: of its gradient, before clipping.
+        cosine: between its gradient and that of the update before.
+        first: derivative of its batch's loss along the update, before it; nats a token per unit length.
+        second: the second derivative there.
+    """
+
+    step: int
+    lr: float
+    grad_norm: float
+    cosine: float
+    first: float
+    second: float
+
+    @property
+    def curvature(self) -> float:
+        """Of the loss along the update."""
+        return directional_curvature(self.first, self.second)
+
+
+def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[DecayReading]:
+    """Train up to step ``until`` and read one update in ``every``; the updates are those of `Trainer.train`.
+
+    A reading takes two updates, for the two gradients, and three further gradients of the second one's batch.
+
+    Raises:
+        ValueError: ``every`` is less than 2.
+    """
+    if every < 2:
+        raise ValueError(f"every is {every}; a reading takes two updates, so at least 2 is needed.")
+    parameters = list(trainer.model.parameters())
+    while trainer.step + every <= until:
+        trainer.train(trainer.step + every - 1, progress=False)
+        gradient_before = _flat([parameter.grad for parameter in parameters])
+        place = [parameter.detach().clone() for parameter in parameters]
+        trainer.train(trainer.step + 1, progress=False)
+        gradient = _flat([parameter.grad for parameter in parameters])
+        update = [p.detach() - start for p, start in zip(parameters, place, strict=True)]
+        first, second = _derivatives_at(trainer, parameters, place, update)
+        yield DecayReading(
+            trainer.step,
+            trainer.schedule(trainer.step),
+            trainer.grad_norms[-1],
+            F.cosine_similarity(gradient_before, gradient, dim=0).item(),
+            first,
+            second,
+        )
+    trainer.train(until, progress=False)
+
+
+def _derivatives_at(
+    trainer: Trainer, parameters: list[Tensor], place: list[Tensor], update: list[Tensor]
+) -> tuple[float, float]:
+    """Derivatives along the last update, at the place it began; the weights stay as they are."""
+    window = batch_of(trainer.windows, trainer.step - 1, trainer.config.batch_size).to(place[0].device)
+    now = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, start in zip(parameters, place, strict=True):
+            parameter.copy_(start)
+    try:
+        return directional_derivatives(lambda: next_token_loss(trainer.model, window), parameters, update)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, now, strict=True):
+                parameter.copy_(value)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,0 +1,170 @@
+"""Derivatives are exact on a quadratic, and watching a run does not change it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.data.corpora import batch_of
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.training.curvature import (
+    directional_curvature,
+    directional_derivatives,
+    watch_decay,
+)
+from minicpm_lite.training.trainer import Trainer, TrainerConfig, next_token_loss
+from minicpm_lite.training.wsd import WSD
+
+MODEL = ModelConfig(16, 40, 1, 2, 30, num_key_value_heads=1, max_position_embeddings=64)
+CONFIG = TrainerConfig(batch_size=3, sequence_length=8)
+TOKENS = torch.arange(400) * 7 // 3 % 30
+
+
+def quadratic():
+    """0.5 x'Ax + b'x at a point, with A, b and the point known."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    a, b = a + a.T, torch.randn(6, generator=generator, dtype=torch.float64)
+    x = torch.randn(6, generator=generator, dtype=torch.float64)
+    parts = [torch.nn.Parameter(x[:2].clone()), torch.nn.Parameter(x[2:].clone())]
+
+    def loss():
+        point = torch.cat(parts)
+        return 0.5 * point @ a @ point + b @ point
+
+    return a, b, x, parts, loss
+
+
+@pytest.mark.parametrize("step", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_exact_on_a_quadratic_whatever_the_step_and_the_length(step, scale):
+    a, b, x, parts, loss = quadratic()
+    direction = torch.arange(1, 7).double()
+    unit = direction / direction.norm()
+    first, second = directional_derivatives(loss, parts, [scale * direction[:2], scale * direction[2:]], step)
+    assert first == pytest.approx(((a @ x + b) @ unit).item(), rel=1e-9)
+    assert second == pytest.approx((unit @ a @ unit).item(), rel=1e-8)
+    assert torch.equal(torch.cat(parts).detach(), x), "the parameters are put back bit for bit"
+    assert all(part.grad is None for part in parts)
+
+
+def forward_difference(loss, parts, direction, step):
+    with torch.no_grad():
+        here = loss().item()
+        for part, d in zip(parts, direction, strict=True):
+            part += step * d
+        there = loss().item()
+        for part, d in zip(parts, direction, strict=True):
+            part -= step * d
+    return (there - here) / step, 0.0
+
+
+def not_normalised(loss, parts, direction, step):
+    length = math.sqrt(sum(d.square().sum().item() for d in direction))
+    first, second = directional_derivatives(loss, parts, direction, step)
+    return first * length, second * length**2
+
+
+@pytest.mark.parametrize("wrong", [forward_difference, not_normalised])
+def test_wrong_derivatives_miss_the_quadratic(wrong):
+    a, b, x, parts, loss = quadratic()
+    direction = torch.arange(1, 7).double()
+    unit = direction / direction.norm()
+    first, second = wrong(loss, parts, [direction[:2], direction[2:]], 0.1)
+    exact = ((a @ x + b) @ unit).item(), (unit @ a @ unit).item()
+    assert (first, second) != pytest.approx(exact, rel=1e-3)
+
+
+def test_the_second_derivative_of_a_model_by_autograd_twice():
+    """On a small network the difference agrees with a product of Hessian and direction."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    data, labels = torch.randn(16, 5).double(), torch.randint(3, (16,))
+    parameters = list(net.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def loss():
+        return F.cross_entropy(net(data), labels)
+
+    gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+    along = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+    twice = torch.autograd.grad(along, parameters)
+    square = sum(d.square().sum() for d in direction)
+    exact = (sum((h * d).sum() for h, d in zip(twice, direction, strict=True)) / square).item()
+    first, second = directional_derivatives(loss, parameters, direction, step=1e-3)
+    assert first == pytest.approx((along / square.sqrt()).item(), rel=1e-9)
+    assert second == pytest.approx(exact, rel=1e-4)
+
+
+def test_curvature_of_a_parabola_and_a_circle():
+    """y = x² has curvature 2 at its tip and 2/5^1.5 at x = 1; a circle of radius 2 has 1/2 everywhere."""
+    assert directional_curvature(0.0, 2.0) == 2
+    assert directional_curvature(2.0, 2.0) == pytest.approx(2 / 5**1.5)
+    x = 0.5
+    slope, bend = -x / math.sqrt(4 - x * x), -4 / (4 - x * x) ** 1.5
+    assert directional_curvature(slope, bend) == pytest.approx(0.5)
+
+
+def test_directions_that_have_none():
+    _, _, _, parts, loss = quadratic()
+    for broken in (0.0, math.nan):
+        with pytest.raises(ValueError, match="expected a finite length above 0"):
+            directional_derivatives(loss, parts, [torch.full_like(p, broken) for p in parts])
+    with pytest.raises(ValueError, match="step"):
+        directional_derivatives(loss, parts, [torch.ones_like(p) for p in parts], step=0.0)
+
+
+def test_a_failing_loss_leaves_the_parameters():
+    _, _, x, parts, _ = quadratic()
+    calls = iter(range(9))
+
+    def failing():
+        if next(calls) == 1:
+            raise RuntimeError("no more memory")
+        return sum(p.sum() for p in parts)
+
+    with pytest.raises(RuntimeError, match="no more memory"):
+        directional_derivatives(failing, parts, [torch.ones_like(p) for p in parts])
+    assert torch.equal(torch.cat(parts).detach(), x)
+
+
+def test_watching_changes_nothing_and_reads_what_it_says():
+    """The updates are those of a run that nobody watched; a reading agrees with gradients taken by hand."""
+
+    def run():
+        torch.manual_seed(0)
+        return Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
+
+    watched, alone = run(), run()
+    readings = list(watch_decay(watched, 23, every=5))
+    alone.train(23, progress=False)
+    assert watched.losses == alone.losses
+    assert [reading.step for reading in readings] == [5, 10, 15, 20] and watched.step == 23
+
+    by_hand = run()
+    gradients = []
+    for step in (8, 9):
+        by_hand.train(step, progress=False)
+        window = batch_of(by_hand.windows, step, CONFIG.batch_size)
+        loss = next_token_loss(by_hand.model, window)
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, by_hand.model.parameters())])
+        )
+    before = torch.nn.utils.parameters_to_vector(by_hand.model.parameters()).detach()
+    by_hand.train(10, progress=False)
+    update = torch.nn.utils.parameters_to_vector(by_hand.model.parameters()).detach() - before
+    reading = readings[1]
+    assert reading.cosine == pytest.approx(F.cosine_similarity(*gradients, dim=0).item(), abs=1e-5)
+    assert reading.grad_norm == pytest.approx(gradients[1].norm().item(), rel=1e-4)
+    assert reading.lr == pytest.approx(by_hand.schedule(10))
+    assert reading.first == pytest.approx((gradients[1] @ update / update.norm()).item(), rel=1e-3)
+    assert reading.curvature == directional_curvature(reading.first, reading.second)
+
+
+def test_a_reading_takes_two_updates():
+    torch.manual_seed(0)
+    run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
+    with pytest.raises(ValueError, match="every is 1; a reading takes two updates"):
+        next(watch_decay(run, 10, every=1))
