@@ -1,0 +1,279 @@
+"""Sharded checkpoints: no pickle, nothing half-written, and what does not fit is refused before anything changes."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.config import RopeScaling
+from minicpm_lite.data.corpora import TokenWindows
+from minicpm_lite.training.distributed import DistributedTrainer
+from minicpm_lite.training.processes import processes
+from minicpm_lite.training.sharded_checkpoint import (
+    checkpoints,
+    decay_schedule,
+    latest_checkpoint,
+    load_weights,
+    read_facts,
+)
+from minicpm_lite.training.trainer import TrainerConfig
+from minicpm_lite.training.wsd import WSD, Cosine
+
+MODEL = ModelConfig(16, 40, 2, 2, 41, max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)
+CONFIG = TrainerConfig(batch_size=2, sequence_length=8)
+SCHEDULE = WSD(0.01, 2, 4, 4)
+TOKENS = (torch.arange(1000) * 7 // 3) % 41
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def make(model=MODEL, tokens=TOKENS, schedule=SCHEDULE, config=CONFIG) -> DistributedTrainer:
+    windows = TokenWindows(tokens, config.sequence_length, config.seed)
+    return DistributedTrainer(model, windows, schedule, config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    with processes():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 1, 4 (stable), 6 (the decay begins), 8 and 10."""
+    folder, trainer = tmp_path_factory.mktemp("run"), make()
+    for step in (1, 4, 6, 8, 10):
+        trainer.train(step, progress=False)
+        trainer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved / "step-00000004", tmp_path / "step-00000004")
+
+
+def test_a_checkpoint_is_safetensors_and_json(saved):
+    assert sorted(path.name for path in (saved / "step-00000004").iterdir()) == ["checkpoint.json", SHARD]
+    tensors = load_file(saved / "step-00000004" / SHARD)
+    parameters = dict(make().model.named_parameters())
+    kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    assert tensors.keys() == {f"{kind}.{name}" for kind in kinds for name in parameters}
+
+
+def test_the_facts(saved):
+    facts = read_facts(saved / "step-00000008")
+    assert (facts["step"], facts["processes"], facts["torch"]) == (8, 1, torch.__version__)
+    assert facts["model config"]["hidden_size"] == 16
+    assert facts["trainer config"]["batch_size"] == 2
+    assert facts["schedule"]["kind"] == "WSD" and facts["schedule"]["decay_steps"] == 4
+    assert facts["text"]["tokens"] == 1000
+
+
+def test_the_newest_is_found_and_half_a_one_is_not(saved, tmp_path):
+    assert latest_checkpoint(saved).name == "step-00000010"
+    assert sorted(checkpoints(saved)) == [1, 4, 6, 8, 10]
+    assert latest_checkpoint(tmp_path) is latest_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "step-00000012.writing").mkdir()
+    (tmp_path / "step-00000013").mkdir()  # without its facts
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_weights_can_be_loaded_alone(saved):
+    model = load_weights(saved / "step-00000010")
+    trainer = make()
+    trainer.load(saved / "step-00000010")
+    for one, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(one, other.full_tensor())
+    assert model.config == MODEL
+
+
+def test_a_longrope_config_comes_back(tmp_path):
+    scaling = RopeScaling("longrope", 32, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 4.0))
+    config = replace(MODEL, rope_scaling=scaling)
+    path = make(config).save(tmp_path)
+    make(config).load(path)
+    assert load_weights(path).config == config
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_run(saved, tmp_path):
+    (tmp_path / "step-00000004.writing").mkdir()
+    (tmp_path / "step-00000004.writing" / "shard").write_bytes(b"half")
+    trainer = make()
+    trainer.train(2, tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000002"]
+
+
+def test_saving_twice_replaces(tmp_path):
+    trainer = make()
+    assert trainer.save(tmp_path) == trainer.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("at", ["tensors", "facts"])
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch, at):
+    trainer = make()
+    trainer.train(2, progress=False)
+    before = trainer.save(tmp_path)
+    trainer.train(3, progress=False)
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == {"tensors": 1, "facts": 2}[at]:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="step-00000003 could not be written: No space left on device. Earlier"):
+        trainer.save(tmp_path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [before]
+    make().load(before)
+    trainer.train(4, progress=False)  # and the run itself is whole
+
+
+# What does not fit is refused, and nothing is changed.
+
+
+def refused(path, sentence, error=ValueError, **changes):
+    trainer = make(**changes)
+    weights = [p.full_tensor().clone() for p in trainer.model.parameters()]
+    with pytest.raises(error, match=sentence) as caught:
+        trainer.load(path)
+    assert "\n" not in str(caught.value)
+    assert trainer.step == 0 and not trainer.optimizer.state
+    assert all(
+        torch.equal(p.full_tensor(), w) for p, w in zip(trainer.model.parameters(), weights, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(model=replace(MODEL, num_hidden_layers=3)), "another model config: its num_hidden_layers is 2, this run's is 3"),
+        (dict(model=replace(MODEL, vocab_size=50)), "another model config: its vocab_size is 41, this run's is 50"),
+        (dict(config=replace(CONFIG, batch_size=4)), "another trainer config: its batch_size is 2, this run's is 4"),
+        (dict(config=replace(CONFIG, parametrization="mup")), "its parametrization is 'standard', this run's is 'mup'"),
+        (dict(tokens=TOKENS.flip(0)), "belongs to another text: its checksum is"),
+        (dict(config=replace(CONFIG, seed=3)), "its seed is 0, this run's is 3"),
+        (dict(schedule=WSD(0.02, 2, 4, 4)), "another schedule: its rate at step 1 was 0.005, this run's is 0.01"),
+        (dict(schedule=WSD(0.01, 2, 1, 4)), "another schedule: its rate at step 4 was 0.01, this"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_run(saved, changes, sentence):
+    refused(saved / "step-00000004", sentence, **changes)
+
+
+def test_another_future_is_allowed(saved):
+    for schedule in (WSD(0.01, 2, 2, 4), WSD(0.01, 2, 100, 0)):
+        trainer = make(schedule=schedule)
+        trainer.load(saved / "step-00000004")
+        assert trainer.step == 4
+
+
+def test_a_file_that_is_missing(folder):
+    (folder / SHARD).unlink()
+    refused(folder, f"{SHARD} is missing; it was written with")
+
+
+def test_a_file_that_is_truncated(folder):
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
+    refused(folder, f"{SHARD} is .* bytes long; it was written with .* Use an earlier checkpoint")
+
+
+def test_a_file_that_is_damaged(folder):
+    size = (folder / SHARD).stat().st_size
+    (folder / SHARD).write_bytes(b"\xff" * size)
+    refused(folder, "A file of .* is damaged")
+
+
+def rewritten(folder, change):
+    from safetensors import safe_open
+
+    with safe_open(folder / SHARD, framework="pt") as file:
+        metadata = file.metadata()
+    sharding = json.loads(metadata["DCP_SHARDING_INFO"])
+    tensors = load_file(folder / SHARD)
+    change(tensors)
+    metadata["DCP_SHARDING_INFO"] = json.dumps(
+        {name: sharding.get(name, {"saved_offsets": [0] * tensor.ndim}) for name, tensor in tensors.items()}
+    )
+    save_file(tensors, folder / SHARD, metadata)
+    facts = json.loads((folder / "checkpoint.json").read_text())
+    facts["files"][SHARD] = (folder / SHARD).stat().st_size
+    (folder / "checkpoint.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight"])
+def test_tensors_that_are_missing_extra_or_of_another_shape(folder, name):
+    for change in (
+        lambda tensors: tensors.pop(name),
+        lambda tensors: tensors.update({name + "x": torch.zeros(3), name: torch.zeros(16)}),
+        lambda tensors: tensors.update({name: torch.zeros(3)}) or tensors.pop(name + "x"),
+    ):
+        rewritten(folder, change)
+        refused(folder, f"does not fit this run: {name}")
+
+
+def test_a_piece_that_is_missing(folder):
+    """As if the file of one of two processes were gone: the rest would be filled with what was there before."""
+    rewritten(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(15)}))
+    refused(folder, "does not fit this run: model.norm.weight")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "other", "version": 1}'])
+def test_foreign_facts(folder, text):
+    (folder / "checkpoint.json").write_text(text)
+    refused(folder, "checkpoint.json is not that of a checkpoint of minicpm_lite")
+    with pytest.raises(ValueError, match="is not that of a checkpoint"):
+        load_weights(folder)
+
+
+def test_no_checkpoint(tmp_path):
+    refused(tmp_path / "none", "There is no checkpoint at", FileNotFoundError)
+
+
+# Where a decay may begin.
+
+
+@pytest.mark.parametrize(("step", "decay_start"), [(4, 4), (6, 6)])
+def test_a_decay_begins_at_a_stable_checkpoint(saved, step, decay_start):
+    schedule = decay_schedule(saved / f"step-{step:08d}", 5, form="linear")
+    assert (schedule.decay_start, schedule.total_steps, schedule.form) == (decay_start, step + 5, "linear")
+    make(schedule=schedule).branch_from(saved / f"step-{step:08d}")
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (1, "taken in the warm-up, at step 1 of 2"),
+        (8, "at step 8, in or after the decay that began at step 6.*such as step-00000006"),
+        (10, "at step 10, in or after the decay"),
+    ],
+)
+def test_a_decay_does_not_begin_elsewhere(saved, step, sentence):
+    path = saved / f"step-{step:08d}"
+    with pytest.raises(ValueError, match=sentence):
+        decay_schedule(path, 5)
+    trainer = make()
+    with pytest.raises(ValueError, match=sentence):
+        trainer.branch_from(path)
+    assert trainer.step == 0
+
+
+def test_a_cosine_has_no_stable_stage(tmp_path):
+    schedule = Cosine(0.01, 2, 10)
+    path = make(schedule=schedule).save(tmp_path)
+    make(schedule=schedule).load(path)
+    with pytest.raises(ValueError, match="with the schedule Cosine, which has no stable stage"):
+        decay_schedule(path, 5)
+
+
+def test_a_schedule_made_from_a_half_life_comes_back(tmp_path):
+    schedule = WSD(0.01, 0, 4, 4, half_life=2)
+    path = make(schedule=schedule).save(tmp_path)
+    make(schedule=schedule).load(path)
+    assert decay_schedule(path, 3, half_life=2).final_ratio == 0.5**1.5
