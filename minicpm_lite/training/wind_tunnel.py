@@ -193,7 +193,7 @@ def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
     Raises:
         ValueError: fewer than 3 different x, or the parabola opens downwards and has no lowest point.
     """
-    x, y = _positive("x", x), _positive("y", y)
+    x, y = _positive("x", x), _numbers("y", y)
     _same_length(x=x, y=y)
     if len(set(x)) < 3:
         raise ValueError(f"A parabola needs at least 3 different x; there are {len(set(x))}.")
@@ -305,16 +305,23 @@ class LossSurface:
         return (self.beta - self.alpha) / (self.alpha + self.beta)
 
     def optimal(self, flops: float) -> tuple[float, float]:
-        """Parameters and tokens of least loss for ``flops = 6 N D``; N / D is ``K**2 (flops/6)**eta``."""
+        """Parameters and tokens of least loss for ``flops = 6 N D``; N / D is ``K**2 (flops/6)**eta``.
+
+        Raises:
+            ValueError: ``flops`` is not above 0, or N or D makes no difference on this surface.
+        """
         require_positive_number("flops", flops)
+        if not (self.C_N > 0 and self.C_D > 0):
+            raise ValueError("On this surface the loss does not fall with both N and D: it has no optimum.")
         N = self.K * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return N, flops / 6 / N
 
 
 def fit_loss_surface(N: Sequence[float], D: Sequence[float], L: Sequence[float]) -> LossSurface:
-    """The surface through measured losses, by least squares from several starts.
+    """The surface through measured losses, by least squares.
 
-    All five unknowns are fitted as logarithms, so none can become negative.
+    With the two exponents given the rest is linear, and least squares without negative coefficients solve it
+    at once. So only the exponents are searched for, as logarithms and from several starts.
 
     Args:
         N: parameters of each model.
@@ -333,27 +340,24 @@ def fit_loss_surface(N: Sequence[float], D: Sequence[float], L: Sequence[float])
             f"{len(L)} points with {len(set(N))} different N and {len(set(D))} different D do not fix the "
             "five unknowns of the surface; measure at least 6 points, 3 different N and 3 different D."
         )
-    # in units near 1 the five unknowns have like sizes
-    n, d = N / np.exp(np.log(N).mean()), D / np.exp(np.log(D).mean())
+    unit_n, unit_d = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())  # so that all terms are of one size
 
-    def residuals(unknowns: np.ndarray) -> np.ndarray:
-        c_n, alpha, c_d, beta, floor = np.exp(unknowns)
-        return c_n * n**-alpha + c_d * d**-beta + floor - L
+    def solve(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        alpha, beta = np.exp(logs)
+        terms = np.stack([(N / unit_n) ** -alpha, (D / unit_d) ** -beta, np.ones_like(L)], axis=1)
+        coefficients, _ = nnls(terms, L)
+        return coefficients, terms @ coefficients - L
 
-    best = None
-    for alpha in (0.1, 0.3, 0.8):
-        for beta in (0.1, 0.3, 0.8):
-            # with the exponents given, the rest is linear
-            linear = np.stack([n**-alpha, d**-beta, np.ones_like(L)], axis=1)
-            c_n, c_d, floor = np.maximum(nnls(linear, L)[0], 1e-3 * L.min())
-            start = np.log([c_n, alpha, c_d, beta, floor])
-            bounds = (np.log([1e-9, 1e-3, 1e-9, 1e-3, 1e-9]), np.log([1e3, 5, 1e3, 5, 1e3]))
-            found = least_squares(residuals, np.clip(start, *bounds), bounds=bounds, x_scale=1.0)
-            if best is None or found.cost < best.cost:
-                best = found
-    c_n, alpha, c_d, beta, floor = (float(value) for value in np.exp(best.x))
-    scale_n, scale_d = float(np.exp(np.log(N).mean())), float(np.exp(np.log(D).mean()))
-    return LossSurface(c_n * scale_n**alpha, alpha, c_d * scale_d**beta, beta, floor)
+    starts = [np.log([alpha, beta]) for alpha in (0.1, 0.3, 0.8) for beta in (0.1, 0.3, 0.8)]
+    found = [
+        least_squares(lambda logs: solve(logs)[1], start, bounds=np.log([[0.01] * 2, [5] * 2]).tolist())
+        for start in starts
+    ]
+    best = min(found, key=lambda result: result.cost).x
+    (alpha, beta), (c_n, c_d, floor) = np.exp(best), solve(best)[0]
+    return LossSurface(
+        float(c_n * unit_n**alpha), float(alpha), float(c_d * unit_d**beta), float(beta), float(floor)
+    )
 
 
 @torch.no_grad()
@@ -417,7 +421,7 @@ def fit_sigmoid(
     """
     from scipy.optimize import least_squares  # here, because the trainer imports this file
 
-    loss, accuracy = _positive("loss", loss), np.asarray(accuracy, dtype=float)
+    loss, accuracy = _positive("loss", loss), _numbers("accuracy", accuracy)
     _same_length(loss=loss, accuracy=accuracy)
     if not 0 <= chance < ceiling <= 1:
         raise ValueError(f"chance is {chance} and ceiling {ceiling}; expected 0 <= chance < ceiling <= 1.")
@@ -440,9 +444,16 @@ def fit_sigmoid(
     return Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
 
 
-def _positive(name: str, values: Sequence[float]) -> np.ndarray:
+def _numbers(name: str, values: Sequence[float], what: str = "finite numbers") -> np.ndarray:
     array = np.asarray(values, dtype=float)
-    if array.ndim != 1 or not (np.isfinite(array) & (array > 0)).all():
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a row of {what}; it holds others.")
+    return array
+
+
+def _positive(name: str, values: Sequence[float]) -> np.ndarray:
+    array = _numbers(name, values, "finite numbers above 0")
+    if not (array > 0).all():
         raise ValueError(f"{name} must be a row of finite numbers above 0; it holds others.")
     return array
 
