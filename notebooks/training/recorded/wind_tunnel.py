@@ -316,9 +316,11 @@ def tune() -> float:
     return tune_rates(["base"], (0.01, 0.02), losses_of)["base"]
 
 
-def surface_jobs(seed: int, rate: float) -> list:
-    small = [SurfaceJob(width, seed, rate) for width in SURFACE_WIDTHS]
-    return [*small, PredictionJob(seed), SurfaceJob(LARGER_WIDTH, seed, rate)]
+def predict_and_check(seed: int, rate: float) -> None:
+    """Three calls, so that each finds the results of the one before it written."""
+    run_all([SurfaceJob(width, seed, rate) for width in SURFACE_WIDTHS])
+    run_all([PredictionJob(seed)])
+    run_all([SurfaceJob(LARGER_WIDTH, seed, rate)])
 
 
 if __name__ == "__main__":
@@ -327,10 +329,10 @@ if __name__ == "__main__":
     largest = [[SweepJob(WIDTHS[-1], arm, seed) for arm in ("mup", "standard")] for seed in SEEDS_AT_192]
     run_all(sweeps + largest[0])
     rate = tune()
-    run_all(surface_jobs(SURFACE_SEEDS[0], rate))
+    predict_and_check(SURFACE_SEEDS[0], rate)
     run_all([BatchJob(width, batch, rate) for width in BATCH_SEEDS for batch in BATCHES])
     for i, seed in enumerate(DEPTH_SEEDS):
         depths = [DepthJob(depth, False, seed) for depth in DEPTHS]
         depths += [DepthJob(depth, True, seed) for depth in DEPTHS if depth != 4]
         run_all(depths + (largest[1] if i == 0 else []))
-    run_all(surface_jobs(SURFACE_SEEDS[1], rate))
+    predict_and_check(SURFACE_SEEDS[1], rate)
