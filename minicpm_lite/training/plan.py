@@ -178,6 +178,11 @@ def plan_training(
     length = int(
         settle("sequence_length", sequence_length, None, length_default, DEFAULTS["sequence_length"][1])
     )
+    if length > model.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length is {length}; the model was made for {model.max_position_embeddings} tokens "
+            "(max_position_embeddings)."
+        )
     wanted = settle("batch_tokens", batch_tokens, recipe and recipe.batch_tokens, *DEFAULTS["batch_tokens"])
     windows = max(1, round(wanted / length / gpus)) * gpus
     peak = settle("peak_lr", peak_lr, recipe and recipe.peak_learning_rate, *DEFAULTS["peak_lr"])

@@ -462,5 +462,17 @@ def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
         fewer = make(MODELS["untied"])
         fewer.load(tmp_path / "two" / "step-00000006")
         assert trained(fewer).losses == pytest.approx(whole[6:], abs=1e-5)
-    weights = load_weights(tmp_path / "two" / "step-00000006")
+    two = tmp_path / "two" / "step-00000006"
+    weights = load_weights(two)
     assert_close(weights.lm_head.weight, load_weights(tmp_path / "one" / "step-00000006").lm_head.weight)
+
+    # the part of the first process is lost, and the facts do not know of it
+    gone = "shard-00001-model-00001-of-00001.safetensors"
+    (two / gone).unlink()
+    with pytest.raises(ValueError, match=f"{gone} is missing; it was written with"):
+        load_weights(two)
+    facts = json.loads((two / "checkpoint.json").read_text())
+    del facts["files"][gone]
+    (two / "checkpoint.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="holds 640 of the 1312 values of model.embed_tokens.weight"):
+        load_weights(two)
