@@ -8,8 +8,10 @@ from types import ModuleType
 
 import minicpm_book.api
 import minicpm_book.chapters
+import minicpm_book.commands
 import pytest
 from minicpm_book.chapters import EVIDENCE, cite, cost, read_chapter
+from minicpm_book.commands import printed
 from sphinx.application import Sphinx
 
 RECORD = {
@@ -66,6 +68,7 @@ def built(tmp_path_factory):
             for directive in ("evidence-table", "chapters", "model-table", "bibliography")
         )
         + "\n```{api} sample_part\n```\n"
+        + "\n```{minicpm-lite} train --help\n```\n"
     )
     (source / "refs.bib").write_text("@misc{key2024, title={A title}, author={Doe, Jane}, year={2024}}")
     (source / "_toc.yml").write_text(
@@ -164,6 +167,17 @@ def test_model_table_counts_the_published_parameters(built):
     assert "minicpm4-8b" in page and "lite-0" not in page and ">lite-" not in page
 
 
+def test_a_command_shows_what_it_prints(built):
+    page = html(built)
+    assert "$ minicpm-lite train --help" in page and "usage: minicpm-lite train" in page
+    assert "--decay-from CHECKPOINT" in page
+
+
+def test_a_command_that_fails_is_no_documentation():
+    with pytest.raises(ValueError, match=r"minicpm-lite train --config nothing --dry-run ended with code 2"):
+        printed(["train", "--config", "nothing", "--dry-run"])
+
+
 def test_api_follows_the_source_and_the_export_list(built):
     page = html(built)
     assert page.index("Comes first") < page.index("Comes second")
@@ -218,6 +232,6 @@ def test_cost_switches_to_minutes():
     assert cost({"seconds": 60, "peak_memory_mb": 2999.6}) == ("1.0 min", "3,000 MB")
 
 
-@pytest.mark.parametrize("module", [minicpm_book.chapters, minicpm_book.api])
+@pytest.mark.parametrize("module", [minicpm_book.chapters, minicpm_book.api, minicpm_book.commands])
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0
