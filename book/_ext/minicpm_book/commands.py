@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from minicpm_lite.cli import main
 
-COLUMNS = 88  # argparse breaks its lines there
+COLUMNS = 78  # argparse breaks its lines there, and a page on a laptop shows as many
 
 
 def printed(arguments: list[str]) -> str:
