@@ -1,7 +1,8 @@
-"""The command line: ``minicpm-lite models | shards | train``.
+"""The command line: ``minicpm-lite models | shards | verify | train``.
 
     minicpm-lite models
     minicpm-lite shards novels.txt web.jsonl --tokenizer tokenizer.json --out shards
+    minicpm-lite verify shards
     minicpm-lite train --config minicpm-1.2b --dry-run --gpus 64
     torchrun --nproc-per-node 8 -m minicpm_lite.cli train --config minicpm-1.2b --data shards --out run
 
@@ -122,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     shards.add_argument("--shard-tokens", type=int, default=1 << 28, metavar="N",
                         help="tokens in a file (default: 268,435,456)")  # fmt: skip
 
+    verify = commands.add_parser(
+        "verify",
+        help="read shards whole and compare their checksums",
+        description="Read shards whole and compare their checksums, after a copy for instance. "
+        "Training checks them, too, but only what it reads.",
+    )
+    verify.set_defaults(command=_verify)
+    verify.add_argument("folders", nargs="+", metavar="DIR", help="shards")
+
     train = commands.add_parser(
         "train",
         help="train a model, on one process or many; --dry-run says what it takes",
@@ -212,6 +222,15 @@ def _shards(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(shards):,} tokens, vocabulary of {shards.vocab_size:,}.")
 
 
+def _verify(args: argparse.Namespace) -> None:
+    from .data.shards import Shards
+
+    for folder in args.folders:
+        shards = Shards(folder)
+        shards.verify()
+        print(f"{folder}: {len(shards):,} tokens, all as they were written.")
+
+
 def _documents(path: Path, field: str) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
@@ -239,6 +258,10 @@ def _train(args: argparse.Namespace) -> None:
         return
     if not args.data or not args.out:
         raise ValueError("Give --data and --out, or --dry-run to see what the run takes.")
+    if args.decay_from and any(given is not None for given in (args.steps, args.warmup, args.peak_lr)):
+        raise ValueError(
+            "--decay-from goes on with the checkpoint's schedule; of the steps, give --decay only."
+        )
 
     from .training.distributed import DistributedTrainer
     from .training.processes import processes

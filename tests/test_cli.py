@@ -80,7 +80,8 @@ def says(capsys, argv, sentence) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["models", "--help"], ["shards", "--help"], ["train", "--help"]]
+    "argv",
+    [["--help"], ["models", "--help"], ["shards", "--help"], ["verify", "--help"], ["train", "--help"]],
 )
 def test_help(capsys, argv):
     with pytest.raises(SystemExit) as left:
@@ -190,6 +191,16 @@ def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
     assert not (at_home / "made").exists()
 
 
+def test_verify(at_home, capsys):
+    assert main(["verify", "one", "two"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name}: 2,000 tokens, all as they were written." for name in ("one", "two")
+    ]
+    shutil.copytree(at_home / "one", at_home / "bad")
+    damage(at_home / "bad")
+    says(capsys, ["verify", "bad"], "tokens-00000.npy is damaged")
+
+
 # Training, in this process.
 
 
@@ -231,7 +242,7 @@ def test_stopping_and_going_on(at_home, capsys):
         (["--data", "one:0", "--data", "two:0", "--out", "x"], "weight"),
         (["--data", "one", "--data", "one:2", "--out", "x"], "--data names one twice"),
         (["--data", "one", "--out", "x", "--resume"], "There is no checkpoint in x to resume from"),
-        (["--data", "one", "--out", "x", "--decay-from", "nowhere"], "There is no checkpoint at nowhere"),
+        (["--data", "one", "--out", "x", "--decay-from", "run"], "of the steps, give --decay only"),
         (
             ["--data", "one", "--out", "x", "--sequence-length", "65"],
             "sequence_length is 65; the model was made for 64",
@@ -255,6 +266,11 @@ def test_runs_that_cannot_be(at_home, capsys, words, sentence):
         write_shards(at_home / name, [tokenizer.encode(text).ids], 300, tokenizer)
     says(capsys, train(*STEPS, *words), sentence)
     assert not (at_home / "x").exists()
+
+
+def test_a_decay_from_nowhere(at_home, capsys):
+    argv = train("--data", "one", "--out", "x", "--decay-from", "nowhere")
+    says(capsys, argv, "There is no checkpoint at nowhere")
 
 
 def test_a_checkpoint_of_another_config(at_home, capsys):

@@ -11,6 +11,7 @@ Choices, and the traps behind them:
   piece of which tensor it holds, and the table is put together from that.
 - So a missing file would go unnoticed, and the values in it would stay what they were. `require_whole`
   counts them first.
+- While it writes, a process holds its part a second time, as bytes in the host's memory.
 - Only tensors are written. Steps, schedules and configs are facts, in JSON.
 - The folder is written beside its place, synced and renamed, and has its facts written last. What a killed
   process leaves is named ``….writing`` and no one takes it for a checkpoint.
