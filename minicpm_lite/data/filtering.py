@@ -1,16 +1,16 @@
-"""UltraClean in small: normalise, tell the language, drop duplicates, keep what a trained classifier calls good.
+"""UltraClean in small: normalise, tell the language, drop duplicates, keep what a classifier calls good.
 
 What MiniCPM4's report describes (section 2.2) is two things. A quality classifier in the form of fastText:
 hashed runs of up to three words, the mean of their embeddings, a linear layer; so cheap that it scores 15
 trillion tokens on CPUs. And *efficient verification* of candidate data, above all of the seeds that the
-classifier learns from: not a training run from nothing, but a short decay from one stable checkpoint with 30 %
-candidate and 70 % default data, judged by the model that comes out.
+classifier learns from: not a training run from nothing, but a short decay from one stable checkpoint with 30
+% candidate and 70 % default data, judged by the model that comes out.
 
 Deduplication is not part of that description; it is here because every such pipeline has it.
 
-Traps: a classifier learns whatever tells its two classes apart, so seeds from one source teach it that source.
-A perplexity is low for text that repeats itself. A document that is too short to judge is not a bad one: say
-what happens to it.
+Traps: a classifier learns whatever tells its two classes apart, so seeds from one source teach it that
+source. A perplexity is low for text that repeats itself. A document that is too short to judge is not a bad
+one: say what happens to it.
 """
 
 import math
@@ -141,7 +141,9 @@ class QualityClassifier:
         bags = [self._features(text) for text in (*good, *bad)]
         for name, side in (("good", bags[: len(good)]), ("bad", bags[len(good) :])):
             if not any(len(bag) for bag in side):
-                raise ValueError(f"There is no {name} document with a word in it; a classifier needs both kinds.")
+                raise ValueError(
+                    f"There is no {name} document with a word in it; a classifier needs both kinds."
+                )
         features, counts = np.unique(np.concatenate(bags), return_counts=True)
         is_word = features < 1 << 32
         self.known = features[~is_word | (counts >= self.min_count)]

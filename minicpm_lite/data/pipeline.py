@@ -1,15 +1,16 @@
 """The pipeline of `filtering` on an engine that scales out: datatrove's executors and files, our blocks.
 
-datatrove reads documents from shards, runs blocks over them in independent tasks, on one machine or as jobs of
-a cluster, and keeps note of which tasks are done. Near duplicates need four steps, since any two documents can
-be a pair: signatures per shard, pairs per band, clusters over all, and the removal per shard. The engine's own
-steps are used for that; only the signature is ours, so that both pipelines see the same duplicates.
+datatrove reads documents from shards, runs blocks over them in independent tasks, on one machine or as jobs
+of a cluster, and keeps note of which tasks are done. Near duplicates need four steps, since any two
+documents can be a pair: signatures per shard, pairs per band, clusters over all, and the removal per shard.
+The engine's own steps are used for that; only the signature is ours, so that both pipelines see the same
+duplicates.
 
     language -> signatures | pairs of each band | clusters | removal -> quality
     one task per shard       one task per band     one task    one task per shard
 
-Two differences from `filtering.drop_reasons`: exact copies are not a stage of their own, since their signatures
-agree in every band; and no pair is verified, so the curve of the bands alone decides.
+Two differences from `filtering.drop_reasons`: exact copies are not a stage of their own, since their
+signatures agree in every band; and no pair is verified, so the curve of the bands alone decides.
 """
 
 from functools import cached_property
@@ -89,7 +90,9 @@ class SignatureBlock(_minhash.MinhashDedupSignature):
 
     def __init__(self, output_folder: str | Path, minhash: MinHash, bands: int) -> None:
         if minhash.num_perm % bands:
-            raise ValueError(f"Signatures of {minhash.num_perm} places cannot be cut into {bands} equal bands.")
+            raise ValueError(
+                f"Signatures of {minhash.num_perm} places cannot be cut into {bands} equal bands."
+            )
         super().__init__(str(output_folder), config=_engine_config(minhash, bands), language=_Words())
         self.minhash, self.bands = minhash, bands
 

@@ -5,8 +5,8 @@ of conversations and of web pages, which are clean; code and Chinese, which are 
 and junk made from other pieces of the same sources, so that no topic and no name gives it away.
 
 Three sets share no document: the pool, which is filtered; the seeds, which say what good text is (Wikipedia,
-another novel, other conversations); and the held-out texts, which judge a model in the end: a web source and a
-novel that occur in neither.
+another novel, other conversations); and the held-out texts, which judge a model in the end: a web source and
+a novel that occur in neither.
 """
 
 import json
@@ -83,7 +83,7 @@ class Pool:
 
 @cache
 def load_web_documents() -> tuple[Document, ...]:
-    """400 whole documents of eight sources, 50 of each: quotes, c4, openwebtext, oscar, wikipedia, code, noise.
+    """400 whole documents, 50 each: quotes, c4, openwebtext, oscar, wikipedia, code, two kinds of noise.
 
     Raises:
         ImportError: the package that carries them is missing; the message names the command to get it.
@@ -107,7 +107,7 @@ def load_chats() -> tuple[str, ...]:
 
 
 def pieces_of(text: str, size: int = PIECE_CHARACTERS, shortest: int = SHORTEST_PIECE) -> Iterator[str]:
-    """Pieces of at most ``size`` characters that end at a space; a shorter rest than ``shortest`` is left out.
+    """Pieces of at most ``size`` characters that end at a space; a rest below ``shortest`` is left out.
 
     >>> list(pieces_of("one two three four", size=9, shortest=3))
     ['one two', 'three', 'four']

@@ -87,7 +87,9 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(optional, "import_module", missing)
     filtering._language_identifier.cache_clear()
-    with pytest.raises(ImportError, match=r"'py3langid.langid' is needed to tell languages apart. .*pip install"):
+    with pytest.raises(
+        ImportError, match=r"'py3langid.langid' is needed to tell languages apart. .*pip install"
+    ):
         identify_languages(["hello"])
     filtering._language_identifier.cache_clear()
 
@@ -115,7 +117,9 @@ def test_its_first_step_is_the_gradient_that_autograd_finds():
     for rate in (0.5, 0.25):
         hidden = (2 * table[0] + table[2]) / 4
         loss = torch.nn.functional.cross_entropy((output @ hidden)[None], torch.tensor([1]))
-        for parameter, gradient in zip((table, output), torch.autograd.grad(loss, (table, output)), strict=True):
+        for parameter, gradient in zip(
+            (table, output), torch.autograd.grad(loss, (table, output)), strict=True
+        ):
             parameter.data -= rate * gradient
     expected = (table @ (output[1] - output[0])).detach().numpy()
     np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-7)
@@ -125,7 +129,7 @@ def test_the_same_seed_gives_the_same_classifier_and_scores_are_probabilities(cl
     again = QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD)
     assert (again.weights == classifier.weights).all()
     scores = classifier.scores([*NEW_GOOD, "", "zzyx", "好"])
-    assert ((0 <= scores) & (scores <= 1)).all()
+    assert ((scores >= 0) & (scores <= 1)).all()
     assert scores[-3:].tolist() == [0.5] * 3  # nothing known
 
 
@@ -165,9 +169,9 @@ def test_as_good_as_fasttext(classifier, tmp_path):
     )
 
     def score(text):  # through the binding below fasttext's own wrapper, which fails on numpy 2
-        return {name: p for p, name in reference.f.predict(" ".join(words_of(text)) + "\n", 2, 0.0, "strict")}[
-            "__label__good"
-        ]
+        return {
+            name: p for p, name in reference.f.predict(" ".join(words_of(text)) + "\n", 2, 0.0, "strict")
+        }["__label__good"]
 
     theirs = [score(text) for text in NEW_GOOD + NEW_BAD]
     ours = classifier.scores(NEW_GOOD + NEW_BAD)
@@ -225,7 +229,9 @@ def test_bits_per_byte_is_the_loss_counted_by_hand():
     assert np.isnan(found[1:]).all()  # nothing to predict
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12))
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12)
+)
 def test_area_under_roc_counts_pairs(good, bad):
     wins = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
     assert np.isclose(area_under_roc(good, bad), wins / len(good) / len(bad))
@@ -255,7 +261,9 @@ def test_each_stage_drops_what_it_should_and_says_so(classifier):
 
 def test_what_cannot_be_is_one_sentence(classifier):
     for threshold in (-0.1, 1.5):
-        with pytest.raises(ValueError, match=f"The threshold is {threshold}; it is compared with a probability"):
+        with pytest.raises(
+            ValueError, match=f"The threshold is {threshold}; it is compared with a probability"
+        ):
             drop_reasons(["a"], classifier, threshold=threshold)
     with pytest.raises(ValueError, match="No language is to be kept"):
         drop_reasons(["a"], classifier, languages=())

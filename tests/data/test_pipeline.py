@@ -33,7 +33,9 @@ def run(tmp_path_factory):
     for stage in filtering_stages(source, folder / "work", folder / "quality.safetensors", tasks=3):
         stage.run()
     kept = [
-        json.loads(line) for path in (folder / "work/kept").iterdir() for line in path.read_text().splitlines()
+        json.loads(line)
+        for path in (folder / "work/kept").iterdir()
+        for line in path.read_text().splitlines()
     ]
     return texts, classifier, kept
 

@@ -14,17 +14,17 @@ Half B is filtered. Candidates are made from it, all cut to the same number of t
 - chat: the conversations in B alone.
 
 Each candidate is judged twice, with three seeds. By a training run from nothing. And by a short decay from a
-stable run on A, in which 30 % of the windows are the candidate's. Judged on a web source and a novel that are in
-neither half nor among the examples. One more kind of run from nothing says what repetition does: on a quarter of
-what was kept.
+stable run on A, in which 30 % of the windows are the candidate's. Judged on a web source and a novel that
+are in neither half nor among the examples. One more kind of run from nothing says what repetition does: on a
+quarter of what was kept.
 
 The peak rate is tuned for the raw pool, on a seed that is not used again; so if it favours a side, it is the
 unfiltered one.
 
-The rule, fixed before the runs: of two candidates one is better if the mean over the seeds of their difference
-in held-out bits per byte is further from zero than twice its standard error. Filtering is refuted if kept is
-not better than raw on the web source; the short decay is refuted as a stand-in if it orders two candidates the
-other way round than the runs from nothing do, where both tell them apart.
+The rule, fixed before the runs: of two candidates one is better if the mean over the seeds of their
+difference in held-out bits per byte is further from zero than twice its standard error. Filtering is refuted
+if kept is not better than raw on the web source; the short decay is refuted as a stand-in if it orders two
+candidates the other way round than the runs from nothing do, where both tell them apart.
 """
 
 import math
@@ -263,7 +263,7 @@ if __name__ == "__main__":
     }
     run_jobs(__file__, [Job("perplexity", rate=0.01)], work, facts, workers=1)
     rate = tuned_rate(facts)
-    jobs = [Job(f"verify/seed={seed}", seed=seed, rate=rate) for seed in SEEDS]  # all seeds of a kind together
+    jobs = [Job(f"verify/seed={seed}", seed=seed, rate=rate) for seed in SEEDS]
     for name in (*CANDIDATES, *REPETITION):
         jobs += [Job(f"scratch/{name}/seed={seed}", name, seed, rate) for seed in SEEDS]
     run_jobs(__file__, [*jobs, Job("smollm2")], work, facts | {"peak_lr": rate}, workers=1)
