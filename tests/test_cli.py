@@ -22,7 +22,7 @@ TEXT = "It is a truth universally acknowledged, that a single man must be in wan
 SHAPE = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
              max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)  # fmt: skip
 STEP = ["--batch-tokens", "64", "--sequence-length", "16", "--micro-batch", "4"]
-STEPS = [*STEP, "--steps", "20", "--warmup", "3", "--decay", "5", "--checkpoint-every", "10", "--keep", "99"]
+STEPS = [*STEP, "--steps", "12", "--warmup", "3", "--decay", "2", "--checkpoint-every", "10", "--keep", "99"]
 LONG = [*STEP, "--steps", "60", "--warmup", "5", "--decay", "10", "--checkpoint-every", "10", "--keep", "99"]
 
 
@@ -206,8 +206,8 @@ def test_verify(at_home, capsys):
 
 def test_a_run_and_its_decay(at_home, capsys):
     assert main(train("--data", "one", "--out", "run", *STEPS)) == 0
-    assert "run: step 20, loss" in capsys.readouterr().out
-    assert [line["step"] for line in lines(at_home / "run")] == list(range(1, 21))
+    assert "run: step 12, loss" in capsys.readouterr().out
+    assert [line["step"] for line in lines(at_home / "run")] == list(range(1, 13))
     decayed = train("--data", "one:0.75", "--data", "two:0.25", "--out", "decayed", "--decay", "6")
     assert main([*decayed, "--micro-batch", "4", "--decay-from", "run/step-00000010"]) == 0
     found = lines(at_home / "decayed")
@@ -218,14 +218,14 @@ def test_a_run_and_its_decay(at_home, capsys):
     assert {"one", "two"} <= set(str(facts["text"]).split("'"))
     says(
         capsys,
-        [*decayed[:-2], "--decay", "6", "--out", "x", "--decay-from", "run/step-00000020"],
+        [*decayed[:-2], "--decay", "6", "--out", "x", "--decay-from", "run/step-00000012"],
         "in or after the decay",
     )
 
 
 def test_stopping_and_going_on(at_home, capsys):
     start = train("--data", "one", "--out", "run", *STEPS)
-    assert main([*start, "--until", "8"]) == 0
+    assert main([*start, "--until", "5"]) == 0
     assert main([*train("--data", "one", "--out", "run", "--micro-batch", "4"), "--resume"]) == 0, (
         "no flag is needed twice"
     )

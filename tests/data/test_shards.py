@@ -256,7 +256,7 @@ def test_identity_tells_corpora_apart(tmp_path):
 # The permutation. Each property is a function, so that wrong permutations can be held against it.
 
 
-def visits_each_once(make, sizes=range(1, 100)) -> bool:
+def visits_each_once(make, sizes=range(1, 70)) -> bool:
     return all(
         sorted(make(size, key)[i] for i in range(size)) == list(range(size))
         for size in sizes
@@ -264,7 +264,7 @@ def visits_each_once(make, sizes=range(1, 100)) -> bool:
     )
 
 
-def puts_each_anywhere(make, size=13, keys=2000) -> bool:
+def puts_each_anywhere(make, size=11, keys=1500) -> bool:
     """Chi-square of (position, number) over many keys, against the 1e-6 quantile for that many cells."""
     counts = np.zeros((size, size))
     for key in range(keys):
@@ -332,7 +332,7 @@ def test_wrong_permutations_are_noticed(wrong, test):
 
 
 @settings(max_examples=20, deadline=None)
-@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@given(size=st.integers(1, 800), key=st.integers(0, 2**64 - 1))
 def test_any_permutation_visits_each_once(size, key):
     assert visits_each_once(lambda size, _: Permutation(size, key), [size])
 

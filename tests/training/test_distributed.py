@@ -82,6 +82,15 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def alone():
     with processes() as device:
@@ -93,28 +102,31 @@ def alone():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_process_equals_the_trainer(alone, model):
-    one, other = trained(make(MODELS[model])), trained(plain(MODELS[model]))
+    one, other = trained(make(MODELS[model]), 6), trained(plain(MODELS[model]), 6)
     assert one.losses == pytest.approx(other.losses, abs=1e-6)
     assert one.grad_norms == pytest.approx(other.grad_norms, abs=1e-5)
 
 
-@pytest.mark.parametrize("model", ["dense", "latent", "mixture without balance"])
-@pytest.mark.parametrize("layout", [Layout(1), Layout(3, True)])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("dense", Layout(1)), ("dense", Layout(3, True)), ("latent", Layout(2, True)),
+     ("mixture without balance", Layout(2, True))],
+)  # fmt: skip
 def test_passes_and_recomputation_change_nothing(alone, model, layout):
-    one, other = trained(make(MODELS[model], layout=layout)), trained(plain(MODELS[model]))
+    one, other = trained(make(MODELS[model], layout=layout), 4), trained(plain(MODELS[model]), 4)
     assert one.losses == pytest.approx(other.losses, abs=1e-5)
     assert one.grad_norms == pytest.approx(other.grad_norms, abs=1e-4)
 
 
 def test_recomputation_under_a_balance_loss(alone):
     layout = Layout(None, True)
-    one, other = trained(make(MODELS["mixture"], layout=layout)), trained(plain(MODELS["mixture"]))
+    one, other = trained(make(MODELS["mixture"], layout=layout), 4), trained(plain(MODELS["mixture"]), 4)
     assert one.losses == pytest.approx(other.losses, abs=1e-5)
 
 
 def test_the_mean_is_over_predicted_tokens(alone):
     """Passes predict 15 to 0 tokens; a mean of their means is another number, which this would notice."""
-    one, other = trained(make(windows=MASKED, layout=Layout(1))), trained(plain(windows=MASKED))
+    one, other = trained(make(windows=MASKED, layout=Layout(1)), 4), trained(plain(windows=MASKED), 4)
     assert one.losses == pytest.approx(other.losses, abs=1e-5)
     windows = batch_of(MASKED, 0, 3)  # the fourth predicts nothing: its mean would not even be a number
     model = plain().model
@@ -135,20 +147,20 @@ def test_a_step_without_a_token_to_predict(alone):
 
 def test_gradients_are_clipped(alone):
     config = replace(CONFIG, max_grad_norm=1e-3)
-    one, other = trained(make(config=config)), trained(plain(config=config))
+    one, other = trained(make(config=config), 4), trained(plain(config=config), 4)
     assert one.losses == pytest.approx(other.losses, abs=1e-6)
     assert min(one.grad_norms) > 1e-2, "what is recorded is the norm before clipping"
 
 
 def test_bfloat16_keeps_float32_weights_and_angles(alone):
-    trainer, full = make(config=replace(CONFIG, precision="bfloat16")), trained(plain())
+    trainer, full = make(config=replace(CONFIG, precision="bfloat16")), trained(plain(), 4)
     seen = {}
     trainer.model.layers[1].self_attn.register_forward_pre_hook(
         lambda module, inputs: seen.update(
             x=inputs[0].dtype, cos=inputs[1][0].dtype, w=module.q_proj.weight.dtype
         )
     )
-    trained(trainer)
+    trained(trainer, 4)
     assert seen == {"x": torch.bfloat16, "cos": torch.float32, "w": torch.bfloat16}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert trainer.losses != full.losses
