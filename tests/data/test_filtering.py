@@ -156,7 +156,8 @@ def test_as_good_as_logistic_regression_on_the_same_features(classifier):
 
 
 def test_as_good_as_fasttext(classifier, tmp_path):
-    fasttext = pytest.importorskip("fasttext")
+    import fasttext
+
     from minicpm_lite.data.dedup import words_of
 
     lines = [f"__label__{label} {' '.join(words_of(text))}" for label, side in (("good", GOOD), ("bad", BAD))
