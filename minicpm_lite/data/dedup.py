@@ -1,10 +1,10 @@
 """Duplicates: exact ones by a hash, near ones by MinHash signatures and locality-sensitive hashing.
 
 Two documents are near duplicates if their sets of shingles, runs of a few words, overlap strongly: if their
-Jaccard index J = |A & B| / |A | B| is high. Comparing all pairs of sets is out of the question for many
-documents. MinHash (Broder 1997) gives each document a short signature: of each of many random orders of all
-shingles, its first one. Two signatures agree at a place with probability J. Locality-sensitive hashing then
-looks only at pairs that agree in at least one whole band of the signature.
+Jaccard index J, the size of their intersection over that of their union, is high. Comparing all pairs of sets
+is out of the question for many documents. MinHash (Broder 1997) gives each document a short signature: of
+each of many random orders of all shingles, its first one. Two signatures agree at a place with probability J.
+Locality-sensitive hashing then looks only at pairs that agree in at least one whole band of the signature.
 
 MiniCPM's papers say that MinHash was used, within and across corpora, and give no parameters. The defaults
 here (runs of 5 words, 128 orders, J of 0.8) are common choices.
