@@ -92,8 +92,8 @@ def coordinate_check(
         parametrization: "mup" takes the rates of `mup_groups`, "standard" takes ``lr`` for everything.
 
     Returns:
-        ``updates + 1`` sizes of each of "embedding", "attention" and "feed-forward" of the last block, "residual
-        stream" and "logits".
+        ``updates + 1`` sizes of each of "embedding", "attention" and "feed-forward" of the last block,
+        "residual stream" and "logits".
 
     Source: Yang et al. 2022, arXiv 2203.03466, appendix D.1.
     """
