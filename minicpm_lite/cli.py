@@ -42,12 +42,13 @@ One process trains as it is. For several, torchrun starts this command once for 
 
 On several machines, give each the same command with torchrun's --nnodes and --rdzv-endpoint.
 
-A run that was stopped, or killed, goes on from its newest checkpoint, on any number of processes:
+A run that was stopped, or killed, goes on from its newest checkpoint, on any number of processes that can
+share a step's windows evenly:
 
   minicpm-lite train --config minicpm-1.2b --data shards --out run --resume
 
 From any checkpoint of the stable stage, the rate can be decayed in a run of its own, with other data mixed
-in; the stable run may go on meanwhile:
+in; each folder is read on where the stable stage left it, and the stable run may go on meanwhile:
 
   minicpm-lite train --config minicpm-1.2b --data shards:0.7 --data instructions:0.3 --out decayed \\
       --decay-from run/step-00100000 --decay 16000
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a model, on one process or many; --dry-run says what it takes",
         description=_TRAIN_HELP,
+        allow_abbrev=False,  # the command of a dry run leaves out flags by their names
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.set_defaults(command=_train)
@@ -147,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="folder of the run")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     run.add_argument("--decay-from", metavar="CHECKPOINT",
-                     help="start at a checkpoint of a stable stage and decay from there")  # fmt: skip
+                     help="start at a checkpoint of a stable stage and decay from there; stands beside "
+                          "--resume, too, when the decay was stopped")  # fmt: skip
     run.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="default: 1000")
     run.add_argument("--keep", type=int, default=2, metavar="N",
                      help="newest checkpoints that stay (default: 2), beside the stable one")  # fmt: skip
@@ -275,7 +278,7 @@ def _train(args: argparse.Namespace) -> None:
             raise ValueError(f"There is no checkpoint in {args.out} to resume from. Leave out --resume.")
         start = newest if args.resume else args.decay_from
         plan = _plan(args, model, recipe, dist.get_world_size(), device.type == "cuda", start)
-        windows = _windows(args.data, model, plan.trainer.sequence_length, plan.trainer.seed)
+        windows = _windows(args, model, plan.trainer)
         trainer = DistributedTrainer(model, windows, plan.schedule, plan.trainer, plan.layout, device)
         if args.resume:
             trainer.load(newest)
@@ -291,8 +294,10 @@ def _train(args: argparse.Namespace) -> None:
 def _recipe(name: str) -> TrainingRecipe | None:
     try:
         return load_recipe(name)
-    except ValueError:  # none was published
-        return None
+    except ValueError as error:
+        if "has no 'training' block" in str(error):  # none was published
+            return None
+        raise
 
 
 def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cuda: bool, start=None):
@@ -334,21 +339,39 @@ def _schedule_flags(schedule) -> dict:
             "decay_steps": schedule.decay_steps, "peak_lr": schedule.peak_lr}  # fmt: skip
 
 
-def _windows(sources: list[str], model: ModelConfig, length: int, seed: int):
-    """Shards, or a mixture of several by weight."""
+def _windows(args: argparse.Namespace, model: ModelConfig, trainer):
+    """Shards, or a mixture of several by weight; in a decay each goes on where the stable stage left it."""
     from .data.shards import Shards, ShardWindows
+    from .training.sharded_checkpoint import read_facts
     from .training.two_stage import MixtureWindows
 
     windows, weights = {}, {}
-    for folder, weight in map(_weighted, sources):
+    for folder, weight in map(_weighted, args.data):
         if folder in windows:
             raise ValueError(f"--data names {folder} twice.")
-        windows[folder] = ShardWindows(Shards(folder, model.vocab_size), length, seed)
+        shards = Shards(folder, model.vocab_size)
+        windows[folder] = ShardWindows(shards, trainer.sequence_length, trainer.seed)
         weights[folder] = weight
     made_by = {name: each.shards.tokenizer for name, each in windows.items() if each.shards.tokenizer}
     if len(set(made_by.values())) > 1:
         raise ValueError(f"{' and '.join(made_by)} were cut with different tokenizers; one model knows one.")
-    return MixtureWindows(windows, [(0, weights)]) if len(windows) > 1 else windows.popitem()[1]
+    if len(windows) == 1:
+        return windows.popitem()[1]
+    stages = [(0, weights)]
+    if args.decay_from:
+        facts = read_facts(args.decay_from)
+        before = _stages_before(facts["text"], {name: each.identity() for name, each in windows.items()})
+        stages = [*before, (facts["step"] * trainer.batch_size, weights)] if before else stages
+    return MixtureWindows(windows, stages)
+
+
+def _stages_before(text: dict, sources: dict[str, dict]) -> list[tuple[int, dict[str, float]]]:
+    """What a stable stage read, in terms of the sources of its decay; nothing if it read something else."""
+    if "sources" not in text:
+        return [(0, {name: 1}) for name, identity in sources.items() if identity == text]
+    if all(sources.get(name) == identity for name, identity in text["sources"].items()):
+        return [(start, weights) for start, weights in text["stages"]]
+    return []
 
 
 def _weighted(source: str) -> tuple[str, float]:
@@ -400,9 +423,10 @@ def _torchrun(given: list[str], gpus: int, data: bool, out: bool) -> str:
             kept.append(shlex.quote(word))
         drop = word == "--gpus"  # and the number behind it
     kept += ([] if data else ["--data", "SHARDS"]) + ([] if out else ["--out", "RUN"])
-    nodes = -(-gpus // 8)
+    per_node = max(count for count in range(1, 9) if gpus % count == 0)  # every node starts as many
+    nodes = gpus // per_node
     several = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29400 " if nodes > 1 else ""
-    return f"torchrun {several}--nproc-per-node {min(gpus, 8)} -m minicpm_lite.cli {' '.join(kept)}"
+    return f"torchrun {several}--nproc-per-node {per_node} -m minicpm_lite.cli {' '.join(kept)}"
 
 
 if __name__ == "__main__":

@@ -138,6 +138,27 @@ def test_the_command_of_a_dry_run_is_the_one_that_was_given(capsys):
                        "--data 'my shards' --out RUN")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "each"), [(1, 1, 1), (8, 1, 8), (12, 2, 6), (64, 8, 8), (11, 11, 1)]
+)
+def test_the_command_of_a_dry_run_starts_as_many_processes(capsys, gpus, nodes, each):
+    main(["train", "--config", "lite-1m", "--dry-run", "--gpus", str(gpus)])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert f"--nproc-per-node {each} " in command and (f"--nnodes {nodes} " in command) == (nodes > 1)
+
+
+def test_flags_are_not_shortened(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "lite-1m", "--dry-run", "--gpu", "4"])
+    assert "unrecognized arguments: --gpu 4" in capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_be_is_not_taken_for_none(at_home, capsys):
+    content = {"model": SHAPE, "training": {"tokens": -1}}
+    (at_home / "wrong.yaml").write_text(yaml.safe_dump(content))
+    says(capsys, ["train", "--config", "wrong.yaml", "--dry-run"], "tokens is -1; expected a number")
+
+
 def test_a_run_that_does_not_fit(capsys):
     main(["train", "--config", "minicpm4-8b", "--dry-run", "--gpus", "1"])
     assert "does not fit a GPU of 80 GB" in capsys.readouterr().out
@@ -215,12 +236,34 @@ def test_a_run_and_its_decay(at_home, capsys):
     assert found[0]["lr"] < 0.01 and found[-1]["lr"] == pytest.approx(1e-3)
     facts = json.loads((at_home / "decayed" / "step-00000016" / "checkpoint.json").read_text())
     assert facts["trainer config"]["batch_size"] == 4, "taken from the checkpoint, not given again"
-    assert {"one", "two"} <= set(str(facts["text"]).split("'"))
+    stages = facts["text"]["stages"]
+    assert stages == [[0, {"one": 1, "two": 0}], [40, {"one": 3, "two": 1}]], (
+        "10 steps of 4 windows were read"
+    )
+    rest = facts["text"]["sources"]
+    assert rest["one"] == json.loads((at_home / "run/step-00000010/checkpoint.json").read_text())["text"]
     says(
         capsys,
         [*decayed[:-2], "--decay", "6", "--out", "x", "--decay-from", "run/step-00000012"],
         "in or after the decay",
     )
+
+
+def test_a_decay_is_stopped_and_goes_on(at_home, capsys):
+    """The stable stage read a mixture, the decay reads another one with a folder more."""
+    one_two = ["--data", "one:0.5", "--data", "two:0.5"]
+    assert main(train(*one_two, "--out", "run", *STEPS, "--until", "8")) == 0
+    write_shards("three", [np.arange(300)], 300)
+    argv = train(*one_two, "--data", "three:1", "--decay-from", "run/step-00000008", "--decay", "6")
+    assert main([*argv, "--out", "whole"]) == 0
+    assert main([*argv, "--out", "stopped", "--until", "11"]) == 0
+    assert main([*argv, "--out", "stopped", "--resume"]) == 0
+    assert order(at_home / "stopped") == order(at_home / "whole")
+    assert curve(at_home / "stopped") == curve(at_home / "whole")
+    facts = json.loads((at_home / "whole" / "step-00000014" / "checkpoint.json").read_text())
+    assert facts["text"]["stages"][0] == [0, {"one": 1, "two": 1, "three": 0}]
+    assert facts["text"]["stages"][1] == [32, {"one": 1, "two": 1, "three": 2}]
+    says(capsys, [*train(*one_two), "--out", "stopped", "--resume"], "belongs to another text")
 
 
 def test_stopping_and_going_on(at_home, capsys):

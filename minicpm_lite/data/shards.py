@@ -135,15 +135,17 @@ def _blocks(
 ) -> Iterator[np.ndarray]:
     """The joined stream in pieces of a million tokens; a shard's last piece may be shorter."""
     waiting: list[np.ndarray] = []
+    held = 0  # tokens in them
     room_in_shard = shard_tokens
     for number, array in enumerate(token_arrays):
         array = _checked(array, number, vocab_size).astype(dtype)
         while len(array):
-            wanted = min(_BLOCK_TOKENS, room_in_shard) - sum(map(len, waiting))
+            wanted = min(_BLOCK_TOKENS, room_in_shard) - held
             waiting.append(array[:wanted])
             array = array[wanted:]
+            held += len(waiting[-1])
             if len(waiting[-1]) == wanted:
-                block, waiting = np.concatenate(waiting), []
+                block, waiting, held = np.concatenate(waiting), [], 0
                 room_in_shard = room_in_shard - len(block) or shard_tokens
                 yield block
     if waiting:
@@ -220,7 +222,7 @@ class Shards:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; {INDEX} says it holds {shard['tokens']:,} tokens.")
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(
                 f"{path} is not a whole .npy file ({error}). It may be truncated; copy or write it again."

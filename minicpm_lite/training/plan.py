@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, TrainingRecipe, require_positive_integer
+from ..config import ModelConfig, TrainingRecipe, require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
 from ..language.moe import num_active_parameters
 from .distributed import Layout
@@ -166,6 +166,12 @@ def plan_training(
         ValueError: numbers that cannot be, such as more warm-up and decay than steps.
     """
     require_positive_integer("gpus", gpus)
+    for name, value in (("steps", steps), ("sequence_length", sequence_length)):
+        if value is not None:
+            require_positive_integer(name, value)
+    for name, value in (("batch_tokens", batch_tokens), ("peak_lr", peak_lr)):
+        if value is not None:
+            require_positive_number(name, value)
     assumptions: list[str] = []
 
     def settle(name: str, given: float | None, published: float | None, default: float, why: str) -> float:
@@ -209,7 +215,8 @@ def plan_training(
     half_life = recipe and recipe.decay_half_life_steps
     share, why = DEFAULTS["decay_share"]
     decay = int(settle("decay_steps", decay_steps, half_life and math.ceil(half_life * math.log2(10)),
-                       math.ceil(steps * share), f"{share:.0%} {why}"))  # fmt: skip
+                       max(0, min(steps - warmup, math.ceil(steps * share))),
+                       f"{share:.0%} {why}"))  # fmt: skip
     if warmup + decay > steps:
         raise ValueError(
             f"{warmup:,} steps of warm-up and {decay:,} of decay do not fit into {steps:,} steps. Give "

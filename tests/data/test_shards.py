@@ -1,6 +1,7 @@
 """Shards: nothing is lost on the way to disk, nothing damaged is read, and an epoch sees every token once."""
 
 import json
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -98,6 +99,14 @@ def test_arrays_that_are_no_tokens(tmp_path, arrays, sentence):
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
 
 
+def test_short_documents_are_not_counted_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_TOKENS", 1 << 16)
+    started = time.process_time()
+    made = write_shards(tmp_path / "x", ([number % 1000] for number in range(1 << 16)), 1000)
+    assert time.process_time() - started < 20, "it takes a second; counting anew, minutes"
+    assert len(made) == 1 << 16
+
+
 def test_a_folder_that_holds_something_is_not_touched(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(FileExistsError, match="already holds something"):
@@ -156,6 +165,9 @@ def damaged(folder, what):
         np.save(first, np.load(first)[:-1])
     elif what == "pickle":
         np.save(first, np.array([{}], dtype=object), allow_pickle=True)
+    elif what == "archive":
+        with first.open("wb") as file:
+            np.savez(file, np.zeros(3))
     elif what == "no index":
         index.unlink()
     elif what == "no JSON":
@@ -184,6 +196,7 @@ def damaged(folder, what):
         ("other type", r"holds an array of type int64 and shape \(300,\); shards.json says uint16"),
         ("other shape", r"shape \(299,\); shards.json says uint16 and \(300,\)"),
         ("pickle", "tokens-00000.npy is not a whole .npy file"),
+        ("archive", "tokens-00000.npy is not a whole .npy file"),
         ("no index", "There is no shards.json in"),
         ("no JSON", "shards.json is not an index of token shards, version 1"),
         ("foreign", "is not an index of token shards"),

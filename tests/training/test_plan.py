@@ -149,6 +149,11 @@ def test_what_is_given_counts_then_the_recipe_then_the_default():
     assert f"{DEFAULTS['peak_lr'][0]:g}" in " ".join(plan_training(load_config("lite-1m")).assumptions)
 
 
+def test_defaults_fit_into_one_step():
+    plan = plan_training(MODEL, steps=1)
+    assert (plan.schedule.warmup_steps, plan.schedule.decay_steps) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -158,6 +163,12 @@ def test_what_is_given_counts_then_the_recipe_then_the_default():
             "60 steps of warm-up and 50 of decay do not fit into 100",
         ),
         (dict(precision="fp8"), "precision is 'fp8'"),
+        (dict(steps=0), "steps is 0"),
+        (dict(sequence_length=0), "sequence_length is 0"),
+        (dict(batch_tokens=0.0), "batch_tokens is 0.0"),
+        (dict(batch_tokens=math.nan), "batch_tokens is nan"),
+        (dict(batch_tokens=math.inf), "batch_tokens is inf"),
+        (dict(peak_lr=math.inf), "peak_lr is inf"),
     ],
 )
 def test_impossible_plans(change, sentence):
