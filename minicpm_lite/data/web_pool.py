@@ -2,7 +2,8 @@
 
 To judge a filter one must know what it should have done. So the pool is put together here: pieces of novels,
 of conversations and of web pages, which are clean; code and Chinese, which are fine but not English prose;
-and junk made from other pieces of the same sources, so that no topic and no name gives it away.
+and junk made from other pieces of the same sources, so that topics hardly give it away. (Names can: the
+spoilt pieces of novels are all from one of them.)
 
 Three sets share no document: the pool, which is filtered; the seeds, which say what good text is (Wikipedia,
 another novel, other conversations); and the held-out texts, which judge a model in the end: a web source and
