@@ -256,32 +256,28 @@ def _documents(path: Path, field: str) -> Iterator[str]:
 
 def _train(args: argparse.Namespace) -> None:
     model, recipe = load_config(args.config), _recipe(args.config)
-    if args.dry_run:
-        _print_plan(args, _plan(args, model, recipe, args.gpus, cuda=True))
-        return
-    if not args.data or not args.out:
-        raise ValueError("Give --data and --out, or --dry-run to see what the run takes.")
     if args.decay_from and any(given is not None for given in (args.steps, args.warmup, args.peak_lr)):
         raise ValueError(
             "--decay-from goes on with the checkpoint's schedule; of the steps, give --decay only."
         )
+    if args.dry_run:
+        _print_plan(args, _plan(args, model, recipe, args.gpus, cuda=True, start=_start(args)))
+        return
+    if not args.data or not args.out:
+        raise ValueError("Give --data and --out, or --dry-run to see what the run takes.")
 
     from .training.distributed import DistributedTrainer
     from .training.processes import processes
-    from .training.sharded_checkpoint import latest_checkpoint
 
     with processes() as device:
         import torch.distributed as dist
 
-        newest = latest_checkpoint(args.out)
-        if args.resume and newest is None:
-            raise ValueError(f"There is no checkpoint in {args.out} to resume from. Leave out --resume.")
-        start = newest if args.resume else args.decay_from
+        start = _start(args)
         plan = _plan(args, model, recipe, dist.get_world_size(), device.type == "cuda", start)
         windows = _windows(args, model, plan.trainer)
         trainer = DistributedTrainer(model, windows, plan.schedule, plan.trainer, plan.layout, device)
         if args.resume:
-            trainer.load(newest)
+            trainer.load(start)
         elif args.decay_from:
             trainer.branch_from(args.decay_from)
         trainer.train(
@@ -289,6 +285,18 @@ def _train(args: argparse.Namespace) -> None:
         )
         if trainer.rank == 0 and trainer.losses:
             print(f"{args.out}: step {trainer.step}, loss {trainer.losses[-1]:.4f}.")
+
+
+def _start(args: argparse.Namespace) -> str | Path | None:
+    """The checkpoint a run starts from, if it does not start from nothing."""
+    from .training.sharded_checkpoint import latest_checkpoint
+
+    if not args.resume:
+        return args.decay_from
+    newest = latest_checkpoint(args.out) if args.out else None
+    if newest is None:
+        raise ValueError(f"There is no checkpoint in {args.out} to resume from. Leave out --resume.")
+    return newest
 
 
 def _recipe(name: str) -> TrainingRecipe | None:
@@ -316,6 +324,11 @@ def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cu
     if start is not None:
         facts = read_facts(start)
         trainer, schedule = facts["trainer config"], facts["schedule"]
+        if trainer["batch_size"] % gpus:
+            raise ValueError(
+                f"{start} was trained with {trainer['batch_size']} windows a step, which {gpus} processes "
+                f"cannot share evenly. Go on with a number of processes that divides {trainer['batch_size']}."
+            )
         before = {name: trainer[name] for name in ("sequence_length", "seed", "precision", "parametrization")}
         before["batch_tokens"] = trainer["batch_size"] * trainer["sequence_length"]
         if args.decay_from and not args.resume:

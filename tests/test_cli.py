@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from minicpm_lite import list_configs
+from minicpm_lite import cli, list_configs, load_config
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.language.tokenizer import train_tokenizer
@@ -266,6 +266,15 @@ def test_a_decay_is_stopped_and_goes_on(at_home, capsys):
     says(capsys, [*train(*one_two), "--out", "stopped", "--resume"], "belongs to another text")
 
 
+def test_going_on_with_processes_that_cannot_share_a_step(at_home, capsys):
+    """The plan is what every process makes first; here it is asked for three of them."""
+    assert main(train("--data", "one", "--out", "run", *STEPS, "--until", "5")) == 0
+    argv = train("--data", "one", "--out", "run", "--micro-batch", "4", "--resume")
+    args = cli._parser().parse_args(argv)
+    with pytest.raises(ValueError, match="4 windows a step, which 3 processes cannot share evenly"):
+        cli._plan(args, load_config("tiny.yaml"), None, 3, False, at_home / "run" / "step-00000005")
+
+
 def test_stopping_and_going_on(at_home, capsys):
     start = train("--data", "one", "--out", "run", *STEPS)
     assert main([*start, "--until", "5"]) == 0
@@ -309,6 +318,16 @@ def test_runs_that_cannot_be(at_home, capsys, words, sentence):
         write_shards(at_home / name, [tokenizer.encode(text).ids], 300, tokenizer)
     says(capsys, train(*STEPS, *words), sentence)
     assert not (at_home / "x").exists()
+
+
+def test_the_dry_run_of_a_decay(at_home, capsys):
+    assert main(train("--data", "one", "--out", "run", *STEPS, "--until", "10")) == 0
+    dry = train("--decay-from", "run/step-00000010", "--decay", "6", "--micro-batch", "4", "--dry-run")
+    assert main([*dry, "--gpus", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "3 steps of warm-up" in said and "7 stable, 6 of decay" in said
+    says(capsys, train("--decay-from", "nowhere", "--dry-run"), "There is no checkpoint at nowhere")
+    says(capsys, train("--out", "nowhere", "--resume", "--dry-run"), "no checkpoint in nowhere to resume")
 
 
 def test_a_decay_from_nowhere(at_home, capsys):
