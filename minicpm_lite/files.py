@@ -1,0 +1,86 @@
+"""Files that are whole or not there: the library writes each of them beside its place, syncs it, renames it.
+
+A reader, also one after a power cut, finds either the old file or the new one, never half of one.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["written_whole"]
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A place beside ``path``, in which to write a file or a folder; at the end it takes the name ``path``.
+
+    What was there before stands until then and is replaced then. If anything is raised, also by a user who
+    interrupts, what was begun is removed. What a killed process left beside is removed by the next one. One
+    process writes a path at a time.
+
+    Raises:
+        OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "greeting.txt"
+    >>> with written_whole(path) as beside:
+    ...     size = beside.write_text("hello")
+    >>> path.read_text()
+    'hello'
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.writing")
+    old = path.with_name(f".{path.name}.replaced")
+    try:
+        _remove(beside)
+        _put_back(old, path)
+        try:
+            yield beside
+            _sync(beside)
+            if path.is_dir():  # a folder can only take a name that is free
+                path.rename(old)
+            beside.replace(path)
+            _sync_one(path.parent)
+        except BaseException:
+            _remove(beside)
+            raise
+        finally:
+            _put_back(old, path)
+    except OSError as error:
+        places = (str(beside), str(old))
+        ours = error.filename is None or str(error.filename).startswith(places) or error.filename == str(path)
+        if not ours:
+            raise  # it comes from what the caller reads while writing
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Give a replaced folder its name again if nothing has taken it, else remove it."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a file, or every file of a folder and the folder itself, is on the disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _sync(inside)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

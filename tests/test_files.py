@@ -1,0 +1,104 @@
+"""What is written whole is there whole, or what was there before stands."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minicpm_lite.files import written_whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_folder(path: Path, text: str) -> None:
+    with written_whole(path) as beside:
+        (beside / "inner").mkdir(parents=True)
+        (beside / "inner" / "file").write_text(text)
+
+
+def test_a_file_is_new_or_replaced(tmp_path):
+    for text in ("one", "two"):
+        with written_whole(tmp_path / "file") as beside:
+            beside.write_text(text)
+            assert names(tmp_path) != ["file"]
+        assert (tmp_path / "file").read_text() == text
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_is_new_or_replaced(tmp_path):
+    for text in ("one", "two"):
+        write_folder(tmp_path / "folder", text)
+        assert (tmp_path / "folder" / "inner" / "file").read_text() == text
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_after_an_error_the_old_one_stands(tmp_path, error):
+    write_folder(tmp_path / "folder", "old")
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "folder"):
+        with pytest.raises(type(error)), written_whole(tmp_path / name) as beside:
+            if name == "folder":
+                beside.mkdir()
+                beside /= "half"
+            beside.write_text("half")
+            raise error
+    assert names(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "old"
+
+
+def test_the_error_names_the_place_that_was_asked_for(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"missing/file could not be written: No such file"),
+        written_whole(tmp_path / "missing" / "file") as beside,
+    ):
+        beside.write_text("x")
+
+
+def test_an_error_of_what_is_read_meanwhile_stays_as_it_is(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="source"),
+        written_whole(tmp_path / "file") as beside,
+    ):
+        beside.write_text((tmp_path / "source").read_text())
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="could not be written"), written_whole(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
+    write_folder(tmp_path / "folder", "old")
+    (tmp_path / "folder").rename(tmp_path / ".folder.replaced")  # killed between the two renames
+    with pytest.raises(ValueError), written_whole(tmp_path / "folder"):
+        raise ValueError("the next attempt fails, too")
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "old"
+    assert names(tmp_path) == ["folder"]
+
+
+KILLED = """
+import os, signal, sys
+from minicpm_lite.files import written_whole
+with written_whole(sys.argv[1]) as beside:
+    beside.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_taken_away_by_the_next(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "old" and len(names(tmp_path)) == 2
+    with written_whole(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new" and names(tmp_path) == ["file"]
