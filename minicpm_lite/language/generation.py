@@ -81,8 +81,8 @@ def stream(
             logits = model(newest, context, last_only=True)[:, -1]
         if not bool(logits.isfinite().all()):
             raise FloatingPointError(
-                f"Not all scores after token {context.length} are finite numbers. Are the weights whole? They "
-                f"are in {model.embed_tokens.weight.dtype}; float16 overflows where bfloat16 and float32 do not."
+                f"Not all scores after token {context.length} are finite numbers. Are the weights whole? "
+                f"They are {model.embed_tokens.weight.dtype}; float16 overflows where bfloat16 does not."
             )
         if step == 0 and samples > 1:
             rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
