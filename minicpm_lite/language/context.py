@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..config import ModelConfig
@@ -99,8 +99,8 @@ class Context:
         return scaled_angles(config, positions, self.reach)
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Take what a layer makes of the new tokens, and return it behind what it made of those before."""
         return new
 
@@ -190,8 +190,8 @@ class KVCache(Context):
         return F.embedding(positions, cos), F.embedding(positions, sin)
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Store what a layer makes of the new tokens, and return it with all that it made before.
 
         Raises:
@@ -284,8 +284,8 @@ class Int8Cache(KVCache):
     """
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Store what a layer makes of the new tokens in 8 bits, and return all of it as numbers again."""
         packed = []
         for each in new:
@@ -307,8 +307,12 @@ class Tree(Context):
         parents: for each guess the place of the one before it in this list, -1 for one that follows the text.
             A guess comes behind its parent.
 
+    Attributes:
+        ancestors: which guesses each guess sees: its ancestors and itself.
+        depths: how many ancestors each has.
+
     Raises:
-        ValueError: a parent that does not come before its guess.
+        ValueError: no guess, or a parent that does not come before its guess.
 
     >>> Tree(KVCache(8), [-1, 0, 0]).ancestors.int()  # two guesses for what follows the first one
     tensor([[1, 0, 0],
@@ -317,15 +321,20 @@ class Tree(Context):
     """
 
     def __init__(self, cache: KVCache, parents: Sequence[int]) -> None:
+        if not parents:
+            raise ValueError("parents is empty; a tree has one guess at least.")
         self.cache, self.ancestors = cache, torch.eye(len(parents), dtype=torch.bool)
+        depths: list[int] = []
         for place, parent in enumerate(parents):
             if not -1 <= parent < place:
                 raise ValueError(
                     f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
                     "for one that follows the text."
                 )
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
             if parent >= 0:
                 self.ancestors[place] |= self.ancestors[parent]
+        self.depths, self.deepest = torch.tensor(depths), max(depths)
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the guesses: as far behind the text as they have ancestors.
@@ -338,11 +347,10 @@ class Tree(Context):
         cache = self.cache
         cache.begin(x)
         self.length = cache.length
+        self.reach = self.length + self.deepest + 1
         ancestors = self.ancestors.to(x.device)
-        depths = ancestors.sum(-1) - 1
-        self.reach = self.length + int(depths.max()) + 1
         mask = torch.cat([ancestors.new_ones(len(ancestors), self.length), ancestors], dim=1)
-        positions = self.length + depths
+        positions = self.length + self.depths.to(x.device)
         if cache.padding is not None:
             mask = cache.hide_padding(mask)
             positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, guesses)
@@ -356,8 +364,8 @@ class Tree(Context):
         return self.cache.angles(config, positions)
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Store the guesses behind the text, in the order of the tree."""
         return self.cache.keep(layer, *new)
 
