@@ -259,15 +259,16 @@ class KVCache(Context):
                 f"path is {path!r}; expected places from 0 to {self.guesses - 1} in the tree that was fed "
                 f"last, as one list or as one for each of the {batch} rows."
             )
-        taken = max(map(len, paths))
+        taken, stored = max(map(len, paths)), [whole for kept in self._layers.values() for whole in kept]
         shifts = [taken - len(one) for one in paths]
         for row, (one, shift) in enumerate(zip(paths, shifts, strict=True)):
             first = 0 if shift else self.length  # the text itself stays in place unless it must move
-            kept_places = [*range(first, self.length), *(self.length + place for place in one)]
-            for whole in (whole for kept in self._layers.values() for whole in kept):
-                whole[row, :, first + shift : self.length + taken] = whole[row, :, kept_places]
+            places = [*range(first, self.length), *(self.length + place for place in one)]
+            places = torch.tensor(places, dtype=torch.long, device=stored[0].device)
+            for whole in stored:
+                whole[row, :, first + shift : self.length + taken] = whole[row].index_select(1, places)
         if any(shifts):
-            moved = torch.tensor(shifts, device=next(iter(self._layers.values()))[0].device)
+            moved = torch.tensor(shifts, device=stored[0].device)
             self.padding = moved if self.padding is None else self.padding + moved
         self.length, self.guesses = self.length + taken, 0
 
