@@ -1,1 +1,1 @@
-"""Deployment: models in the formats that other programs read and write."""
+"""Pretrained models: read and written in the formats that other programs read and write."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from minicpm_lite import ModelConfig, list_configs, load_config
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, RopeScaling
-from minicpm_lite.deployment.families import config_from_json, config_to_json, own_family, stored_names
+from minicpm_lite.pretrained.families import config_from_json, config_to_json, own_family, stored_names
 
 SHAPE = dict(
     hidden_size=64,

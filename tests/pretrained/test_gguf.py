@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.deployment import gguf as module
-from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer
-from minicpm_lite.deployment.gguf import gguf_tokenizer, half_split_rows, load_gguf, read_gguf
+from minicpm_lite.pretrained import gguf as module
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer
+from minicpm_lite.pretrained.gguf import gguf_tokenizer, half_split_rows, load_gguf, read_gguf
 from minicpm_lite.language.decoder import Decoder, KVCache
 
 SHAPE = dict(
