@@ -29,6 +29,7 @@ from ..config import (
     LatentAttentionConfig,
     MixtureConfig,
     ModelConfig,
+    require_positive_integer,
     require_positive_number,
 )
 from .rotary_parameters import rotary_from_json, rotary_to_json
@@ -179,6 +180,7 @@ def _config_from_json(values: Mapping[str, object]) -> ModelConfig:
 def _latent_attention(family: str, field: Callable[[str], object]) -> dict[str, object]:
     if family != "minicpm3":
         return {}
+    require_positive_integer("num_attention_heads", field("num_attention_heads"))
     if field("q_lora_rank") is None:
         raise ValueError("q_lora_rank is null, one undivided query projection, which is not built here.")
     sizes = {size.name: field(size.name) for size in fields(LatentAttentionConfig)}

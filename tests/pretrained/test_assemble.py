@@ -12,7 +12,12 @@ from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.pretrained.assemble import assemble, few
 
 CONFIG = ModelConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30, init_std=0.1
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=30,
+    init_std=0.1,
 )
 
 

@@ -82,7 +82,9 @@ def test_a_file_that_is_cut_short_is_named(saved, keep):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
 def test_numbers_that_are_no_weights_are_named(dtype, saved):
     save_file({"codes": torch.zeros(4, dtype=dtype)}, saved / "model.safetensors")
-    with pytest.raises(ValueError, match="codes in .* is stored as .*; only floating-point weights of 16 bits"):
+    with pytest.raises(
+        ValueError, match="codes in .* is stored as .*; only floating-point weights of 16 bits"
+    ):
         read_weights(saved)
 
 
