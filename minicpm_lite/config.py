@@ -235,8 +235,8 @@ class ModelConfig:
             isinstance(end, int) and not isinstance(end, bool) and 0 <= end < self.vocab_size for end in ends
         ):
             raise ValueError(
-                f"eos_token_id is {self.eos_token_id!r}; expected ids of the vocabulary, whole numbers from 0 "
-                f"to {self.vocab_size - 1}."
+                f"eos_token_id is {self.eos_token_id!r}; expected ids of the vocabulary: whole numbers from "
+                f"0 to {self.vocab_size - 1}, one or a list."
             )
         object.__setattr__(self, "eos_token_id", tuple(dict.fromkeys(ends)))
 
