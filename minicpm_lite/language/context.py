@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..config import ModelConfig
@@ -99,8 +99,8 @@ class Context:
         return scaled_angles(config, positions, self.reach)
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Take what a layer makes of the new tokens, and return it behind what it made of those before."""
         return new
 
@@ -141,7 +141,7 @@ class KVCache(Context):
         self.room, self.padding, self.dtype = room, padding, dtype
         self.length = self.guesses = 0
         self._layers: dict[int, tuple[Tensor, ...]] = {}
-        self._angles: tuple[Tensor, Tensor] | None = None  # of every position there is room for
+        self._angles: Tensor | None = None  # cosine and sine of every position there is room for
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the tokens of a call.
@@ -185,13 +185,13 @@ class KVCache(Context):
         """Cosine and sine at some positions, from a table that is computed once."""
         if self._angles is None:
             everywhere = torch.arange(self.room, device=positions.device)
-            self._angles = scaled_angles(config, everywhere, self.room)
-        cos, sin = self._angles
-        return F.embedding(positions, cos), F.embedding(positions, sin)
+            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
+        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)  # one look-up for both
+        return cos, sin
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Store what a layer makes of the new tokens, and return it with all that it made before.
 
         Raises:
@@ -211,7 +211,10 @@ class KVCache(Context):
                     f"gets {(*each.shape[:2], each.shape[3])}; use one cache for each batch and model."
                 )
             whole.narrow(2, self.length, each.shape[2]).copy_(each)
-        return tuple(whole.narrow(2, 0, end).to(each.dtype) for whole, each in zip(kept, new, strict=True))
+        text = tuple(whole.narrow(2, 0, end) for whole in kept)
+        if self.dtype is None:
+            return text
+        return tuple(whole.to(each.dtype) for whole, each in zip(text, new, strict=True))
 
     def _space(self, new: Tensor) -> Tensor:
         with torch.inference_mode(False):  # so that it can be written in any mode
@@ -259,15 +262,16 @@ class KVCache(Context):
                 f"path is {path!r}; expected places from 0 to {self.guesses - 1} in the tree that was fed "
                 f"last, as one list or as one for each of the {batch} rows."
             )
-        taken = max(map(len, paths))
+        taken, stored = max(map(len, paths)), [whole for kept in self._layers.values() for whole in kept]
         shifts = [taken - len(one) for one in paths]
         for row, (one, shift) in enumerate(zip(paths, shifts, strict=True)):
             first = 0 if shift else self.length  # the text itself stays in place unless it must move
-            kept_places = [*range(first, self.length), *(self.length + place for place in one)]
-            for whole in (whole for kept in self._layers.values() for whole in kept):
-                whole[row, :, first + shift : self.length + taken] = whole[row, :, kept_places]
+            places = [*range(first, self.length), *(self.length + place for place in one)]
+            places = torch.tensor(places, dtype=torch.long, device=stored[0].device)
+            for whole in stored:
+                whole[row, :, first + shift : self.length + taken] = whole[row].index_select(1, places)
         if any(shifts):
-            moved = torch.tensor(shifts, device=next(iter(self._layers.values()))[0].device)
+            moved = torch.tensor(shifts, device=stored[0].device)
             self.padding = moved if self.padding is None else self.padding + moved
         self.length, self.guesses = self.length + taken, 0
 
@@ -284,8 +288,8 @@ class Int8Cache(KVCache):
     """
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Store what a layer makes of the new tokens in 8 bits, and return all of it as numbers again."""
         packed = []
         for each in new:
@@ -307,8 +311,12 @@ class Tree(Context):
         parents: for each guess the place of the one before it in this list, -1 for one that follows the text.
             A guess comes behind its parent.
 
+    Attributes:
+        ancestors: which guesses each guess sees: its ancestors and itself.
+        depths: how many ancestors each has.
+
     Raises:
-        ValueError: a parent that does not come before its guess.
+        ValueError: no guess, or a parent that does not come before its guess.
 
     >>> Tree(KVCache(8), [-1, 0, 0]).ancestors.int()  # two guesses for what follows the first one
     tensor([[1, 0, 0],
@@ -317,15 +325,20 @@ class Tree(Context):
     """
 
     def __init__(self, cache: KVCache, parents: Sequence[int]) -> None:
+        if not parents:
+            raise ValueError("parents is empty; a tree has one guess at least.")
         self.cache, self.ancestors = cache, torch.eye(len(parents), dtype=torch.bool)
+        depths: list[int] = []
         for place, parent in enumerate(parents):
             if not -1 <= parent < place:
                 raise ValueError(
                     f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
                     "for one that follows the text."
                 )
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
             if parent >= 0:
                 self.ancestors[place] |= self.ancestors[parent]
+        self.depths, self.deepest = torch.tensor(depths), max(depths)
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the guesses: as far behind the text as they have ancestors.
@@ -338,11 +351,10 @@ class Tree(Context):
         cache = self.cache
         cache.begin(x)
         self.length = cache.length
+        self.reach = self.length + self.deepest + 1
         ancestors = self.ancestors.to(x.device)
-        depths = ancestors.sum(-1) - 1
-        self.reach = self.length + int(depths.max()) + 1
         mask = torch.cat([ancestors.new_ones(len(ancestors), self.length), ancestors], dim=1)
-        positions = self.length + depths
+        positions = self.length + self.depths.to(x.device)
         if cache.padding is not None:
             mask = cache.hide_padding(mask)
             positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, guesses)
@@ -356,8 +368,8 @@ class Tree(Context):
         return self.cache.angles(config, positions)
 
     def keep(
-        self, layer: int, *new: Float[Tensor, "batch _heads tokens _width"]
-    ) -> tuple[Float[Tensor, "batch _heads keys _width"], ...]:
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
         """Store the guesses behind the text, in the order of the tree."""
         return self.cache.keep(layer, *new)
 

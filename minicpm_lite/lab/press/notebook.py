@@ -1,15 +1,14 @@
 """Notebook files: find, read and write them, and what the other modules ask of their cells."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..optional import require
-from . import INSTALL
+from ...files import written_whole
+from ...optional import require
 
-nbformat = require("nbformat", install=INSTALL, purpose="read notebooks")
+nbformat = require("nbformat", install="minicpm_lite[notebooks]", purpose="read notebooks")
 
 KEY = "minicpm_lite"  # in the notebook's metadata: stamp, version, seconds, peak_memory_mb, device
 
@@ -19,18 +18,34 @@ class Notebook:
     """A notebook file and its content, ``nb``."""
 
     path: Path
-    nb: "nbformat.NotebookNode"
+    nb: nbformat.NotebookNode
 
     @classmethod
     def read(cls, path: Path) -> "Notebook":
-        return cls(path, nbformat.read(path, as_version=4))
+        """Read a file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it holds no notebook.
+        """
+        try:
+            nb = nbformat.read(path, as_version=4)
+            nbformat.validate(nb)
+        except OSError:
+            raise
+        except Exception as error:  # nbformat lets through whatever its steps stumble over
+            raise ValueError(f"{path} is not a notebook: {str(error).strip().splitlines()[0]}") from error
+        return cls(path, nb)
 
     def write(self) -> None:
-        """Write beside, then rename, so that a notebook is never half written."""
+        """Write the file, whole or not at all.
+
+        Raises:
+            nbformat.ValidationError: the content is not a notebook.
+        """
         nbformat.validate(self.nb)
-        beside = self.path.with_name(self.path.name + ".new")
-        nbformat.write(self.nb, beside)
-        os.replace(beside, self.path)
+        with written_whole(self.path) as beside:
+            nbformat.write(self.nb, beside)
 
     @property
     def record(self) -> dict:
@@ -38,7 +53,7 @@ class Notebook:
         return self.nb.metadata.get(KEY, {})
 
     @cached_property
-    def code(self) -> list[tuple[int, "nbformat.NotebookNode"]]:
+    def code(self) -> list[tuple[int, nbformat.NotebookNode]]:
         """The code cells that hold anything, each with its place among all cells, counted from 1."""
         return [
             (number, cell)
@@ -47,7 +62,7 @@ class Notebook:
         ]
 
 
-def tags(cell: "nbformat.NotebookNode") -> set[str]:
+def tags(cell: nbformat.NotebookNode) -> set[str]:
     """The tags of a cell."""
     return set(cell.metadata.get("tags", []))
 

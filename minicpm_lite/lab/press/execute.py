@@ -1,28 +1,36 @@
 """Run notebooks in place, and keep only what is the same from run to run.
 
-A notebook whose run fails is left as it was. Outputs are normalised: no timings, no widget state, no progress
-bars, nothing from stderr, no addresses of objects. All that a cell prints is kept together.
+Those that are stale run side by side, one for each core, and each computes with one thread: two programs with
+two threads each on two cores wait for each other more than they compute, and what one thread adds up comes
+out alike on every machine. A notebook whose run fails is left as it was. Outputs are normalised: no timings,
+no widget state, no progress bars, nothing from stderr, no addresses of objects. All that a cell prints is
+kept together.
 """
 
+import math
+import os
 import re
 import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
-from .. import __version__
-from ..optional import require
-from . import INSTALL
-from .machine import device
+from ... import __version__
+from ...optional import require
+from ..machine import cores, device
 from .notebook import KEY, Notebook
 from .stamps import stamp, why_stale
 
+INSTALL = "minicpm_lite[notebooks]"
 nbclient = require("nbclient", install=INSTALL, purpose="run notebooks")
 nbformat = require("nbformat", install=INSTALL, purpose="run notebooks")
 _manager = require("jupyter_client.manager", install=INSTALL, purpose="run notebooks")
 _kernelspec = require("ipykernel.kernelspec", install=INSTALL, purpose="run notebooks")
 
-PROGRESS_BAR = re.compile(
-    r"\d+%\|.*|\d+(?:it|B) \[\d+:\d+, .*\]"
-)  # what tqdm writes, with and without a total
+# What tqdm writes: "40%|████      | 4/10 [00:01<00:01, 3.9it/s]", or without a total "4it [00:01, 3.9it/s]".
+PROGRESS_BAR = re.compile(r"\d+%\|[^|\n]*\| *\S+/\S+ \[[\d:]+<|\d+(?:it|B) \[[\d:]+, ")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,16}")
 _PEAK_MEMORY = "from minicpm_lite.lab.machine import peak_memory_mb as _peak; print(_peak())"
@@ -40,30 +48,50 @@ class _ThisInterpreter(_manager.AsyncKernelManager):
         )
 
 
-def run(path: Path, force: bool = False) -> bool:
-    """Run a notebook if it is stale, tell so, and write it back with its stamp.
+def run(paths: Iterable[Path], force: bool = False) -> bool:
+    """Run those notebooks that are stale, or all, side by side; tell of each when it ends.
+
+    The longest begin first, by what their last runs took, so that no core is idle at the end.
 
     Returns:
-        False if its run failed; then the file is as it was.
+        False if a run failed; that notebook is as it was, and the others have run.
     """
+    good, stale = True, []
+    for path in paths:
+        try:
+            notebook = Notebook.read(path)
+        except ValueError as error:
+            good = False
+            print(error, flush=True)
+            continue
+        if reason := why_stale(notebook) or ("asked for" if force else None):
+            stale.append((notebook.record.get("seconds", math.inf), path, reason))
+        else:
+            print(f"{path}: up to date", flush=True)
+    if not stale:
+        return good
+    with ProcessPoolExecutor(min(cores(), len(stale)), mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_run_one, *job[1:]) for job in sorted(stale, reverse=True)]):
+            ran, told = future.result()
+            good &= ran
+            print(told, flush=True)
+    return good
+
+
+def _run_one(path: Path, reason: str) -> tuple[bool, str]:
+    """Whether the run went well, and a line that tells of it."""
     notebook = Notebook.read(path)
-    reason = why_stale(notebook) or ("asked for" if force else None)
-    if not reason:
-        print(f"{path}: up to date", flush=True)
-        return True
-    print(f"{path}: runs, because {reason} ... ", end="", flush=True)
     try:
         execute(notebook)
     except (nbclient.exceptions.CellControlSignal, nbclient.exceptions.DeadKernelError) as error:
-        print(f"FAILED, and is left as it was.\n{error}", flush=True)
-        return False
+        return False, f"{path}: ran, because {reason}, FAILED, and is left as it was.\n{error}"
     notebook.write()
-    print(f"{notebook.record['seconds']} s, {notebook.record['peak_memory_mb']:,} MB", flush=True)
-    return True
+    used = f"{notebook.record['seconds']} s, {notebook.record['peak_memory_mb']:,} MB"
+    return True, f"{path}: ran, because {reason}: {used}"
 
 
 def execute(notebook: Notebook) -> None:
-    """Run all cells in a fresh kernel, in the notebook's folder; normalise the outputs; stamp.
+    """Run all cells in a fresh kernel of one thread, in the notebook's folder; normalise the outputs; stamp.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised; the message shows the cell and the error.
@@ -81,7 +109,7 @@ def execute(notebook: Notebook) -> None:
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-    ).execute()
+    ).execute(env=os.environ | ONE_THREAD)
     seconds = round(time.perf_counter() - start)
     peak = int(nb.cells.pop().outputs[0].text)
     normalise(nb)

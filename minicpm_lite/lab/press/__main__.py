@@ -1,4 +1,4 @@
-"""``python -m minicpm_lite.lab``: run stale notebooks, check all gates, write students' copies."""
+"""``python -m minicpm_lite.lab.press``: run stale notebooks, check all gates, write students' copies."""
 
 import argparse
 import sys
@@ -13,10 +13,12 @@ from .student import write_student_copies
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line asks for; 0 if all went well."""
     parser = argparse.ArgumentParser(
-        prog="python -m minicpm_lite.lab", description="Care for the book's notebooks."
+        prog="python -m minicpm_lite.lab.press", description="Care for the book's notebooks."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="run the notebooks whose outputs are stale, in place")
+    runs = commands.add_parser(
+        "run", help="run the notebooks whose outputs are stale, in place, side by side"
+    )
     runs.add_argument("--force", action="store_true", help="run the others too")
     checks = commands.add_parser("check", help="print everything that keeps a notebook from being committed")
     students = commands.add_parser("student", help="write copies without solutions and outputs")
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         paths = find(options.notebooks)
         if options.command == "run":
-            return 0 if all([run(path, options.force) for path in paths]) else 1
+            return 0 if run(paths, options.force) else 1
         if options.command == "check":
             found = [f"{path}: {problem}" for path in paths for problem in problems(path)]
             print(
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in write_student_copies(paths, options.out):
             print(path)
         return 0
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -3,14 +3,17 @@
 import pytest
 from conftest import PICTURE, START, chapter
 
-from minicpm_lite.lab.notebook import Notebook
-from minicpm_lite.lab.stamps import recorded_files, stamp, why_stale
+from minicpm_lite.lab.press.notebook import Notebook
+from minicpm_lite.lab.press.stamps import recorded_files, stamp, why_stale
 
 MODULES = {
     "__init__.py": "from .config import load_config\n",
     "config.py": "def load_config(name):\n    return open(name)\n",
     "configs/small.yaml": "model: 1",
     "configs/large.yaml": "model: 2",
+    "data/__init__.py": "",
+    "data/texts.py": "from pathlib import Path\nread = (Path(__file__).parent / 'assets' / 'novels').iterdir\n",
+    "data/assets/novels/emma.txt": "Emma Woodhouse",
     "language/__init__.py": "",
     "language/decoder.py": (
         '"""What it is."""\nfrom . import rope\n\ndef decode():\n    """Decode."""\n    return rope.turn()\n'
@@ -82,6 +85,9 @@ def test_code_and_tags_count_but_prose_and_outputs_do_not(notebook):
         ("import minicpm_lite.training as t", TRAINER | {"training/wsd.py"}),
         ("import minicpm_lite\nminicpm_lite.load_config('small')", {"config.py", "configs/small.yaml"}),
         ("from minicpm_lite import load_config\nload_config(name)", {"config.py"} | CONFIGS),
+        ("from minicpm_lite import load_config as lc\nlc('small')", {"config.py", "configs/small.yaml"}),
+        ("from minicpm_lite import load_config as lc\nread = lc\nread('small')", {"config.py"} | CONFIGS),
+        ("from minicpm_lite.data.texts import read", {"data/texts.py", "data/assets/novels/emma.txt"}),
     ],
 )
 def test_what_a_notebook_reaches_counts_and_the_rest_does_not(library, notebook, imports, reached):

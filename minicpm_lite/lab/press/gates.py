@@ -27,7 +27,10 @@ _MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|[\w./
 
 def problems(path: Path) -> list[str]:
     """Everything that keeps a notebook from being committed, a sentence each; empty if nothing does."""
-    notebook = Notebook.read(path)
+    try:
+        notebook = Notebook.read(path)
+    except ValueError as error:
+        return [str(error)]
     return [problem for gate in GATES for problem in gate(notebook)]
 
 
@@ -54,7 +57,7 @@ def student_problems(path: Path) -> list[str]:
 
 def _fresh(notebook: Notebook) -> Iterator[str]:
     if reason := why_stale(notebook):
-        yield f"The outputs are stale: {reason}. Run `python -m minicpm_lite.lab run {notebook.path}`."
+        yield f"The outputs are stale: {reason}. Run `python -m minicpm_lite.lab.press run {notebook.path}`."
 
 
 def _executed(notebook: Notebook) -> Iterator[str]:

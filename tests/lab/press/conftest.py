@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minicpm_lite.lab.notebook import KEY, Notebook
-from minicpm_lite.lab.stamps import stamp
+from minicpm_lite.lab.press.notebook import KEY, Notebook
+from minicpm_lite.lab.press.stamps import stamp
 
 
 def code(source: str, text: str | None = None, tags: tuple[str, ...] = (), **metadata):

@@ -4,7 +4,7 @@ A stamp holds three hashes, so that a stale one says why:
 
 - ``cells``: source and tags of the code cells. Not the prose, not the outputs.
 - ``library``: every module of minicpm_lite that the cells reach through imports, as syntax trees without
-  docstrings and comments; and the configs they load.
+  docstrings and comments; the configs they load; and the folder ``assets`` beside a module that names it.
 - ``recorded``: the recorded runs beside the notebook (``recorded/TOPIC*``), and others it names in its code.
 
 Imports are followed by static analysis, and by name through a package's ``__init__``: ``from minicpm_lite
@@ -15,7 +15,7 @@ computed, all count.
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from .notebook import Notebook, tags
 
-LIBRARY = Path(__file__).parents[1]
+LIBRARY = Path(__file__).parents[2]
 _READS_ONE_CONFIG = {"load_config", "load_recipe"}
 _READS_CONFIGS = {*_READS_ONE_CONFIG, "list_configs"}
 
@@ -37,11 +37,12 @@ def stamp(notebook: Notebook, library: Path = LIBRARY) -> dict[str, str]:
     readers = [
         _parse(path.read_bytes()) for name, path in modules.items() if name != f"{library.name}.config"
     ]
-    configs = {path.name: path.read_text("utf-8") for path in _configs([*trees, *readers], library)}
+    files = {path.name: _hash(path.read_bytes()) for path in _configs([*trees, *readers], library)}
+    files |= {str(path.relative_to(library)): _hash(path.read_bytes()) for path in _assets(modules.values())}
     recorded = {path.name: _hash(path.read_bytes()) for path in recorded_files(notebook)}
     return {
         "cells": _hash(repr(cells).encode()),
-        "library": _hash(repr((code, configs)).encode()),
+        "library": _hash(repr((code, files)).encode()),
         "recorded": _hash(repr(recorded).encode()),
     }
 
@@ -77,7 +78,7 @@ def parse_cell(source: str) -> ast.Module | None:
     """The syntax tree of a cell, magics included; None if it is not Python."""
     try:
         return ast.parse(TransformerManager().transform_cell(source))
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # the second for null bytes
         return None
 
 
@@ -180,17 +181,32 @@ def _parents(module: str) -> Iterator[str]:
 def _configs(trees: list[ast.Module], library: Path) -> list[Path]:
     """The YAML files that some code loads; all of them if it does not say which."""
     every = sorted((library / "configs").glob("*.yaml"))
+    nodes = [node for tree in trees for node in ast.walk(tree)]  # a call comes before the name it calls
+    imports = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    renamed = {alias.asname: alias.name for alias in imports if alias.asname}
     named, known_calls = set(), set()
-    for tree in trees:
-        for node in ast.walk(tree):  # a call comes before the name it calls
-            if isinstance(node, ast.Call) and _name(node.func) in _READS_ONE_CONFIG:
-                if len(node.args) == 1 and isinstance(node.args[0], ast.Constant):
-                    named.add(node.args[0].value)
-                    known_calls.add(node.func)
-            elif _name(node) in _READS_CONFIGS and node not in known_calls:
-                return every
+    for node in nodes:
+        if isinstance(node, ast.Call) and _name(node.func, renamed) in _READS_ONE_CONFIG:
+            if len(node.args) == 1 and isinstance(node.args[0], ast.Constant):
+                named.add(node.args[0].value)
+                known_calls.add(node.func)
+        elif _name(node, renamed) in _READS_CONFIGS and node not in known_calls:
+            return every
     return [path for path in every if path.stem in named]
 
 
-def _name(node: ast.AST) -> str | None:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+def _assets(modules: Iterable[Path]) -> list[Path]:
+    """The files in the folders ``assets`` that stand beside the modules which name such a folder."""
+    naming = {
+        module.parent / "assets"
+        for module in modules
+        for node in ast.walk(_parse(module.read_bytes()))
+        if isinstance(node, ast.Constant) and node.value == "assets"
+    }
+    return sorted(path for folder in naming for path in folder.rglob("*") if path.is_file())
+
+
+def _name(node: ast.AST, renamed: dict[str, str]) -> str | None:
+    """The name that a node reads, as it is called where it comes from."""
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+    return renamed.get(name, name)

@@ -17,10 +17,10 @@ from conftest import (
 )
 from nbformat.v4 import new_markdown_cell, new_output
 
-from minicpm_lite.lab.__main__ import main
-from minicpm_lite.lab.gates import FILE_BYTES, GATES, problems, student_problems
-from minicpm_lite.lab.notebook import KEY, Notebook
-from minicpm_lite.lab.student import student_copy, write_student_copies
+from minicpm_lite.lab.press.__main__ import main
+from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, problems, student_problems
+from minicpm_lite.lab.press.notebook import KEY, Notebook
+from minicpm_lite.lab.press.student import student_copy, write_student_copies
 
 
 def test_the_clean_chapter_passes(write, capsys):

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..optional import require
-from . import INSTALL
+from ...optional import require
 from .notebook import KEY, Notebook
 from .stamps import recorded_files
 
-_nbconvert = require("nbconvert.preprocessors", install=INSTALL, purpose="make a student's copy")
+_nbconvert = require(
+    "nbconvert.preprocessors", install="minicpm_lite[notebooks]", purpose="make a student's copy"
+)
 
 SOLUTION_MARKER = re.compile(r"\{solution(-start|-end)?\}")
 _EXERCISE_START = re.compile(r"```+\{exercise-start\}([^\n]*)\n(?::[^\n]*\n)*```+\n*")
