@@ -22,10 +22,10 @@ lab: .venv/.ready  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 run: .venv/.ready  ## execute the notebooks whose outputs are stale
-	$(BIN)/python -m minicpm_lite.lab run
+	$(BIN)/python -m minicpm_lite.lab.press run
 
 student: .venv/.ready  ## copies of the notebooks without solutions, in _build/student
-	$(BIN)/python -m minicpm_lite.lab student _build/student
+	$(BIN)/python -m minicpm_lite.lab.press student _build/student
 
 bench: .venv/.ready  ## training and decoding speed beside transformers
 	$(BIN)/python -m benchmarks

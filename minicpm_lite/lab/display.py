@@ -4,7 +4,11 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from IPython.display import display
+from ..optional import require
+
+display = require(
+    "IPython.display", install="minicpm_lite[notebooks]", purpose="use the book's notebooks"
+).display
 
 _NUMBER = re.compile(r"[≈~<>≤≥±]?\s?[-+−]?\d")
 

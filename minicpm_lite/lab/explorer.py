@@ -13,12 +13,13 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 
-import ipywidgets
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from PIL import Image
 
+from ..optional import require
 from .style import KEEP_KEYS, THEME
+
+ipywidgets = require("ipywidgets", install="minicpm_lite[notebooks]", purpose="use the book's notebooks")
+plt = require("matplotlib.pyplot", install="minicpm_lite[notebooks]", purpose="use the book's notebooks")
 
 _SCRIPT = """(() => {
 const figure = document.currentScript.parentElement, image = figure.querySelector('img');
@@ -51,7 +52,7 @@ class Explorer:
 
     def __init__(
         self,
-        draw: Callable[[object], Figure],
+        draw: Callable[[object], plt.Figure],
         values: Sequence[object],
         label: str,
         alt: Callable[[object], str],
@@ -126,9 +127,9 @@ def _sentence(alt: Callable[[object], str], value: object) -> str:
     return text
 
 
-def _png(draw: Callable[[object], Figure], value: object, colors: int) -> bytes:
+def _png(draw: Callable[[object], plt.Figure], value: object, colors: int) -> bytes:
     figure = draw(value)
-    if not isinstance(figure, Figure):
+    if not isinstance(figure, plt.Figure):
         raise TypeError(
             f"draw returned {type(figure).__name__} for the value {value!r}; expected a matplotlib figure: "
             "end the function with `return figure`."

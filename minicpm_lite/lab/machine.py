@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def device() -> str:
     """The processor in words, for evidence and run records.
 
     >>> device().startswith("CPU, ")
     True
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU, {cores} core{'s' if cores != 1 else ''}"
+    return f"CPU, {cores()} core{'s' if cores() != 1 else ''}"
 
 
 def peak_memory_mb() -> int:

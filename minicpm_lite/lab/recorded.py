@@ -15,6 +15,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from ..files import written_whole
+
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
 
 Case = TypeVar("Case", bound=Hashable)
@@ -64,9 +66,8 @@ def run_jobs(
             runs[name] = run
             minutes = results.get("minutes", 0.0) + run["seconds"] / 60 / workers
             results = about | {"minutes": minutes, "runs": runs}
-            beside = _results_of(script).with_suffix(".writing")
-            beside.write_text(json.dumps(_rounded(results), indent=None))
-            beside.replace(_results_of(script))
+            with written_whole(_results_of(script)) as beside:
+                beside.write_text(json.dumps(_rounded(results)))
             print(f"{name}: {run['seconds']:.0f} s", flush=True)
     return load_results(script)["runs"]
 

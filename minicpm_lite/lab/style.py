@@ -5,8 +5,9 @@ icon and a word. All colours of the cycle have a contrast of at least 3 to 1 aga
 readers with colour-vision deficiency (after Okabe and Ito 2008, darkened where they were too light).
 """
 
-import matplotlib.pyplot as plt
-from cycler import cycler
+from ..optional import require
+
+matplotlib = require("matplotlib", install="minicpm_lite[notebooks]", purpose="use the book's notebooks")
 
 COLORS = ("#0072b2", "#c8500a", "#00795a", "#a23b85", "#5c5c5c", "#8a6d00")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
@@ -24,14 +25,14 @@ KEEP_KEYS = 'data-lm-suppress-shortcuts="true"'
 
 def use_book_style() -> None:
     """Set matplotlib's defaults: 6 by 3 inches (fits a phone), a light grid, colours with line styles."""
-    plt.rcParams.update(
+    matplotlib.rcParams.update(
         {
             "figure.figsize": (6.0, 3.0),
             "figure.dpi": 110,
             "figure.constrained_layout.use": True,
             "figure.facecolor": "white",
             "savefig.facecolor": "white",
-            "axes.prop_cycle": cycler(color=COLORS) + cycler(linestyle=LINE_STYLES),
+            "axes.prop_cycle": matplotlib.cycler(color=COLORS, linestyle=LINE_STYLES),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,

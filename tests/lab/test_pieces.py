@@ -38,7 +38,7 @@ def test_start_seeds_and_sets_the_style():
 
 
 def test_start_refuses_another_library(monkeypatch):
-    monkeypatch.setattr(minicpm_lite, "__version__", "0.2.0")
+    monkeypatch.setattr(lab, "version", lambda package: "0.2.0")
     with pytest.raises(
         RuntimeError, match=r"written for minicpm_lite 0\.1, but 0\.2\.0 is installed: install"
     ):

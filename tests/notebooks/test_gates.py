@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_lite.lab.gates import problems, student_problems
-from minicpm_lite.lab.notebook import Notebook, find
-from minicpm_lite.lab.student import student_copy
+from minicpm_lite.lab.press.gates import problems, student_problems
+from minicpm_lite.lab.press.notebook import Notebook, find
+from minicpm_lite.lab.press.student import student_copy
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CHAPTERS = [pytest.param(path, id=str(path.relative_to(NOTEBOOKS))) for path in find([NOTEBOOKS])]

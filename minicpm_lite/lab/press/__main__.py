@@ -1,0 +1,55 @@
+"""``python -m minicpm_lite.lab.press``: run stale notebooks, check all gates, write students' copies."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .execute import run
+from .gates import problems
+from .notebook import find
+from .student import write_student_copies
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line asks for; 0 if all went well."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minicpm_lite.lab.press", description="Care for the book's notebooks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser(
+        "run", help="run the notebooks whose outputs are stale, in place, side by side"
+    )
+    runs.add_argument("--force", action="store_true", help="run the others too")
+    checks = commands.add_parser("check", help="print everything that keeps a notebook from being committed")
+    students = commands.add_parser("student", help="write copies without solutions and outputs")
+    students.add_argument("out", type=Path, metavar="OUT", help="the folder to write to")
+    for command in (runs, checks, students):
+        command.add_argument(
+            "notebooks",
+            nargs="*",
+            type=Path,
+            default=[Path("notebooks")],
+            metavar="NOTEBOOK",
+            help="a notebook, or a folder of them (default: notebooks)",
+        )
+    options = parser.parse_args(arguments)
+    try:
+        paths = find(options.notebooks)
+        if options.command == "run":
+            return 0 if run(paths, options.force) else 1
+        if options.command == "check":
+            found = [f"{path}: {problem}" for path in paths for problem in problems(path)]
+            print(
+                "\n".join(found) or f"No problems in {len(paths)} notebook{'s' if len(paths) != 1 else ''}."
+            )
+            return 1 if found else 0
+        for path in write_student_copies(paths, options.out):
+            print(path)
+        return 0
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What must hold for a committed notebook: each gate is a function that yields its problems as sentences."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+from .execute import PROGRESS_BAR
+from .notebook import Notebook, tags
+from .stamps import LIBRARY, parse_cell, why_stale
+from .student import SOLUTION_MARKER
+
+SECONDS = 180
+PEAK_MEMORY_MB = 3_000
+FILE_BYTES = 3_000_000
+WRONG_ANSWERS = 2
+
+_LOADED = {"script", "img", "link", "iframe", "source", "video", "audio", "embed", "object"}
+_REMOTE = re.compile(r"(https?:)?//")
+_REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
+_CDN = re.compile(r"https?://[\w.-]*(?:\bcdn|cdnjs|jsdelivr|unpkg|googleapis|gstatic)[\w./-]*")
+_MARKDOWN_IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<source>[^)\s]*)")
+_MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|[\w./-]*/site-packages/")
+
+
+def problems(path: Path) -> list[str]:
+    """Everything that keeps a notebook from being committed, a sentence each; empty if nothing does."""
+    try:
+        notebook = Notebook.read(path)
+    except ValueError as error:
+        return [str(error)]
+    return [problem for gate in GATES for problem in gate(notebook)]
+
+
+def student_problems(path: Path) -> list[str]:
+    """What a student's copy must not hold, or lacks, a sentence each."""
+    found = []
+    for number, cell in enumerate(Notebook.read(path).nb.cells, start=1):
+        if tags(cell) & {"solution", "wrong"}:
+            found.append(
+                f"Cell {number} is tagged as a solution or as wrong answers; a student must not get it."
+            )
+        elif cell.cell_type == "markdown" and SOLUTION_MARKER.search(cell.source):
+            found.append(f"Cell {number} holds the frame of a solution.")
+        elif cell.cell_type == "code" and _calls(cell.source, "accepts", "rejects"):
+            found.append(
+                f"Cell {number} calls accepts or rejects, which belong to solutions and wrong answers."
+            )
+        elif "exercise" in tags(cell) and not _has_blank(cell.source):
+            found.append(f"Cell {number} is an exercise without a blank (`...`): its answer is filled in.")
+        if cell.get("outputs"):
+            found.append(f"Cell {number} has an output; a student's copy starts without any.")
+    return found
+
+
+def _fresh(notebook: Notebook) -> Iterator[str]:
+    if reason := why_stale(notebook):
+        yield f"The outputs are stale: {reason}. Run `python -m minicpm_lite.lab.press run {notebook.path}`."
+
+
+def _executed(notebook: Notebook) -> Iterator[str]:
+    for expected, (number, cell) in enumerate(notebook.code, start=1):
+        if cell.execution_count is None:
+            yield f"Cell {number} was not run."
+        elif cell.execution_count != expected:
+            yield f"Cell {number} ran as number {cell.execution_count}, not {expected}: run all in order."
+        if any(output.output_type == "error" for output in cell.outputs):
+            yield f"Cell {number} shows a traceback. Catch the error and print its message instead."
+
+
+def _starts(notebook: Notebook) -> Iterator[str]:
+    first = notebook.code[0][1].source if notebook.code else ""
+    if not any({"library", "seed"} <= {key.arg for key in call.keywords} for call in _calls(first, "start")):
+        yield 'The first code cell does not call lab.start(library="…", seed=…).'
+
+
+def _within_budget(notebook: Notebook) -> Iterator[str]:
+    for figure, limit, unit in (("seconds", SECONDS, "s"), ("peak_memory_mb", PEAK_MEMORY_MB, "MB")):
+        if (used := notebook.record.get(figure, 0)) > limit:
+            yield f"The run took {used:,} {unit}; the budget is {limit:,} {unit}."
+    if (size := notebook.path.stat().st_size) > FILE_BYTES:
+        yield f"The file has {size / 1e6:.1f} MB; the budget is {FILE_BYTES / 1e6:g} MB. Shrink pictures."
+
+
+def _described(notebook: Notebook) -> Iterator[str]:
+    for number, cell in notebook.code:
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        if any(mime.startswith("image/") for data in _data(cell) for mime in data) and not alt.strip():
+            yield f"Cell {number} shows a picture without alt text (`mystnb: {{image: {{alt: …}}}}`)."
+    for number, text in _pages(notebook):
+        undescribed = [image for image in _MARKDOWN_IMAGE.finditer(text) if not image["alt"].strip()]
+        undescribed += [1 for tag, values in _elements(text) if tag == "img" and not values.get("alt")]
+        if undescribed:
+            yield f"Cell {number} holds an image without alt text."
+
+
+def _offline(notebook: Notebook) -> Iterator[str]:
+    for number, text in _pages(notebook):
+        remote = [image["source"] for image in _MARKDOWN_IMAGE.finditer(text)]
+        for tag, values in _elements(text):
+            remote += [values.get(key) or "" for key in ("src", "href", "data") if tag in _LOADED]
+        remote = [address for address in remote if _REMOTE.match(address)]
+        remote += _REMOTE_STYLE.findall(text) + _CDN.findall(text)
+        if remote:
+            yield f"Cell {number} loads from the network ({remote[0][:60]}); the book works offline."
+    for number, cell in notebook.code:
+        if address := _CDN.search(cell.source):
+            yield f"Cell {number} names a CDN ({address[0][:60]}); the book works offline."
+
+
+def _clean(notebook: Notebook) -> Iterator[str]:
+    for number, cell in notebook.code:
+        texts = [
+            *(output.get("text", "") for output in cell.outputs),
+            *(d.get("text/plain", "") for d in _data(cell)),
+        ]
+        if any(map(PROGRESS_BAR.search, texts)):
+            yield f"Cell {number} has a progress bar in its output."
+        for text in texts:
+            if path := _MACHINE_PATH.search(text):
+                yield f"Cell {number} shows a path of the machine it ran on ({path[0]})."
+
+
+def _keeps_names(notebook: Notebook) -> Iterator[str]:
+    public = _public_names(LIBRARY)
+    for number, cell in notebook.code:
+        for name in sorted(_bound(parse_cell(cell.source)) & public.keys()):
+            yield (
+                f"Cell {number} redefines {name}, a public name of {public[name]}. "
+                f"Give it a name of its own, such as naive_{name}."
+            )
+
+
+def _exercises_complete(notebook: Notebook) -> Iterator[str]:
+    exercises: list[list] = []
+    for number, cell in notebook.code:
+        if "exercise" in tags(cell):
+            exercises.append([(number, cell)])
+        elif tags(cell) & {"check", "solution", "wrong"}:
+            if exercises:
+                exercises[-1].append((number, cell))
+            else:
+                yield f"Cell {number} is a check, solution or wrong answer before any cell tagged exercise."
+    for cells in exercises:
+        number, followers = cells[0][0], cells[1:]
+        by_tag = {tag: [c for _, c in followers if tag in tags(c)] for tag in ("check", "solution", "wrong")}
+        checks = "".join(cell.source + "\n" for cell in by_tag["check"])
+        if not _calls(checks, "exercise"):
+            yield f"The exercise in cell {number} has no check."
+        elif not any(
+            "Unfinished" in data.get("text/plain", "") for c in by_tag["check"] for data in _data(c)
+        ):
+            yield f"The exercise in cell {number} is not shown as unfinished: leave its blank empty."
+        if not any(_calls(cell.source, "accepts") for cell in by_tag["solution"]):
+            yield f"The exercise in cell {number} has no solution that its check accepts."
+        rejected = [
+            arg for cell in by_tag["wrong"] for call in _calls(cell.source, "rejects") for arg in call.args
+        ]
+        if len(rejected) < WRONG_ANSWERS:
+            yield f"The exercise in cell {number} rejects {len(rejected)} wrong answers, not {WRONG_ANSWERS}."
+        if any(isinstance(node, ast.Assert) and not node.msg for node in _walk(checks)):
+            yield f"The check of the exercise in cell {number} has an assert without a hint for the student."
+
+
+def _solutions_folded(notebook: Notebook) -> Iterator[str]:
+    inside = False
+    for number, cell in enumerate(notebook.nb.cells, start=1):
+        if cell.cell_type == "markdown":
+            for marker in SOLUTION_MARKER.finditer(cell.source):
+                if (marker[1] == "-start") == inside and marker[1]:
+                    yield f"Cell {number} has {marker[0]}, but {'one' if inside else 'none'} is open."
+                inside = marker[1] == "-start"
+        elif "solution" in tags(cell) and not inside:
+            yield f"The solution in cell {number} is not between {{solution-start}} and {{solution-end}}."
+        elif "wrong" in tags(cell) and "remove-cell" not in tags(cell):
+            yield f"The wrong answers in cell {number} would show in the book; tag the cell remove-cell too."
+    if inside:
+        yield "The last {solution-start} has no {solution-end}."
+
+
+GATES = (
+    _fresh,
+    _executed,
+    _starts,
+    _within_budget,
+    _described,
+    _offline,
+    _clean,
+    _keeps_names,
+    _exercises_complete,
+    _solutions_folded,
+)
+
+
+def _walk(source: str) -> list[ast.AST]:
+    tree = parse_cell(source)
+    return list(ast.walk(tree)) if tree else []
+
+
+def _calls(source: str, *names: str) -> list[ast.Call]:
+    """The calls in a cell of methods (or of functions in a module) that have one of these names."""
+    nodes = _walk(source)
+    return [
+        n
+        for n in nodes
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in names
+    ]
+
+
+def _has_blank(source: str) -> bool:
+    return any(
+        (isinstance(node, ast.Constant) and node.value is ...)
+        or (isinstance(node, ast.Name) and node.id == "NotImplementedError")
+        for node in _walk(source)
+    )
+
+
+def _bound(tree: ast.Module | None) -> set[str]:
+    """The names that a cell defines at its top level. Importing a name is not defining it."""
+    names = set()
+    for statement in tree.body if tree else []:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return names
+
+
+@cache
+def _public_names(library: Path) -> dict[str, str]:
+    """Every name in an ``__all__`` of the library, but for lab's, with the module that holds it."""
+    public = {}
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library.parent).with_suffix("").parts
+        if "lab" in parts:
+            continue
+        for node in ast.parse(path.read_bytes()).body:
+            if isinstance(node, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+            ):
+                module = ".".join(part for part in parts if part != "__init__")
+                public |= {name: module for name in ast.literal_eval(node.value)}
+    return public
+
+
+def _data(cell) -> list[dict]:
+    return [output.data for output in cell.outputs if "data" in output]
+
+
+def _pages(notebook: Notebook) -> Iterator[tuple[int, str]]:
+    """All text that a browser would render, in Markdown cells and in outputs, with its cell's number."""
+    for number, cell in enumerate(notebook.nb.cells, start=1):
+        if cell.cell_type == "markdown":
+            yield number, cell.source
+        elif cell.cell_type == "code":
+            rendered = ("text/html", "text/markdown", "image/svg+xml", "application/javascript")
+            yield from ((number, data[mime]) for data in _data(cell) for mime in rendered if mime in data)
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes)))
+
+
+def _elements(text: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = _Elements()
+    parser.feed(text)
+    return parser.found

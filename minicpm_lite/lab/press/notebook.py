@@ -1,0 +1,82 @@
+"""Notebook files: find, read and write them, and what the other modules ask of their cells."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ...files import written_whole
+from ...optional import require
+
+nbformat = require("nbformat", install="minicpm_lite[notebooks]", purpose="read notebooks")
+
+KEY = "minicpm_lite"  # in the notebook's metadata: stamp, version, seconds, peak_memory_mb, device
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook file and its content, ``nb``."""
+
+    path: Path
+    nb: nbformat.NotebookNode
+
+    @classmethod
+    def read(cls, path: Path) -> "Notebook":
+        """Read a file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it holds no notebook.
+        """
+        try:
+            nb = nbformat.read(path, as_version=4)
+            nbformat.validate(nb)
+        except OSError:
+            raise
+        except Exception as error:  # nbformat lets through whatever its steps stumble over
+            raise ValueError(f"{path} is not a notebook: {str(error).strip().splitlines()[0]}") from error
+        return cls(path, nb)
+
+    def write(self) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            nbformat.ValidationError: the content is not a notebook.
+        """
+        nbformat.validate(self.nb)
+        with written_whole(self.path) as beside:
+            nbformat.write(self.nb, beside)
+
+    @property
+    def record(self) -> dict:
+        """What the last run left in the metadata; empty if there was none."""
+        return self.nb.metadata.get(KEY, {})
+
+    @cached_property
+    def code(self) -> list[tuple[int, nbformat.NotebookNode]]:
+        """The code cells that hold anything, each with its place among all cells, counted from 1."""
+        return [
+            (number, cell)
+            for number, cell in enumerate(self.nb.cells, start=1)
+            if cell.cell_type == "code" and cell.source.strip()
+        ]
+
+
+def tags(cell: nbformat.NotebookNode) -> set[str]:
+    """The tags of a cell."""
+    return set(cell.metadata.get("tags", []))
+
+
+def find(places: Iterable[Path]) -> list[Path]:
+    """The notebooks at some places, each a notebook or a folder of them, sorted.
+
+    Raises:
+        FileNotFoundError: there is nothing at a place.
+    """
+    found = []
+    for place in places:
+        if not place.exists():
+            raise FileNotFoundError(f"There is no notebook and no folder at {place}.")
+        within = place.rglob("*.ipynb") if place.is_dir() else [place]
+        found += [path for path in within if ".ipynb_checkpoints" not in path.parts]
+    return sorted(found)

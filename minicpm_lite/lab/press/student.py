@@ -1,0 +1,59 @@
+"""A student's copy of a notebook: the same chapter without solutions, wrong answers and outputs."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...optional import require
+from .notebook import KEY, Notebook
+from .stamps import recorded_files
+
+_nbconvert = require(
+    "nbconvert.preprocessors", install="minicpm_lite[notebooks]", purpose="make a student's copy"
+)
+
+SOLUTION_MARKER = re.compile(r"\{solution(-start|-end)?\}")
+_EXERCISE_START = re.compile(r"```+\{exercise-start\}([^\n]*)\n(?::[^\n]*\n)*```+\n*")
+_EXERCISE_END = re.compile(r"\n*```+\{exercise-end\}\s*```+")
+
+
+def student_copy(notebook: Notebook, path: Path) -> Notebook:
+    """The copy, to be written to `path`.
+
+    The frames of the exercises become headings, because Jupyter does not know the book's directives.
+    """
+    nb, _ = _nbconvert.TagRemovePreprocessor(remove_cell_tags={"solution", "wrong"}).preprocess(
+        notebook.nb, {}
+    )
+    nb, _ = _nbconvert.ClearOutputPreprocessor().preprocess(nb, {})
+    nb.metadata.pop(KEY, None)
+    nb.cells = [c for c in nb.cells if c.cell_type != "markdown" or not SOLUTION_MARKER.search(c.source)]
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            headed = _EXERCISE_START.sub(lambda start: f"**Exercise: {start[1].strip()}**\n\n", cell.source)
+            cell.source = _EXERCISE_END.sub("", headed)
+    return Notebook(path, nb)
+
+
+def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
+    """Write a copy of each notebook, and the recorded runs it reads, to `out`, in folders of the same names.
+
+    Raises:
+        FileExistsError: a copy would overwrite a file, perhaps a student's work.
+    """
+    written = []
+    for path in paths:
+        target = out / path.resolve().parent.name / path.name
+        if target.exists():
+            raise FileExistsError(f"{target} exists already; remove it, or give another folder.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        notebook = Notebook.read(path)
+        student_copy(notebook, target).write()
+        for file in recorded_files(notebook):
+            beside = target.parent / os.path.relpath(file, path.parent)
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, beside)
+        written.append(target)
+    return written

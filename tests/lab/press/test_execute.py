@@ -1,0 +1,163 @@
+"""Runs in real kernels: stale notebooks only, side by side, twice the same; a failure leaves the file alone."""
+
+import io
+import json
+import re
+import sys
+
+import nbformat
+import pytest
+from conftest import code
+from nbformat.v4 import new_notebook
+from tqdm import tqdm
+
+from minicpm_lite.lab.press import execute
+from minicpm_lite.lab.press.__main__ import main
+from minicpm_lite.lab.press.notebook import KEY, Notebook
+
+CELLS = [
+    "import sys\nfrom tqdm.auto import tqdm\n\nprint('first')\nprint('noise', file=sys.stderr)",
+    "for _ in tqdm(range(3)):\n    pass\nfor _ in tqdm(range(3), file=sys.stdout):\n    pass\nobject()",
+    "import ipywidgets\nfrom IPython.display import display\n\n"
+    "display(ipywidgets.IntSlider()._repr_mimebundle_() | {'text/html': '<b>1</b>'}, raw=True)",
+    "import torch\n\nmemory = bytearray(200_000_000)\n"
+    f"print(sys.executable == {sys.executable!r}, torch.get_num_threads())",
+]
+
+
+def notebook(path, *sources):
+    cells = [code(source) for source in sources]
+    for place, cell in enumerate(cells):
+        cell.id = f"cell-{place}"
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def after_a_run(tmp_path_factory):
+    """A notebook that has run."""
+    path = notebook(tmp_path_factory.mktemp("run") / "topic.ipynb", *CELLS)
+    assert execute.run([path])
+    return path
+
+
+def test_a_run_keeps_what_is_the_same_and_drops_the_rest(after_a_run):
+    nb = nbformat.read(after_a_run, as_version=4)
+    outputs = [cell.outputs for cell in nb.cells]
+    assert [output.text for output in outputs[0]] == ["first\n"]
+    assert [output.data["text/plain"] for output in outputs[1]] == ["<object at 0x...>"]
+    assert [output.data for output in outputs[2]] == [
+        {"text/html": "<b>1</b>", "text/plain": "IntSlider(value=0)"}
+    ]
+    assert [output.text for output in outputs[3]] == ["True 1\n"], "this interpreter, one thread"
+    assert [cell.execution_count for cell in nb.cells] == [1, 2, 3, 4]
+    assert set(nb.metadata) == {"kernelspec", "language_info", KEY}
+    record = nb.metadata[KEY]
+    assert set(record) == {"stamp", "version", "seconds", "peak_memory_mb", "device"}
+    assert 200 < record["peak_memory_mb"] < 900, "the kernel's own memory, not that of the process above it"
+
+
+def test_only_stale_notebooks_run_and_twice_gives_the_same_bytes(after_a_run, capsys):
+    first = after_a_run.read_bytes()
+    stale = notebook(after_a_run.with_name("stale.ipynb"), "1 + 1")
+    assert main(["run", str(after_a_run.parent)]) == 0
+    fresh_line, *stale_line = sorted(capsys.readouterr().out.splitlines(), reverse=True)
+    assert fresh_line == f"{after_a_run}: up to date"
+    assert f"{stale}: ran, because it was never run to the end: " in stale_line[0]
+    assert after_a_run.read_bytes() == first
+    assert nbformat.read(stale, as_version=4).cells[0].outputs[0].data["text/plain"] == "2"
+    assert main(["run", "--force", str(after_a_run)]) == 0
+    assert after_a_run.read_bytes() == first
+
+
+def test_a_failing_notebook_is_left_as_it_was(tmp_path, capsys):
+    path = notebook(tmp_path / "topic.ipynb", "x = 1", "raise ValueError('the loss is not a number')")
+    before = path.read_bytes()
+    assert main(["run", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED" in said and "the loss is not a number" in said and "raise ValueError" in said
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_they_run_side_by_side(tmp_path, monkeypatch):
+    """Each of two waits for the other, and gives up after a minute."""
+    monkeypatch.setattr(execute, "cores", lambda: 2)
+    meet = "import pathlib, time\n\npathlib.Path('{}').touch()\nend = time.time() + 60\n" + (
+        "while not pathlib.Path('{}').exists():\n    assert time.time() < end\n    time.sleep(0.05)"
+    )
+    for me, other in ("ab", "ba"):
+        notebook(tmp_path / f"{me}.ipynb", meet.format(me, other))
+    assert execute.run([tmp_path / "a.ipynb", tmp_path / "b.ipynb"])
+
+
+def test_the_longest_begin_and_what_fails_stops_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(execute, "cores", lambda: 1)
+    for name, seconds in (("short", 3), ("long", 50), ("fails", 20)):
+        path = notebook(tmp_path / f"{name}.ipynb", "1 / 0" if name == "fails" else "1")
+        seen = Notebook.read(path)
+        seen.nb.metadata[KEY] = {"seconds": seconds}
+        seen.write()
+    notebook(tmp_path / "new.ipynb", "1")
+    (tmp_path / "broken.ipynb").write_text("{")
+    assert main(["run", str(tmp_path)]) == 1
+    told = re.findall(r"(\w+)\.ipynb(?:: ran|.* is not a notebook)", capsys.readouterr().out)
+    assert told == ["broken", "new", "long", "fails", "short"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"total": 9_000_000, "unit_scale": True}, {"total": None}, {"unit": "B"}]
+)
+def test_bars_of_every_kind_are_found(options):
+    written = io.StringIO()
+    for _ in tqdm(iter(range(3)), file=written, desc="loss 2.31", **{"total": 3} | options):
+        pass
+    bars = [line for line in written.getvalue().split("\r") if line.strip()]
+    assert bars and all(map(execute.PROGRESS_BAR.search, bars)), bars
+
+
+def test_printed_lines_that_look_like_bars_stay():
+    lines = ["| 50%| half of the steps |", "5it [sic]", "30%|70% split", "kept 50%| 1/2 of the pages"]
+    assert not any(map(execute.PROGRESS_BAR.search, lines))
+
+
+def test_measured_figures_settle():
+    assert execute._settled(12, None, slack=5) == 12
+    assert execute._settled(12, 10, slack=5) == 10
+    assert execute._settled(100, 90, slack=5) == 90
+    assert execute._settled(190, 100, slack=5) == 190
+
+
+def test_no_notebook_at_a_place(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "nothing.ipynb")]) == 2
+    assert "There is no notebook and no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"nbformat": 4, "nbformat_minor": 5, "cells": 7}', '{"nbformat": 9}']
+)
+def test_a_broken_notebook_does_not_end_the_check_of_the_others(tmp_path, capsys, content):
+    (tmp_path / "broken.ipynb").write_text(content)
+    notebook(tmp_path / "topic.ipynb", "1")
+    assert main(["check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'broken.ipynb'} is not a notebook: " in said
+    assert f"{tmp_path / 'topic.ipynb'}: The outputs are stale" in said
+
+
+def test_checkpoints_are_not_notebooks(tmp_path, capsys):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    notebook(tmp_path / ".ipynb_checkpoints" / "topic-checkpoint.ipynb", "1")
+    assert main(["check", str(tmp_path)]) == 0
+    assert "0 notebooks" in capsys.readouterr().out
+
+
+def test_a_notebook_is_written_whole_or_not_at_all(tmp_path):
+    path = notebook(tmp_path / "topic.ipynb", "1")
+    before = path.read_bytes()
+    broken = Notebook.read(path)
+    broken.nb.cells[0].cell_type = "nonsense"
+    with pytest.raises(nbformat.ValidationError):
+        broken.write()
+    assert path.read_bytes() == before
+    assert json.loads(before)["nbformat"] == 4

@@ -1,0 +1,290 @@
+"""Each gate refuses the notebook it is there for, and no other gate does; the clean chapter passes all."""
+
+import nbformat
+import pytest
+from conftest import (
+    BLANK,
+    CHECK,
+    PICTURE,
+    PROMPT,
+    SOLUTION,
+    SOLUTION_END,
+    SOLUTION_START,
+    START,
+    WRONG,
+    chapter,
+    code,
+)
+from nbformat.v4 import new_markdown_cell, new_output
+
+from minicpm_lite.lab.press.__main__ import main
+from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, problems, student_problems
+from minicpm_lite.lab.press.notebook import KEY, Notebook
+from minicpm_lite.lab.press.student import student_copy, write_student_copies
+
+
+def test_the_clean_chapter_passes(write, capsys):
+    path = write(chapter())
+    assert problems(path) == []
+    assert main(["check", str(path)]) == 0
+    assert "No problems in 1 notebook." in capsys.readouterr().out
+
+
+def no_seed(nb):
+    nb.cells[START].source = 'from minicpm_lite import lab\n\nlab.start(library="0.1")'
+
+
+def no_start(nb):
+    nb.cells[START].source = "from minicpm_lite import lab"
+
+
+def start_comes_late(nb):
+    nb.cells.insert(START, code("1 + 1", "2"))
+
+
+def traceback_shown(nb):
+    nb.cells[PICTURE].outputs += [new_output("error", ename="ValueError", evalue="no", traceback=["no"])]
+
+
+def no_alt_text(nb):
+    del nb.cells[PICTURE].metadata["mystnb"]
+
+
+def markdown_image_without_alt_text(nb):
+    nb.cells[0].source += "\n\n![](grid.png)"
+
+
+def html_image_without_alt_text(nb):
+    nb.cells[PICTURE].outputs = [new_output("display_data", {"text/html": '<p><img src="grid.png"></p>'})]
+
+
+def cdn_in_output(nb):
+    html = '<script src="https://cdn.jsdelivr.net/npm/vega"></script>'
+    nb.cells[PICTURE].outputs += [new_output("display_data", {"text/html": html})]
+
+
+def cdn_in_code(nb):
+    nb.cells[PICTURE].source += '\nload("https://unpkg.com/three")'
+
+
+def remote_image(nb):
+    nb.cells[0].source += "\n\n![A grid](https://example.org/grid.png)"
+
+
+def remote_style(nb):
+    html = "<style>@import url(//example.org/a.css)</style>"
+    nb.cells[PICTURE].outputs += [new_output("display_data", {"text/html": html})]
+
+
+def progress_bar(nb):
+    nb.cells[PICTURE].outputs += [
+        new_output("stream", text=" 40%|████      | 4/10 [00:01<00:01,  3.9it/s]\n")
+    ]
+
+
+def path_of_the_machine(nb):
+    nb.cells[PICTURE].outputs += [new_output("stream", text="saved to /home/someone/run.safetensors\n")]
+
+
+def redefines_function(nb):
+    nb.cells[PICTURE].source += "\n\n\ndef load_config(name):\n    return name"
+
+
+def redefines_by_assignment(nb):
+    nb.cells[PICTURE].source += "\n\nWSD, step = 1, 2"
+
+
+def no_check(nb):
+    del nb.cells[CHECK]
+    nb.cells[SOLUTION - 1].source = "check.accepts(1)"
+
+
+def check_without_hint(nb):
+    nb.cells[CHECK].source = nb.cells[CHECK].source.replace(', "Twice 2 is 4."', "")
+
+
+def no_solution(nb):
+    del nb.cells[SOLUTION]
+
+
+def one_wrong_answer(nb):
+    nb.cells[WRONG].source = "check_twice.rejects(lambda x: x)"
+
+
+def blank_filled_in(nb):
+    nb.cells[BLANK].source = "def twice(x):\n    return 2 * x"
+    nb.cells[CHECK].outputs = nb.cells[SOLUTION].outputs
+
+
+def wrong_answers_shown(nb):
+    nb.cells[WRONG].metadata["tags"] = ["wrong"]
+
+
+def check_before_exercise(nb):
+    nb.cells.insert(PROMPT, code("check_nothing(1)", tags=("check",)))
+
+
+def solution_not_folded(nb):
+    nb.cells[SOLUTION_START] = new_markdown_cell("The solution.", id="cell-6")
+    nb.cells[SOLUTION_END] = new_markdown_cell("That was it.", id="cell-8")
+
+
+def solution_not_closed(nb):
+    nb.cells[SOLUTION_END] = new_markdown_cell("That was it.", id="cell-8")
+
+
+def solution_closed_twice(nb):
+    nb.cells.append(new_markdown_cell("```{solution-end}\n```", id="cell-10"))
+
+
+def too_large(nb):
+    nb.cells[PICTURE].outputs[0].data["image/png"] = "a" * (FILE_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "gate", "says"),
+    [
+        (no_seed, "_starts", "lab.start"),
+        (no_start, "_starts", "lab.start"),
+        (start_comes_late, "_starts", "lab.start"),
+        (traceback_shown, "_executed", "traceback"),
+        (too_large, "_within_budget", "3.0 MB; the budget is 3 MB"),
+        (no_alt_text, "_described", "without alt text"),
+        (markdown_image_without_alt_text, "_described", "without alt text"),
+        (html_image_without_alt_text, "_described", "without alt text"),
+        (cdn_in_output, "_offline", "network"),
+        (cdn_in_code, "_offline", "CDN"),
+        (remote_image, "_offline", "network"),
+        (remote_style, "_offline", "network"),
+        (progress_bar, "_clean", "progress bar"),
+        (path_of_the_machine, "_clean", "/home/someone"),
+        (redefines_function, "_keeps_names", "redefines load_config"),
+        (
+            redefines_by_assignment,
+            "_keeps_names",
+            "redefines WSD, a public name of minicpm_lite.training.wsd",
+        ),
+        (no_check, "_exercises_complete", "no check"),
+        (check_without_hint, "_exercises_complete", "without a hint"),
+        (no_solution, "_exercises_complete", "no solution"),
+        (one_wrong_answer, "_exercises_complete", "1 wrong answers"),
+        (blank_filled_in, "_exercises_complete", "not shown as unfinished"),
+        (check_before_exercise, "_exercises_complete", "before any cell tagged exercise"),
+        (wrong_answers_shown, "_solutions_folded", "remove-cell"),
+        (solution_not_folded, "_solutions_folded", "not between"),
+        (solution_not_closed, "_solutions_folded", "has no {solution-end}"),
+        (solution_closed_twice, "_solutions_folded", "none is open"),
+    ],
+)
+def test_a_spoilt_chapter_fails_one_gate(write, spoil, gate, says):
+    nb = chapter()
+    spoil(nb)
+    path = write(nb)
+    notebook = Notebook.read(path)
+    assert [g.__name__ for g in GATES if list(g(notebook))] == [gate]
+    assert any(says in problem for problem in problems(path))
+
+
+def edited_after_the_run(nb):
+    nb.cells[PICTURE].source += "\n1 + 1"
+
+
+def never_run(nb):
+    del nb.metadata[KEY]
+
+
+def one_cell_not_run(nb):
+    nb.cells[PICTURE].execution_count = None
+
+
+def run_out_of_order(nb):
+    nb.cells[PICTURE].execution_count = 7
+
+
+def too_slow(nb):
+    nb.metadata[KEY]["seconds"] = 181
+
+
+def too_much_memory(nb):
+    nb.metadata[KEY]["peak_memory_mb"] = 3001
+
+
+@pytest.mark.parametrize(
+    ("spoil", "gate", "says"),
+    [
+        (edited_after_the_run, "_fresh", "stale: its code cells changed"),
+        (never_run, "_fresh", "never run"),
+        (one_cell_not_run, "_executed", "not run"),
+        (run_out_of_order, "_executed", "in order"),
+        (too_slow, "_within_budget", "181 s; the budget is 180 s"),
+        (too_much_memory, "_within_budget", "3,001 MB; the budget is 3,000 MB"),
+    ],
+)
+def test_a_chapter_spoilt_after_its_run_fails_one_gate(write, spoil, gate, says):
+    path = write(chapter())
+    nb = nbformat.read(path, as_version=4)
+    spoil(nb)
+    nbformat.write(nb, path)
+    notebook = Notebook.read(path)
+    assert [g.__name__ for g in GATES if list(g(notebook))] == [gate]
+    assert any(says in problem for problem in problems(path))
+
+
+def test_check_tells_and_fails(write, capsys):
+    nb = chapter()
+    no_seed(nb)
+    path = write(nb)
+    assert main(["check", str(path)]) == 1
+    assert f"{path}: The first code cell does not call lab.start" in capsys.readouterr().out
+
+
+def test_every_gate_has_a_fixture():
+    fixtures = [
+        *test_a_spoilt_chapter_fails_one_gate.pytestmark,
+        *test_a_chapter_spoilt_after_its_run_fails_one_gate.pytestmark,
+    ]
+    assert {gate for mark in fixtures for _, gate, _ in mark.args[1]} == {gate.__name__ for gate in GATES}
+
+
+def test_imports_and_names_of_its_own_redefine_nothing(write):
+    nb = chapter()
+    nb.cells[PICTURE].source += "\nfrom minicpm_lite import load_config\n\nnaive_WSD = load_config"
+    assert problems(write(nb)) == []
+
+
+def test_a_students_copy_has_exercises_but_no_solutions(write, tmp_path, capsys):
+    path = write(chapter())
+    recorded = path.parent / "recorded" / "topic-loss.json"
+    recorded.parent.mkdir()
+    recorded.write_text("[]")
+    assert main(["student", str(tmp_path / "copies"), str(path)]) == 0
+    copy = tmp_path / "copies" / path.parent.name / path.name
+    assert capsys.readouterr().out.strip() == str(copy)
+    assert student_problems(copy) == []
+    cells = nbformat.read(copy, as_version=4).cells
+    assert [cell.id for cell in cells] == [
+        f"cell-{place}" for place in (0, START, PICTURE, PROMPT, BLANK, CHECK)
+    ]
+    assert cells[PROMPT].source == "**Exercise: Twice**\n\nWrite `twice`."
+    assert (copy.parent / "recorded" / "topic-loss.json").read_text() == "[]"
+    with pytest.raises(FileExistsError, match="exists already"):  # it may hold a student's work
+        write_student_copies([path], tmp_path / "copies")
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (code("check_twice.accepts(lambda x: 2 * x)"), "accepts or rejects"),
+        (code("twice = lambda x: 2 * x", tags=("solution",)), "tagged as a solution"),
+        (code("lambda x: x", tags=("wrong",)), "wrong answers"),
+        (new_markdown_cell("```{solution-start} ex-twice\n```"), "frame of a solution"),
+        (code("def twice(x):\n    return 2 * x", tags=("exercise",)), "filled in"),
+        (code("1 + 1", "2"), "output"),
+    ],
+)
+def test_a_solution_left_in_a_students_copy_is_found(write, tmp_path, cell, says):
+    copy = student_copy(Notebook.read(write(chapter())), tmp_path / "copy.ipynb")
+    copy.nb.cells.append(cell)
+    copy.write()
+    [problem] = student_problems(copy.path)
+    assert says in problem

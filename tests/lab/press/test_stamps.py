@@ -1,0 +1,144 @@
+"""A stamp notices what can change an output, and nothing else."""
+
+import pytest
+from conftest import PICTURE, START, chapter
+
+from minicpm_lite.lab.press.notebook import Notebook
+from minicpm_lite.lab.press.stamps import recorded_files, stamp, why_stale
+
+MODULES = {
+    "__init__.py": "from .config import load_config\n",
+    "config.py": "def load_config(name):\n    return open(name)\n",
+    "configs/small.yaml": "model: 1",
+    "configs/large.yaml": "model: 2",
+    "data/__init__.py": "",
+    "data/texts.py": "from pathlib import Path\nread = (Path(__file__).parent / 'assets' / 'novels').iterdir\n",
+    "data/assets/novels/emma.txt": "Emma Woodhouse",
+    "language/__init__.py": "",
+    "language/decoder.py": (
+        '"""What it is."""\nfrom . import rope\n\ndef decode():\n    """Decode."""\n    return rope.turn()\n'
+    ),
+    "language/rope.py": "def turn():\n    return 1  # radian\n",
+    "training/__init__.py": "from .wsd import WSD\nfrom .trainer import train\n",
+    "training/wsd.py": "class WSD: pass\n",
+    "training/trainer.py": "def train():\n    from ..language.decoder import decode\n    decode()\n",
+}
+TRAINER = {"training/trainer.py", "language/decoder.py", "language/rope.py"}
+CONFIGS = {"configs/small.yaml", "configs/large.yaml"}
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A library in small."""
+    for name, source in MODULES.items():
+        file = tmp_path / "minicpm_lite" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    return tmp_path / "minicpm_lite"
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """A notebook that imports from it."""
+
+    def build(*sources: str) -> Notebook:
+        nb = chapter()
+        nb.cells[START].source, nb.cells[PICTURE].source = (
+            "%matplotlib inline\n" + sources[0],
+            "\n".join(sources[1:]),
+        )
+        return Notebook(tmp_path / "topic.ipynb", nb)
+
+    return build
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    return {part for part in before if before[part] != after[part]}
+
+
+def test_code_and_tags_count_but_prose_and_outputs_do_not(notebook):
+    topic = notebook("x = 1")
+    before = stamp(topic)
+    topic.nb.cells[0].source = "# Another title"
+    topic.nb.cells[PICTURE].outputs = []
+    topic.nb.cells[PICTURE].metadata["mystnb"] = {"image": {"alt": "Another text."}}
+    assert stamp(topic) == before
+    topic.nb.cells[START].metadata["tags"] = ["hide-input"]
+    assert changed(before, stamp(topic)) == {"cells"}
+    topic.nb.cells[START].metadata["tags"] = []
+    topic.nb.cells[START].source += "\n"  # an editor's last line is no change
+    assert stamp(topic) == before
+    topic.nb.cells[START].source += "y = 2"
+    assert changed(before, stamp(topic)) == {"cells"}
+
+
+@pytest.mark.parametrize(
+    ("imports", "reached"),
+    [
+        ("import numpy", set()),
+        ("import minicpm_lite.language.rope", {"language/rope.py"}),
+        ("from minicpm_lite.language import rope", {"language/rope.py"}),
+        ("from minicpm_lite.language.decoder import decode", {"language/decoder.py", "language/rope.py"}),
+        ("from minicpm_lite import load_config", {"config.py"}),
+        ("from minicpm_lite.training import WSD", {"training/wsd.py"}),
+        ("from minicpm_lite.training import train as t", TRAINER),
+        ("import minicpm_lite.training as t", TRAINER | {"training/wsd.py"}),
+        ("import minicpm_lite\nminicpm_lite.load_config('small')", {"config.py", "configs/small.yaml"}),
+        ("from minicpm_lite import load_config\nload_config(name)", {"config.py"} | CONFIGS),
+        ("from minicpm_lite import load_config as lc\nlc('small')", {"config.py", "configs/small.yaml"}),
+        ("from minicpm_lite import load_config as lc\nread = lc\nread('small')", {"config.py"} | CONFIGS),
+        ("from minicpm_lite.data.texts import read", {"data/texts.py", "data/assets/novels/emma.txt"}),
+    ],
+)
+def test_what_a_notebook_reaches_counts_and_the_rest_does_not(library, notebook, imports, reached):
+    topic = notebook(imports)
+    before = stamp(topic, library)
+    for name in MODULES:
+        file = library / name
+        content = file.read_text()
+        file.write_text(content + ("\nadded = 1\n" if name.endswith(".py") else "\nadded: 1\n"))
+        expected = name in reached or (name.endswith("__init__.py") and _holds(name, reached))
+        assert (stamp(topic, library) != before) == expected, name
+        file.write_text(content)
+
+
+def _holds(package: str, reached: set[str]) -> bool:
+    return any(
+        file.endswith(".py") and file.startswith(package.removesuffix("__init__.py")) for file in reached
+    )
+
+
+def test_docstrings_and_comments_of_the_library_do_not_count(library, notebook):
+    topic = notebook("from minicpm_lite.language.decoder import decode")
+    before = stamp(topic, library)
+    decoder, rope = library / "language" / "decoder.py", library / "language" / "rope.py"
+    decoder.write_text(decoder.read_text().replace("What it is", "Another").replace("Decode", "Decodes"))
+    rope.write_text("# new\n\n" + rope.read_text().replace("radian", "rad"))
+    assert stamp(topic, library) == before
+    rope.write_text(rope.read_text().replace("1", "2"))
+    assert changed(before, stamp(topic, library)) == {"library"}
+
+
+def test_recorded_runs_count(notebook, tmp_path):
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "other" / "recorded").mkdir(parents=True)
+    for file in ("recorded/topic.json", "recorded/stranger.json", "other/recorded/model.json"):
+        (tmp_path / file).write_text("[1]")
+    topic = notebook("x = 1", 'open("other/recorded/model.json")')
+    assert [file.name for file in recorded_files(topic)] == ["model.json", "topic.json"]
+    before = stamp(topic)
+    (tmp_path / "recorded" / "stranger.json").write_text("[2]")
+    assert stamp(topic) == before
+    for file in ("recorded/topic.json", "other/recorded/model.json"):
+        (tmp_path / file).write_text("[2]")
+        assert changed(before, stamp(topic)) == {"recorded"}
+        (tmp_path / file).write_text("[1]")
+
+
+def test_a_stale_notebook_says_why(write, tmp_path):
+    topic = Notebook.read(write(chapter()))
+    assert why_stale(topic) is None
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded" / "topic.json").write_text("[]")
+    topic.nb.cells[START].source += "\n1"
+    assert why_stale(topic) == "its code cells changed, and its recorded runs changed"

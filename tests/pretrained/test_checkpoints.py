@@ -1,0 +1,685 @@
+"""Checkpoints: written and read by transformers and by us, nothing lost on the way, and every damage named."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, processors
+from torch.testing import assert_close
+
+import minicpm_lite
+from minicpm_lite import ModelConfig
+from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
+from minicpm_lite.language.decoder import Decoder, fold_to_llama
+from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
+from minicpm_lite.pretrained import checkpoints, weights
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
+
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=99,
+    max_position_embeddings=64,
+)
+MULTIPLIERS = dict(scale_emb=12, scale_depth=1.4, dim_model_base=32, init_std=0.1)
+OURS = {
+    "llama": ModelConfig(**SHAPE, init_std=0.1),
+    "llama, untied": ModelConfig(**SHAPE, init_std=0.1, tie_word_embeddings=False),
+    "minicpm": ModelConfig(**SHAPE, **MULTIPLIERS),
+    "minicpm, untied": ModelConfig(**SHAPE, **MULTIPLIERS, tie_word_embeddings=False),
+    "minicpm3": ModelConfig(
+        **SHAPE | {"num_key_value_heads": 4}, **MULTIPLIERS, head_dim=24,
+        latent_attention=LatentAttentionConfig(24, 16, 16, 8, 12),
+    ),
+    "minicpm, experts": ModelConfig(**SHAPE, **MULTIPLIERS, mixture=MixtureConfig(5, 2)),
+    "mixtral": ModelConfig(**SHAPE, init_std=0.1, mixture=MixtureConfig(5, 2)),
+}  # fmt: skip
+IDS = torch.arange(34).view(2, 17)
+
+
+def make_model(config: ModelConfig) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones would hide norms that were exchanged
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def transformers_models() -> dict:
+    import transformers as tf
+
+    shape = SHAPE | {"initializer_range": 0.1}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    return {
+        "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**shape, **rope)),
+        "llama, tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**shape, tie_word_embeddings=True)),
+        "llama, wide heads": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**shape, head_dim=24)),
+        "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**shape, sliding_window=None)),
+        "granite": lambda: tf.GraniteForCausalLM(
+            tf.GraniteConfig(
+                **shape,
+                attention_multiplier=0.25,
+                embedding_multiplier=12.0,
+                residual_multiplier=0.22,
+                logits_scaling=8.0,
+            )
+        ),
+        "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**shape, num_local_experts=5)),
+        "minicpm3": lambda: tf.MiniCPM3ForCausalLM(
+            tf.MiniCPM3Config(
+                **shape | {"num_key_value_heads": 4},
+                dim_model_base=32,
+                q_lora_rank=24,
+                kv_lora_rank=16,
+                qk_nope_head_dim=16,
+                qk_rope_head_dim=8,
+                v_head_dim=12,
+            )
+        ),
+        "longrope": lambda: tf.LlamaForCausalLM(
+            tf.LlamaConfig(
+                **shape,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 500.0,
+                    "original_max_position_embeddings": 16,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0 + index for index in range(8)],
+                },
+            )
+        ),
+    }
+
+
+@pytest.mark.parametrize("shards", ["one file", "many files"])
+@pytest.mark.parametrize("name", transformers_models())
+@torch.no_grad()
+def test_what_transformers_wrote_computes_the_same(name, shards, tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers_models()[name]().eval()
+    for parameter_name, parameter in theirs.named_parameters():
+        if "norm" in parameter_name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    size = {"one file": {}, "many files": {"max_shard_size": "20KB"}}[shards]
+    theirs.save_pretrained(tmp_path, **size)
+    assert ("model.safetensors.index.json" in os.listdir(tmp_path)) == (shards == "many files")
+    ours = load_pretrained(tmp_path)
+    assert_close(ours(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("llama", None),
+        ("llama, untied", None),
+        ("llama", "granite"),
+        ("minicpm", "granite"),
+        ("minicpm, untied", "granite"),
+        ("minicpm3", None),
+        ("mixtral", None),
+    ],
+)
+@torch.no_grad()
+def test_what_we_wrote_computes_the_same_in_transformers(name, family, max_shard_bytes, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(OURS[name])
+    save_pretrained(model, tmp_path / "model", model_type=family, max_shard_bytes=max_shard_bytes)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.config.dtype == torch.float32
+    assert_close(model(IDS), theirs.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_folded_model_opens_as_a_llama(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(OURS["minicpm"])
+    save_pretrained(fold_to_llama(model), tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    assert_close(model(IDS), theirs.eval()(IDS).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000])
+@pytest.mark.parametrize("name", OURS)
+@torch.no_grad()
+def test_what_we_wrote_we_read_bit_for_bit(name, max_shard_bytes, tmp_path):
+    model = make_model(OURS[name])
+    save_pretrained(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
+    again = load_pretrained(str(tmp_path / "model"))
+    assert again.config == model.config and not again.training
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for parameter, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, other) and parameter.requires_grad
+    assert torch.equal(again(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_type_in_memory_is_the_one_asked_for(dtype, tmp_path):
+    model = make_model(OURS["minicpm"])
+    save_pretrained(model, tmp_path / "model")
+    again = load_pretrained(tmp_path / "model", dtype)
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype}
+    assert torch.equal(again.norm.weight, model.norm.weight.to(dtype))
+    save_pretrained(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+def test_weights_are_held_in_floating_point(dtype, tmp_path):
+    save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    with pytest.raises((ValueError, TypeError), match="weights are held in torch.float32|torch._C.dtype"):
+        load_pretrained(tmp_path / "model", dtype)
+
+
+def test_a_model_does_not_hang_on_its_file(tmp_path):
+    model = make_model(OURS["llama"])
+    save_pretrained(model, tmp_path / "model")
+    again = load_pretrained(tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    with file.open("r+b") as stream:  # written over in place, as rsync may do
+        stream.write(bytes(file.stat().st_size))
+    assert torch.equal(again.embed_tokens.weight, model.embed_tokens.weight)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    save_pretrained(make_model(OURS["minicpm"]), folder)
+    return folder
+
+
+def change_tensors(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, file: str = "config.json", **values) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | values))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(Q), f"1 missing: {Q}"),
+        (lambda t: [t.pop(n) for n in list(t) if "layers.2." in n], "9 missing: .* and 5 more"),
+        (lambda t: t.update(stranger=torch.ones(1)), "1 unknown: stranger"),
+        (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)}), "1 unknown: .*q_proj.bias"),
+        (
+            lambda t: t.update({Q: t[Q][:32]}),
+            rf"1 of another shape: {Q} is \(32, 64\) and should be \(64, 64\)",
+        ),
+        (lambda t: t.update({Q: t[Q].to(torch.int8)}), f"{Q} in .* is stored as I8; only floating-point"),
+        (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), "is stored as F8_E4M3"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(99, 64)}),
+            "stores lm_head.weight with other values",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(saved, change, sentence):
+    change_tensors(saved, change)
+    with pytest.raises(ValueError, match=sentence):
+        load_pretrained(saved)
+
+
+def test_all_differences_are_reported_at_once(saved):
+    def change(tensors):
+        tensors["stranger"] = tensors.pop(Q)
+        tensors["model.norm.weight"] = torch.ones(3)
+
+    change_tensors(saved, change)
+    with pytest.raises(ValueError, match="missing.*unknown.*another shape.*Nothing was loaded"):
+        load_pretrained(saved)
+
+
+def test_harmless_tensors_are_passed_over(saved):
+    before = load_pretrained(saved)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    change_tensors(saved, change)
+    assert torch.equal(load_pretrained(saved)(IDS), before(IDS))
+
+
+def test_untied_needs_its_output_layer(saved):
+    change_config(saved, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
+        load_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "config.json is not valid JSON"),
+        (b"\xff\xfe", "config.json is not valid JSON"),
+        (b"[1]", r"config.json holds list '\[1\]'; expected names with values"),
+        (b"{}", "config.json: model_type is None"),
+        (b"[" * 200_000, "config.json is not valid JSON"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(saved, content, sentence):
+    (saved / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        load_pretrained(saved)
+
+
+def test_a_missing_file_is_named(saved, tmp_path):
+    (saved / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match="holds neither model.safetensors nor model.safetensors.index"
+    ):
+        load_pretrained(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match="There is no .*config.json; a model's folder holds its shape"
+    ):
+        load_pretrained(saved)
+    with pytest.raises(FileNotFoundError, match="There is no folder or file .*nowhere"):
+        load_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="There is no folder or file nowhere.gguf"):
+        load_pretrained("nowhere.gguf")
+    with pytest.raises(ValueError, match="elsewhere.safetensors is a file; expected the folder"):
+        load_pretrained(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no folder or file .*nobodyhere/model"):
+        load_pretrained("~nobodyhere/model")
+
+
+def test_a_config_of_more_layers_than_the_file_holds_is_refused_at_once(saved):
+    change_config(saved, num_hidden_layers=10**9)
+    with pytest.raises(
+        ValueError, match="holds 28 tensors, too few for the 1,000,000,000 layers of its config"
+    ):
+        load_pretrained(saved)
+
+
+def test_a_model_from_the_hub(saved, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, tuple(allow_patterns)))
+        if name != "openbmb/MiniCPM4-0.5B":
+            raise OSError("404: no such model")
+        return str(saved)
+
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setattr(checkpoints, "require", lambda module, install, purpose: hub)
+    model = load_pretrained("openbmb/MiniCPM4-0.5B")
+    assert torch.equal(model(IDS), load_pretrained(saved)(IDS))
+    assert {"config.json", "generation_config.json"} <= set(asked[0][1])
+    assert not any(pattern.endswith((".bin", "*")) for pattern in asked[0][1])
+    with pytest.raises(FileNotFoundError, match="no folder no/one, and the hub gave no model.*404"):
+        load_pretrained("no/one")
+    assert [name for name, _ in asked] == ["openbmb/MiniCPM4-0.5B", "no/one"]
+
+
+def test_without_the_hub_package_the_command_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        ImportError, match=r'needed to download a model.*pip install "minicpm_lite\[pretrained\]"'
+    ):
+        load_pretrained("openbmb/MiniCPM4-0.5B")
+
+
+@pytest.mark.parametrize("occupied", ["folder with a file", "file"])
+def test_nothing_is_overwritten(occupied, tmp_path):
+    place = tmp_path / "model"
+    if occupied == "file":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        save_pretrained(make_model(OURS["llama"]), place)
+    assert (place if occupied == "file" else place / "notes").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / ".model.writing").mkdir()
+    (tmp_path / ".model.writing/rest").write_text("of a killed process")
+    save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_empty_folder_behind_a_link_may_be_filled(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    save_pretrained(make_model(OURS["llama"]), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["config.json", "model.safetensors"]
+    with pytest.raises(FileExistsError, match="disk exists and holds something"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "link")
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="model could not be written: No space left"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(FileNotFoundError, match="There is no folder .*such to write folder into"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "no/such/folder")
+    monkeypatch.setattr(weights, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+def test_paths_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(make_model(OURS["llama"]), "~/model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert load_pretrained("~/model").config == load_pretrained("model").config
+    with pytest.raises(FileNotFoundError, match="no folder or file models.small.gguf"):
+        load_pretrained("models/small.gguf")  # a file that is missing, not a name on the hub
+
+
+def test_a_model_without_memory_is_not_written(tmp_path):
+    with torch.device("meta"):
+        model = Decoder(OURS["llama"])
+    with pytest.raises(ValueError, match="on the meta device"):
+        save_pretrained(model, tmp_path / "model")
+
+
+def test_a_model_that_was_changed_inside_is_not_written(tmp_path):
+    model = make_model(OURS["llama"])
+    model.layers[0].mlp.up_proj = torch.nn.Sequential(model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match="differ from those of a plain decoder in 2: .*Merge or undo"):
+        save_pretrained(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="max_shard_bytes is 0"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model", max_shard_bytes=0)
+    with pytest.raises(ValueError, match="has multipliers"):
+        save_pretrained(make_model(OURS["minicpm"]), tmp_path / "model", model_type="llama")
+    assert os.listdir(tmp_path) == []
+
+
+def tied_by_hand() -> Decoder:
+    model = make_model(OURS["llama, untied"])
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def a_layer_twice() -> Decoder:
+    model = make_model(OURS["llama"])
+    model.layers[1] = model.layers[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (tied_by_hand, "embed_tokens.weight and lm_head.weight"),
+        (a_layer_twice, "layers.0.self_attn.q_proj.weight and layers.1.self_attn.q_proj.weight"),
+    ],
+)
+def test_one_tensor_under_two_names_is_not_written(make, names, tmp_path):
+    """Written as two, they would be trained apart from then on."""
+    with pytest.raises(ValueError, match=f"{names} are one tensor under two names"):
+        save_pretrained(make(), tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+# Ids that end a text.
+
+ENDS = {"none": (), "one": (7,), "several": (2, 73, 11)}
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("name", ["llama", "minicpm", "minicpm3", "mixtral"])
+def test_the_ids_that_end_a_text_are_kept(name, ends, tmp_path):
+    model = make_model(replace(OURS[name], eos_token_id=ends))
+    save_pretrained(model, tmp_path / "a")
+    spelt = {(): None, (7,): 7}.get(ends, list(ends))
+    assert json.loads((tmp_path / "a/config.json").read_text())["eos_token_id"] == spelt
+    assert (tmp_path / "a/generation_config.json").exists() == bool(ends)
+    save_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "b")
+    assert load_pretrained(tmp_path / "b").config == model.config
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_the_ids_that_end_a_text_survive_transformers(family, ends, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(replace(OURS["llama"], eos_token_id=ends))
+    save_pretrained(model, tmp_path / "ours", model_type=family)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    found = theirs.generation_config.eos_token_id
+    assert tuple([found] if isinstance(found, int) else found or ()) == ends
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load_pretrained(tmp_path / "theirs").config == model.config
+
+
+@pytest.mark.parametrize(
+    "generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 3}, {"eos_token_id": [4, 5]}]
+)
+@pytest.mark.parametrize(
+    "config", [{}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [8, 9]}]
+)
+@pytest.mark.parametrize("family", ["granite", "minicpm3"])
+def test_a_text_ends_where_generate_of_transformers_ends_it(family, config, generation, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(OURS[{"granite": "minicpm"}.get(family, family)])
+    save_pretrained(model, tmp_path / "model", model_type=family)
+    values = json.loads((tmp_path / "model/config.json").read_text())
+    del values["eos_token_id"]
+    (tmp_path / "model/config.json").write_text(json.dumps(values | config))
+    if generation is not None:
+        (tmp_path / "model/generation_config.json").write_text(json.dumps({"top_p": 0.8} | generation))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id
+    ours = load_pretrained(tmp_path / "model").config.eos_token_id
+    assert ours == tuple([theirs] if isinstance(theirs, int) else theirs or ())
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", [99, -1, [2, 99], "</s>", 2.0, True, [[2]], {"a": 1}])
+def test_ids_outside_the_vocabulary_are_refused_by_file(file, ends, saved):
+    (saved / "generation_config.json").write_text("{}")
+    change_config(saved, file, eos_token_id=ends)
+    with pytest.raises(ValueError, match=f"/{file}: eos_token_id is .*; expected ids of the vocabulary"):
+        load_pretrained(saved)
+
+
+def test_a_generation_config_that_is_none_is_refused(saved):
+    (saved / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+        load_pretrained(saved)
+
+
+# Tokenizers.
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 3
+TEXTS = [
+    TEXT,
+    "  def f(x):\n\treturn x ** 2  # naïve café 帽 🙂\n\n",
+    "a<|end|>b <|end|> c",
+    "1984's 12,345",
+    "",
+]
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level vocabulary with a token that ends a text, the way released ones are."""
+    tokenizer = train_tokenizer(TEXT, 300)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("<|user|>", special=False, normalized=False)])
+    return tokenizer
+
+
+def wide_model(family: str, **changes) -> Decoder:
+    """A small model of a family that transformers knows, with a vocabulary for `make_tokenizer`."""
+    name = {"granite": "minicpm"}.get(family, family)
+    return make_model(replace(OURS[name], vocab_size=320, **changes))
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "minicpm3", "mixtral"])
+@pytest.mark.parametrize("kind", ["tokenizers", "ours"])
+def test_stock_transformers_opens_a_folder_and_writes_the_same_tokens(family, kind, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fast = make_tokenizer() if kind == "tokenizers" else train_tokenizer(TEXT, 300)
+    tokenizer = fast if kind == "tokenizers" else BytePairTokenizer.from_tokenizers(fast)
+    end = fast.token_to_id("<|end|>") if kind == "tokenizers" else 5
+    model = wide_model(family, eos_token_id=end)
+    save_pretrained(model, tmp_path / "model", tokenizer, model_type=family)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in TEXTS:
+        ids = fast.encode(text).ids
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == fast.decode(ids, skip_special_tokens=False) == text
+        assert load_tokenizer(tmp_path / "model").encode(text).ids == ids
+    assert theirs.eos_token == ("<|end|>" if kind == "tokenizers" else None)
+    assert theirs.model_max_length == 64
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.tensor([fast.encode("a single man").ids])
+    with torch.no_grad():
+        assert_close(model(ids), reference(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_reads_whole_texts_wherever_it_came_from(tmp_path):
+    whole = make_tokenizer()
+    ids = whole.encode(TEXT).ids
+    cutting = make_tokenizer()
+    cutting.enable_truncation(8)
+    cutting.enable_padding(length=2048, pad_id=0, pad_token="!")
+    save_pretrained(wide_model("llama"), tmp_path / "ours", cutting)
+    assert cutting.truncation and cutting.padding and len(cutting.encode(TEXT).ids) == 2048  # as it was
+    written = json.loads((tmp_path / "ours/tokenizer.json").read_text())
+    assert written["truncation"] is None and written["padding"] is None
+    (tmp_path / "theirs").mkdir()
+    cutting.save(str(tmp_path / "theirs/tokenizer.json"))
+    assert load_tokenizer(tmp_path / "theirs").encode(TEXT).ids == ids
+
+
+def test_what_begins_a_text_is_kept(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.token_to_id("<|end|>")
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", end)])
+    save_pretrained(wide_model("llama"), tmp_path / "model", tokenizer)
+    expected = tokenizer.encode("a man").ids
+    assert expected[0] == end
+    assert load_tokenizer(tmp_path / "model").encode("a man").ids == expected
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("a man")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("ends", [(64,), (301,)], ids=["an ordinary token", "an added one"])
+def test_an_end_that_is_no_special_token_is_not_made_one(ends, tmp_path):
+    """transformers would cut every text at it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer()
+    assert tokenizer.id_to_token(301) == "<|user|>"
+    save_pretrained(wide_model("llama", eos_token_id=ends), tmp_path / "model", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.eos_token is None
+    for text in [*TEXTS, "aaa baa abacus", "x<|user|>y"]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+
+
+def test_the_first_special_end_is_named(tmp_path):
+    tokenizer = make_tokenizer()
+    save_pretrained(wide_model("llama", eos_token_id=(3, 300, 301)), tmp_path / "model", tokenizer)
+    assert json.loads((tmp_path / "model/tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+
+
+def test_another_models_tokenizer_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="gives ids up to 301, and the model knows 99 ids"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model", make_tokenizer())
+    with pytest.raises(TypeError, match="The tokenizer is of type str"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model", "granite")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tokenizer_of_a_folder(saved):
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json.*sentencepiece"):
+        load_tokenizer(saved)
+    Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(saved / "tokenizer.json"))
+    assert load_tokenizer(saved).encode("a").ids == [0]
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        load_tokenizer(saved)
+
+
+# The promised name.
+
+
+def test_the_package_offers_it():
+    from minicpm_lite import load_pretrained as promised
+
+    assert promised is load_pretrained is minicpm_lite.load_pretrained
+    assert "load_pretrained" in dir(minicpm_lite) and "load_pretrained" in minicpm_lite.__all__
+    with pytest.raises(AttributeError, match="module 'minicpm_lite' has no attribute 'load_pretraind'"):
+        minicpm_lite.load_pretraind  # noqa: B018
+
+
+def test_to_list_the_models_torch_is_not_imported():
+    program = "import sys, minicpm_lite as m; m.list_configs(); dir(m); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+# Wrong readers that people really write. Each must differ from the reference by far more than rounding.
+WRONG = {
+    "gate and up exchanged": lambda n: n.replace("gate_proj", "x").replace("up_proj", "gate_proj").replace("x", "up_proj"),
+    "norms exchanged": lambda n: n.replace("input_", "x").replace("post_attention_", "input_").replace("x", "post_attention_"),
+    "key and value exchanged": lambda n: n.replace("k_proj", "x").replace("v_proj", "k_proj").replace("x", "v_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+@torch.no_grad()
+def test_wrong_readers_are_told_apart(saved, name, monkeypatch):
+    right = load_pretrained(saved)(IDS)
+    real = checkpoints.stored_name
+    monkeypatch.setattr(checkpoints, "stored_name", lambda own, family: real(WRONG[name](own), family))
+    assert (load_pretrained(saved)(IDS) - right).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_wrong_multiplier_is_told_apart(saved):
+    right = load_pretrained(saved)(IDS)
+    for change in (dict(scale_emb=1), dict(scale_depth=2.0), dict(dim_model_base=16)):
+        values = json.loads((saved / "config.json").read_text())
+        change_config(saved, **change)
+        wrong = load_pretrained(saved)
+        (saved / "config.json").write_text(json.dumps(values))
+        assert (wrong(IDS) - right).abs().max() > 1e-2
+        assert wrong.config == replace(OURS["minicpm"], **change)

@@ -1,0 +1,187 @@
+"""Rotary parameters: both spellings, and no key that transformers reads is passed over in silence."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.config import RopeScaling
+from minicpm_lite.pretrained.families import config_from_json, config_to_json
+from minicpm_lite.pretrained.rotary_parameters import rotary_from_json, rotary_to_json
+
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    vocab_size=99,
+    max_position_embeddings=64,
+)
+LLAMA = SHAPE | {"model_type": "llama", "rms_norm_eps": 1e-5}
+SCALINGS = {
+    "none": None,
+    "linear": RopeScaling("linear", 64, factor=2.0),
+    "dynamic": RopeScaling("dynamic", 64, factor=2.0),
+    "yarn": RopeScaling("yarn", 16, factor=4.0, beta_fast=16.0),
+    "yarn, attention_factor": RopeScaling("yarn", 16, factor=4.0, attention_factor=1.1),
+    "llama3": RopeScaling("llama3", 16, factor=4.0, high_freq_factor=3.0),
+    "longrope": RopeScaling("longrope", 16, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8),
+}
+
+
+def read(values: dict) -> dict:
+    """With a context of 64 tokens and a base of 10,000 as the family's defaults."""
+    defaults = {"max_position_embeddings": 64, "rope_theta": 10_000.0}
+    return rotary_from_json(
+        values, values.get("model_type", "llama"), lambda name: values.get(name, defaults[name])
+    )
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_what_is_written_is_read_again_in_both_spellings(name):
+    config = ModelConfig(**SHAPE, rope_theta=500.0, rope_scaling=SCALINGS[name])
+    values = rotary_to_json(config)
+    expected = {"rope_theta": 500.0} | ({} if SCALINGS[name] is None else {"rope_scaling": SCALINGS[name]})
+    assert read(values) == expected
+    old = {key: values[key] for key in ("rope_theta", "rope_scaling")}
+    new = {"rope_parameters": values["rope_parameters"]}
+    assert read(old) == read(new) == expected
+    assert config_from_json(config_to_json(config, "llama")) == config
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+        {
+            "rope_theta": 500.0,
+            "rope_scaling": None,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+        },
+    ],
+)
+def test_both_spellings_of_the_rotary_parameters(spelling):
+    config = config_from_json(LLAMA | spelling)
+    assert config.rope_theta == 500
+    assert config.rope_scaling == RopeScaling("linear", 64, factor=2.0)
+
+
+def test_the_original_context_may_stand_outside():
+    inside = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    assert read({"rope_scaling": inside})["rope_scaling"] == RopeScaling("yarn", 16, factor=4.0)
+    outside = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16}
+    assert read(outside) == read({"rope_scaling": inside})
+
+
+def test_yarn_by_two_magnitudes():
+    rope = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    factor = read({"rope_scaling": rope})["rope_scaling"].attention_factor
+    assert factor == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rope_scaling": {"factor": 4.0}}, "hold factor and no rope_type that reads"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one set for all layers"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of"),
+        ({"rope_scaling": {"type": "linear"}}, '"linear" needs a factor'),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "bend": 1}}, "of type 'linear' hold bend, unknown here"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, 'truncate of "yarn" is false'),
+        (
+            {"model_type": "minicpm3", "rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": 0.5}},
+            'mscale_all_dim of "yarn" is 0.5; the released attention multiplies its scores',
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_compute_otherwise_is_refused(values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read(values)
+
+
+def test_two_magnitudes_without_a_quotient_are_refused():
+    rope = {"rope_type": "yarn", "factor": math.e, "mscale": 1, "mscale_all_dim": -10}
+    with pytest.raises(ValueError, match="^here: .*division by zero"):
+        config_from_json(LLAMA | {"rope_scaling": rope}, "here")
+
+
+def test_a_dynamic_scaling_that_others_would_start_elsewhere_is_not_written():
+    config = ModelConfig(**SHAPE, rope_scaling=RopeScaling("dynamic", 16, factor=4.0))
+    with pytest.raises(ValueError, match='"dynamic" rope scaling starts at 16 tokens.*64'):
+        config_to_json(config, "llama")
+
+
+# Every key that transformers reads, with every method, in every attention.
+
+FACTORS = {
+    "short_factor": [1.0 + index / 8 for index in range(8)],
+    "long_factor": [1.0 + index for index in range(8)],
+}
+NEEDED = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "longrope": {"original_max_position_embeddings": 16} | FACTORS,
+    "proportional": {"factor": 2.0},
+}
+OTHER = {  # another value for every key
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.5,
+    "factor": 3.0,
+    "original_max_position_embeddings": 32,
+    "attention_factor": 1.3,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.6,
+    "truncate": False,
+    "mrope_section": [4, 2, 2],
+} | {name: factors[::-1] for name, factors in FACTORS.items()}
+FAMILIES = ("llama", "mistral", "granite", "mixtral", "minicpm3")
+
+
+def test_every_key_of_transformers_has_another_value_here():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+    assert RopeParameters.__annotations__.keys() - {"rope_type"} == OTHER.keys()
+    assert ROPE_INIT_FUNCTIONS.keys() | {"default"} == NEEDED.keys()
+
+
+@pytest.mark.parametrize("method", NEEDED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, method, both_sides):
+    plain = {"rope_type": method, "rope_theta": 10_000.0} | NEEDED[method]
+    sides = both_sides(family, rope_parameters=plain)
+    assert sides.agree()
+    assert isinstance(sides.ours, torch.Tensor) == (method != "proportional")
+    for key, value in OTHER.items():
+        sides = both_sides(family, rope_parameters=plain | {key: value})
+        assert sides.agree(), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitudes_of_yarn_are_applied_together_or_refused(family, both_sides):
+    keys = ("attention_factor", "mscale", "mscale_all_dim")
+    for count in range(1, 4):
+        for some in combinations(keys, count):
+            given = {key: OTHER[key] for key in some}
+            sides = both_sides(
+                family, rope_parameters={"rope_type": "yarn", "rope_theta": 500.0} | NEEDED["yarn"] | given
+            )
+            assert sides.agree(), some
+            refused = family == "minicpm3" and "mscale_all_dim" in some
+            assert isinstance(sides.ours, str) == refused, some
