@@ -148,8 +148,8 @@ class DistributedTrainer:
         model: ModelConfig,
         windows: Windows,
         schedule: Schedule,
-        config: TrainerConfig = TrainerConfig(),  # noqa: B008, frozen
-        layout: Layout = Layout(),  # noqa: B008, frozen
+        config: TrainerConfig = TrainerConfig(),
+        layout: Layout = Layout(),
         device: torch.device | str = "cpu",
         objective: Objective = next_token,
         frozen: Callable[[str], bool] = lambda name: False,

@@ -39,10 +39,10 @@ class Objective:
 
 
 def _next_token_loss(
-    model: nn.Module, window: Int[Tensor, "batch window"]
+    model: Decoder, window: Int[Tensor, "batch window"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     loss = token_losses(model, window).sum() / predicted(window).sum().clamp(min=1)
-    mixture = model.config.mixture if isinstance(model, Decoder) else None
+    mixture = model.config.mixture
     if mixture is None or mixture.balance_loss_weight == 0:
         return loss, loss.detach()
     return loss + mixture.balance_loss_weight * balance_loss(model), loss.detach()
@@ -53,6 +53,6 @@ def _predicted_tokens(window: Int[Tensor, "batch window"]) -> int:
 
 
 next_token = Objective(_next_token_loss, _predicted_tokens)
-"""Cross entropy of each predicted token given those before it, in nats a token.
+"""A decoder's cross entropy of each predicted token of a window, given those before it, in nats a token.
 
-What is minimised holds the balance loss of a decoder with experts, too: that of each pass, by its share."""
+With experts, what is minimised holds their balance loss, too: that of each pass, by its share."""

@@ -91,7 +91,7 @@ def plan_training(
     recipe: TrainingRecipe | None = None,
     *,
     gpus: int = 8,
-    layout: Layout = Layout(micro_batch=1, activation_checkpointing=True),  # noqa: B008, frozen
+    layout: Layout = Layout(micro_batch=1, activation_checkpointing=True),
     steps: int | None = None,
     batch_tokens: float | None = None,
     sequence_length: int | None = None,

@@ -82,9 +82,9 @@ class Trainer:
         model: nn.Module,
         batches: Int[Tensor, " tokens"] | Windows | Batches,
         schedule: Schedule,
-        config: TrainerConfig = TrainerConfig(),  # noqa: B008, frozen
+        config: TrainerConfig = TrainerConfig(),
         objective: Objective = next_token,
-        layout: Layout = Layout(),  # noqa: B008, frozen
+        layout: Layout = Layout(),
     ) -> None:
         if isinstance(batches, Tensor):
             batches = TokenWindows(batches, config.sequence_length, config.seed)
@@ -157,8 +157,8 @@ class Trainer:
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
         """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
 
-        For models that give logits of the next token. In float32 whatever the training precision. The model
-        is left as it was, training or not.
+        For decoders. In float32 whatever the training precision. The model is left as it was, training or
+        not.
         """
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)

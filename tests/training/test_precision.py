@@ -75,10 +75,11 @@ def test_tied_weights_stay_tied():
 
 
 def test_buffers_and_modes_are_the_module_s_own():
-    whole = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+    whole = nn.Sequential(line(1.0), nn.Dropout())
+    whole[0].register_buffer("mean", torch.tensor(0.1))
     copy = RoundedCopy(whole)
-    copy.refreshed()[0](torch.ones(4, 2, dtype=torch.bfloat16))
-    assert whole[0].num_batches_tracked == 1 and whole[0].running_mean.dtype == torch.float32
+    copy.refreshed()[0].mean.lerp_(torch.tensor(0.2), 0.5)
+    assert whole[0].mean == torch.tensor(0.15) and whole[0].mean.dtype == torch.float32
     whole[1].eval()
     assert [module.training for module in copy.refreshed()] == [True, False]
 

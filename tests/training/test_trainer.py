@@ -457,7 +457,7 @@ class Ranker(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.score, self.idle = nn.Embedding(40, 8), nn.Linear(8, 1), nn.Linear(8, 8)
+        self.table, self.score, self.idle = nn.Embedding(40, 8), nn.Linear(8, 1, bias=False), nn.Linear(8, 8)
         self.mix = nn.Linear(8, 8)
         self.table.requires_grad_(False)
         self.register_buffer("texts_read", torch.zeros((), dtype=torch.long))
@@ -510,7 +510,7 @@ class Adapter(nn.Module):
 
 def ranker(**how) -> Trainer:
     torch.manual_seed(0)
-    return Trainer(Ranker(), Pairs(), SCHEDULE, objective=PREFERENCE, **how)
+    return Trainer(Ranker(), Pairs(), WSD(0.1, 5, 25, 10), objective=PREFERENCE, **how)
 
 
 def adapted(**how) -> Trainer:
@@ -667,12 +667,17 @@ def test_nothing_to_train():
 
 def test_checks_of_a_vocabulary_are_for_decoders():
     """Another module may give ids a meaning of its own; the windows must still have the length of the config."""
-    bigram = nn.Embedding(60, 60)
-    run = Trainer(bigram, TOKENS + 15, SCHEDULE, CONFIG)
-    run.train(3, progress=False)
-    assert run.losses[2] < run.losses[0]
+
+    def bigram_loss(model, window):
+        loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        return loss, loss.detach()
+
+    bigram, objective = nn.Embedding(60, 60), Objective(bigram_loss, lambda window: window[:, 1:].numel())
+    run = Trainer(bigram, TOKENS + 15, SCHEDULE, CONFIG, objective)
+    run.train(9, progress=False)
+    assert run.losses[8] < run.losses[0]
     with pytest.raises(ValueError, match="predict 8 tokens each, and sequence_length is 16"):
-        Trainer(bigram, TokenWindows(TOKENS, 8, 0), SCHEDULE, CONFIG)
+        Trainer(bigram, TokenWindows(TOKENS, 8, 0), SCHEDULE, CONFIG, objective)
 
 
 def _unit_sums(model, window):
