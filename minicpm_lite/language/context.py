@@ -141,7 +141,7 @@ class KVCache(Context):
         self.room, self.padding, self.dtype = room, padding, dtype
         self.length = self.guesses = 0
         self._layers: dict[int, tuple[Tensor, ...]] = {}
-        self._angles: tuple[Tensor, Tensor] | None = None  # of every position there is room for
+        self._angles: Tensor | None = None  # cosine and sine of every position there is room for
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the tokens of a call.
@@ -185,9 +185,9 @@ class KVCache(Context):
         """Cosine and sine at some positions, from a table that is computed once."""
         if self._angles is None:
             everywhere = torch.arange(self.room, device=positions.device)
-            self._angles = scaled_angles(config, everywhere, self.room)
-        cos, sin = self._angles
-        return F.embedding(positions, cos), F.embedding(positions, sin)
+            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
+        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)  # one look-up for both
+        return cos, sin
 
     def keep(
         self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
@@ -211,7 +211,10 @@ class KVCache(Context):
                     f"gets {(*each.shape[:2], each.shape[3])}; use one cache for each batch and model."
                 )
             whole.narrow(2, self.length, each.shape[2]).copy_(each)
-        return tuple(whole.narrow(2, 0, end).to(each.dtype) for whole, each in zip(kept, new, strict=True))
+        text = tuple(whole.narrow(2, 0, end) for whole in kept)
+        if self.dtype is None:
+            return text
+        return tuple(whole.to(each.dtype) for whole, each in zip(text, new, strict=True))
 
     def _space(self, new: Tensor) -> Tensor:
         with torch.inference_mode(False):  # so that it can be written in any mode

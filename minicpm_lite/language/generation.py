@@ -18,6 +18,7 @@ Choices, and the traps behind them:
 - The last token is chosen and not read, so the cache then holds one token less than the text.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -79,7 +80,7 @@ def stream(
     for step in range(max_new_tokens):
         with torch.no_grad():  # not around the whole function: a caller's code runs between its steps
             logits = model(newest, context, last_only=True)[:, -1]
-        if not bool(logits.isfinite().all()):
+        if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
             raise FloatingPointError(
                 f"Not all scores after token {context.length} are finite numbers. Are the weights whole? "
                 f"They are {model.embed_tokens.weight.dtype}; float16 overflows where bfloat16 does not."

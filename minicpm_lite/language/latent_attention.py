@@ -131,4 +131,4 @@ class LatentAttention(nn.Module):
 
     def _heads(self, features: Tensor) -> Tensor:
         """(batch, tokens, heads * width) -> (batch, heads, tokens, width)"""
-        return features.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return features.reshape(*features.shape[:2], self.heads, -1).transpose(1, 2)

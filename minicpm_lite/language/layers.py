@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def _heads(self, features: Tensor) -> Tensor:
         """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)"""
-        return features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return features.reshape(*features.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

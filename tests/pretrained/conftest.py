@@ -22,7 +22,7 @@ SHAPE = dict(
 MORE = {  # what a family needs beside the shape for this library to read it
     "granite": dict(attention_multiplier=0.25, embedding_multiplier=12.0, residual_multiplier=1.4, logits_scaling=2.0),
     "mistral": dict(num_key_value_heads=2),
-    "mixtral": dict(num_key_value_heads=2, num_local_experts=3),
+    "mixtral": dict(num_key_value_heads=2, num_local_experts=3, head_dim=16),  # it multiplies None otherwise
     "minicpm3": dict(
         dim_model_base=32, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=12
     ),
