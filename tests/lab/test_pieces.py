@@ -30,7 +30,7 @@ def test_examples(name):
 def test_start_seeds_and_sets_the_style():
     import torch
 
-    lab.start(library="0.1", seed=3)
+    lab.start(library="0.2", seed=3)
     first = torch.rand(1)
     lab.start(library="0.1.9", seed=3)
     assert torch.equal(torch.rand(1), first)
@@ -42,7 +42,7 @@ def test_start_refuses_another_library(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"written for minicpm_lite 0\.1, but 0\.2\.0 is installed: install"
     ):
-        lab.start(library="0.1", seed=0)
+        lab.start(library="0.2", seed=0)
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "ipywidgets"])
