@@ -599,7 +599,7 @@ def test_what_is_frozen_or_unused_stays_and_the_rest_moves(name):
 def test_any_objective_learns():
     run = ranker()
     run.train(progress=False)
-    assert run.losses[0] == pytest.approx(0.69, abs=0.1) and run.losses[-1] < 0.5 * run.losses[0]
+    assert run.losses[0] == pytest.approx(0.69, abs=0.1) and run.losses[-1] < 0.6 * run.losses[0]
     assert run.model.texts_read == 40 * 12 and run.model.mean.any()
 
 

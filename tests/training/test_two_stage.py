@@ -10,7 +10,8 @@ from minicpm_lite.data.windows import TokenWindows, Windows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.scoring import token_losses
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.two_stage import choice_accuracy, score_answers
 from minicpm_lite.training.wsd import WSD
 
