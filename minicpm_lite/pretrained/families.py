@@ -210,10 +210,6 @@ def _refuse_other_computations(
             f"sliding_window is {window}{'' if 'sliding_window' in values else ' by default'}, and the "
             f"decoder sees all {config.max_position_embeddings} tokens of the context."
         )
-    if values.get("partial_rotary_factor") not in (1, None):
-        raise ValueError(
-            f"partial_rotary_factor is {values['partial_rotary_factor']}; the decoder rotates whole heads."
-        )
     if family == "granite" and not math.isclose(
         field("attention_multiplier"), config.head_dim**-0.5, rel_tol=1e-6
     ):

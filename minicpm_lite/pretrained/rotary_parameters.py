@@ -55,8 +55,9 @@ def rotary_from_json(
     theta = given.pop("rope_theta", None) or field("rope_theta")
     old_spelling = given.pop("type", "default")
     kind = given.pop("rope_type", old_spelling)
-    if given.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("partial_rotary_factor is not 1; the decoder rotates whole heads.")
+    for part in (given.pop("partial_rotary_factor", 1), values.get("partial_rotary_factor")):
+        if part not in (1, None):
+            raise ValueError(f"partial_rotary_factor is {part}; the decoder rotates whole heads.")
     original = given.pop("original_max_position_embeddings", None)
     original = values.get("original_max_position_embeddings") or original
     if kind == "default":

@@ -89,7 +89,7 @@ def test_yarn_by_two_magnitudes():
     ("values", "sentence"),
     [
         ({"rope_scaling": {"factor": 4.0}}, "hold factor and no rope_type that reads"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one set for all layers"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of"),
         ({"rope_scaling": {"type": "linear"}}, '"linear" needs a factor'),
