@@ -445,6 +445,19 @@ def test_passes_and_recomputation_change_nothing(layout):
     assert abs(sum(means) / 4 - runs[0].losses[0]) > 1e-3, "a mean of means would be noticed"
 
 
+def test_branches_of_a_run_that_computes_blocks_again():
+    trunk, plain = (
+        Trainer(make().model, TOKENS, SCHEDULE, CONFIG, layout=Layout(None, again)) for again in (True, False)
+    )
+    for run in (trunk, plain):
+        run.train(3, progress=False)
+    branch = trunk.branch(SCHEDULE)
+    branch.train(6, progress=False)
+    plain.train(6, progress=False)
+    assert_same(branch, plain)
+    assert trunk.step == 3 and trunk.losses == plain.losses[:3]
+
+
 def test_a_step_that_predicts_nothing_is_refused():
     """The first edition recorded nan and went on."""
     run = Trainer(Decoder(MODEL), Conversations(silent=[3]), SCHEDULE, CONFIG)
