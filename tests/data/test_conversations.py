@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite import ModelConfig
@@ -34,6 +34,7 @@ examples = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(examples=examples, length=st.integers(8, 20), seed=st.integers(0, 3), epoch=st.integers(0, 3))
 def test_each_example_whole_and_once_an_epoch(examples, length, seed, epoch):
     windows = ConversationWindows(examples, length, seed)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite import optional
@@ -62,6 +62,7 @@ def test_normalise(text, expected):
     assert normalise(text) == expected
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_normalising_twice_changes_nothing_more(text):
     once = normalise(text)
@@ -247,6 +248,7 @@ def test_bits_per_byte_takes_the_tokenizer_from_scratch():
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12)
 )

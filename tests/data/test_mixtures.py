@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise, permutations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite.data.conversations import ConversationWindows, EncodedExample
@@ -45,6 +45,7 @@ def mixture(*stages, sources=None):
 weights_of_sources = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any)
 
 
+@settings(deadline=None)
 @given(weights=weights_of_sources)
 def test_within_one_of_every_share_after_every_window(weights):
     total = sum(weights)
@@ -60,6 +61,7 @@ def test_within_one_of_every_share_after_every_window(weights):
     assert [count for count in data.counts(total).values()] == [w for w in weights]
 
 
+@settings(deadline=None)
 @given(
     first=weights_of_sources,
     second=weights_of_sources,
@@ -199,6 +201,7 @@ def drawn(data, count=60):
 several = st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)
 
 
+@settings(deadline=None)
 @given(first=several, second=several, switch=st.integers(1, 30), order=st.permutations(range(3)))
 def test_neither_names_nor_their_order_decide_what_is_read(first, second, switch, order):
     """Every way to write the same mixture draws the same windows and has the same identity."""
@@ -351,6 +354,7 @@ def rest_of(read, name_of):
     return {name_of[number]: count for number, count in counts.items()}
 
 
+@settings(deadline=None)
 @given(
     stable=several,
     decay=several,

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import astuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite.data import packages
@@ -20,6 +20,7 @@ def pool():
     return build_pool(scale=0.1)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 30))
 def test_pieces_are_short_and_lose_nothing_but_space_and_a_short_rest(text, size):
     pieces = list(pieces_of(text, size, shortest=1))

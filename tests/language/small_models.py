@@ -6,9 +6,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig
-from minicpm_lite.deployment.checkpoints import save_pretrained
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.pretrained.checkpoints import save_pretrained
 
 MULTIPLIERS = dict(scale_emb=12, scale_depth=1.4, dim_model_base=32, init_std=0.1)
 PLAIN = {
@@ -73,7 +73,7 @@ def opened_by_transformers(model: Decoder, family: str) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     with TemporaryDirectory() as folder:
-        save_pretrained(model, f"{folder}/model", family)
+        save_pretrained(model, f"{folder}/model", model_type=family)
         return AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
 
 

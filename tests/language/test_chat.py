@@ -312,8 +312,8 @@ def test_a_stop_string_that_cuts_a_token_cuts_it_from_what_is_known(stop):
 
 
 def test_a_stop_token_is_neither_shown_nor_known():
-    written, stop = TOKENIZER.encode("a wife").ids, TOKENIZER.encode("🙂").ids[0]
-    model = recited([*written, stop], [5])
+    stop = TOKENIZER.encode("🙂").ids[0]
+    model = recited([*BY_LETTER, stop], [5])
     chat = Chat(model, TOKENIZER, chatml, stop_ids=[stop])
     assert "".join(chat.answer("It is", 20)) == "a wife" == chat.messages[-1]["content"]
     counted = Counted(model)
@@ -322,8 +322,8 @@ def test_a_stop_token_is_neither_shown_nor_known():
     before = chatml([said("It is")]) + "a wife"
     text = chatml([said("It is"), {"role": "assistant", "content": "a wife"}, said("that")])
     rest = TOKENIZER.encode(text[len(before) :]).ids
-    assert counted.since() == len(rest)  # all of the answer was read when the stop was chosen
-    known = [*TOKENIZER.encode(chatml([said("It is")])).ids, *written]
+    assert counted.since() == len(rest)  # the answer was read, as it was written, when the stop was chosen
+    known = [*TOKENIZER.encode(chatml([said("It is")])).ids, *BY_LETTER]
     assert_close(model.scores[0], scores_of(model, [*known, *rest]), atol=1e-4, rtol=1e-4)
 
 

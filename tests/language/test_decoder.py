@@ -1,4 +1,4 @@
-"""The decoder: equal to reference implementations, wrong variants told apart, its three lines usable apart."""
+"""The decoder: equal to reference implementations, folded to a Llama, wrong variants told apart."""
 
 from dataclasses import replace
 
@@ -11,7 +11,6 @@ from minicpm_lite import ModelConfig, load_config
 from minicpm_lite.language import layers
 from minicpm_lite.language.context import Context, KVCache, dense_attention
 from minicpm_lite.language.decoder import Decoder, fold_to_llama
-
 
 # Parity with transformers
 
@@ -114,18 +113,7 @@ def test_only_plain_decoders_fold(name, reason):
         fold_to_llama(Decoder(load_config(name)))
 
 
-# The three lines, apart
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_the_three_lines_are_the_call(name):
-    model = make_model(FAMILIES[name])
-    ids, cache, other = make_ids(model.config), KVCache(17), KVCache(17)
-    assert torch.equal(model.logits(model.states(model.embed(ids))[-1]), model(ids))
-    for piece in ids.split([9, 1, 7], dim=1):
-        by_hand = model.logits(model.states(model.embed(piece), cache)[-1])
-        assert torch.equal(by_hand, model(piece, other))
+# What is computed
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -134,40 +122,6 @@ def test_last_only_is_the_last_position(name):
     model = make_model(FAMILIES[name])
     ids = make_ids(model.config)
     assert_close(model(ids, last_only=True), model(ids)[:, -1:], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_states_are_what_enters_each_block_and_what_leaves_the_last():
-    model, ids, entered = make_model(GROUPED), make_ids(GROUPED), []
-    for block in model.layers:
-        block.register_forward_pre_hook(lambda block, inputs: entered.append(inputs[0].clone()))
-    x = model.embed(ids)
-    seen = model.states(x, after=(2, 0, 3, 1, 2))  # in any order, and one of them twice
-    assert len(seen) == 6 and all(
-        torch.equal(seen[i], entered[n]) for i, n in ((0, 2), (1, 0), (3, 1), (4, 2))
-    )
-    assert torch.equal(seen[1], x) and torch.equal(seen[2], seen[5])
-    assert torch.equal(model.logits(seen[5]), model(ids))
-    assert [len(model.states(x, after=after)) for after in ((), iter([1, 2]))] == [1, 3]
-    cache = KVCache(17)
-    pieces = [model.states(piece, cache, after=[1])[0] for piece in x.split([9, 1, 7], dim=1)]
-    assert_close(torch.cat(pieces, dim=1), seen[3], atol=1e-5, rtol=1e-5)
-
-
-def test_features_among_the_embeddings_are_read_as_tokens_are():
-    """In place of some tokens their embeddings, as features of an image would come; gradients reach them."""
-    model, ids = make_model(GROUPED), make_ids(GROUPED)
-    features = (model.embed_tokens.weight[ids[:, 3:8]] * GROUPED.scale_emb).detach().requires_grad_()
-    x = torch.cat([model.embed(ids[:, :3]), features, model.embed(ids[:, 8:])], dim=1)
-    logits = model.logits(model.states(x)[-1])
-    assert torch.equal(logits, model(ids))
-    logits[:, 8:].square().mean().backward()
-    assert bool((features.grad.abs().sum(-1) > 0).all())
-    shifted = model.logits(model.states(x + torch.nn.functional.pad(features * 0 + 1, (0, 0, 3, 9)))[-1])
-    assert torch.equal(shifted[:, :3], logits[:, :3]) and not torch.allclose(shifted[:, 8:], logits[:, 8:])
-
-
-# Order and weights
 
 
 @torch.no_grad()
@@ -224,11 +178,6 @@ def test_a_tied_model_that_was_built_without_memory_is_still_tied():
             lambda m: m(torch.zeros(1, 65, dtype=torch.long), KVCache(65)),
             "65 tokens were given, but the model was made for 64",
         ),
-        (
-            lambda m: m.states(torch.zeros(1, 2, 64), after=[4]),
-            r"after is \(4,\); expected numbers of blocks from 0 to 3",
-        ),
-        (lambda m: m.states(torch.zeros(1, 2, 64), after=[-1]), r"after is \(-1,\)"),
     ],
 )
 def test_impossible_lengths_get_a_sentence(call, sentence):

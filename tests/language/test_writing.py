@@ -158,7 +158,7 @@ def test_stop_tokens_from_an_iterator_stop_every_row():
 PROMPTS = ["It is a truth", "单身汉 — must be", "🙂"]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_our_own_tokenizer_writes_the_same_text_as_the_fast_one(seed):
     model, settings = make_model(WRITER), dict(sampling=Sampling(1.0), stop=["\n", "man"])
     mine, fast = (

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sides import both_sides
+from transformers import AutoConfig
 
 from minicpm_lite import ModelConfig, list_configs, load_config
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
@@ -97,8 +99,6 @@ def test_the_same_default_differs_by_family():
 
 
 def test_defaults_are_those_of_transformers():
-    from transformers import AutoConfig
-
     for family in ("llama", "granite", "mixtral", "minicpm3"):
         theirs = AutoConfig.for_model(family, **SHAPE)
         given = SHAPE | {"model_type": family, "attention_multiplier": 0.25}
@@ -224,13 +224,21 @@ def others(value: object) -> list[object]:
     return []
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "granite", "mixtral", "minicpm3"])
-def test_each_field_is_applied_as_transformers_applies_it_or_refused(family, both_sides):
-    from transformers import AutoConfig
+APPLIED = {  # fields that change the logits on both sides, beside rms_norm_eps
+    "llama": set(),
+    "mistral": set(),
+    "granite": {"embedding_multiplier", "residual_multiplier", "logits_scaling"},
+    "mixtral": {"num_experts_per_tok"},
+    "minicpm3": {"scale_emb", "scale_depth", "dim_model_base"},
+}
 
-    config = AutoConfig.for_model(family)
+
+@pytest.mark.parametrize("family", APPLIED)
+def test_each_field_is_applied_as_transformers_applies_it_or_refused(family):
+    plain, config = both_sides(family), AutoConfig.for_model(family)
+    assert plain.agree() and isinstance(plain.ours, torch.Tensor)
     names = {field.name for field in fields(config) if not field.name.startswith("_")}
-    assert {"rms_norm_eps", "hidden_act", "tie_word_embeddings"} <= names
+    names -= {"rope_parameters"}  # they have tests of their own
     names |= {
         "attention_bias",
         "head_dim",
@@ -239,7 +247,10 @@ def test_each_field_is_applied_as_transformers_applies_it_or_refused(family, bot
         "rope_theta",
         "sliding_window",
     }
-    assert isinstance(both_sides(family).ours, torch.Tensor)
-    for name in sorted(names - {"rope_parameters"}):  # that has a test of its own
+    for name in sorted(names):
         for value in others(getattr(config, name, None)):
-            assert both_sides(family, **{name: value}).agree(), (name, value)
+            sides = both_sides(family, **{name: value})
+            assert sides.agree(), (name, value)
+            if name in APPLIED[family] | {"rms_norm_eps"}:
+                assert isinstance(sides.ours, torch.Tensor), (name, value, sides.ours)
+                assert not torch.equal(sides.ours, plain.ours), (name, value)

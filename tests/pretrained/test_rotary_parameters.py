@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from sides import both_sides
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
@@ -192,7 +193,7 @@ def test_every_key_and_every_method_of_transformers_is_tried():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, method, both_sides):
+def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, method):
     given = METHODS[method] | {"rope_theta": 100.0}
     plain = both_sides(family, rope_parameters=given)
     assert plain.agree()
@@ -206,7 +207,7 @@ def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, metho
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_magnitudes_of_yarn_are_applied_together_or_refused(family, both_sides):
+def test_magnitudes_of_yarn_are_applied_together_or_refused(family):
     keys = ("attention_factor", "mscale", "mscale_all_dim")
     for count in range(1, 4):
         for some in combinations(keys, count):
@@ -229,7 +230,7 @@ def test_magnitudes_of_yarn_are_applied_together_or_refused(family, both_sides):
         ("mixtral", "default", "rope_theta"),
     ],
 )
-def test_a_key_that_is_passed_over_is_seen(family, method, key, both_sides, monkeypatch):
+def test_a_key_that_is_passed_over_is_seen(family, method, key, monkeypatch):
     def forgetful(values, *rest):
         kept = {name: value for name, value in values["rope_parameters"].items() if name != key}
         return rotary_from_json(values | {"rope_parameters": kept}, *rest)
