@@ -131,7 +131,8 @@ class DistributedTrainer:
         config: ``batch_size`` is the windows of a step over all processes.
         layout: passes and recomputation.
         device: what `processes` gave.
-        objective: what is minimised, of a decoder and the windows of a pass.
+        objective: what is minimised, of a decoder and the windows of a pass. It calls the decoder as a whole,
+            since that is what gathers the weights.
         frozen: of a parameter's name, whether it stays as it was drawn or loaded.
 
     Attributes:
@@ -385,8 +386,10 @@ def _prepare(folder: Path, step: int, tensorboard: bool) -> None:
 
 
 def _tensorboard() -> ModuleType:
-    require("tensorboard", install="tensorboard", purpose="write TensorBoard events")
-    return require("torch.utils.tensorboard", install="tensorboard", purpose="write TensorBoard events")
+    """torch's writer, which needs a package that torch does not bring."""
+    for module in ("tensorboard", "torch.utils.tensorboard"):
+        found = require(module, install="tensorboard", purpose="write TensorBoard events")
+    return found
 
 
 def _prune(folder: Path, keep: int, decay_start: int | None) -> None:

@@ -12,7 +12,8 @@ Choices, and the traps behind them:
 - So a missing file would go unnoticed, and the values in it would stay what they were. `require_whole`
   counts them first.
 - While it writes, a process holds its part a second time, as bytes in the host's memory.
-- Only tensors are written. Steps, schedules and configs are facts, in JSON.
+- Only tensors are written. Steps, schedules and configs are facts, in JSON. Version 2 says how often each
+  parameter was moved; version 1, which did not, is not read any more.
 - The folder is written beside its place and renamed, see `minicpm_lite.files`. What a killed process leaves
   is named ``.….writing`` and no one takes it for a checkpoint.
 """
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 FACTS = "checkpoint.json"
-_FORMAT = {"format": "minicpm_lite distributed checkpoint", "version": 1}
+_FORMAT = {"format": "minicpm_lite distributed checkpoint", "version": 2}
 _CHECKPOINT = re.compile(r"step-(\d{8,})$")
 
 

@@ -1,6 +1,7 @@
 """Derivatives are exact on a quadratic, and watching a run does not change it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from minicpm_lite.training.curvature import (
     directional_derivatives,
     watch_decay,
 )
-from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -129,6 +130,24 @@ def test_a_failing_loss_leaves_the_parameters():
     with pytest.raises(RuntimeError, match="no more memory"):
         directional_derivatives(failing, parts, [torch.ones_like(p) for p in parts])
     assert torch.equal(torch.cat(parts).detach(), x)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(1)], ids=str)
+def test_watching_changes_nothing_in_bfloat16_either(layout):
+    """Derivatives are taken of the whole weights, while the run computes with rounded ones."""
+
+    def run():
+        torch.manual_seed(0)
+        config = replace(CONFIG, precision="bfloat16")
+        return Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), config, layout=layout)
+
+    watched, alone = run(), run()
+    readings = list(watch_decay(watched, 9, every=4))
+    alone.train(9, progress=False)
+    assert watched.losses == alone.losses and [reading.step for reading in readings] == [4, 8]
+    assert all(reading.first < 0 and 0 < reading.cosine < 1 for reading in readings), (
+        "downhill, from where it was"
+    )
 
 
 def test_watching_changes_nothing_and_reads_what_it_says():

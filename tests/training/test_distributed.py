@@ -444,6 +444,8 @@ def curves(folder, device) -> dict:
         "masked": run(windows=MASKED, layout=Layout(1)),
         "mixture": run(model=MODELS["mixture without balance"]),
         "balanced": run(model=MODELS["mixture"]),
+        "frozen": run(windows=MASKED, frozen=tables_and_norms),
+        "bfloat16": run(windows=MASKED, config=replace(CONFIG, precision="bfloat16")),
     }
 
 
@@ -454,11 +456,14 @@ def test_two_processes_train_as_one(tmp_path):
     expected = {
         "dense": plain(), "untied": plain(MODELS["untied"]), "passes": plain(), "masked": plain(windows=MASKED),
         "mixture": plain(MODELS["mixture without balance"]),
+        "frozen": plain(windows=MASKED, frozen=tables_and_norms),
     }  # fmt: skip
     for name, trainer in expected.items():
         trained(trainer)
         assert one[name][0] == pytest.approx(trainer.losses, abs=1e-5), name
         assert one[name][1] == pytest.approx(trainer.grad_norms, abs=1e-4), name
+    rounded = trained(plain(windows=MASKED, config=replace(CONFIG, precision="bfloat16"))).losses
+    assert one["bfloat16"][0] == pytest.approx(rounded, abs=0.01), "a pass of two windows rounds other sums than one of four"
     balanced = trained(plain(MODELS["mixture"])).losses
     assert one["balanced"][0] == pytest.approx(balanced, abs=0.01), "the balance is that of each process"
 
