@@ -184,7 +184,7 @@ def _models(args: argparse.Namespace) -> None:
     import torch
 
     from .language.decoder import Decoder
-    from .language.moe import num_active_parameters
+    from .language.upcycling import num_active_parameters
 
     heads = ("parameters", "a token uses", "layers", "width", "ids", "context")
     widths = (16, 16, 8, 7, 9, 9)
@@ -325,9 +325,10 @@ def _recipe(name: str) -> TrainingRecipe | None:
 
 def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cuda: bool, start=None):
     """The run in every number: from the flags, the checkpoint it starts from, the recipe, in this order."""
-    from .training.distributed import Layout
+    from .training.branch import decay_schedule
     from .training.plan import plan_training
-    from .training.sharded_checkpoint import decay_schedule, read_facts
+    from .training.settings import Layout
+    from .training.sharded_checkpoint import read_facts
     from .training.wsd import WSD
 
     flags = {

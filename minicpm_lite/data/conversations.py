@@ -7,7 +7,7 @@ Nothing separates the examples in a window: a question can attend to the example
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -21,7 +21,7 @@ from ..language.chat import minicpm_chat
 from ..language.scoring import context_only, predicted, readable
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 
-__all__ = ["ConversationWindows", "EncodedExample", "Example", "encode_example", "padded"]
+__all__ = ["ConversationWindows", "EncodedExample", "Example", "encode_example", "packed_windows"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,6 @@ class EncodedExample:
     def __len__(self) -> int:
         return len(self.question) + len(self.answer)
 
-    @property
-    def window(self) -> Int[Tensor, " tokens"]:
-        """The question's ids with the mark for what is not predicted, then the answer's ids."""
-        question, answer = (torch.tensor(part, dtype=torch.long) for part in (self.question, self.answer))
-        return torch.cat([context_only(question), answer])
-
 
 def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -> EncodedExample:
     """An example as tokens, in the template of the first MiniCPM models."""
@@ -73,12 +67,20 @@ def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -
     )
 
 
-def padded(windows: Sequence[Int[Tensor, " _"]], length: int) -> Int[Tensor, "rows length"]:
-    """Windows as rows of one length; behind each stands padding, which is not predicted."""
-    rows = context_only(torch.zeros(len(windows), length, dtype=torch.long))
-    for row, window in zip(rows, windows, strict=True):
-        row[: len(window)] = window
-    return rows
+def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int[Tensor, "rows length"]:
+    """Examples as windows of ``length`` tokens, those of a row one after another and padding behind them.
+
+    Answers are predicted. All else has the mark of `context_only`: questions, and the padding, which is id 0.
+    """
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    answers = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, examples in enumerate(rows):
+        parts = [part for example in examples for part in (example.question, example.answer)]  # in turn
+        tokens = [token for part in parts for token in part]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        lengths = torch.tensor([len(part) for part in parts])
+        answers[row, : len(tokens)] = (torch.arange(len(parts)) % 2 == 1).repeat_interleave(lengths)
+    return torch.where(answers, ids, context_only(ids))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ class ConversationWindows:
         ValueError: no example, one without an answer, or one that is longer than a window.
     """
 
-    examples: Sequence[EncodedExample]
+    examples: Iterable[EncodedExample]
     length: int
     seed: int
 
@@ -122,16 +124,16 @@ class ConversationWindows:
     def packed(self) -> Int[Tensor, "windows window"]:
         """All windows of an epoch, in the order in which they were filled."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows: list[list[Tensor]] = [[]]
+        rows: list[list[EncodedExample]] = [[]]
         room = self.length + 1
         for place in torch.randperm(len(self.examples), generator=generator).tolist():
-            window = self.examples[place].window
-            if len(window) > room:
+            example = self.examples[place]
+            if len(example) > room:
                 rows.append([])
                 room = self.length + 1
-            rows[-1].append(window)
-            room -= len(window)
-        return padded([torch.cat(row) for row in rows], self.length + 1)
+            rows[-1].append(example)
+            room -= len(example)
+        return packed_windows(rows, self.length + 1)
 
     def __getitem__(self, index: int) -> Int[Tensor, " window"]:
         """The window of an index, counted from 0."""

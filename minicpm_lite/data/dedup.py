@@ -57,7 +57,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def hashed_ngrams(words: Sequence[str], size: int) -> UInt64[np.ndarray, " ngrams"]:
+def hashed_ngrams(words: Iterable[str], size: int) -> UInt64[np.ndarray, " ngrams"]:
     """A hash of 32 bits for each run of ``size`` words, in order; none if there are fewer words.
 
     >>> hashed_ngrams(["a", "b", "a", "b"], 2).tolist()[::2] == [hashed_ngrams(["a", "b"], 2)[0]] * 2

@@ -271,7 +271,7 @@ def bits_per_byte(
     return np.array(bits, float)
 
 
-def area_under_roc(good: Iterable[float], bad: Iterable[float]) -> float:
+def area_under_roc(good: Iterable, bad: Iterable) -> float:
     """The probability that a good document scores higher than a bad one; ties count half.
 
     1 separates perfectly, 0.5 is a coin, 0 separates the wrong way round.

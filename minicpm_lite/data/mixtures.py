@@ -23,7 +23,7 @@ Choices and traps:
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -49,9 +49,9 @@ class MixtureWindows:
 
     Attributes:
         sources: a name for each sequence; all of one window length.
-        stages: the index of a stage's first window, and the weights of its sources. The first stage begins
-            at 0. Weights are relative; sources that are left out have weight 0. Decimal numbers are taken as
-            they are written: 0.1 is a tenth.
+        stages: the index of a stage's first window, and the weights of its sources by name. The first stage
+            begins at 0. Weights are relative numbers or fractions; sources that are left out have weight 0.
+            Decimal numbers are taken as they are written: 0.1 is a tenth.
 
     Raises:
         ValueError: no source, sources of different window length, two that hold the same windows, no stage,
@@ -71,7 +71,7 @@ class MixtureWindows:
     """
 
     sources: Mapping[str, Windows]
-    stages: Sequence[tuple[int, Mapping[str, float]]]
+    stages: Iterable[tuple[int, Mapping]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", dict(self.sources))
@@ -157,9 +157,7 @@ class MixtureWindows:
         }
 
 
-def going_on(
-    text: Mapping, start: int, sources: Mapping[str, Windows], weights: Mapping[str, float]
-) -> MixtureWindows:
+def going_on(text: Mapping, start: int, sources: Mapping[str, Windows], weights: Mapping) -> MixtureWindows:
     """The mixture of a run that starts where another run stopped: each source goes on where that one left it.
 
     Sources are recognised by what they hold, whatever their names. One that was read and is not given any
@@ -243,7 +241,7 @@ class _Stage:
         }
 
 
-def _whole_weights(weights: Mapping[str, float], sources: Mapping[str, Windows]) -> dict[str, int]:
+def _whole_weights(weights: Mapping, sources: Mapping[str, Windows]) -> dict[str, int]:
     """The smallest whole numbers in the given proportions, one for each source."""
     unknown = sorted(set(weights) - set(sources))
     if unknown:

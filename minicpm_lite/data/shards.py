@@ -67,7 +67,8 @@ def write_shards(
         shard_tokens: tokens in a shard; the last one may hold fewer.
 
     Raises:
-        ValueError: an id outside the vocabulary, something that is no array of whole numbers, or no token.
+        ValueError: an id outside the vocabulary, something that is no array of whole numbers, no token, or a
+            vocabulary smaller than the tokenizer's or larger than 32 bits hold.
         FileExistsError: the folder already holds something.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
@@ -81,9 +82,13 @@ def write_shards(
             f"The tokenizer has {ids} ids and vocab_size is {vocab_size}; the model's table must have a row "
             "for each of them."
         )
+    if vocab_size > 1 << 32:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; ids are written with 32 bits, {1 << 32} different ones."
+        )
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
-    with written_whole(folder) as beside:
+    with written_whole(folder.resolve()) as beside:  # a link to an empty folder stays, the folder is filled
         beside.mkdir(parents=True)
         for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
             if not shards or shards[-1]["tokens"] >= shard_tokens:

@@ -166,16 +166,11 @@ def resolve_stop_ids(model: Decoder, stop_ids: Iterable[int] | None) -> tuple[in
 def _refuse_impossible_prompt(
     model: Decoder, ids: Tensor, max_new_tokens: int, padding: Tensor | None
 ) -> None:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or not len(ids):
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2 or not ids.numel():
         raise ValueError(
-            f"ids is {ids!r}; expected a tensor of token ids, (batch, tokens). For lists of ids: pad_left."
+            f"ids is {ids!r}; expected a tensor of token ids, (batch, tokens), with one token at least, such "
+            "as the start token. For one text: ids[None]; for lists of ids: pad_left."
         )
-    if ids.ndim != 2:
-        raise ValueError(
-            f"ids has shape {tuple(ids.shape)}; expected (batch, tokens). For one text: ids[None]."
-        )
-    if ids.shape[1] == 0:
-        raise ValueError("The prompt is empty; give at least one token, such as the start token.")
     limit, prompt = model.config.max_position_embeddings, ids.shape[1]
     if prompt + max_new_tokens > limit:
         cure = f"Set max_new_tokens to {limit - prompt}." if prompt < limit else "Shorten the prompt."
@@ -189,15 +184,14 @@ def _refuse_impossible_prompt(
             f"{model.config.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
         )
     if padding is not None and not (
-        isinstance(padding, Tensor) and padding.dtype in (torch.int64, torch.int32)
-    ):
-        raise ValueError(f"padding is {padding!r}; expected whole numbers in a tensor, as pad_left gives.")
-    if padding is not None and not (
-        padding.shape == ids.shape[:1] and 0 <= int(padding.min()) <= int(padding.max()) < prompt
+        isinstance(padding, Tensor)
+        and padding.dtype in (torch.int64, torch.int32)
+        and padding.shape == ids.shape[:1]
+        and 0 <= int(padding.min()) <= int(padding.max()) < prompt
     ):
         raise ValueError(
-            f"padding is {padding.tolist()}; expected a number from 0 to {prompt - 1} for each of the "
-            f"{len(ids)} rows."
+            f"padding is {padding!r}; expected whole numbers in a tensor, as pad_left gives: from 0 to "
+            f"{prompt - 1}, one for each of the {len(ids)} rows."
         )
 
 

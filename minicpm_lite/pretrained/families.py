@@ -15,8 +15,8 @@ Choices, and the traps behind them:
   Llama. Where no default is known, the field is required.
 - Granite's attention_multiplier is 1 by default, not 1/sqrt(head_dim), and its residual_multiplier is the
   whole factor, scale_depth / sqrt(num_hidden_layers).
-- ``eos_token_id`` is a number, a list or null, and 2 where it is missing: so it was in Llama 2, and so it is
-  in MiniCPM's code and all the others'.
+- ``eos_token_id`` is a number, a list or null. Where it is missing no id ends a text: the 2 that the classes
+  of transformers then hold is Llama 2's, and ``generate`` does not ask them.
 - ``sparse_config`` of MiniCPM4 and 4.1 is ignored: the weights are those of dense attention, and up to
   ``dense_len`` tokens the released code computes the same.
 """
@@ -77,7 +77,7 @@ _DEFAULTS = {  # of fields that a config.json may leave out, by family; "" is fo
     "head_dim": {"": None},
     "hidden_act": {"": "silu"},
     "initializer_range": {"": 0.02},
-    "eos_token_id": {"": 2},
+    "eos_token_id": {"": None},
 }
 
 
@@ -253,7 +253,7 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
         "attention_bias": False,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.init_std,
-        # Left out, other programs would take the ids of Llama 2.
+        # left out, these would be the ids of Llama 2 in other programs
         "bos_token_id": None,
         "eos_token_id": end_ids_to_json(config),
         "pad_token_id": None,

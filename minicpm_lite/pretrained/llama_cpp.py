@@ -253,8 +253,7 @@ def gguf_tokenizer(path: str | Path) -> Tokenizer:
                 "that together are a third. The file is damaged."
             )
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
-    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", False)
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=prefix is True)]
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=_flag(file, "add_space_prefix"))]
     if rules == "smollm":  # each digit is a token
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -264,7 +263,7 @@ def gguf_tokenizer(path: str | Path) -> Tokenizer:
         if kind in (_CONTROL, _USER_DEFINED):
             added = AddedToken(token, special=kind == _CONTROL, normalized=False)
             (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
-    if file.metadata.get("tokenizer.ggml.add_bos_token") is True:
+    if _flag(file, "add_bos_token"):
         begin = file.value("tokenizer.ggml.bos_token_id")
         if begin not in range(len(tokens)):
             raise ValueError(
@@ -274,6 +273,13 @@ def gguf_tokenizer(path: str | Path) -> Tokenizer:
             single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]
         )
     return tokenizer
+
+
+def _flag(file: GGUFFile, key: str) -> bool:
+    flag = file.metadata.get(f"tokenizer.ggml.{key}", False)
+    if not isinstance(flag, bool):
+        raise ValueError(f"{file.path} gives tokenizer.ggml.{key} as {flag!r}; expected true or false.")
+    return flag
 
 
 def _texts(file: GGUFFile, key: str) -> list[str]:

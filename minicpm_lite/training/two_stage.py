@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..data.conversations import EncodedExample, padded
+from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
 from ..language.scoring import predicted, readable
 
@@ -67,8 +67,8 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
     model.eval()
     parts = []
     for start in range(0, len(examples), batch_size):
-        rows = [example.window for example in examples[start : start + batch_size]]
-        window = padded(rows, max(map(len, rows))).to(device)
+        batch = examples[start : start + batch_size]
+        window = packed_windows([[example] for example in batch], max(map(len, batch))).to(device)
         logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
         answers = predicted(window)
         targets = torch.where(answers, window[:, 1:], -1)

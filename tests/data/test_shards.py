@@ -57,6 +57,21 @@ def test_the_number_format_follows_from_the_vocabulary(tmp_path, vocab_size, dty
     assert shards[:].tolist() == [0, vocab_size - 1]
 
 
+def test_ids_that_32_bits_cannot_hold_are_refused(tmp_path):
+    """As uint32, 2^32 would come back as 0."""
+    assert write_shards(tmp_path / "x", [[2**32 - 1]], 2**32)[:].tolist() == [2**32 - 1]
+    with pytest.raises(ValueError, match="vocab_size is 4294967297; ids are written with 32 bits"):
+        write_shards(tmp_path / "y", [[2**32]], 2**32 + 1)
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    write_shards(tmp_path / "link", [TOKENS], 1000)
+    assert (tmp_path / "link").is_symlink()
+    assert Shards(tmp_path / "disk")[:].tolist() == TOKENS.tolist()
+
+
 def test_shards_are_plain_npy_files(folder):
     assert (
         np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]).tolist() == TOKENS.tolist()

@@ -144,7 +144,11 @@ def checksum(windows: Windows, count: int) -> int:
 
 @pytest.mark.parametrize(
     ("seed", "first_three_epochs", "window_million"),
-    [(0, 392939422, [267, 967, 672, 379]), (1, 2571989185, [434, 231, 30, 828]), (7, 2577050734, [690, 3, 315, 629])],
+    [
+        (0, 392939422, [267, 967, 672, 379]),
+        (1, 2571989185, [434, 231, 30, 828]),
+        (7, 2577050734, [690, 3, 315, 629]),
+    ],
 )
 def test_the_order_in_memory_is_that_of_the_first_edition(seed, first_three_epochs, window_million):
     windows = TokenWindows(SQUARES, 16, seed)
@@ -155,7 +159,11 @@ def test_the_order_in_memory_is_that_of_the_first_edition(seed, first_three_epoc
 
 @pytest.mark.parametrize(
     ("seed", "first_three_epochs", "window_million"),
-    [(0, 2517643163, [909, 82, 254, 428]), (1, 1281019600, [939, 852, 767, 684]), (7, 500029614, [686, 187, 687, 192])],
+    [
+        (0, 2517643163, [909, 82, 254, 428]),
+        (1, 1281019600, [939, 852, 767, 684]),
+        (7, 500029614, [686, 187, 687, 192]),
+    ],
 )
 def test_the_order_of_shards_is_that_of_the_first_edition(tmp_path, seed, first_three_epochs, window_million):
     windows = TokenWindows(write_shards(tmp_path / "x", [SQUARES], 1000, shard_tokens=1300), 16, seed)

@@ -328,8 +328,8 @@ def read_by(model: Decoder, tokens: int, room: int, padding: torch.Tensor | None
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda m: generate(m, make_ids(WRITER, 1, 0), 5), "The prompt is empty"),
-        (lambda m: generate(m, make_ids(WRITER, 1, 5)[0], 5), r"shape \(5,\); expected \(batch, tokens\)|i64\[5\]"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 0), 5), r"expected a tensor of token ids, \(batch, tokens\), with one token at least"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5)[0], 5), r"expected a tensor of token ids, \(batch, tokens\).*For one text: ids\[None\]|i64\[5\]"),
         (lambda m: generate(m, make_ids(WRITER, 1, 90), 10), "90 tokens and max_new_tokens is 10, together 100; the model was made for 96.*Set max_new_tokens to 6"),
         (lambda m: generate(m, make_ids(WRITER, 1, 200), 1), "200 tokens.*made for 96.*Shorten the prompt"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5) + 300, 5), "the model knows 0 to 299. Was it cut"),
@@ -340,8 +340,8 @@ def read_by(model: Decoder, tokens: int, room: int, padding: torch.Tensor | None
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, top_p=1.5), "top_p is 1.5; expected a probability"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, top_p=0.0), "top_p is 0.0"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, repetition_penalty=-1.0), "repetition_penalty is -1.0"),
-        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0, 5])), r"padding is \[0, 5\]; expected a number from 0 to 4"),
-        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0])), r"for each of the 2 rows|i64\[1\]"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0, 5])), r"padding is tensor\(\[0, 5\]\); expected whole numbers in a tensor.*from 0 to 4, one for each of the 2 rows"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0])), r"one for each of the 2 rows|i64\[1\]"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=7), "stop_ids is 7|argument stop_ids|stop_ids"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=["a"]), "stop_ids"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, samples=0), "samples is 0"),

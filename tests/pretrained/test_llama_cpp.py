@@ -367,6 +367,11 @@ def test_a_token_at_the_beginning_is_added_where_the_file_says_so(tmp_path):
         ({"tokens": 1}, "gives tokenizer.ggml.tokens as 1; expected texts"),
         ({"tokens": [1, 2]}, r"gives tokenizer.ggml.tokens as \[1, 2\]; expected texts"),
         ({"merges": "a b"}, "gives tokenizer.ggml.merges as a b; expected texts"),
+        (
+            {"add_space_prefix": "yes"},
+            "gives tokenizer.ggml.add_space_prefix as 'yes'; expected true or false",
+        ),
+        ({"add_bos_token": 1}, "gives tokenizer.ggml.add_bos_token as 1; expected true or false"),
         ({"add_bos_token": True}, "lacks the key tokenizer.ggml.bos_token_id"),
         (
             {"add_bos_token": True, "bos_token_id": 4},
@@ -378,6 +383,27 @@ def test_a_token_at_the_beginning_is_added_where_the_file_says_so(tmp_path):
 def test_a_damaged_tokenizer_is_named(keys, sentence, tmp_path):
     with pytest.raises(ValueError, match=f"a.gguf {sentence}"):
         gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_files_are_refused_or_harmless(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    model, tokenizer = folder / "whole_model.gguf", folder / "whole_tokenizer.gguf"
+    if not model.exists():
+        keys = {"rope.scaling.type": "longrope", "tokenizer.ggml.eos_token_id": 5}
+        write_gguf(model, make_model(CONFIGS["minicpm"]), "minicpm", tensors=TABLES, **keys)
+        write_tokenizer(tokenizer, bos_token_id=3, add_bos_token=True)
+    for source, read, head in ((model, load_gguf, 2_900), (tokenizer, gguf_tokenizer, 440)):
+        content = bytearray(source.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, head))] = data.draw(st.integers(0, 255))
+        path = folder / "damaged.gguf"
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ValueError as error:
+            assert "damaged.gguf" in str(error)
 
 
 # A real model.

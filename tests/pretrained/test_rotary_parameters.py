@@ -5,9 +5,11 @@ from itertools import combinations
 
 import pytest
 import torch
+from sides import both_sides
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
+from minicpm_lite.pretrained import families
 from minicpm_lite.pretrained.families import config_from_json, config_to_json
 from minicpm_lite.pretrained.rotary_parameters import rotary_from_json, rotary_to_json
 
@@ -122,19 +124,47 @@ FACTORS = {
     "short_factor": [1.0 + index / 8 for index in range(8)],
     "long_factor": [1.0 + index for index in range(8)],
 }
-NEEDED = {
-    "default": {},
-    "linear": {"factor": 2.0},
-    "dynamic": {"factor": 2.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+METHODS = {  # with numbers that all matter to a text of 40 tokens and heads of 16 features
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 60,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+    },
     "llama3": {
+        "rope_type": "llama3",
         "factor": 4.0,
         "original_max_position_embeddings": 16,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
     },
-    "longrope": {"original_max_position_embeddings": 16} | FACTORS,
-    "proportional": {"factor": 2.0},
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 16} | FACTORS,
+    "longrope, short text": {"rope_type": "longrope", "original_max_position_embeddings": 50} | FACTORS,
+    "proportional": {"rope_type": "proportional", "factor": 2.0},
+}
+MATTERS = {  # what must change the logits, so that agreement says something
+    "linear": {"factor"},
+    "dynamic": set(),  # nothing below its context, and beyond it the decoder reads no text
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+    },
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "long_factor"},
+    "longrope, short text": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+    },
 }
 OTHER = {  # another value for every key
     "rope_theta": 500.0,
@@ -142,8 +172,8 @@ OTHER = {  # another value for every key
     "factor": 3.0,
     "original_max_position_embeddings": 32,
     "attention_factor": 1.3,
-    "beta_fast": 16.0,
-    "beta_slow": 2.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
     "low_freq_factor": 1.5,
     "high_freq_factor": 3.0,
     "mscale": 0.7,
@@ -154,34 +184,57 @@ OTHER = {  # another value for every key
 FAMILIES = ("llama", "mistral", "granite", "mixtral", "minicpm3")
 
 
-def test_every_key_of_transformers_has_another_value_here():
+def test_every_key_and_every_method_of_transformers_is_tried():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
     assert RopeParameters.__annotations__.keys() - {"rope_type"} == OTHER.keys()
-    assert ROPE_INIT_FUNCTIONS.keys() | {"default"} == NEEDED.keys()
+    assert ROPE_INIT_FUNCTIONS.keys() | {"default"} == {given["rope_type"] for given in METHODS.values()}
 
 
-@pytest.mark.parametrize("method", NEEDED)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, method, both_sides):
-    plain = {"rope_type": method, "rope_theta": 10_000.0} | NEEDED[method]
-    sides = both_sides(family, rope_parameters=plain)
-    assert sides.agree()
-    assert isinstance(sides.ours, torch.Tensor) == (method != "proportional")
+def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, method):
+    given = METHODS[method] | {"rope_theta": 100.0}
+    plain = both_sides(family, rope_parameters=given)
+    assert plain.agree()
+    assert isinstance(plain.ours, torch.Tensor) == (method != "proportional")
     for key, value in OTHER.items():
-        sides = both_sides(family, rope_parameters=plain | {key: value})
+        sides = both_sides(family, rope_parameters=given | {key: value})
         assert sides.agree(), key
+        if key in MATTERS.get(method, ()):
+            assert not torch.equal(sides.theirs, plain.theirs), key
+            assert isinstance(sides.ours, torch.Tensor) or key == "truncate", sides.ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_magnitudes_of_yarn_are_applied_together_or_refused(family, both_sides):
+def test_magnitudes_of_yarn_are_applied_together_or_refused(family):
     keys = ("attention_factor", "mscale", "mscale_all_dim")
     for count in range(1, 4):
         for some in combinations(keys, count):
             given = {key: OTHER[key] for key in some}
-            sides = both_sides(
-                family, rope_parameters={"rope_type": "yarn", "rope_theta": 500.0} | NEEDED["yarn"] | given
-            )
+            sides = both_sides(family, rope_parameters=METHODS["yarn"] | given)
             assert sides.agree(), some
             refused = family == "minicpm3" and "mscale_all_dim" in some
             assert isinstance(sides.ours, str) == refused, some
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "key"),
+    [
+        ("llama", "yarn", "attention_factor"),
+        ("granite", "yarn", "beta_fast"),
+        ("minicpm3", "yarn", "mscale_all_dim"),
+        ("llama", "llama3", "low_freq_factor"),
+        ("minicpm3", "longrope", "attention_factor"),
+        ("mistral", "longrope, short text", "factor"),
+        ("mixtral", "default", "rope_theta"),
+    ],
+)
+def test_a_key_that_is_passed_over_is_seen(family, method, key, monkeypatch):
+    def forgetful(values, *rest):
+        kept = {name: value for name, value in values["rope_parameters"].items() if name != key}
+        return rotary_from_json(values | {"rope_parameters": kept}, *rest)
+
+    monkeypatch.setattr(families, "rotary_from_json", forgetful)
+    rope = METHODS[method] | {"rope_theta": 100.0, key: OTHER[key]}
+    assert not both_sides(family, rope_parameters=rope).agree()

@@ -33,7 +33,7 @@ def saved(tmp_path) -> Path:
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    write_weights(tmp_path, TENSORS, 1_000)
+    write_weights(tmp_path, TENSORS, 2_000)
     return tmp_path
 
 

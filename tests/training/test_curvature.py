@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from minicpm_lite import ModelConfig
-from minicpm_lite.data.corpora import batch_of
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.scoring import next_token_loss
 from minicpm_lite.training.curvature import (
     directional_curvature,
     directional_derivatives,
     watch_decay,
 )
-from minicpm_lite.training.trainer import Trainer, TrainerConfig, next_token_loss
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 MODEL = ModelConfig(16, 40, 1, 2, 30, num_key_value_heads=1, max_position_embeddings=64)
@@ -147,8 +148,7 @@ def test_watching_changes_nothing_and_reads_what_it_says():
     gradients = []
     for step in (8, 9):
         by_hand.train(step, progress=False)
-        window = batch_of(by_hand.windows, step, CONFIG.batch_size)
-        loss = next_token_loss(by_hand.model, window)
+        loss = next_token_loss(by_hand.model, by_hand.batches[step])
         gradients.append(
             torch.cat([g.flatten() for g in torch.autograd.grad(loss, by_hand.model.parameters())])
         )
@@ -168,3 +168,13 @@ def test_a_reading_takes_two_updates():
     run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
     with pytest.raises(ValueError, match="every is 1; a reading takes two updates"):
         next(watch_decay(run, 10, every=1))
+
+
+def test_frozen_parameters_have_no_part_in_a_reading():
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    model.embed_tokens.requires_grad_(False)
+    run = Trainer(model, TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
+    before = model.embed_tokens.weight.clone()
+    assert [reading.first < 0 for reading in watch_decay(run, 6, every=3)] == [True, True]
+    assert torch.equal(model.embed_tokens.weight, before)
