@@ -60,19 +60,23 @@ class Chat:
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
         self._text, self._ids = "", []  # a text whose tokens are known: question, answer, question, ...
         self._fed: list[int] = []  # of which the cache has read the first
+        self._asked = 0  # questions so far: an answer that is still open is closed by the next question
 
     def answer(self, question: str, max_new_tokens: int) -> Iterator[str]:
         """Yield the answer to a question piece by piece. It joins the messages when it is complete.
 
         Raises:
             ValueError: the conversation has no room for so many tokens, or the template refuses it.
+            RuntimeError: the answer was left open, another question was asked, and now it should go on.
         """
+        self._asked += 1
+        mine = self._asked
         messages = [*self.messages, {"role": "user", "content": question}]
         text = self.template(messages)
-        prompt, written = self._encode(text), []
+        prompt = self._encode(text)
         known = _common_length(self._fed[: self._cache.length], prompt)
         self._cache.truncate(min(known, len(prompt) - 1))
-        self._fed = prompt
+        self._fed = list(prompt)
         steps = stream(
             self.model,
             torch.tensor([prompt], device=self.model.embed_tokens.weight.device),
@@ -85,16 +89,23 @@ class Chat:
 
         def noted() -> Iterator[torch.Tensor]:
             for token in steps:
-                written.append(int(token))
-                self._fed = prompt + written
+                self._fed.append(int(token))
                 yield token
+                self._refuse_if_left(mine)
 
         writer = TextWriter(self.tokenizer, self.stop)
         yield from write(noted(), writer, self.stop_ids)
+        self._refuse_if_left(mine)
         self.messages = [*messages, {"role": "assistant", "content": writer.text}]
-        said = [token for token in written if token not in self.stop_ids]
+        said = [token for token in self._fed[len(prompt) :] if token not in self.stop_ids]
         if self.tokenizer.decode(said, skip_special_tokens=False) == writer.text:  # no stop string cut it
             self._text, self._ids = text + writer.text, prompt + said
+
+    def _refuse_if_left(self, asked: int) -> None:
+        if asked != self._asked:
+            raise RuntimeError(
+                "This answer was left open and another question was asked, so it cannot go on. Ask again."
+            )
 
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text; of its beginning those that are known."""

@@ -157,6 +157,22 @@ def test_an_answer_that_is_abandoned_leaves_no_trace():
     assert counted.since() == 1 + 8  # the question was read before, and of it the last token gives the scores
 
 
+@pytest.mark.parametrize("taken", [1, 4, 100])
+def test_an_answer_that_is_left_open_cannot_go_on_behind_another(taken):
+    model = make_model(CHATTER)
+    chat = Chat(model, LETTERS, chatml)
+    pieces = len(list(chat.answer(QUESTIONS[0], 9)))
+    chat.messages.clear()
+    left = chat.answer(QUESTIONS[0], 9)
+    list(islice(left, min(taken, pieces)))  # to the last piece, but not to the end
+    expected = from_scratch(chat, QUESTIONS[1], 9)
+    assert "".join(chat.answer(QUESTIONS[1], 9)) == expected
+    said = list(chat.messages)
+    with pytest.raises(RuntimeError, match="left open and another question was asked"):
+        next(left)
+    assert chat.messages == said
+
+
 def test_messages_may_be_changed_between_answers():
     chat = Chat(make_model(CHATTER), LETTERS, chatml)
     for question in QUESTIONS[:2]:
