@@ -28,7 +28,7 @@ __all__ = ["Evidence", "Explorer", "Quiz", "device", "exercise", "say", "start",
 
 
 def start(library: str, seed: int) -> None:
-    """Make a notebook begin the same way everywhere: right library, one seed, tuned and shared processor, plot style.
+    """Make every notebook begin alike: right library, one seed, a processor tuned and shared, the plot style.
 
     Args:
         library: the version of minicpm_lite the notebook was written for, e.g. ``"0.1"``. The first two
