@@ -12,11 +12,11 @@ book: .venv/.ready  ## from nothing to the rendered book
 test: book  ## every test: library, notebooks, pages
 	$(BIN)/python tests/book/install_browser.py
 	$(BIN)/ruff check --quiet
-	$(BIN)/python -m pytest --nbval tests notebooks
+	$(BIN)/python -m pytest -n logical --nbval tests notebooks
 
 check: .venv/.ready  ## the quick tests
 	$(BIN)/ruff check --quiet
-	$(BIN)/python -m pytest -m "not slow and not pages" tests
+	$(BIN)/python -m pytest -n logical -m "not slow and not pages" tests
 
 lab: .venv/.ready  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks

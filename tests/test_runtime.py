@@ -1,15 +1,20 @@
-"""Seeds and optional packages."""
+"""Seeds, threads, and optional packages."""
 
+import os
 import random
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from minicpm_lite.optional import require
-from minicpm_lite.runtime import seed_everything
+from minicpm_lite.runtime import calm_threads, seed_everything
+
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def draw():
@@ -37,8 +42,65 @@ def test_tuning_makes_denormals_zero_on_every_thread():
         "print(bool(torch.tensor(1e-30) * 1e-10)); tune_cpu(); "
         "print(int((torch.full((1_000_000,), 1e-30) * 1e-10).count_nonzero()))"
     )
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "0"]
+    assert run_with_two_threads(script) == "True 0"
+
+
+TIMES_ASLEEP = """
+import resource, threading, time, torch
+from minicpm_lite import runtime
+
+numbers = torch.ones(200_000)
+
+def times_asleep():
+    "How often threads of the process went to sleep while 300 small pieces of work were shared out."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    for _ in range(300):
+        numbers.add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the guard is for Linux")
+def test_waiting_threads_sleep_while_the_cores_are_wanted():
+    """torch is imported first, as users do. It is told that the cores are crowded, then that they are not."""
+    script = """
+crowd = 0  # threads that wait for a core all the time
+runtime._waited_for_a_core, runtime._LOOK_EVERY = lambda: crowd * time.monotonic(), 0.02
+
+def until(teams):
+    end = time.monotonic() + 60
+    while any(thread.name == "calm_threads team" for thread in threading.enumerate()) != teams:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.5)  # a thread that has spun sleeps by now
+
+quiet = times_asleep()
+runtime.calm_threads()
+crowd = 2
+until(teams=True)
+crowded = times_asleep()
+crowd = 0
+until(teams=False)
+print(torch.get_num_threads(), crowded > 300, crowded > 3 * max(quiet, times_asleep()), numbers[0].item())
+"""
+    assert run_with_two_threads(TIMES_ASLEEP + script) == "2 True True 901.0"
+
+
+@pytest.mark.parametrize("variable", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_who_has_decided_how_threads_wait_is_left_alone(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1000")
+    before = threading.active_count()
+    calm_threads.__wrapped__()
+    assert threading.active_count() == before
+
+
+def run_with_two_threads(script: str) -> str:
+    """What a script prints in a process of its own that computes with two threads."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment |= {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return " ".join(done.stdout.split())
 
 
 def test_a_missing_package_is_one_sentence():

@@ -15,7 +15,7 @@ browser. What it shows works in a live kernel and in a static page, offline, in 
 
 from importlib.metadata import version
 
-from ..runtime import seed_everything, tune_cpu
+from ..runtime import calm_threads, seed_everything, tune_cpu
 from .display import say, table
 from .evidence import Evidence
 from .exercises import exercise
@@ -28,7 +28,7 @@ __all__ = ["Evidence", "Explorer", "Quiz", "device", "exercise", "say", "start",
 
 
 def start(library: str, seed: int) -> None:
-    """Make a notebook begin the same way everywhere: right library, one seed, tuned processor, plot style.
+    """Make every notebook begin alike: right library, one seed, a processor tuned and shared, the plot style.
 
     Args:
         library: the version of minicpm_lite the notebook was written for, e.g. ``"0.2"``. The first two
@@ -47,4 +47,5 @@ def start(library: str, seed: int) -> None:
         )
     seed_everything(seed)
     tune_cpu()
+    calm_threads()
     use_book_style()

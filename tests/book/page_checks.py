@@ -45,6 +45,24 @@ LOOK = r"""() => {
         found.wide.push(element.tagName.toLowerCase() + '.' + element.className);
   return found;
 }"""
+# A chapter has thousands of coloured words of code, and axe takes half a minute for their contrast. Of each kind
+# (by the classes it stands in) one word in a block of code is enough; the others become plain text of the block.
+# What a formula is drawn of holds no text.
+THIN_OUT = r"""() => {
+  for (const drawing of document.querySelectorAll('mjx-container svg')) drawing.replaceChildren();
+  for (const block of document.querySelectorAll('pre')) {
+    const kinds = new Set();
+    for (const word of block.querySelectorAll('span')) {
+      if (word.childElementCount || [...word.attributes].some(attribute => attribute.name !== 'class')) continue;
+      let kind = '';
+      for (let element = word; element !== block; element = element.parentElement) kind += element.className + '<';
+      if (kinds.has(kind)) word.replaceWith(...word.childNodes);
+      kinds.add(kind);
+    }
+    block.normalize();
+  }
+}"""
+AXE = Axe().axe_script
 RAW_MARKUP = re.compile(
     r"\$[^$\n]+\$|\\\(|\\\[|\\[a-zA-Z]{2,}|\{(?:ref|numref|eq|term|doc|cite(?::\w)?|func|class|mod)\}"
 )
@@ -61,7 +79,8 @@ def inspect(
         path: the page, relative to the site.
         site: the folder that is served.
         size: a key of ``SIZES``.
-        schemes: colour schemes; everything is looked at in the first, the colours also in the others.
+        schemes: colour schemes; everything is looked at in the first, in which the page is opened, and the
+            colours also in the others, to which it is turned.
     """
     problems: list[str] = []
 
@@ -83,7 +102,7 @@ def inspect(
     page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
     width, height = SIZES[size]
     page.set_viewport_size({"width": width, "height": height})
-    show(page, base + path, schemes[0])
+    open_page(page, base + path, schemes[0])
     found = page.evaluate(LOOK)
     problems += [
         f"raw markup on the page: {m.group()!r}" for text in found["text"] for m in RAW_MARKUP.finditer(text)
@@ -95,21 +114,31 @@ def inspect(
     problems += broken_links(found["links"], base, site)
     if found["scroll"] > 0:
         problems.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
+    page.evaluate(THIN_OUT)
+    page.evaluate(AXE)
     problems += [f"{schemes[0]}: {problem}" for problem in accessibility(page)]
     for scheme in schemes[1:]:  # only colours differ
-        show(page, base + path, scheme)
+        turn_to(page, scheme)
         problems += [f"{scheme}: {problem}" for problem in accessibility(page, ["color-contrast"])]
     return [f"{size}: {problem}" for problem in dict.fromkeys(problems)]
 
 
-def show(page: Page, address: str, scheme: str) -> None:
+def open_page(page: Page, address: str, scheme: str) -> None:
     """Open an address in a colour scheme and wait until it is finished: mathematics, fonts, no transition."""
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
     page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
     page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
+    turn_to(page, scheme)
+
+
+def turn_to(page: Page, scheme: str) -> None:
+    """Ask an open page for a colour scheme, as a reader's system does in the evening; it must follow."""
+    page.emulate_media(color_scheme=scheme)
+    # The browser tells a page of the new scheme before it draws the next frame.
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     theme = page.evaluate("document.documentElement.dataset.theme")
-    assert theme in (None, scheme), f"{address} shows its {theme} theme to a reader who asks for {scheme}."
+    assert theme in (None, scheme), f"{page.url} shows its {theme} theme to a reader who asks for {scheme}."
 
 
 def broken_links(links: list[str], base: str, site: Path) -> list[str]:
@@ -137,13 +166,14 @@ def anchors(page: Path) -> frozenset[str]:
 
 
 def accessibility(page: Page, rules: Sequence[str] = ()) -> list[str]:
-    """Serious and critical violations that axe-core finds, by all its rules or by some."""
+    """Serious and critical violations that axe-core finds on a page it is loaded in, by all its rules or some."""
     # Without preload axe does not fetch style sheets a second time, from addresses that do not exist.
-    options = {"preload": False, "resultTypes": ["violations"]}
+    options = {"preload": False, "resultTypes": ["violations"], "reporter": "no-passes"}
     if rules:
         options["runOnly"] = list(rules)
+    found = page.evaluate("options => axe.run(document, options)", options)
     return [
         f"accessibility, {violation['id']}: {violation['help']}: {violation['nodes'][0]['html'][:160]}"
-        for violation in Axe().run(page, options=options).response["violations"]
+        for violation in found["violations"]
         if violation["impact"] in ("serious", "critical")
     ]

@@ -33,6 +33,11 @@ FAULTS = {
     "drawing without a name": ('<svg role="img" width="9" height="9"></svg>', "without alt text: a drawing"),
     "sideways scroll": ('<div style="width: 600px">wide</div>', "scrolls sideways by"),
     "low contrast": ('<p style="color: #bbb; background: #fff">faint</p>', "color-contrast"),
+    "low contrast in code": (
+        "<style>.e .k { background: #333 } .k { color: #222 }</style><pre tabindex='0'><span class='k'>a</span> "
+        "<span class='k'>b</span> <span class='e'><span class='k'>faint</span> <span class='k'>c</span></span></pre>",
+        "color-contrast",
+    ),
     "low contrast in the dark": (
         "<style>@media (prefers-color-scheme: dark) { p.x { color: #666; background: #333 } }</style>"
         '<p class="x">faint</p>',
