@@ -26,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..config import require_positive_integer
+from ..runtime import calm_threads
 from .context import KVCache
 from .decoder import Decoder
 from .sampling import Sampling, choose
@@ -74,6 +75,7 @@ def stream(
         context = KVCache(room, padding)
     else:
         _refuse_other_text(context, ids, room, padding)
+    calm_threads()
     seen, newest = ids, ids[:, context.length :]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)

@@ -47,6 +47,7 @@ from ..data.windows import Windows
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..optional import require
+from ..runtime import calm_threads
 from .batches import batch_to, require_fitting, split_batch
 from .branch import require_same_past, stable_schedule
 from .memory import recompute_blocks
@@ -205,6 +206,7 @@ class DistributedTrainer:
         if folder:
             on_first(lambda: _prepare(Path(folder), self.step, tensorboard))
             metrics = _Metrics(Path(folder), self.step, tensorboard) if self.rank == 0 else None
+        calm_threads()
         self.model.train()
         bar = tqdm(range(self.step, until), disable=self.rank != 0 or not progress, leave=False, unit="step")
         try:

@@ -20,6 +20,7 @@ from ..config import require_positive_integer
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
 from ..language.scoring import token_losses
+from ..runtime import calm_threads
 from .batches import Batches, WindowBatches, batch_to, require_fitting, split_batch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .memory import recompute_blocks
@@ -126,6 +127,7 @@ class Trainer:
         require_positive_integer("checkpoint_every", checkpoint_every)
         if checkpoint:
             Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
+        calm_threads()
         self.model.train()
         bar = tqdm(range(self.step, until), disable=not progress, leave=False, unit="step")
         for _ in bar:
