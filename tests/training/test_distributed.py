@@ -463,7 +463,9 @@ def test_two_processes_train_as_one(tmp_path):
         assert one[name][0] == pytest.approx(trainer.losses, abs=1e-5), name
         assert one[name][1] == pytest.approx(trainer.grad_norms, abs=1e-4), name
     rounded = trained(plain(windows=MASKED, config=replace(CONFIG, precision="bfloat16"))).losses
-    assert one["bfloat16"][0] == pytest.approx(rounded, abs=0.01), "a pass of two windows rounds other sums than one of four"
+    assert one["bfloat16"][0] == pytest.approx(rounded, abs=0.01), (
+        "a pass of two windows rounds other sums than one of four"
+    )
     balanced = trained(plain(MODELS["mixture"])).losses
     assert one["balanced"][0] == pytest.approx(balanced, abs=0.01), "the balance is that of each process"
 
