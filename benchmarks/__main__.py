@@ -1,9 +1,11 @@
-"""Training and cached decoding beside transformers, on the same weights and shapes, in one run.
+"""Training and cached decoding beside transformers and beside what the machine can do, in one run.
 
     python -m benchmarks               everything, about five minutes on 2 cores
     python -m benchmarks decode        one part: settings, profile, decode, decode-135m or train
 
-Each figure is the median over rounds in which the two take turns, so that a busy machine slows both.
+Each figure is the median over rounds in which all take turns, so that a busy machine slows all of them. The
+physical limit of training is the rate at which the machine multiplies two large matrices; that of decoding,
+which reads every weight for each token, the rate at which it reads an array from memory.
 """
 
 import argparse
@@ -18,16 +20,17 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from minicpm_lite import ModelConfig, load_config
-from minicpm_lite.data.corpora import batch_of
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.deployment.checkpoints import load_pretrained, save_pretrained
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.optional import require
+from minicpm_lite.pretrained.checkpoints import load_pretrained, save_pretrained
 from minicpm_lite.runtime import seed_everything, tune_cpu
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 SHAPES = {
@@ -69,7 +72,7 @@ def twin_step(run: Trainer) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
-        window = batch_of(run.windows, 0, run.config.batch_size)
+        window = run.batches[0]
         logits = twin(input_ids=window[:, :-1]).logits
         nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
@@ -81,20 +84,25 @@ def twin_step(run: Trainer) -> Callable[[], None]:
 
 def train() -> None:
     print("\nTraining, batches of 12 x 128 tokens, float32")
+    square = torch.randn(1024, 1024)
     for name, config in SHAPES.items():
         run, compiled = make_run(config), make_run(config, compiled=True)
-        ours, faster, theirs = take_turns(
+        with FlopCounterMode(display=False) as counter:
+            run.train(1, progress=False)
+        *seconds, multiplying = take_turns(
             12,
             lambda run=run: run.train(run.step + 1, progress=False),
             lambda run=compiled: run.train(run.step + 1, progress=False),
             twin_step(run),
+            lambda: square @ square,
         )
-        tokens = run.config.batch_tokens
-        print(f"  {name:8} minicpm_lite {tokens / ours:7,.0f} tokens/s = {theirs / ours:.2f} x transformers")
-        print(
-            f"  {'':8}     compiled {tokens / faster:7,.0f} tokens/s = {theirs / faster:.2f} x transformers"
-        )
-        print(f"  {'':8} transformers {tokens / theirs:7,.0f} tokens/s")
+        tokens, possible = run.config.batch_tokens, 2 * 1024**3 / multiplying
+        for version, mine in zip(("minicpm_lite", "    compiled", "transformers"), seconds, strict=True):
+            share = counter.get_total_flops() / mine / possible
+            print(
+                f"  {name:8} {version} {tokens / mine:7,.0f} tokens/s = {seconds[-1] / mine:.2f} x "
+                f"transformers, {share:.0%} of {possible / 1e9:.0f} GFLOP/s"
+            )
 
 
 def decode(new_tokens: int = 96) -> None:
@@ -103,7 +111,8 @@ def decode(new_tokens: int = 96) -> None:
     torch.set_num_threads(1)  # waiting for each other costs threads more than such small matrices do
     for name, config in SHAPES.items():
         seed_everything(0)
-        compare_decoding(name, Decoder(config).eval(), new_tokens, compiled=True)
+        model = Decoder(config).eval()
+        print_bandwidth(model, compare_decoding(name, model, new_tokens, compiled=True))
     torch.set_num_threads(threads)
 
 
@@ -111,7 +120,11 @@ def decode_a_real_model(new_tokens: int = 48) -> None:
     """Decoding reads every weight once a token: how much of the bandwidth of the memory is used?"""
     print(f"\nGreedy decoding of SmolLM2-135M in float32, {new_tokens} tokens after a prompt of 32")
     model = load_pretrained(smollm2_file())
-    seconds = compare_decoding("SmolLM2", model, new_tokens, compiled=False)
+    print_bandwidth(model, compare_decoding("SmolLM2", model, new_tokens, compiled=False))
+
+
+def print_bandwidth(model: Decoder, seconds: float) -> None:
+    """Print which share of the memory's bandwidth the weights take, at so many seconds a token."""
     array = torch.ones(256_000_000 // 4)
     (reading,) = take_turns(20, lambda: array.sum())
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -126,10 +139,11 @@ def compare_decoding(name: str, model: Decoder, new_tokens: int, compiled: bool)
     """Print tokens a second beside transformers', and return our seconds a token."""
     prompt = torch.randint(model.config.vocab_size, (1, 32))
     twin = transformers_twin(model).eval()
-    versions = {"minicpm_lite": lambda: generate(model, prompt, new_tokens)}
+    twin.generation_config.eos_token_id = None  # all write as many tokens
+    versions = {"minicpm_lite": lambda: generate(model, prompt, new_tokens, stop_ids=())}
     if compiled:
         faster = torch.compile(model)
-        versions["    compiled"] = lambda: generate(faster, prompt, new_tokens)
+        versions["    compiled"] = lambda: generate(faster, prompt, new_tokens, stop_ids=())
     versions["transformers"] = lambda: twin.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
     )

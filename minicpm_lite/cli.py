@@ -62,7 +62,8 @@ Cut texts into tokens and write them as shards, the data of `minicpm-lite train`
   minicpm-lite shards novels.txt web.jsonl --tokenizer tokenizer.json --out shards
 
 A .txt file is one document. A .jsonl file has one document in each line, under "text" unless --field names
-another. The tokenizer is a tokenizer.json as published with the models.
+another. The tokenizer is a tokenizer.json as published with the models; texts are read whole, whatever it
+says about cutting or padding them, and a special token that a text spells is text.
 """
 
 
@@ -183,7 +184,7 @@ def _models(args: argparse.Namespace) -> None:
     import torch
 
     from .language.decoder import Decoder
-    from .language.moe import num_active_parameters
+    from .language.upcycling import num_active_parameters
 
     heads = ("parameters", "a token uses", "layers", "width", "ids", "context")
     widths = (16, 16, 8, 7, 9, 9)
@@ -201,6 +202,7 @@ def _shards(args: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
     from .data.shards import write_shards
+    from .language.tokenizer import fast_tokenizer
 
     for text in args.texts:
         if Path(text).suffix not in (".txt", ".jsonl"):
@@ -210,9 +212,10 @@ def _shards(args: argparse.Namespace) -> None:
     if not Path(args.tokenizer).is_file():
         raise FileNotFoundError(f"There is no tokenizer at {args.tokenizer}.")
     try:
-        tokenizer = Tokenizer.from_file(args.tokenizer)
+        tokenizer = fast_tokenizer(Tokenizer.from_file(args.tokenizer))
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{args.tokenizer} is not a tokenizer.json: {error}") from None
+    tokenizer.encode_special_tokens = True  # as text
     end = []
     if args.end is not None:
         if tokenizer.token_to_id(args.end) is None:
@@ -235,23 +238,35 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _documents(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file; its byte order mark, and blank lines between the others, are none."""
+    before = 0  # bytes
+    with path.open("rb") as file:
+        for number, line in enumerate([file.read()] if path.suffix == ".txt" else file, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not UTF-8 text: byte {before + error.start} cannot be read."
+                ) from None
+            before += len(line)
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            if path.suffix == ".txt":
+                yield text.replace("\r\n", "\n").replace("\r", "\n")
+            elif text.strip():
+                yield _text_in(text, field, f"Line {number} of {path}")
+
+
+def _text_in(line: str, field: str, place: str) -> str:
     try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = json.loads(line)[field]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"Line {number} of {path} is no JSON object with a text under {field!r}."
-                    )
-                yield text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be read.") from None
+        text = json.loads(line)[field]
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} holds half a character, U+{ord(text[error.start]):04X}, which no UTF-8 text can."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{place} is no JSON object with a text under {field!r}.") from None
+    return text
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -274,7 +289,7 @@ def _train(args: argparse.Namespace) -> None:
 
         start = _start(args)
         plan = _plan(args, model, recipe, dist.get_world_size(), device.type == "cuda", start)
-        windows = _windows(args, model, plan.trainer)
+        windows = _windows(args, model, plan.trainer, start)
         trainer = DistributedTrainer(model, windows, plan.schedule, plan.trainer, plan.layout, device)
         if args.resume:
             trainer.load(start)
@@ -310,9 +325,10 @@ def _recipe(name: str) -> TrainingRecipe | None:
 
 def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cuda: bool, start=None):
     """The run in every number: from the flags, the checkpoint it starts from, the recipe, in this order."""
-    from .training.distributed import Layout
+    from .training.branch import decay_schedule
     from .training.plan import plan_training
-    from .training.sharded_checkpoint import decay_schedule, read_facts
+    from .training.settings import Layout
+    from .training.sharded_checkpoint import read_facts
     from .training.wsd import WSD
 
     flags = {
@@ -352,48 +368,51 @@ def _schedule_flags(schedule) -> dict:
             "decay_steps": schedule.decay_steps, "peak_lr": schedule.peak_lr}  # fmt: skip
 
 
-def _windows(args: argparse.Namespace, model: ModelConfig, trainer):
+def _windows(args: argparse.Namespace, model: ModelConfig, trainer, start):
     """Shards, or a mixture of several by weight; in a decay each goes on where the stable stage left it."""
-    from .data.shards import Shards, ShardWindows
+    from .data.mixtures import MixtureWindows, going_on
+    from .data.shards import Shards
+    from .data.windows import TokenWindows
     from .training.sharded_checkpoint import read_facts
-    from .training.two_stage import MixtureWindows
 
     windows, weights = {}, {}
     for folder, weight in map(_weighted, args.data):
         if folder in windows:
             raise ValueError(f"--data names {folder} twice.")
         shards = Shards(folder, model.vocab_size)
-        windows[folder] = ShardWindows(shards, trainer.sequence_length, trainer.seed)
+        windows[folder] = TokenWindows(shards, trainer.sequence_length, trainer.seed)
         weights[folder] = weight
-    made_by = {name: each.shards.tokenizer for name, each in windows.items() if each.shards.tokenizer}
-    if len(set(made_by.values())) > 1:
-        raise ValueError(f"{' and '.join(made_by)} were cut with different tokenizers; one model knows one.")
-    if len(windows) == 1:
-        return windows.popitem()[1]
-    stages = [(0, weights)]
-    if args.decay_from:
-        facts = read_facts(args.decay_from)
-        before = _stages_before(facts["text"], {name: each.identity() for name, each in windows.items()})
-        stages = [*before, (facts["step"] * trainer.batch_size, weights)] if before else stages
-    return MixtureWindows(windows, stages)
-
-
-def _stages_before(text: dict, sources: dict[str, dict]) -> list[tuple[int, dict[str, float]]]:
-    """What a stable stage read, in terms of the sources of its decay; nothing if it read something else."""
-    if "sources" not in text:
-        return [(0, {name: 1}) for name, identity in sources.items() if identity == text]
-    if all(sources.get(name) == identity for name, identity in text["sources"].items()):
-        return [(start, weights) for start, weights in text["stages"]]
-    return []
+    made_by = {folder: each.tokens.tokenizer for folder, each in windows.items()}
+    text, begin = {}, 0  # what was read in other proportions before, and how many windows of it
+    if args.resume:
+        text = read_facts(start)["text"]
+        begin = text["stages"][-1][0] if "stages" in text else 0
+    elif args.decay_from:
+        facts = read_facts(start)
+        text, begin = facts["text"], facts["step"] * trainer.batch_size
+        for source in text.get("sources", [text]):
+            made_by["what the stable stage read"] = source.get("tokenizer")
+    known = {name: tokenizer for name, tokenizer in made_by.items() if tokenizer is not None}
+    if len(set(known.values())) > 1:
+        raise ValueError(f"{' and '.join(known)} were cut with different tokenizers; one model knows one.")
+    if begin:
+        return going_on(text, begin, windows, weights)
+    return MixtureWindows(windows, [(0, weights)]) if len(windows) > 1 else windows.popitem()[1]
 
 
 def _weighted(source: str) -> tuple[str, float]:
     """Folder and weight of ``folder:weight``; a folder may have a colon in its name."""
-    folder, colon, weight = source.rpartition(":")
+    folder, colon, given = source.rpartition(":")
     try:
-        return (folder, float(weight)) if colon else (source, 1.0)
+        weight = float(given) if colon else 1.0
     except ValueError:
-        return source, 1.0
+        colon, weight = "", 1.0
+    if not 0 < weight < math.inf:
+        raise ValueError(
+            f"--data {source} has the weight {given}; expected a finite number above 0. Leave a folder out "
+            "that is not to be read."
+        )
+    return folder if colon else source, weight
 
 
 def _print_plan(args: argparse.Namespace, plan) -> None:

@@ -160,9 +160,12 @@ class ModelConfig:
         init_std: standard deviation of the weights at the start, at width ``dim_model_base``.
         latent_attention: sizes of MLA, or None for ordinary attention.
         mixture: sizes of the mixture of experts, or None for one dense feed-forward network.
+        eos_token_id: ids that end a text; generation stops at them unless told otherwise. One id or a list,
+            as released files spell it, becomes a tuple; None, an empty one.
 
     Raises:
-        ValueError: a size is not positive, the heads do not divide, or a head cannot be rotated.
+        ValueError: a size is not positive, the heads do not divide, a head cannot be rotated, or an id that
+            ends a text is none of the vocabulary.
 
     >>> ModelConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
     ...             vocab_size=256).head_dim
@@ -187,6 +190,7 @@ class ModelConfig:
     init_std: float = 0.02
     latent_attention: LatentAttentionConfig | None = None
     mixture: MixtureConfig | None = None
+    eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -226,6 +230,15 @@ class ModelConfig:
                     )
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false.")
+        ends = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id or ()
+        if not isinstance(ends, list | tuple) or not all(
+            isinstance(end, int) and not isinstance(end, bool) and 0 <= end < self.vocab_size for end in ends
+        ):
+            raise ValueError(
+                f"eos_token_id is {self.eos_token_id!r}; expected ids of the vocabulary: whole numbers from "
+                f"0 to {self.vocab_size - 1}, one or a list."
+            )
+        object.__setattr__(self, "eos_token_id", tuple(dict.fromkeys(ends)))
 
     @property
     def rotary_dim(self) -> int:

@@ -16,6 +16,7 @@ import yaml
 from minicpm_lite import cli, list_configs, load_config
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import Shards, write_shards
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.tokenizer import train_tokenizer
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 40
@@ -188,6 +189,39 @@ def test_documents_can_be_ended(at_home):
     assert Shards("ended")[:][-1] == Tokenizer.from_file("tokenizer.json").token_to_id(token)
 
 
+def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
+    """What a tokenizer.json orders beside cutting words does not act; a document's end is where one ends."""
+    from tokenizers.processors import TemplateProcessing
+
+    plain = train_tokenizer(TEXT, 290)
+    plain.add_special_tokens(["</s>"])
+    plain.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 290)])
+    plain.save("plain.json")
+    plain.enable_truncation(16)
+    plain.save("cut.json")
+    plain.no_truncation()
+    plain.enable_padding(length=4096)
+    plain.save("padded.json")
+    (at_home / "spelt.txt").write_text(TEXT + "An end </s> is no end.")
+    made = []
+    for name in ("plain", "cut", "padded"):
+        argv = ["shards", "spelt.txt", "--tokenizer", f"{name}.json", "--out", name, "--end", "</s>"]
+        assert main(argv) == 0
+        made.append((Shards(name)[:].tolist(), Shards(name).tokenizer))
+    assert made[0] == made[1] == made[2], "also the tokenizer's checksum"
+    ids = made[0][0]
+    assert ids.count(290) == 1 and ids[-1] == 290
+    assert plain.decode(ids[:-1]) == TEXT + "An end </s> is no end."
+
+
+def test_marks_and_blank_lines_are_no_text(at_home):
+    (at_home / "mark.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode().replace(b" ", b"\r\n"))
+    rows = [json.dumps({"text": TEXT}).encode(), b"", b"  ", json.dumps({"text": "\ufeff"}).encode()]
+    (at_home / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))
+    documents = [list(cli._documents(at_home / name, "text")) for name in ("mark.txt", "mark.jsonl")]
+    assert documents == [[TEXT.replace(" ", "\n")], [TEXT, "\ufeff"]]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -203,10 +237,19 @@ def test_documents_can_be_ended(at_home):
         (["novel.txt", "--vocab-size", "100"], "The tokenizer has 300 ids and vocab_size is 100"),
         (["novel.txt", "--out", "one"], "one already holds something"),
         (["latin.txt"], "latin.txt is not UTF-8 text: byte 3"),
+        (["latin.jsonl"], "latin.jsonl is not UTF-8 text: byte 175014 cannot be read"),
+        (["half.jsonl"], "Line 2 of half.jsonl holds half a character, U+D83D"),
+        (["deep.jsonl"], "Line 1 of deep.jsonl is no JSON object with a text under 'text'"),
+        (["number.jsonl"], "Line 1 of number.jsonl is no JSON object with a text under 'text'"),
     ],
 )
 def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
     (at_home / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    good = b'{"text": "the cat sat on the mat"}\n'
+    (at_home / "latin.jsonl").write_bytes(good * 5000 + b'{"text": "bad \xff"}\n')
+    (at_home / "half.jsonl").write_bytes(good + b'{"text": "cut emoji \\ud83d"}\n')
+    (at_home / "deep.jsonl").write_text("[" * 100_000)
+    (at_home / "number.jsonl").write_text('{"text": 5}')
     argv = ["shards", "--tokenizer", "tokenizer.json", "--out", "made"]
     says(capsys, [*argv, *change], sentence)
     assert not (at_home / "made").exists()
@@ -236,12 +279,12 @@ def test_a_run_and_its_decay(at_home, capsys):
     assert found[0]["lr"] < 0.01 and found[-1]["lr"] == pytest.approx(1e-3)
     facts = json.loads((at_home / "decayed" / "step-00000016" / "checkpoint.json").read_text())
     assert facts["trainer config"]["batch_size"] == 4, "taken from the checkpoint, not given again"
-    stages = facts["text"]["stages"]
-    assert stages == [[0, {"one": 1, "two": 0}], [40, {"one": 3, "two": 1}]], (
-        "10 steps of 4 windows were read"
-    )
-    rest = facts["text"]["sources"]
-    assert rest["one"] == json.loads((at_home / "run/step-00000010/checkpoint.json").read_text())["text"]
+    read = json.loads((at_home / "run/step-00000010/checkpoint.json").read_text())["text"]
+    text = facts["text"]
+    one = text["sources"].index(read)
+    assert [(start, shares[one], shares[1 - one]) for start, shares in text["stages"]] == [
+        (0, 1, 0), (40, 3, 1)
+    ], "10 steps of 4 windows were read"  # fmt: skip
     says(
         capsys,
         [*decayed[:-2], "--decay", "6", "--out", "x", "--decay-from", "run/step-00000012"],
@@ -260,10 +303,88 @@ def test_a_decay_is_stopped_and_goes_on(at_home, capsys):
     assert main([*argv, "--out", "stopped", "--resume"]) == 0
     assert order(at_home / "stopped") == order(at_home / "whole")
     assert curve(at_home / "stopped") == curve(at_home / "whole")
-    facts = json.loads((at_home / "whole" / "step-00000014" / "checkpoint.json").read_text())
-    assert facts["text"]["stages"][0] == [0, {"one": 1, "two": 1, "three": 0}]
-    assert facts["text"]["stages"][1] == [32, {"one": 1, "two": 1, "three": 2}]
+    text = json.loads((at_home / "whole" / "step-00000014" / "checkpoint.json").read_text())["text"]
+    assert [(start, sorted(shares)) for start, shares in text["stages"]] == [(0, [0, 1, 1]), (32, [1, 1, 2])]
+    shutil.rmtree(at_home / "run")
+    assert main([*argv, "--out", "stopped", "--resume"]) == 0, "it needs its own checkpoint alone"
     says(capsys, [*train(*one_two), "--out", "stopped", "--resume"], "belongs to another text")
+
+
+def run_of(at_home, name, *words) -> tuple[list, list, dict]:
+    """Order of the data, losses and identity of what a command reads."""
+    capture = at_home / name
+    assert main([*words, "--out", name]) == 0
+    newest = max(capture.glob("step-*"))
+    return order(capture), curve(capture), json.loads((newest / "checkpoint.json").read_text())["text"]
+
+
+def data(*folders) -> list[str]:
+    return [word for folder in folders for word in ("--data", folder)]
+
+
+def test_neither_order_nor_spelling_nor_place_of_the_folders_decides(at_home):
+    """A mixture, its resume and its decay read the same, whatever the options look like."""
+    short = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0"]
+    shutil.copytree(at_home / "two", at_home / "moved" / "elsewhere")
+    spelt = [
+        data("one", "two:2"),
+        data("two:1", "./one/:0.5"),
+        data("moved/elsewhere:2.0", str(at_home / "one")),
+    ]
+    runs = [run_of(at_home, f"run{i}", *train(*folders, *short)) for i, folders in enumerate(spelt)]
+    assert all(run == runs[0] for run in runs)
+    for number, folders in enumerate(spelt):  # resumed with the next one's words
+        first = train(*folders, *short, "--out", f"stopped{number}", "--until", "3")
+        assert main(first) == 0
+        again = train(*spelt[number - 1], *short, "--resume")
+        assert run_of(at_home, f"stopped{number}", *again) == runs[0]
+    weights = [("one:3", "two"), ("two/", "./one:3"), ("moved/elsewhere:0.25", "one:0.75")]
+    decays = [
+        run_of(
+            at_home,
+            f"decay{i}",
+            *train(*data(*each), "--decay", "4", "--decay-from", f"run{i}/step-00000006"),
+        )
+        for i, each in enumerate(weights)
+    ]
+    assert all(decay == decays[0] for decay in decays)
+
+
+def test_a_decay_reads_each_folder_on_where_the_stable_stage_left_it(at_home, monkeypatch):
+    """Under any spelling; a folder that is not read on counts as read, a new one begins at its start."""
+    read = []
+    monkeypatch.setattr(TokenWindows, "__getitem__", noted(read, TokenWindows.__getitem__))
+    write_shards("three", [np.arange(300)], 300)
+    stable = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0"]
+    assert main(train(*data("one:3", "two:1"), *stable, "--out", "run")) == 0
+    assert sorted(read) == [*(("one", i) for i in range(18)), *(("two", i) for i in range(6))]
+    for name, folders, expected in (
+        ("a", ["./one"], [("one", i) for i in range(18, 34)]),
+        ("b", ["three", "two/:3"], [*(("three", i) for i in range(4)), *(("two", i) for i in range(6, 18))]),
+        ("c", ["three"], [("three", i) for i in range(16)]),
+    ):
+        read.clear()
+        decay = train(*data(*folders), "--decay", "4", "--decay-from", "run/step-00000006", "--out", name)
+        assert main(decay) == 0
+        assert sorted(read) == expected
+
+
+def noted(read: list, get):
+    """`TokenWindows.__getitem__` that notes the folder and the index."""
+
+    def getitem(self, index):
+        read.append((self.tokens.folder.name, index))
+        return get(self, index)
+
+    return getitem
+
+
+def test_other_data_are_refused_on_resume(at_home, capsys):
+    run = train(*data("one", "two"), *STEPS, "--out", "run")
+    assert main([*run, "--until", "2"]) == 0
+    write_shards("three", [np.arange(2000) % 300], 300)
+    for folders in (data("one", "three"), data("one"), data("one:2", "two"), data("one", "two", "three")):
+        says(capsys, train(*folders, *STEPS, "--out", "run", "--resume"), "belongs to another text")
 
 
 def test_going_on_with_processes_that_cannot_share_a_step(at_home, capsys):
@@ -291,8 +412,19 @@ def test_stopping_and_going_on(at_home, capsys):
     [
         (["--data", "one"], "Give --data and --out"),
         (["--data", "none", "--out", "x"], "There is no shards.json in none"),
-        (["--data", "one:0", "--data", "two:0", "--out", "x"], "weight"),
+        *(
+            (
+                ["--data", f"one:{weight}", *more, "--out", "x"],
+                f"--data one:{weight} has the weight {weight};",
+            )
+            for weight in ("0", "-1", "nan", "inf", "-inf", "0.0")
+            for more in ([], ["--data", "two"])
+        ),
         (["--data", "one", "--data", "one:2", "--out", "x"], "--data names one twice"),
+        *(
+            (["--data", "one", "--data", again, "--out", "x"], f"'one' and '{again}' hold the same windows")
+            for again in ("./one", "one/", "again")
+        ),
         (["--data", "one", "--out", "x", "--resume"], "There is no checkpoint in x to resume from"),
         (["--data", "one", "--out", "x", "--decay-from", "run"], "of the steps, give --decay only"),
         (
@@ -312,12 +444,25 @@ def test_stopping_and_going_on(at_home, capsys):
     ],
 )
 def test_runs_that_cannot_be(at_home, capsys, words, sentence):
+    shutil.copytree(at_home / "one", at_home / "again")
     write_shards(at_home / "wide", [[1] * 300], 999)
     for name, text in (("other", TEXT), ("text", TEXT[::-1])):
         tokenizer = train_tokenizer(text, 300)
         write_shards(at_home / name, [tokenizer.encode(text).ids], 300, tokenizer)
     says(capsys, train(*STEPS, *words), sentence)
     assert not (at_home / "x").exists()
+
+
+def test_a_decay_with_another_tokenizer(at_home, capsys):
+    for name, text in (("text", TEXT), ("other", TEXT[::-1])):
+        tokenizer = train_tokenizer(text, 300)
+        write_shards(at_home / name, [tokenizer.encode(TEXT).ids], 300, tokenizer)
+    stable = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0"]
+    assert main(train("--data", "text", *stable, "--out", "run")) == 0
+    decay = ["--decay", "4", "--decay-from", "run/step-00000006", "--out", "decayed"]
+    sentence = "other and what the stable stage read were cut with different tokenizers"
+    says(capsys, train("--data", "other", *decay), sentence)
+    assert not (at_home / "decayed").exists()
 
 
 def test_the_dry_run_of_a_decay(at_home, capsys):

@@ -1,5 +1,6 @@
 """The configs of the family: every file loads, counts are the published ones, bad input gets a sentence."""
 
+import json
 from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
@@ -106,6 +107,36 @@ def test_recipe_that_was_not_published():
 def test_impossible_shapes_are_refused(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         ModelConfig(**(SMALL | change))
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [(None, ()), ((), ()), ([], ()), (0, (0,)), (99, (99,)), ([2, 73, 2], (2, 73)), ((7, 3), (7, 3))],
+)
+def test_ids_that_end_a_text_become_a_tuple_without_repetition(given, ends):
+    config = ModelConfig(**SMALL, eos_token_id=given)
+    assert config.eos_token_id == ends
+    assert hash(config) == hash(ModelConfig(**SMALL, eos_token_id=ends))
+    assert model_config(json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("ends", [100, -1, [2, 100], 2.0, "2", ["2"], True, [False], {2: 3}, [[2]], [None]])
+def test_ids_that_end_a_text_are_of_the_vocabulary(ends):
+    with pytest.raises(
+        ValueError, match="eos_token_id is .*; expected ids of the vocabulary: .* from 0 to 99"
+    ):
+        ModelConfig(**SMALL, eos_token_id=ends)
+
+
+def test_facts_of_older_checkpoints_name_no_ids_that_end_a_text():
+    facts = asdict(ModelConfig(**SMALL))
+    del facts["eos_token_id"]
+    assert model_config(facts) == ModelConfig(**SMALL)
+
+
+def test_ids_that_end_a_text_are_given_where_a_source_is_known():
+    known = {name: load_config(name).eos_token_id for name in list_configs()}
+    assert {name: ends for name, ends in known.items() if ends} == {"minicpm4-0.5b": (2, 73_440)}
 
 
 def write(tmp_path, text):

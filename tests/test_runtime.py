@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.language import generation
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.optional import require
 from minicpm_lite.runtime import calm_threads, seed_everything
+from minicpm_lite.training import trainer
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.wsd import WSD
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -128,3 +134,15 @@ def test_importing_the_package_costs_little():
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_training_and_writing_share_the_cores(monkeypatch):
+    """Whoever trains or writes with the library need not know of it."""
+    called = []
+    for module in (trainer, generation):
+        monkeypatch.setattr(module, "calm_threads", lambda module=module: called.append(module))
+    config = ModelConfig(8, 16, 1, 2, 10, max_position_embeddings=16)
+    generation.generate(Decoder(config), torch.tensor([[1]]), 2)
+    run = trainer.Trainer(Decoder(config), torch.arange(100) % 10, WSD(1e-2, 1, 1, 0), TrainerConfig(2, 8))
+    run.train(progress=False)
+    assert called == [generation, trainer]

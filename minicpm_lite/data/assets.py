@@ -1,6 +1,7 @@
-"""The data that ships with the package: prose, classical Chinese, emoji, animation frames.
+"""The data of the book: prose, classical Chinese, emoji, animation frames, and conversations.
 
-Sources and licences stand in the file NOTICE. Each loader reads its file once and remembers the result.
+All but the conversations, which a published package carries, ship with this one. Sources and licences stand
+in the file NOTICE. Each loader reads its file once and remembers the result.
 """
 
 import gzip
@@ -12,8 +13,26 @@ from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["Emoji", "load_austen", "load_chinese_classics", "load_emoji", "load_kenney"]
+from .packages import chitchat_file
 
+__all__ = [
+    "Emoji",
+    "load_austen",
+    "load_chinese_classics",
+    "load_conversations",
+    "load_emoji",
+    "load_kenney",
+    "load_novels",
+]
+
+_HEADINGS = {
+    "Emma": "EMMA\n",
+    "Mansfield Park": "MANSFIELD PARK\n",
+    "Northanger Abbey": "NORTHANGER ABBEY\n",
+    "Persuasion": "Persuasion\n",
+    "Pride and Prejudice": "PRIDE AND PREJUDICE\n",
+    "Sense and Sensibility": "SENSE AND SENSIBILITY\n",
+}
 _ASSETS = Path(__file__).parent / "assets"
 _EMOJI_SIZE, _EMOJI_COLUMNS = 48, 36
 
@@ -40,6 +59,28 @@ def load_austen() -> str:
     'EMMA'
     """
     return gzip.decompress(_read("austen.txt.gz")).decode("utf-8")
+
+
+@cache
+def load_novels() -> dict[str, str]:
+    """The six novels of `load_austen` by their titles, each from its heading to the next one's."""
+    text = load_austen()
+    starts = [text.index(heading) for heading in _HEADINGS.values()]
+    ends = [*starts[1:], len(text)]
+    return {title: text[a:b] for title, a, b in zip(_HEADINGS, starts, ends, strict=True)}
+
+
+@cache
+def load_conversations() -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """7,168 conversations between two people, in English: each a row of turns, each turn a row of messages.
+
+    Raises:
+        ImportError: the package that carries them is missing; the message names the command to get it.
+    """
+    records = json.loads(chitchat_file().read_text(encoding="utf-8")).values()
+    return tuple(
+        tuple(tuple(message["text"] for message in turn) for turn in record["messages"]) for record in records
+    )
 
 
 @cache

@@ -11,13 +11,15 @@ here (runs of 5 words, 128 orders, J of 0.8) are common choices.
 
 Traps: a product of two 32-bit numbers fits into 64 bits, one of two 61-bit numbers does not and would wrap
 around unseen, so all hashes here have 32 bits. A multiplier must be odd, or the "order" maps two shingles to
-one place. A hundred copies of one document are nearly 5,000 pairs, so exact copies are set aside first.
+one place. A hundred copies of one document, or pages of one template, are nearly 5,000 pairs: exact copies
+are set aside first, and two documents that already hang together are not compared.
 """
 
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -36,6 +38,7 @@ __all__ = [
     "lsh_probability",
     "lsh_threshold",
     "near_duplicates",
+    "rows_of_band",
     "words_of",
 ]
 
@@ -54,7 +57,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def hashed_ngrams(words: Sequence[str], size: int) -> UInt64[np.ndarray, " ngrams"]:
+def hashed_ngrams(words: Iterable[str], size: int) -> UInt64[np.ndarray, " ngrams"]:
     """A hash of 32 bits for each run of ``size`` words, in order; none if there are fewer words.
 
     >>> hashed_ngrams(["a", "b", "a", "b"], 2).tolist()[::2] == [hashed_ngrams(["a", "b"], 2)[0]] * 2
@@ -101,12 +104,13 @@ class MinHash:
 
     def signatures(self, texts: Iterable[str]) -> UInt32[np.ndarray, "documents num_perm"]:
         """A signature for each document; that of an empty document is all ones in binary."""
-        return self.signatures_of_sets([self.shingles(text) for text in texts])
+        return self.signatures_of_sets(map(self.shingles, texts))
 
     def signatures_of_sets(
-        self, sets: Sequence[UInt64[np.ndarray, " _"]]
+        self, sets: Iterable[UInt64[np.ndarray, " _"]]
     ) -> UInt32[np.ndarray, "documents num_perm"]:
         """The same from sets of 32-bit hashes: of shingles, or of anything else."""
+        sets = tuple(sets)
         signatures = np.full((len(sets), self.num_perm), 0xFFFFFFFF, np.uint32)
         start = 0
         while start < len(sets):  # as many documents at a time as fit into the cache
@@ -178,6 +182,21 @@ def lsh_threshold(bands: int, rows: int) -> float:
     return (1 / bands) ** (1 / rows)
 
 
+def rows_of_band(num_perm: int, bands: int) -> int:
+    """Places of a signature in each of its bands.
+
+    Raises:
+        ValueError: the bands do not divide the signature.
+    """
+    require_positive_integer("bands", bands)
+    if num_perm % bands:
+        raise ValueError(
+            f"Signatures of {num_perm} places cannot be cut into {bands} equal bands; "
+            f"choose bands that divide {num_perm}."
+        )
+    return num_perm // bands
+
+
 def candidate_pairs(
     signatures: UInt32[np.ndarray, "documents num_perm"], bands: int
 ) -> Int[np.ndarray, "pairs 2"]:
@@ -190,24 +209,42 @@ def candidate_pairs(
     Raises:
         ValueError: the signature's length is no multiple of ``bands``.
     """
-    require_positive_integer("bands", bands)
-    documents, num_perm = signatures.shape
-    if num_perm % bands:
-        raise ValueError(
-            f"Signatures of {num_perm} places cannot be cut into {bands} equal bands; "
-            f"choose bands that divide {num_perm}."
-        )
-    rows = num_perm // bands
     pairs: set[tuple[int, int]] = set()
-    for band in range(bands):
+    for bucket in _buckets(signatures, bands):
+        pairs.update(combinations(bucket, 2))
+    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+
+
+def _buckets(signatures: UInt32[np.ndarray, "documents num_perm"], bands: int) -> Iterator[list[int]]:
+    """Of each band the groups of documents, two or more in order, whose signatures agree in it."""
+    rows = rows_of_band(signatures.shape[1], bands)
+    for band in range(bands if len(signatures) else 0):
         keys = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
         _, bucket = np.unique(keys.view(f"V{4 * rows}").ravel(), return_inverse=True)
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order])) + 1
-        for members in np.split(order, edges) if documents else []:
-            if len(members) > 1:
-                pairs.update(combinations(members.tolist(), 2))
-    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+        yield from (members.tolist() for members in np.split(order, edges) if len(members) > 1)
+
+
+class _Clusters:
+    """Documents that hang together, while links come in; a cluster's root is its first document."""
+
+    def __init__(self, documents: int) -> None:
+        self.parent = list(range(documents))
+
+    def root(self, document: int) -> int:
+        parent = self.parent
+        while parent[document] != document:
+            parent[document] = parent[parent[document]]  # halve the path for the next time
+            document = parent[document]
+        return document
+
+    def link(self, a: int, b: int) -> None:
+        low, high = sorted((self.root(a), self.root(b)))
+        self.parent[high] = low
+
+    def labels(self) -> Int[np.ndarray, " documents"]:
+        return np.array([self.root(document) for document in range(len(self.parent))], np.int64)
 
 
 def clusters_of(documents: int, pairs: Iterable[Sequence[int]]) -> Int[np.ndarray, " documents"]:
@@ -216,18 +253,10 @@ def clusters_of(documents: int, pairs: Iterable[Sequence[int]]) -> Int[np.ndarra
     >>> clusters_of(5, [(0, 3), (3, 4)]).tolist()
     [0, 1, 2, 0, 0]
     """
-    parent = list(range(documents))
-
-    def root(document: int) -> int:
-        while parent[document] != document:
-            parent[document] = parent[parent[document]]  # halve the path for the next time
-            document = parent[document]
-        return document
-
+    clusters = _Clusters(documents)
     for a, b in pairs:
-        low, high = sorted((root(int(a)), root(int(b))))
-        parent[high] = low
-    return np.array([root(document) for document in range(documents)], np.int64)
+        clusters.link(int(a), int(b))
+    return clusters.labels()
 
 
 def first_of_each(keys: Iterable) -> Bool[np.ndarray, " keys"]:
@@ -241,7 +270,7 @@ def first_of_each(keys: Iterable) -> Bool[np.ndarray, " keys"]:
 
 
 def near_duplicates(
-    texts: Sequence[str],
+    texts: Iterable[str],
     minhash: MinHash | None = None,
     bands: int = 16,
     threshold: float | None = 0.8,
@@ -264,16 +293,32 @@ def near_duplicates(
         raise ValueError(
             f"The threshold is {threshold}; a Jaccard index is compared with more than 0 and at most 1."
         )
-    minhash = minhash or MinHash()
-    first: dict[str, int] = {}
-    copies = [(first.setdefault(_checked(text), index), index) for index, text in enumerate(texts)]
+    minhash, texts = minhash or MinHash(), tuple(texts)
+    clusters, first = _Clusters(len(texts)), {}
+    for index, text in enumerate(texts):
+        clusters.link(first.setdefault(_checked(text), index), index)
     distinct = list(first.values())
-    sets = [minhash.shingles(texts[index]) for index in distinct]
-    pairs = candidate_pairs(minhash.signatures_of_sets(sets), bands)
-    if threshold is not None:
-        pairs = [(a, b) for a, b in pairs if jaccard(sets[a], sets[b]) >= threshold]
-    near = [(distinct[a], distinct[b]) for a, b in pairs]
-    return clusters_of(len(texts), copies + near)
+    sets = {index: minhash.shingles(texts[index]) for index in distinct}
+
+    @cache
+    def similar(a: int, b: int) -> bool:
+        return threshold is None or jaccard(sets[a], sets[b]) >= threshold
+
+    for bucket in _buckets(minhash.signatures_of_sets(sets.values()), bands):
+        groups: list[list[int]] = []  # documents of the bucket that hang together
+        for document in (distinct[place] for place in bucket):
+            mine, others = [document], []
+            for group in groups:
+                if clusters.root(group[0]) == clusters.root(document) or any(
+                    similar(other, document) for other in group
+                ):
+                    clusters.link(group[0], document)
+                    group.extend(mine)
+                    mine = group
+                else:
+                    others.append(group)
+            groups = [*others, mine]
+    return clusters.labels()
 
 
 def _checked(text: object) -> str:

@@ -16,7 +16,7 @@ one: say what happens to it.
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +28,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from ..config import require_positive_integer, require_positive_number
+from ..files import written_whole
 from ..language.decoder import Decoder
+from ..language.scoring import token_losses
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..optional import require
 from .dedup import MinHash, first_of_each, hashed_ngrams, near_duplicates, words_of
 
@@ -64,7 +67,7 @@ def normalise(text: str) -> str:
     return _SPACES.sub(" ", _BLANK_LINES.sub("\n", bare)).strip(" \n")
 
 
-def identify_languages(texts: Sequence[str], least: float = 0.5) -> list[str]:
+def identify_languages(texts: Iterable[str], least: float = 0.5) -> list[str]:
     """The language of each text as an ISO 639-1 code; "und" where it cannot be told.
 
     Args:
@@ -132,26 +135,26 @@ class QualityClassifier:
         self.known: np.ndarray = np.empty(0, np.uint64)  # features of the training documents, sorted
         self.weights: np.ndarray = np.empty(0, np.float32)  # log odds of good that each contributes
 
-    def fit(self, good: Sequence[str], bad: Sequence[str]) -> "QualityClassifier":
+    def fit(self, good: Iterable[str], bad: Iterable[str]) -> "QualityClassifier":
         """Learn from normalised documents; balance the two sides, or the larger one wins ties.
 
         Raises:
             ValueError: one side has no document with a word.
         """
-        bags = [self._features(text) for text in (*good, *bad)]
-        for name, side in (("good", bags[: len(good)]), ("bad", bags[len(good) :])):
+        good, bad = ([self._features(text) for text in side] for side in (good, bad))
+        for name, side in (("good", good), ("bad", bad)):
             if not any(len(bag) for bag in side):
                 raise ValueError(
                     f"There is no {name} document with a word in it; a classifier needs both kinds."
                 )
-        features, counts = np.unique(np.concatenate(bags), return_counts=True)
+        features, counts = np.unique(np.concatenate(good + bad), return_counts=True)
         is_word = features < 1 << 32
         self.known = features[~is_word | (counts >= self.min_count)]
         labels = np.repeat([1.0, 0.0], [len(good), len(bad)])
-        self.weights = self._train([self._rows(bag) for bag in bags], labels)
+        self.weights = self._train([self._rows(bag) for bag in good + bad], labels)
         return self
 
-    def scores(self, texts: Sequence[str]) -> Float[np.ndarray, " documents"]:
+    def scores(self, texts: Iterable[str]) -> Float[np.ndarray, " documents"]:
         """The probability that each normalised document is good; 0.5 for one without a known feature.
 
         Raises:
@@ -159,21 +162,20 @@ class QualityClassifier:
         """
         if not len(self.known):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
-        logits = np.empty(len(texts))
-        for index, text in enumerate(texts):
+        logits = []
+        for text in texts:
             rows, repeats, size = self._rows(self._features(text))
-            logits[index] = repeats @ self.weights[rows] / max(size, 1)
-        return _sigmoid(logits)
+            logits.append(repeats @ self.weights[rows] / max(size, 1))
+        return _sigmoid(np.array(logits, float))
 
     def save(self, path: str | Path) -> None:
-        """Write the folded classifier to a safetensors file, beside the place and then renamed."""
+        """Write the folded classifier to a safetensors file."""
         if not len(self.known):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         tensors = {"known": self.known.astype(np.int64), "weights": self.weights}
         facts = {"format": _FORMAT, "ngrams": str(self.ngrams), "buckets": str(self.buckets)}
-        beside = Path(path).with_name(Path(path).name + ".writing")
-        save_file(tensors, beside, metadata=facts)
-        beside.replace(path)
+        with written_whole(path) as beside:
+            save_file(tensors, beside, metadata=facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "QualityClassifier":
@@ -243,7 +245,7 @@ def _sigmoid(x):
 
 @torch.inference_mode()
 def bits_per_byte(
-    model: Decoder, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int = 256
+    model: Decoder, tokenizer: Tokenizer | BytePairTokenizer, texts: Iterable[str], max_tokens: int = 256
 ) -> Float[np.ndarray, " documents"]:
     """How badly a language model predicts each document: the score of a perplexity filter.
 
@@ -257,18 +259,19 @@ def bits_per_byte(
         max_tokens: read at most this much of each document.
     """
     require_positive_integer("max_tokens", max_tokens)
-    bits = np.full(len(texts), np.nan)
-    for index, text in enumerate(texts):
-        ids = tokenizer.encode(text).ids[:max_tokens]
+    tokenizer, bits = fast_tokenizer(tokenizer), []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:max_tokens]
         size = len(tokenizer.decode(ids[1:]).encode("utf-8", "replace"))
-        if len(ids) > 1 and size:
-            row = torch.tensor([ids])
-            loss = torch.nn.functional.cross_entropy(model(row[:, :-1])[0], row[0, 1:], reduction="sum")
-            bits[index] = loss.item() / math.log(2) / size
-    return bits
+        if size:
+            nats = token_losses(model, torch.tensor([ids])).sum().item()
+            bits.append(nats / math.log(2) / size)
+        else:
+            bits.append(math.nan)
+    return np.array(bits, float)
 
 
-def area_under_roc(good: Sequence | np.ndarray, bad: Sequence | np.ndarray) -> float:
+def area_under_roc(good: Iterable, bad: Iterable) -> float:
     """The probability that a good document scores higher than a bad one; ties count half.
 
     1 separates perfectly, 0.5 is a coin, 0 separates the wrong way round.
@@ -276,18 +279,24 @@ def area_under_roc(good: Sequence | np.ndarray, bad: Sequence | np.ndarray) -> f
     >>> area_under_roc([3, 2], [1, 2])
     0.875
     """
-    good, bad = np.asarray(good, float), np.asarray(bad, float)
+    good, bad = np.fromiter(good, float), np.fromiter(bad, float)
     if not (len(good) and len(bad)):
         raise ValueError("The area under the curve compares good with bad documents; one side is empty.")
     above = (good[:, None] > bad).mean() + 0.5 * (good[:, None] == bad).mean()
     return float(above)
 
 
+def require_probability(threshold: float) -> None:
+    """Refuse a threshold that no probability can be compared with."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"The threshold is {threshold}; it is compared with a probability, from 0 to 1.")
+
+
 def drop_reasons(
-    texts: Sequence[str],
+    texts: Iterable[str],
     classifier: QualityClassifier,
     threshold: float = 0.5,
-    languages: Sequence[str] = ("en",),
+    languages: Iterable[str] = ("en",),
     minhash: MinHash | None = None,
 ) -> list[str | None]:
     """The whole pipeline: for each document None if it is kept, else the stage that dropped it.
@@ -299,8 +308,9 @@ def drop_reasons(
         ValueError: a threshold outside 0 to 1, or no language.
         TypeError: a document that is no string.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"The threshold is {threshold}; it is compared with a probability, from 0 to 1.")
+    require_probability(threshold)
+    texts = tuple(texts)
+    languages = {languages} if isinstance(languages, str) else set(languages)
     if not languages:
         raise ValueError('No language is to be kept, so no document would be; name one, such as "en".')
     normal = [normalise(text) for text in texts]

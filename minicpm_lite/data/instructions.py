@@ -12,78 +12,32 @@ whole conversations, passages from the held-out blocks of the novels, and whole 
 itself: a question that also stands in a held-out conversation is left out of the training part.
 """
 
-import json
 import random
 import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..language.generation import minicpm_chat
 from ..language.tokenizer import train_tokenizer
-from .assets import load_austen, load_emoji
-from .corpora import load_corpus
-from .packages import chitchat_file
+from .assets import load_austen, load_conversations, load_emoji, load_novels
+from .conversations import EncodedExample, Example, encode_example
+from .corpora import BLOCK_CHARACTERS, block_is_held_out, split_novels
 
-__all__ = [
-    "TASKS",
-    "EncodedExample",
-    "Example",
-    "InstructionCorpus",
-    "encode_example",
-    "load_instruction_corpus",
-    "load_instructions",
-]
+__all__ = ["TASKS", "InstructionCorpus", "load_instruction_corpus", "load_instructions"]
 
 TASKS = ("chat", "novel", "kind", "larger", "sum")
 _EXAMPLES = {"chat": 4000, "novel": 4000, "kind": 15_000, "larger": 15_000, "sum": 15_000}  # to learn from
 _TESTED = 500  # of each task, held out; fewer where there are fewer
 _SHORTEST, _LONGEST = 10, 100  # characters of a message
 _PASSAGE = 90  # characters of a novel
-_BLOCK_CHARACTERS, _HELD_OUT_EVERY = 20_000, 20  # as in `load_corpus`
 _ROLES = ["<用户>", "<AI>"]  # of `minicpm_chat`
-_TITLES = {
-    "Emma": "EMMA\n",
-    "Mansfield": "MANSFIELD PARK\n",
-    "Northanger": "NORTHANGER ABBEY\n",
-    "Persuasion": "Persuasion\n",
-    "Pride": "PRIDE AND PREJUDICE\n",
-    "Sense": "SENSE AND SENSIBILITY\n",
-}
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question, and the one answer that is learned or expected."""
-
-    task: str
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """A question and its answer as token ids.
-
-    Attributes:
-        question: read, and not predicted.
-        answer: predicted, with the line end that closes it.
-    """
-
-    question: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def window(self) -> list[int]:
-        """Complements of the question's ids, then the answer's ids."""
-        return [~token for token in self.question] + list(self.answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +68,9 @@ def load_instruction_corpus(vocab_size: int = 1024) -> InstructionCorpus:
     Raises:
         ImportError: the package with the conversations is missing; the message names the command to get it.
     """
-    novels = load_corpus()
-    prose, prose_held_out = (
-        novels.tokenizer.decode(ids.tolist()) for ids in (novels.train, novels.validation)
-    )
+    prose, prose_held_out = split_novels()
     train, held_out = load_instructions()
-    conversations = "".join(f"{_asked(example)} {example.answer}\n" for example in train)
+    conversations = "".join(example.asked + example.answered for example in train)
     tokenizer = train_tokenizer(prose + conversations[: len(prose)], vocab_size - len(_ROLES))
     tokenizer.add_tokens(_ROLES)  # one token each
     ids, ids_held_out = (torch.tensor(tokenizer.encode(text).ids) for text in (prose, prose_held_out))
@@ -134,20 +85,6 @@ def load_instruction_corpus(vocab_size: int = 1024) -> InstructionCorpus:
             for task in TASKS
         },
     )
-
-
-def encode_example(tokenizer: Tokenizer, example: Example) -> EncodedExample:
-    """An example in the template of the first MiniCPM models, ``<用户>question<AI>``.
-
-    The answer follows after a blank, which is part of its first token, and ends with the line.
-    """
-    return EncodedExample(
-        tuple(tokenizer.encode(_asked(example)).ids), tuple(tokenizer.encode(f" {example.answer}\n").ids)
-    )
-
-
-def _asked(example: Example) -> str:
-    return minicpm_chat([{"role": "user", "content": example.question}])
 
 
 @cache
@@ -176,9 +113,9 @@ def _held_out(key: object, every: int) -> bool:
 def _chat() -> tuple[list[Example], list[Example]]:
     """Each message with the reply to it; every question once."""
     learned, tested = {}, {}
-    for record in json.loads(chitchat_file().read_text()).values():
-        turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in record["messages"]]
-        part = tested if _held_out(turns, _HELD_OUT_EVERY) else learned
+    for conversation in load_conversations():
+        turns = [" ".join(" ".join(messages).split()) for messages in conversation]
+        part = tested if _held_out(turns, 20) else learned
         for question, answer in pairwise(turns):
             if all(_SHORTEST <= len(text) <= _LONGEST for text in (question, answer)):
                 part.setdefault(question.lower(), Example("chat", question, answer))
@@ -205,17 +142,17 @@ def _problems(
 def _novel(generator: random.Random) -> tuple[bool, Example]:
     """A passage from within a block, held out if `load_corpus` holds the block out."""
     text = load_austen()
-    block = generator.randrange(len(text) // _BLOCK_CHARACTERS)
-    start = block * _BLOCK_CHARACTERS + generator.randrange(_BLOCK_CHARACTERS - _PASSAGE)
+    block = generator.randrange(len(text) // BLOCK_CHARACTERS)
+    start = block * BLOCK_CHARACTERS + generator.randrange(BLOCK_CHARACTERS - _PASSAGE)
     passage = " ".join(text[start : start + _PASSAGE].split()[1:-1])  # whole words
-    title = max((place, title) for title, place in _novels().items() if place <= start)[1]
-    return block % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1, Example("novel", f"which novel: {passage}", title)
+    novel = next(title for title, end in _ends_of_novels() if start < end)
+    return block_is_held_out(block), Example("novel", f"which novel: {passage}", novel.split()[0])
 
 
 @cache
-def _novels() -> dict[str, int]:
-    """Where each novel begins."""
-    return {title: load_austen().index(heading) for title, heading in _TITLES.items()}
+def _ends_of_novels() -> list[tuple[str, int]]:
+    novels = load_novels()
+    return list(zip(novels, accumulate(map(len, novels.values())), strict=True))
 
 
 def _kind(generator: random.Random) -> tuple[bool, Example]:

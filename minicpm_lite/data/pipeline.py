@@ -11,16 +11,22 @@ duplicates.
 
 Two differences from `filtering.drop_reasons`: exact copies are not a stage of their own, since their
 signatures agree in every band; and no pair is verified, so the curve of the bands alone decides.
+
+Trap: the engine skips tasks that its folder notes as done, and does not ask with which settings or from which
+documents. So the folder notes these, too, and one of another run is refused.
 """
 
+import json
+import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ..files import written_whole
 from ..optional import require
-from .dedup import MinHash, words_of
-from .filtering import QualityClassifier, identify_languages, normalise
+from .dedup import MinHash, rows_of_band, words_of
+from .filtering import QualityClassifier, identify_languages, normalise, require_probability
 
 _NEED = {"install": "minicpm_lite[data]", "purpose": "run the pipeline on datatrove"}
 _minhash = require("datatrove.pipeline.dedup.minhash", **_NEED)
@@ -42,7 +48,7 @@ class LanguageBlock(_base_filter.BaseFilter):
 
     def __init__(self, languages: tuple[str, ...] = ("en",), exclusion_writer=None) -> None:
         super().__init__(exclusion_writer)
-        self.languages = languages
+        self.languages = tuple(languages)
 
     def filter(self, doc) -> bool | tuple[bool, str]:
         """True to keep the document, else False and the language."""
@@ -56,6 +62,7 @@ class QualityBlock(_base_filter.BaseFilter):
     name = "quality"
 
     def __init__(self, classifier: str | Path, threshold: float = 0.5, exclusion_writer=None) -> None:
+        require_probability(threshold)
         super().__init__(exclusion_writer)
         self.path, self.threshold = str(classifier), threshold
 
@@ -89,10 +96,6 @@ class SignatureBlock(_minhash.MinhashDedupSignature):
     name = "signatures"
 
     def __init__(self, output_folder: str | Path, minhash: MinHash, bands: int) -> None:
-        if minhash.num_perm % bands:
-            raise ValueError(
-                f"Signatures of {minhash.num_perm} places cannot be cut into {bands} equal bands."
-            )
         super().__init__(str(output_folder), config=_engine_config(minhash, bands), language=_Words())
         self.minhash, self.bands = minhash, bands
 
@@ -110,7 +113,7 @@ def _engine_config(minhash: MinHash, bands: int):
     return _minhash.MinhashConfig(
         n_grams=minhash.shingle_size,
         num_buckets=bands,
-        hashes_per_bucket=minhash.num_perm // bands,
+        hashes_per_bucket=rows_of_band(minhash.num_perm, bands),
         hash_config=_hashing.HashConfig(precision=32, hash_fc="sha1"),  # 32-bit places; its hash is not used
     )
 
@@ -131,7 +134,8 @@ def filtering_stages(
 
     Args:
         source: a folder of JSON lines with a field "text" in each.
-        work: a folder for what lies between; the result is in ``work/kept``, one file per task.
+        work: a folder for what lies between; the result is in ``work/kept``, one file per task. A new one, or
+            that of the same work, which goes on.
         classifier: a file of `QualityClassifier.save`.
         tasks: independent pieces of the work; the shards of the source are dealt out to them.
         workers: processes at a time.
@@ -141,14 +145,13 @@ def filtering_stages(
 
     Raises:
         FileNotFoundError: there is no source folder, or no classifier.
-        ValueError: bands that do not divide the signature, or a threshold outside 0 to 1.
+        ValueError: bands that do not divide the signature, a threshold outside 0 to 1, or a work folder of
+            other documents or settings.
     """
     if not Path(source).is_dir():
         raise FileNotFoundError(f"There is no folder {source}; give one with files of JSON lines.")
     if not Path(classifier).is_file():
         raise FileNotFoundError(f"There is no classifier at {classifier}; write one with its method save().")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"The threshold is {threshold}; it is compared with a probability, from 0 to 1.")
     minhash, work = minhash or MinHash(), Path(work)
     config = _engine_config(minhash, bands)
     kept_language = str(work / "language")
@@ -172,9 +175,33 @@ def filtering_stages(
             _writers.JsonlWriter(str(work / "kept"), output_filename="${rank}.jsonl", compression=None),
         ]),
     }  # fmt: skip
+    _note(work, {
+        "source": [[str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns]
+                   for path in sorted(Path(source).rglob("*")) if path.is_file()],
+        "classifier": zlib.crc32(Path(classifier).read_bytes()),
+        "tasks": tasks,
+        "threshold": threshold,
+        "minhash": [minhash.num_perm, minhash.shingle_size, minhash.seed],
+        "bands": bands,
+    })  # fmt: skip
     return [
         _executor.LocalPipelineExecutor(
             pipeline=pipeline, tasks=count, workers=workers, logging_dir=str(work / "logs" / stage)
         )
         for stage, (count, pipeline) in blocks.items()
     ]
+
+
+def _note(work: Path, what: dict) -> None:
+    """Note in a new folder what it is for; refuse one that notes something else."""
+    note = work / "note.json"
+    if not note.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        with written_whole(note) as beside:
+            beside.write_text(json.dumps(what))
+    elif (noted := json.loads(note.read_text())) != what:
+        changed = ", ".join(key for key in what if noted.get(key) != what[key])
+        raise ValueError(
+            f"{work} holds what was done with another {changed} and would be taken for done. Give a new "
+            "folder."
+        )

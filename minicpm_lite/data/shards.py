@@ -4,8 +4,8 @@
     folder/tokens-00000.npy     one array of token ids each, uint16 or uint32
     ...
 
-`write_shards` makes such a folder, `Shards` opens it as one long stream, `ShardWindows` cuts the stream into
-training windows. The arrays are NumPy's own format, so that any tool can read them.
+`write_shards` makes such a folder, `Shards` opens it as one long stream, which the windows of
+`minicpm_lite.data.windows` are cut from. The arrays are NumPy's own format, so that any tool can read them.
 
 Choices, and the traps behind them:
 
@@ -14,21 +14,15 @@ Choices, and the traps behind them:
   from the vocabulary, and MiniCPM's vocabularies (73,440 ids and more) need uint32.
 - A checksum for each million tokens. A block is checked when it is first touched, so a damaged disk is
   noticed for the price of reading what is read anyway, not of the whole corpus at the start.
-- The folder is written beside its place and renamed, the index last: there is never half a corpus.
-- The order of an epoch is a permutation that is computed, not stored. ``torch.randperm`` for 10^12 tokens in
-  windows of 4,096 would take 2 GB in every process; a Feistel network takes none.
+- The folder is written beside its place and renamed: there is never half a corpus.
 - The stream knows no documents. A window may begin in one and end in another, and cross from shard to shard.
 """
 
 import json
-import math
 import os
-import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,26 +32,26 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import require_positive_integer
+from ..files import written_whole
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 
-__all__ = ["Permutation", "ShardWindows", "Shards", "tokenizer_checksum", "write_shards"]
+__all__ = ["Shards", "tokenizer_checksum", "write_shards"]
 
 INDEX = "shards.json"
 _FORMAT = {"format": "minicpm_lite token shards", "version": 1}
 _BLOCK_TOKENS = 1 << 20  # what one checksum covers
-_MASK = (1 << 64) - 1
-_ROUNDS = 8  # of the Feistel network; 4 already pass as random, and the rounds cost next to nothing
 
 
-def tokenizer_checksum(tokenizer: Tokenizer) -> int:
-    """A number that differs when anything in a tokenizer differs."""
-    return zlib.crc32(tokenizer.to_str().encode())
+def tokenizer_checksum(tokenizer: Tokenizer | BytePairTokenizer) -> int:
+    """A number that differs when anything differs by which a tokenizer cuts whole texts."""
+    return zlib.crc32(fast_tokenizer(tokenizer).to_str().encode())
 
 
 def write_shards(
     folder: str | Path,
     token_arrays: Iterable[np.ndarray | Tensor | list[int]],
     vocab_size: int,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | BytePairTokenizer | None = None,
     shard_tokens: int = 1 << 28,
 ) -> "Shards":
     """Write token ids, document after document, as a folder of shards.
@@ -73,7 +67,8 @@ def write_shards(
         shard_tokens: tokens in a shard; the last one may hold fewer.
 
     Raises:
-        ValueError: an id outside the vocabulary, something that is no array of whole numbers, or no token.
+        ValueError: an id outside the vocabulary, something that is no array of whole numbers, no token, or a
+            vocabulary smaller than the tokenizer's or larger than 32 bits hold.
         FileExistsError: the folder already holds something.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
@@ -82,31 +77,32 @@ def write_shards(
     require_positive_integer("shard_tokens", shard_tokens)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} already holds something. Shards are written into a new folder.")
-    if tokenizer is not None and tokenizer.get_vocab_size() > vocab_size:
+    if tokenizer is not None and (ids := fast_tokenizer(tokenizer).get_vocab_size()) > vocab_size:
         raise ValueError(
-            f"The tokenizer has {tokenizer.get_vocab_size()} ids and vocab_size is {vocab_size}; the model's "
-            "table must have a row for each of them."
+            f"The tokenizer has {ids} ids and vocab_size is {vocab_size}; the model's table must have a row "
+            "for each of them."
         )
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
+    if vocab_size > 1 << 32:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; ids are written with 32 bits, {1 << 32} different ones."
+        )
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    try:
+    shards: list[dict] = []
+    with written_whole(folder.resolve()) as beside:  # a link to an empty folder stays, the folder is filled
         beside.mkdir(parents=True)
-        shards = []
         for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
             if not shards or shards[-1]["tokens"] >= shard_tokens:
-                shards.append({"file": f"tokens-{len(shards):05d}.npy", "tokens": 0, "checksums": []})
+                shards.append({"file": f"tokens-{len(shards):05d}.npy", "tokens": 0, "checksums": [],
+                               "smallest": vocab_size, "largest": 0})  # fmt: skip
             shard = shards[-1]
             with (beside / shard["file"]).open("r+b" if shard["tokens"] else "w+b") as file:
                 shard["tokens"] += len(block)
                 _write_header(file, dtype, shard["tokens"])
                 file.seek(0, os.SEEK_END)
                 file.write(block.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
             shard["checksums"].append(zlib.crc32(block.tobytes()))
-            shard["smallest"] = min(shard.get("smallest", vocab_size), int(block.min()))
-            shard["largest"] = max(shard.get("largest", 0), int(block.max()))
+            shard["smallest"] = min(shard["smallest"], int(block.min()))
+            shard["largest"] = max(shard["largest"], int(block.max()))
         if not shards:
             raise ValueError("There was no token to write.")
         index = _FORMAT | {
@@ -116,17 +112,7 @@ def write_shards(
             "block_tokens": _BLOCK_TOKENS,
             "shards": shards,
         }
-        with (beside / INDEX).open("w") as file:
-            file.write(json.dumps(index, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, folder)
-    except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(beside)):
-            raise  # it comes from what the arrays are read from
-        raise OSError(error.errno, f"{folder} could not be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (beside / INDEX).write_text(json.dumps(index, indent=1))
     return Shards(folder)
 
 
@@ -318,121 +304,3 @@ def _read_index(folder: Path) -> dict:
             "or written by another program?"
         ) from None
     return index
-
-
-@dataclass(frozen=True)
-class Permutation:
-    """The numbers 0 to ``size - 1`` in random order, each computed when it is asked for; no table is kept.
-
-    A Feistel network on a grid of about ``sqrt(size)`` rows and columns: in turn, rows are shifted by a hash
-    of the column and columns by a hash of the row. Every shift can be undone, so no two numbers meet. The
-    grid has a few cells too many; a number that lands there goes through the network again until it does
-    not (cycle walking). Sources: Luby and Rackoff 1988; Black and Rogaway 2002, "Ciphers with arbitrary
-    finite domains".
-
-    Attributes:
-        size: how many numbers.
-        key: another key, another order.
-
-    >>> [Permutation(10, key=1)[position] for position in range(10)]
-    [4, 8, 7, 1, 6, 3, 9, 5, 2, 0]
-    """
-
-    size: int
-    key: int
-
-    def __post_init__(self) -> None:
-        require_positive_integer("size", self.size)
-
-    @cached_property
-    def _grid(self) -> tuple[int, int]:
-        rows = math.isqrt(self.size - 1) + 1
-        return rows, -(-self.size // rows)
-
-    def __getitem__(self, position: int) -> int:
-        """The number at a position, counted from 0."""
-        if not 0 <= position < self.size:
-            raise IndexError(
-                f"The position is {position}; this permutation has positions 0 to {self.size - 1}."
-            )
-        number = self._shuffled(position)
-        while number >= self.size:
-            number = self._shuffled(number)
-        return number
-
-    def _shuffled(self, number: int) -> int:
-        rows, columns = self._grid
-        row, column = divmod(number, columns)
-        for turn in range(0, _ROUNDS, 2):
-            row = (row + _hash(self.key, turn, column)) % rows
-            column = (column + _hash(self.key, turn + 1, row)) % columns
-        return row * columns + column
-
-
-def _hash(*values: int) -> int:
-    """64 bits that depend on every value, which pass the finaliser of SplitMix64 (Steele et al. 2014)."""
-    mixed = 0
-    for value in values:
-        mixed = (mixed + value + 0x9E3779B97F4A7C15) & _MASK
-        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _MASK
-        mixed ^= mixed >> 31
-    return mixed
-
-
-@dataclass(frozen=True, eq=False)
-class ShardWindows:
-    """Shards cut into training windows: what `TokenWindows` is for a stream in memory.
-
-    Each epoch cuts the stream into windows of ``length`` tokens at a random offset and visits them in random
-    order; both follow from the seed and the epoch's number. No token is predicted twice in an epoch; fewer
-    than two windows' worth, at the ends, are left out. (The orders are not those of `TokenWindows`.)
-
-    Attributes:
-        shards: where the tokens lie.
-        length: tokens that are predicted in each window, which holds one more.
-        seed: decides offsets and orders.
-    """
-
-    shards: Shards
-    length: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        require_positive_integer("length", self.length)
-        if self._in_epoch < 1:
-            raise ValueError(
-                f"{self.shards.folder} holds {len(self.shards)} tokens; windows of {self.length} need at "
-                f"least {2 * self.length}. Give more text or shorter windows."
-            )
-
-    @property
-    def _in_epoch(self) -> int:
-        return (len(self.shards) - self.length) // self.length  # the offset takes up to one window
-
-    def __getitem__(self, index: int) -> Int[Tensor, " window"]:
-        """The window of an index, counted from 0: ``length + 1`` token ids.
-
-        Raises:
-            IndexError: the index is negative.
-            ValueError: the shard it lies in is damaged.
-        """
-        if index < 0:
-            raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
-        epoch, position = divmod(index, self._in_epoch)
-        offset, order = _epoch(self._in_epoch, self.length, self.seed, epoch)
-        start = offset + order[position] * self.length
-        return self.shards[start : start + self.length + 1]
-
-    def id_range(self) -> tuple[int, int]:
-        """Smallest and largest token id in the shards."""
-        return self.shards.id_range()
-
-    def identity(self) -> dict:
-        """What the shards hold, window length and seed."""
-        return self.shards.identity() | {"length": self.length, "seed": self.seed}
-
-
-@lru_cache(maxsize=16)
-def _epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int, Permutation]:
-    return _hash(seed, epoch, 0) % length, Permutation(windows, _hash(seed, epoch, 1))

@@ -12,17 +12,16 @@ a novel that occur in neither.
 
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from string import ascii_lowercase, printable
 
-from .assets import load_austen, load_chinese_classics
-from .packages import chitchat_file, web_samples_file
+from .assets import load_chinese_classics, load_conversations, load_novels
+from .packages import web_samples_file
 
-__all__ = ["CLEAN", "Document", "Pool", "build_pool", "load_chats", "load_web_documents", "pieces_of"]
+__all__ = ["CLEAN", "Document", "Pool", "build_pool", "load_web_documents", "pieces_of"]
 
 PIECE_CHARACTERS = 1500
 SHORTEST_PIECE = 300
@@ -34,9 +33,6 @@ _SOURCES = {
     "RandomWordsDataset": "random words",
 }
 _WEB_SOURCES = ("c4", "oscar", "code", "random words", "wikipedia", "openwebtext")
-_TITLE = re.compile(
-    "^(EMMA|MANSFIELD PARK|NORTHANGER ABBEY|PRIDE AND PREJUDICE|SENSE AND SENSIBILITY)$", re.MULTILINE
-)
 _SPOILT = (  # and its share of the spoilt characters
     ("shuffled words", 0.3),
     ("noisy letters", 0.25),
@@ -94,19 +90,6 @@ def load_web_documents() -> tuple[Document, ...]:
     return tuple(Document(row["text"], _SOURCES.get(row["type"], row["type"])) for row in rows)
 
 
-@cache
-def load_chats() -> tuple[str, ...]:
-    """7,168 conversations, one message a line.
-
-    Raises:
-        ImportError: the package that carries them is missing; the message names the command to get it.
-    """
-    chats = json.loads(chitchat_file().read_text(encoding="utf-8"))
-    return tuple(
-        "\n".join(message["text"] for turn in chat["messages"] for message in turn) for chat in chats.values()
-    )
-
-
 def pieces_of(text: str, size: int = PIECE_CHARACTERS, shortest: int = SHORTEST_PIECE) -> Iterator[str]:
     """Pieces of at most ``size`` characters that end at a space; a rest below ``shortest`` is left out.
 
@@ -139,7 +122,9 @@ def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
         raise ValueError(f"The scale of the pool is {scale}; it must be more than 0 and at most 1.")
     rng = random.Random(seed)
     web = {source: [d.text for d in load_web_documents() if d.source == source] for source in _WEB_SOURCES}
-    chats = [text for text in load_chats() if len(text) >= SHORTEST_PIECE]
+    novels, conversations = load_novels(), load_conversations()
+    chats = ["\n".join(message for turn in turns for message in turn) for turns in conversations]
+    chats = [text for text in chats if len(text) >= SHORTEST_PIECE]
     rng.shuffle(chats)
     seed_chats, clean_chats, spoilt_chats = chats[:400], chats[400:2200], chats[2200:]
 
@@ -152,7 +137,7 @@ def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
     documents = [
         Document(text, source)
         for source, texts, characters in (
-            ("books", [_novel("EMMA"), _novel("MANSFIELD PARK")], 1_500_000),
+            ("books", [novels["Emma"], novels["Mansfield Park"]], 1_500_000),
             ("chat", clean_chats, 1_900_000),
             ("web", web["c4"] + web["oscar"], 200_000),
             ("code", web["code"], 150_000),
@@ -162,7 +147,8 @@ def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
     ]
     clean = [document.text for document in documents if document.clean]
     dictionary = sorted({word for text in web["random words"] for word in text.split()})
-    to_spoil = take([_novel("NORTHANGER ABBEY"), *spoilt_chats], 3_300_000)
+    printed_together = novels["Northanger Abbey"] + novels["Persuasion"]  # in 1818
+    to_spoil = take([printed_together, *spoilt_chats], 3_300_000)
     for source, share in _SPOILT:
         part, to_spoil = _cut(to_spoil, share * 3_300_000 * scale)
         documents += [Document(_spoil(source, text, dictionary, rng), source) for text in part]
@@ -176,21 +162,16 @@ def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
             Document(text, source)
             for source, texts in (
                 ("wikipedia", web["wikipedia"]),
-                ("books", [_novel("PRIDE AND PREJUDICE")]),
+                ("books", [novels["Pride and Prejudice"]]),
                 ("chat", seed_chats),
             )
             for text in take(texts, 200_000)
         ),
-        held_out={"web": "\n\n".join(web["openwebtext"]), "books": _novel("SENSE AND SENSIBILITY")[:150_000]},
+        held_out={
+            "web": "\n\n".join(web["openwebtext"]),
+            "books": novels["Sense and Sensibility"][:150_000],
+        },
     )
-
-
-def _novel(title: str) -> str:
-    """From its title to the next one. Northanger Abbey and Persuasion stand together, as printed in 1818."""
-    text = load_austen()
-    starts = [match.start() for match in _TITLE.finditer(text)] + [len(text)]
-    start = text.index(title + "\n")
-    return text[start : min(s for s in starts if s > start)]
 
 
 def _shuffled(documents: list[Document], rng: random.Random) -> tuple[Document, ...]:

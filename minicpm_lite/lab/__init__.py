@@ -4,7 +4,7 @@ A chapter begins with::
 
     from minicpm_lite import lab
 
-    lab.start(library="0.1", seed=0)
+    lab.start(library="0.2", seed=0)
 
 and then has `say`, `table`, `Explorer`, `exercise`, `Quiz` and `Evidence`. Running, stamping and checking
 whole notebooks is ``python -m minicpm_lite.lab.press``.
@@ -31,7 +31,7 @@ def start(library: str, seed: int) -> None:
     """Make every notebook begin alike: right library, one seed, a processor tuned and shared, the plot style.
 
     Args:
-        library: the version of minicpm_lite the notebook was written for, e.g. ``"0.1"``. The first two
+        library: the version of minicpm_lite the notebook was written for, e.g. ``"0.2"``. The first two
             numbers must agree with the installed version.
         seed: given to `minicpm_lite.runtime.seed_everything`.
 

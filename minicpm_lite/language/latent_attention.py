@@ -27,11 +27,13 @@ attention writes down every score: 86 GB for one layer of MiniCPM3 at 32K tokens
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import LatentAttentionConfig, ModelConfig
-from .decoder import AttentionFunction, KVCache, RMSNorm, apply_rotary
+from .context import Context
+from .layers import RMSNorm
+from .rotary import apply_rotary
 
 __all__ = ["LatentAttention", "absorbed_is_cheaper"]
 
@@ -58,10 +60,9 @@ def absorbed_is_cheaper(sizes: LatentAttentionConfig, queries: int, keys: int) -
 class LatentAttention(nn.Module):
     """Attention whose keys and values are expanded from a latent of ``kv_lora_rank`` features a token."""
 
-    def __init__(self, config: ModelConfig, layer: int, attention: AttentionFunction) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.sizes = layer, config.num_attention_heads, config.latent_attention
-        self.attention = attention
         sizes, head_dim = self.sizes, self.sizes.qk_nope_head_dim + self.sizes.qk_rope_head_dim
         self.q_a_proj = nn.Linear(config.hidden_size, sizes.q_lora_rank, bias=False)
         self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, _INNER_EPS)
@@ -76,9 +77,9 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], cache: KVCache | None
+        self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], context: Context
     ) -> Float[Tensor, "batch tokens d"]:
-        sizes, padding = self.sizes, None
+        sizes = self.sizes
         query, query_rotated = self._heads(self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))).split(
             [sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1
         )
@@ -86,12 +87,10 @@ class LatentAttention(nn.Module):
             [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
         )
         latent = torch.cat([self.kv_a_layernorm(latent), apply_rotary(key_rotated, *rotary)], dim=-1)
-        if cache is not None:
-            (latent,) = cache.append(self.layer, latent)
-            padding = cache.padding
+        (latent,) = context.keep(self.layer, latent)  # (batch, 1, keys, kv_lora_rank + rope)
         cheaper = absorbed_is_cheaper(sizes, queries=x.shape[1], keys=latent.shape[2])
         form = self.absorbed if cheaper else self.naive
-        out = form(query, apply_rotary(query_rotated, *rotary), latent, padding)
+        out = form(query, apply_rotary(query_rotated, *rotary), latent, context)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * v_head_dim)
 
     def naive(
@@ -99,7 +98,7 @@ class LatentAttention(nn.Module):
         query: Float[Tensor, "batch heads queries nope"],
         query_rotated: Float[Tensor, "batch heads queries rope"],
         latent: Float[Tensor, "batch 1 keys latent_and_rope"],
-        padding: Int[Tensor, " batch"] | None = None,
+        context: Context,
     ) -> Float[Tensor, "batch heads queries v_head_dim"]:
         """Attention over keys and values that are expanded from the latents, for every head."""
         sizes = self.sizes
@@ -109,7 +108,7 @@ class LatentAttention(nn.Module):
         )
         key = torch.cat([key, key_rotated.expand(-1, self.heads, -1, -1)], dim=-1)
         value = F.pad(value, (0, max(0, key.shape[-1] - sizes.v_head_dim)))
-        out = self.attention(torch.cat([query, query_rotated], dim=-1), key, value, padding)
+        out = context.attend(self.layer, torch.cat([query, query_rotated], dim=-1), key, value)
         return out[..., : sizes.v_head_dim]
 
     def absorbed(
@@ -117,7 +116,7 @@ class LatentAttention(nn.Module):
         query: Float[Tensor, "batch heads queries nope"],
         query_rotated: Float[Tensor, "batch heads queries rope"],
         latent: Float[Tensor, "batch 1 keys latent_and_rope"],
-        padding: Int[Tensor, " batch"] | None = None,
+        context: Context,
     ) -> Float[Tensor, "batch heads queries v_head_dim"]:
         """Attention over the latents themselves; what expands them is applied to the query and the sum."""
         sizes = self.sizes
@@ -127,9 +126,9 @@ class LatentAttention(nn.Module):
         joint = torch.cat([query @ expand_key, query_rotated], dim=-1)
         # Attention divides by the root of the width it sees; the scale of MLA is that of a naive head.
         joint = joint * (joint.shape[-1] / (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)) ** 0.5
-        out = self.attention(joint, latent, latent, padding)[..., : sizes.kv_lora_rank]
+        out = context.attend(self.layer, joint, latent, latent)[..., : sizes.kv_lora_rank]
         return out @ expand_value.mT  # (batch, heads, queries, latent) -> (..., v_head_dim)
 
     def _heads(self, features: Tensor) -> Tensor:
         """(batch, tokens, heads * width) -> (batch, heads, tokens, width)"""
-        return features.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return features.reshape(*features.shape[:2], self.heads, -1).transpose(1, 2)

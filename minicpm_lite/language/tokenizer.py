@@ -4,7 +4,8 @@ BPE joins the most frequent pair of neighbouring symbols, again and again (Sennr
 first symbols are the 256 bytes, as in GPT-2: any text can be written, and no token means "unknown".
 
 `BytePairTokenizer` is written to be read and equals `tokenizers` (``BpeTrainer``, ``ByteLevel``) in every
-merge and every id. `train_tokenizer` calls that package, for the book's small models.
+merge and every id. `train_tokenizer` calls that package, for the book's small models. Whatever takes a
+tokenizer takes either: `fast_tokenizer` is the door.
 
 Choices and traps:
 
@@ -15,12 +16,15 @@ Choices and traps:
 - A merge lowers the counts of the pairs beside it. Old counts that stay in the heap must be looked up again.
 - The pattern asks Unicode what a letter is. Packages with tables of different age can differ on characters
   that were added after Unicode 14.
+- A ``tokenizer.json`` may order to cut or pad every text. That belongs to the batches it was made for, and a
+  long text loses its end without a word; so it is switched off.
 """
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from operator import index
@@ -28,7 +32,7 @@ from operator import index
 import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["BytePairTokenizer", "split_words", "train_tokenizer"]
+__all__ = ["BytePairTokenizer", "fast_tokenizer", "split_words", "train_tokenizer"]
 
 # A contraction; or letters, digits or other signs, each with one space before; or blank space, of which the
 # last sign is left for the word that follows.
@@ -41,6 +45,7 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
 _CHARACTERS = [chr(byte) for byte in _PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(_PRINTABLE))]
 _BYTE_OF = dict(zip(_CHARACTERS, _BYTES, strict=True))
+_CHARACTER_OF = dict(zip(_BYTES, _CHARACTERS, strict=True))
 _REMEMBERED_WORDS = 100_000
 
 
@@ -201,6 +206,22 @@ class BytePairTokenizer:
             splits_digits,
         )
 
+    @cached_property
+    def fast(self) -> Tokenizer:
+        """The same vocabulary as a tokenizer of the `tokenizers` package."""
+        names = ["".join(_CHARACTER_OF[byte] for byte in token) for token in self.vocabulary]
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab={name: i for i, name in enumerate(names)},
+                merges=[(names[left], names[right]) for left, right in self.merges],
+            )
+        )
+        bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if self.individual_digits else []
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_of_words])
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
@@ -289,6 +310,34 @@ class BytePairTokenizer:
                 f"Token id {index(token)} is outside the vocabulary; ids go from 0 to {self.vocab_size - 1}."
             )
         return index(token)
+
+
+def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
+    """A tokenizer of the `tokenizers` package that reads whole texts, from either kind.
+
+    One that orders to cut or pad texts is copied without these orders; the one that was given keeps them.
+
+    Raises:
+        TypeError: something else was given.
+
+    >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
+    >>> tokenizer.enable_truncation(2)
+    >>> len(tokenizer.encode("the hat").ids), len(fast_tokenizer(tokenizer).encode("the hat").ids)
+    (2, 4)
+    """
+    if isinstance(tokenizer, BytePairTokenizer):
+        return tokenizer.fast
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"The tokenizer is of type {type(tokenizer).__name__}; expected a BytePairTokenizer or a "
+            "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
+        )
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return tokenizer
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    whole.no_truncation()
+    whole.no_padding()
+    return whole
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:

@@ -1,1 +1,1 @@
-"""Training: the learning-rate schedule, the trainer and its checkpoints."""
+"""Training: schedules, one update for any module and objective, checkpoints, runs over many processes."""

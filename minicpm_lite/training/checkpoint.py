@@ -4,7 +4,6 @@ A file is written beside its place and renamed, so a reader finds either the old
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,33 +11,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files import written_whole
+
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
     """Write tensors and JSON-able facts to one safetensors file, atomically.
 
-    Tensors that share memory (tied embeddings) must be given once. One process writes a file at a time. What
-    a killed process left beside it is overwritten by the next save.
+    Tensors that share memory (tied embeddings) must be given once. One process writes a file at a time.
 
     Raises:
         OSError: the folder is missing or cannot be written, or the disk is full; the old file stands.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.writing")
     content = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         metadata={"minicpm_lite": json.dumps(facts)},
     )
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
+    with written_whole(path) as beside:
+        beside.write_bytes(content)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -8,7 +8,8 @@ Choices and traps:
 
 - The second derivative is a difference of gradients, not of losses: a loss of 3 in float32 is exact to some
   1e-7, which a division by the square of a small step blows up.
-- Derivatives are taken where the update began, with the batch that it was computed from.
+- Derivatives are taken where the update began, in float32, of what was minimised there, with the batch that
+  it was computed from. Only what is trained moves; frozen parameters have no part in it.
 - The gradient of a small batch is mostly noise, and so are its norm and its cosine with the next one.
 """
 
@@ -22,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import require_positive_number
-from ..data.corpora import batch_of
-from .trainer import Trainer, next_token_loss
+from .batches import batch_to
+from .trainer import Trainer
 
 __all__ = ["DecayReading", "directional_curvature", "directional_derivatives", "watch_decay"]
 
@@ -113,13 +114,14 @@ def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[Decay
     """Train up to step ``until`` and read one update in ``every``; the updates are those of `Trainer.train`.
 
     A reading takes two updates, for the two gradients, and three further gradients of the second one's batch.
+    Every trained parameter must have a gradient.
 
     Raises:
         ValueError: ``every`` is less than 2.
     """
     if every < 2:
         raise ValueError(f"every is {every}; a reading takes two updates, so at least 2 is needed.")
-    parameters = list(trainer.model.parameters())
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     while trainer.step + every <= until:
         trainer.train(trainer.step + every - 1, progress=False)
         gradient_before = _flat([parameter.grad for parameter in parameters])
@@ -143,13 +145,15 @@ def _derivatives_at(
     trainer: Trainer, parameters: list[Tensor], place: list[Tensor], update: list[Tensor]
 ) -> tuple[float, float]:
     """Derivatives along the last update, at the place it began; the weights stay as they are."""
-    window = batch_of(trainer.windows, trainer.step - 1, trainer.config.batch_size).to(place[0].device)
+    batch = batch_to(trainer.batches[trainer.step - 1], place[0].device)
     now = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, start in zip(parameters, place, strict=True):
             parameter.copy_(start)
     try:
-        return directional_derivatives(lambda: next_token_loss(trainer.model, window), parameters, update)
+        return directional_derivatives(
+            lambda: trainer.objective.loss(trainer.model, batch)[0], parameters, update
+        )
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, now, strict=True):

@@ -11,86 +11,65 @@ Choices, and the traps behind them:
 - **The batch is divided, not multiplied.** ``batch_size`` counts the windows of a step over all processes,
   and process r takes its stretch of them. The order of the data is that of `Trainer`, at any world size.
 - **The mean is over tokens, not over processes.** Where windows hold tokens that are not predicted, a mean of
-  the processes' means is another number. So each loss is a sum, divided by the count of the whole step.
+  the processes' means is another number. So each pass counts by its share of the whole step's tokens.
 - **Weights do not depend on the world size.** The model is made without memory. Then each process draws each
   parameter whole, from a generator seeded by its name, and keeps its part: one parameter at a time in memory.
 - **Gradients are reduced after every pass**, so that they are never held whole. It costs communication that
   ``set_requires_gradient_sync(False)`` would save, and saves 4 bytes a parameter on every device.
-- **bfloat16 without rounded angles.** Blocks compute in bfloat16 and gradients are added in float32. FSDP
-  would also cast what a block is given. The rotary angles must stay in float32, so that is switched off.
+- **bfloat16 without rounded angles.** Weights are rounded to bfloat16 as they are gathered, and gradients are
+  added in float32: see `minicpm_lite.training.precision`. FSDP would also cast what a block is given. The
+  rotary angles must stay in float32, so that is switched off.
 - **Errors are everyone's.** What one process finds (a damaged shard, a full disk) all processes raise.
 - **Checkpoints** are safetensors, and any number of processes reads them: see `sharded_checkpoint`.
-- With experts, the balance loss is that of each pass on each process, not of the whole batch.
+- With experts, the balance loss is that of each pass on each process, by its share, not of the whole batch.
 """
 
 import json
-import math
-import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
 
 from ..config import ModelConfig, require_positive_integer
-from ..data.corpora import Windows
+from ..data.windows import Windows
+from ..files import written_whole
 from ..language.decoder import Decoder
-from ..language.moe import balance_loss
 from ..optional import require
+from ..runtime import calm_threads
+from .batches import batch_to, require_fitting, split_batch
+from .branch import require_same_past, stable_schedule
+from .memory import recompute_blocks
+from .objective import Objective, next_token
+from .optimizer import adamw
 from .processes import on_first, raise_together
-from .sharded_checkpoint import (
-    checkpoints,
-    read_facts,
-    read_tensors,
-    require_same_past,
-    require_whole,
-    stable_schedule,
-    write_checkpoint,
-)
-from .trainer import (
-    TrainerConfig,
-    next_token_loss,
-    parameter_groups,
+from .settings import Layout, TrainerConfig
+from .sharded_checkpoint import checkpoints, read_facts, read_tensors, require_whole, write_checkpoint
+from .state import (
+    checkpoint_shapes,
+    checkpoint_tensors,
+    make_moments,
     require_same_run,
-    require_trainable,
     run_identity,
+    updates_made,
 )
+from .update import update
 from .wsd import WSD, Schedule
 
-__all__ = ["DistributedTrainer", "Layout", "initialise"]
+__all__ = ["DistributedTrainer", "initialise"]
 
 _METRICS = "metrics.jsonl"
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the step, which is the run's own
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the work of a step is laid out: decides speed and memory, and no number but by rounding.
-
-    Attributes:
-        micro_batch: windows that a process computes at once; its part of a step is cut into as many passes as
-            that takes. None: all in one pass.
-        activation_checkpointing: keep only what enters each block, and compute the block again when its
-            gradient is due: about a third more arithmetic, far less memory.
-    """
-
-    micro_batch: int | None = None
-    activation_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.micro_batch is not None:
-            require_positive_integer("micro_batch", self.micro_batch)
 
 
 @torch.no_grad()
@@ -114,18 +93,24 @@ def initialise(model: Decoder, seed: int) -> None:
 
 
 def _sharded_decoder(
-    config: ModelConfig, trainer: TrainerConfig, layout: Layout, mesh: DeviceMesh
+    config: ModelConfig,
+    trainer: TrainerConfig,
+    layout: Layout,
+    mesh: DeviceMesh,
+    frozen: Callable[[str], bool],
 ) -> Decoder:
     """A decoder of which every process holds its part, block by block."""
     with torch.device("meta"):
         model = Decoder(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+    if layout.activation_checkpointing:
+        recompute_blocks(model)
     reduced = torch.bfloat16 if trainer.precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(
         param_dtype=reduced, reduce_dtype=torch.float32 if reduced else None, cast_forward_inputs=False
     )
     for block in model.layers:
-        if layout.activation_checkpointing:  # there is no dropout, so no random state to keep
-            block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
         if trainer.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -147,10 +132,13 @@ class DistributedTrainer:
         config: ``batch_size`` is the windows of a step over all processes.
         layout: passes and recomputation.
         device: what `processes` gave.
+        objective: what is minimised, of a decoder and the windows of a pass. It calls the decoder as a whole,
+            since that is what gathers the weights.
+        frozen: of a parameter's name, whether it stays as it was drawn or loaded.
 
     Attributes:
         step: updates made so far.
-        losses: next-token loss of each update since this trainer was made, in nats a predicted token.
+        losses: reported loss of each update since this trainer was made; of the next token, in nats.
         grad_norms: norm of the gradient of each of them, before clipping.
 
     Raises:
@@ -162,11 +150,13 @@ class DistributedTrainer:
         model: ModelConfig,
         windows: Windows,
         schedule: Schedule,
-        config: TrainerConfig = TrainerConfig(),  # noqa: B008, frozen
+        config: TrainerConfig = TrainerConfig(),
         layout: Layout = Layout(),
         device: torch.device | str = "cpu",
+        objective: Objective = next_token,
+        frozen: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        require_trainable(model, config, windows)
+        require_fitting(windows, config, model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if config.batch_size % self.world_size:
             raise ValueError(
@@ -174,13 +164,10 @@ class DistributedTrainer:
                 f"evenly. Make batch_size a multiple of {self.world_size}."
             )
         self.windows, self.schedule, self.config, self.layout = windows, schedule, config, layout
-        self.device = torch.device(device)
+        self.device, self.objective = torch.device(device), objective
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        self.model = _sharded_decoder(model, config, layout, mesh)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config, schedule.peak_lr), betas=config.betas, fused=True
-        )
-        self._lr_ratios = [group["lr"] / schedule.peak_lr for group in self.optimizer.param_groups]
+        self.model = _sharded_decoder(model, config, layout, mesh, frozen)
+        self.optimizer = adamw(self.model, config, schedule.peak_lr)
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
@@ -219,6 +206,7 @@ class DistributedTrainer:
         if folder:
             on_first(lambda: _prepare(Path(folder), self.step, tensorboard))
             metrics = _Metrics(Path(folder), self.step, tensorboard) if self.rank == 0 else None
+        calm_threads()
         self.model.train()
         bar = tqdm(range(self.step, until), disable=self.rank != 0 or not progress, leave=False, unit="step")
         try:
@@ -243,58 +231,48 @@ class DistributedTrainer:
         """One update. An error before its end leaves the run as it was."""
         started = time.perf_counter()
         step, mine = self.step + 1, self.config.batch_size // self.world_size
-        windows, predicted, checksum = self._read(self.step * self.config.batch_size + self.rank * mine, mine)
-        self.optimizer.zero_grad(set_to_none=True)
-        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
-            group["lr"] = self.schedule(step) * ratio
-        loss = torch.zeros((), device=self.device)
-        mixture = self.model.config.mixture
-        passes = windows.split(self.layout.micro_batch or mine)
-        for part in passes:
-            part_loss = next_token_loss(self.model, part.to(self.device), "sum") / predicted
-            minimised = part_loss * self.world_size  # FSDP takes the mean of the processes' gradients
-            if mixture is not None and mixture.balance_loss_weight:
-                minimised = minimised + mixture.balance_loss_weight * balance_loss(self.model) / len(passes)
-            minimised.backward()
-            loss += part_loss.detach()
-        dist.all_reduce(loss)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        loss_now, norm_now = loss.item(), norm.full_tensor().item()
-        if not math.isfinite(norm_now):
-            raise FloatingPointError(
-                f"The gradient of step {step} is not finite (loss {loss_now:.3g}). The learning rate "
-                f"there is {self.schedule(step):.3g}; a lower peak or a longer warm-up usually cures it."
-            )
-        self.optimizer.step()
+        windows, units, checksum = self._read(self.step * self.config.batch_size + self.rank * mine, mine)
+        loss, grad_norm = update(
+            step,
+            self.schedule,
+            self.model,
+            self.optimizer,
+            self.config.max_grad_norm,
+            loss=self._loss,
+            passes=[(p, self.objective.weight(p)) for p in split_batch(windows, self.layout.micro_batch)],
+            units=units,
+            add_up=_sum_over_processes,
+        )
         self.step = step
-        self.losses.append(loss_now)
-        self.grad_norms.append(norm_now)
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
         seconds = time.perf_counter() - started
-        return {"step": step, "tokens": step * self.config.batch_tokens, "loss": loss_now,
-                "lr": self.schedule(step), "grad_norm": norm_now, "data": checksum,
+        return {"step": step, "tokens": step * self.config.batch_tokens, "loss": loss,
+                "lr": self.schedule(step), "grad_norm": grad_norm, "data": checksum,
                 "tokens_per_second": round(self.config.batch_tokens / seconds, 1),
                 "seconds": round(seconds, 4)}  # fmt: skip
 
+    def _loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        minimised, reported = self.objective.loss(self.model, batch_to(windows, self.device))
+        return minimised * self.world_size, reported  # FSDP takes the mean of the processes' gradients
+
     def _read(self, first: int, count: int) -> tuple[Tensor, int, int]:
-        """This process's windows; of all, the tokens to predict and a checksum that knows their order."""
-        windows, error = torch.zeros(1, 1, dtype=torch.long), self._trouble
+        """This process's windows; of all, the units that count and a checksum that knows their order."""
+        windows, units, error = torch.zeros(0, 1, dtype=torch.long), 0, self._trouble
         try:
             windows = torch.stack([self.windows[index] for index in range(first, first + count)])
+            units = self.objective.weight(windows)
         except (ValueError, OSError) as found:
             error = found
         checksum = sum(
             zlib.crc32(window.numpy().tobytes()) * (1 + place)
             for place, window in enumerate(windows, start=self.rank * count)
         )
-        predicted = int((windows[:, 1:] >= 0).sum())
-        totals = torch.tensor([predicted, checksum, error is not None], device=self.device)
-        dist.all_reduce(totals)
-        predicted, checksum, failed = totals.tolist()
+        totals = torch.tensor([units, checksum, error is not None], device=self.device)
+        units, checksum, failed = _sum_over_processes(totals).tolist()
         if failed:
             raise_together(error)
-        if not predicted:
-            raise ValueError(f"The windows of step {self.step + 1} hold no token that is to be predicted.")
-        return windows, predicted, checksum
+        return windows, units, checksum
 
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
@@ -305,11 +283,13 @@ class DistributedTrainer:
         """
         facts = {
             "step": self.step,
+            "updates": updates_made(self.model, self.optimizer),
             "schedule": {"kind": type(self.schedule).__name__} | asdict(self.schedule),
             "processes": self.world_size,
             "torch": torch.__version__,
         }
-        return write_checkpoint(folder, self._state(), facts | self._identity())
+        tensors = checkpoint_tensors(self.model, self.optimizer)
+        return write_checkpoint(folder, tensors, facts | self._identity())
 
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.
@@ -340,36 +320,24 @@ class DistributedTrainer:
         self._load(checkpoint, identity)
 
     def _load(self, checkpoint: str | Path, identity: dict[str, dict]) -> None:
-        def check() -> int:
+        def check() -> tuple[int, dict[str, int]]:
             facts = read_facts(checkpoint)
             require_same_run(checkpoint, facts, identity)
             require_same_past(checkpoint, facts, self.schedule)
-            require_whole(checkpoint, self._shapes(facts["step"]))
-            return facts["step"]
+            require_whole(checkpoint, checkpoint_shapes(self.model, facts["updates"]))
+            return facts["step"], facts["updates"]
 
-        self.step = on_first(check)
-        self.optimizer.state.clear()
-        for parameter in self.model.parameters() if self.step else ():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step), device=self.device),
-                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
-            }
-        read_tensors(checkpoint, self._state())
+        self.step, updates = on_first(check)
+        make_moments(self.model, self.optimizer, updates)
+        read_tensors(checkpoint, checkpoint_tensors(self.model, self.optimizer))
 
     def _identity(self) -> dict[str, dict]:
-        return run_identity(self.model.config, self.config, self.windows)
+        return run_identity(self.model, self.config, self.windows.identity())
 
-    def _state(self) -> dict[str, Tensor]:
-        state = {}
-        for name, parameter in self.model.named_parameters():
-            state[f"model.{name}"] = parameter.detach()
-            for moment in _MOMENTS if self.step else ():
-                state[f"optimizer.{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        return state
 
-    def _shapes(self, step: int) -> dict[str, torch.Size]:
-        kinds = ["model", *(f"optimizer.{moment}" for moment in _MOMENTS if step)]
-        return {f"{kind}.{name}": p.shape for kind in kinds for name, p in self.model.named_parameters()}
+def _sum_over_processes(number: Tensor) -> Tensor:
+    dist.all_reduce(number)
+    return number
 
 
 class _Metrics:
@@ -379,9 +347,8 @@ class _Metrics:
         self.path = folder / _METRICS
         self.events = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            writer = _tensorboard().SummaryWriter
+            self.events = writer(str(folder / "tensorboard"), purge_step=step + 1)
         self.file = self.path.open("a")
 
     def add(self, line: dict) -> None:
@@ -404,7 +371,7 @@ class _Metrics:
 def _prepare(folder: Path, step: int, tensorboard: bool) -> None:
     """Make a run's folder ready to go on after ``step``: later lines of the metrics are dropped."""
     if tensorboard:
-        require("tensorboard", install="tensorboard", purpose="write TensorBoard events")
+        _tensorboard()
     folder.mkdir(parents=True, exist_ok=True)
     later = [found for found in checkpoints(folder) if found > step]
     if later:
@@ -412,14 +379,19 @@ def _prepare(folder: Path, step: int, tensorboard: bool) -> None:
             f"{folder} holds a checkpoint of step {max(later)}, and this run is at step {step}. Load that "
             "checkpoint to go on, or choose another folder."
         )
-    for left in folder.glob("step-*.writing"):
+    for left in folder.glob(".step-*.writing"):
         shutil.rmtree(left)  # by a process that was killed in a save
     path = folder / _METRICS
     if path.exists():
-        beside = folder / f".{_METRICS}.writing"
-        with path.open() as old, beside.open("w") as new:
+        with written_whole(path) as beside, path.open() as old, beside.open("w") as new:
             new.writelines(line for line in old if line.endswith("}\n") and json.loads(line)["step"] <= step)
-        os.replace(beside, path)
+
+
+def _tensorboard() -> ModuleType:
+    """torch's writer, which needs a package that torch does not bring."""
+    for module in ("tensorboard", "torch.utils.tensorboard"):
+        found = require(module, install="tensorboard", purpose="write TensorBoard events")
+    return found
 
 
 def _prune(folder: Path, keep: int, decay_start: int | None) -> None:

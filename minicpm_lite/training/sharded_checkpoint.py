@@ -12,17 +12,19 @@ Choices, and the traps behind them:
 - So a missing file would go unnoticed, and the values in it would stay what they were. `require_whole`
   counts them first.
 - While it writes, a process holds its part a second time, as bytes in the host's memory.
-- Only tensors are written. Steps, schedules and configs are facts, in JSON.
-- The folder is written beside its place, synced and renamed, and has its facts written last. What a killed
-  process leaves is named ``….writing`` and no one takes it for a checkpoint.
+- Only tensors are written. Steps, schedules and configs are facts, in JSON. Version 2 says how often each
+  parameter was moved; version 1, which did not, is not read any more.
+- The folder is written beside its place and renamed, see `minicpm_lite.files`. What a killed process leaves
+  is named ``.….writing`` and no one takes it for a checkpoint.
 """
 
 import json
 import math
-import os
 import re
-import shutil
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -32,25 +34,22 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import model_config
+from ..files import written_whole
 from ..language.decoder import Decoder
 from .processes import on_first
-from .wsd import WSD, Cosine, Schedule
 
 __all__ = [
     "checkpoints",
-    "decay_schedule",
     "latest_checkpoint",
     "load_weights",
     "read_facts",
     "read_tensors",
-    "require_same_past",
     "require_whole",
-    "stable_schedule",
     "write_checkpoint",
 ]
 
 FACTS = "checkpoint.json"
-_FORMAT = {"format": "minicpm_lite distributed checkpoint", "version": 1}
+_FORMAT = {"format": "minicpm_lite distributed checkpoint", "version": 2}
 _CHECKPOINT = re.compile(r"step-(\d{8,})$")
 
 
@@ -67,36 +66,43 @@ def write_checkpoint(folder: str | Path, state: dict[str, Tensor], facts: dict) 
             checkpoints stand.
     """
     final = Path(folder) / f"step-{facts['step']:08d}"
-    writing = final.with_name(final.name + ".writing")
     try:
-        on_first(lambda: _new_folder(writing))
-        try:
-            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True))
-        except CheckpointException as failure:
-            raise _cause(failure) from None
-        on_first(lambda: _finish(writing, final, _FORMAT | facts))
+        with _written_together(final) as beside:
+            writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
+            try:
+                dcp.save(state, storage_writer=writer)
+            except CheckpointException as failure:
+                raise _cause(failure) from None
+            on_first(lambda: _add_facts(beside, _FORMAT | facts))
     except OSError as error:
-        on_first(lambda: shutil.rmtree(writing, ignore_errors=True))
-        raise OSError(
-            error.errno, f"{final} could not be written: {error.strerror}. Earlier checkpoints stand."
-        ) from None
+        raise OSError(error.errno, f"{error.strerror}. Earlier checkpoints stand.") from None
     return final
 
 
-def decay_schedule(checkpoint: str | Path, decay_steps: int, **form: object) -> WSD:
-    """The schedule of a checkpoint's run, with a decay that begins at the checkpoint.
+@contextmanager
+def _written_together(path: Path) -> Iterator[Path]:
+    """`written_whole` for all processes: the first one makes the place and names it, and all of them write.
 
-    Args:
-        checkpoint: taken in the stable stage of a WSD run.
-        decay_steps: steps of the decay.
-        form: ``form``, ``final_ratio`` or ``half_life`` of `WSD`.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
+    What is raised within must be raised in all processes.
     """
-    step, old = stable_schedule(Path(checkpoint))
-    return WSD(old.peak_lr, old.warmup_steps, step - old.warmup_steps, decay_steps, **form)
+    place = ExitStack()
+    beside = on_first(lambda: _entered(place, path))
+    try:
+        yield beside
+    except Exception:
+        on_first(lambda: place.__exit__(*sys.exc_info()))
+        raise
+    on_first(place.close)
+
+
+def _entered(place: ExitStack, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return place.enter_context(written_whole(path))
+
+
+def _add_facts(folder: Path, facts: dict) -> None:
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    (folder / FACTS).write_text(json.dumps(facts | {"files": sizes}, indent=1))
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -117,11 +123,8 @@ def read_facts(checkpoint: str | Path) -> dict:
         raise FileNotFoundError(f"There is no checkpoint at {checkpoint}: it lacks {FACTS}.")
     try:
         facts = json.loads(path.read_text())
-        if {key: facts[key] for key in _FORMAT} != _FORMAT or not {
-            "step",
-            "files",
-            "schedule",
-        } <= facts.keys():
+        whole = {"step", "updates", "schedule", "files"} <= facts.keys()
+        if not whole or {key: facts[key] for key in _FORMAT} != _FORMAT:
             raise KeyError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
@@ -158,85 +161,6 @@ def checkpoints(folder: str | Path) -> dict[int, Path]:
         for path in (Path(folder).iterdir() if Path(folder).is_dir() else ())
         if (match := _CHECKPOINT.match(path.name)) and (path / FACTS).is_file()
     }
-
-
-def _new_folder(path: Path) -> None:
-    if path.exists():  # left by a process that was killed in a save
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
-def _finish(writing: Path, final: Path, facts: dict) -> None:
-    """Add the facts to what all processes have written, and give the checkpoint its name."""
-    sizes = {file.name: file.stat().st_size for file in sorted(writing.iterdir())}
-    with (writing / FACTS).open("w") as file:
-        file.write(json.dumps(facts | {"files": sizes}, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(writing)
-    if final.exists():  # the same step, saved twice
-        shutil.rmtree(final)
-    os.replace(writing, final)
-    _sync(final.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
-    """Step and schedule of a checkpoint from which a decay may begin.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
-    """
-    facts = read_facts(checkpoint)
-    step, schedule = facts["step"], _schedule(facts)
-    if not isinstance(schedule, WSD):
-        raise ValueError(
-            f"{checkpoint} was trained with the schedule {facts['schedule']['kind']}, which has no stable "
-            "stage. A decay begins from a run of WSD."
-        )
-    if step < schedule.warmup_steps:
-        raise ValueError(
-            f"{checkpoint} was taken in the warm-up, at step {step} of {schedule.warmup_steps}. A decay "
-            "begins in the stable stage."
-        )
-    if schedule.decay_steps and step > schedule.decay_start:
-        raise ValueError(
-            f"{checkpoint} was taken at step {step}, in or after the decay that began at step "
-            f"{schedule.decay_start}. Its rate has already fallen, and going back to the peak would undo the "
-            f"decay. Take a checkpoint of the stable stage, such as step-{schedule.decay_start:08d}."
-        )
-    return step, schedule
-
-
-def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -> None:
-    """Refuse a checkpoint up to which another schedule gave other rates; the future may differ.
-
-    Raises:
-        ValueError: a sentence that names the first step that differs.
-    """
-    old = _schedule(facts)
-    for step in range(1, facts["step"] + 1):
-        if not math.isclose(old(step), schedule(step), rel_tol=1e-9):
-            raise ValueError(
-                f"{checkpoint} belongs to another schedule: its rate at step {step} was {old(step):.6g}, "
-                f"this run's is {schedule(step):.6g}."
-            )
-
-
-def _schedule(facts: dict) -> Schedule:
-    values = dict(facts["schedule"])
-    kind = {"WSD": WSD, "Cosine": Cosine}[values.pop("kind")]
-    if values.get("half_life"):
-        del values["final_ratio"]  # follows from it
-    return kind(**values)
 
 
 def require_whole(checkpoint: str | Path, shapes: dict[str, torch.Size], extra: bool = False) -> None:

@@ -2,8 +2,9 @@
 
 Four instruments, in the order of the chapter:
 
-1. µP: one learning rate for all widths. `mup_groups` is the optimiser's half of the paper's Table 7; the
-   other half, start weights and multipliers, is in `Decoder`. `coordinate_check` shows whether they fit.
+1. µP: one learning rate for all widths. `mup_groups`, from `minicpm_lite.training.optimizer`, is the
+   optimiser's half of the paper's Table 7; the other half, start weights and multipliers, is in `Decoder`.
+   `coordinate_check` shows whether they fit.
 2. The batch law: `batch_size_tokens`, and what is needed to refit it: `tokens_to_reach`, `fit_parabola`,
    `fit_power_law`.
 3. The loss surface L(N, D): `fit_loss_surface`.
@@ -30,46 +31,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
+from scipy.optimize import least_squares, nnls
 from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
+from ..language.scoring import context_only, token_losses
+from .optimizer import mup_groups
 
 __all__ = ["LossSurface", "Parabola", "PowerLaw", "Sigmoid", "batch_size_tokens", "conditional_losses",
            "coordinate_check", "fit_loss_surface", "fit_parabola", "fit_power_law", "fit_sigmoid",
            "mup_groups", "tokens_to_reach"]  # fmt: skip
-
-
-def mup_groups(model: Decoder, lr: float, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for Adam or AdamW with the learning rates of Table 7.
-
-    Args:
-        model: its ``config.width_ratio`` is the width over the base width.
-        lr: the rate at the base width.
-        weight_decay: of the matrices; tables and norms are not decayed.
-
-    Returns:
-        Three groups, each with ``name``, ``params``, ``lr`` and ``weight_decay``: the matrices with the rate
-        divided by the width ratio; the tables (embedding and output layer) and the norms with ``lr`` itself.
-
-    Source: Hu et al. 2024, arXiv 2404.06395, appendix A.1, Table 7.
-    """
-    require_positive_number("lr", lr)
-    if weight_decay != 0:
-        require_positive_number("weight_decay", weight_decay)
-    tables = {id(table) for table in model.tables}
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "tables": [], "norms": []}
-    for parameter in model.parameters():
-        kind = "tables" if id(parameter) in tables else "matrices" if parameter.ndim >= 2 else "norms"
-        groups[kind].append(parameter)
-    rates = {"matrices": lr / model.config.width_ratio, "tables": lr, "norms": lr}
-    decays = {"matrices": weight_decay, "tables": 0.0, "norms": 0.0}
-    return [
-        {"name": name, "params": parameters, "lr": rates[name], "weight_decay": decays[name]}
-        for name, parameters in groups.items()
-    ]
 
 
 def coordinate_check(
@@ -123,9 +96,8 @@ def coordinate_check(
     hooks = [watch(name, module) for name, module in watched.items()]
     try:
         for update in range(updates + 1):
-            logits = model(window[:, :-1])
+            loss = token_losses(model, window).mean()
             if update < updates:
-                loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -331,8 +303,6 @@ def fit_loss_surface(N: Sequence[float], D: Sequence[float], L: Sequence[float])
     Raises:
         ValueError: fewer than 6 points, fewer than 3 different N or D, or numbers that are not above 0.
     """
-    from scipy.optimize import least_squares, nnls  # here, because the trainer imports this file
-
     N, D, L = _positive("N", N), _positive("D", D), _positive("L", L)
     _same_length(N=N, D=D, L=L)
     if len(L) < 6 or len(set(N)) < 3 or len(set(D)) < 3:
@@ -365,9 +335,8 @@ def conditional_losses(
     model: Decoder, contexts: Int[Tensor, "items context"], answers: Int[Tensor, "items answer"]
 ) -> Float[Tensor, " items"]:
     """Loss of each answer given its context: the mean over the answer's tokens alone, in nats a token."""
-    ids = torch.cat([contexts, answers], dim=1)
-    logits = model(ids[:, :-1])[:, contexts.shape[1] - 1 :]  # (items, answer, vocab)
-    return F.cross_entropy(logits.transpose(1, 2), answers, reduction="none").mean(dim=1)
+    window = torch.cat([context_only(contexts), answers], dim=1)
+    return token_losses(model, window).sum(dim=1) / answers.shape[1]
 
 
 @dataclass(frozen=True)
@@ -419,8 +388,6 @@ def fit_sigmoid(
     Raises:
         ValueError: fewer than 3 different losses, an accuracy that is none, or chance not below ceiling.
     """
-    from scipy.optimize import least_squares  # here, because the trainer imports this file
-
     loss, accuracy = _positive("loss", loss), _numbers("accuracy", accuracy)
     _same_length(loss=loss, accuracy=accuracy)
     if not 0 <= chance < ceiling <= 1:

@@ -5,7 +5,14 @@ import gzip
 import pytest
 
 from minicpm_lite.data import assets
-from minicpm_lite.data.assets import load_austen, load_chinese_classics, load_emoji, load_kenney
+from minicpm_lite.data.assets import (
+    load_austen,
+    load_chinese_classics,
+    load_conversations,
+    load_emoji,
+    load_kenney,
+    load_novels,
+)
 
 
 def test_austen_is_six_novels():
@@ -14,6 +21,32 @@ def test_austen_is_six_novels():
     assert text.startswith("EMMA\n\nBy Jane Austen")
     for sentence in ("It is a truth universally acknowledged", "Sir Walter Elliot, of Kellynch Hall"):
         assert sentence in text
+
+
+def test_the_novels_are_the_whole_text_in_six():
+    novels = load_novels()
+    assert "".join(novels.values()) == load_austen()
+    sentences = {
+        "Emma": "Emma Woodhouse, handsome, clever, and rich",
+        "Mansfield Park": "Miss Maria Ward, of Huntingdon",
+        "Northanger Abbey": "No one who had ever seen Catherine Morland",
+        "Persuasion": "Sir Walter Elliot, of Kellynch Hall",
+        "Pride and Prejudice": "It is a truth universally acknowledged",
+        "Sense and Sensibility": "The family of Dashwood had long been settled in Sussex",
+    }
+    assert list(novels) == list(sentences)
+    for title, sentence in sentences.items():
+        assert [name for name, text in novels.items() if sentence in text] == [title]
+
+
+def test_conversations_are_turns_of_messages():
+    pytest.importorskip("chitchat_dataset", reason="the conversations come in a package")
+    conversations = load_conversations()
+    assert len(conversations) == 7168
+    assert all(isinstance(message, str) for turns in conversations for turn in turns for message in turn)
+    assert (
+        max(map(len, conversations)) > 10 and max(len(turn) for turns in conversations for turn in turns) > 1
+    )
 
 
 def test_chinese_classics_hold_their_openings():

@@ -21,6 +21,7 @@ from minicpm_lite.data.dedup import (
     lsh_probability,
     lsh_threshold,
     near_duplicates,
+    rows_of_band,
     words_of,
 )
 
@@ -233,6 +234,47 @@ def test_a_hundred_copies_are_not_five_thousand_comparisons(monkeypatch):
     assert set(near_duplicates([document(0)] * 100)) == {0} and calls == []
 
 
+def test_pages_of_one_template_are_not_compared_with_each_other(monkeypatch):
+    """Once they hang together, all pairs of a bucket would be n (n - 1) / 2 comparisons for nothing."""
+    calls = []
+    monkeypatch.setattr(dedup, "jaccard", lambda a, b: calls.append(1) or jaccard(a, b))
+    page = document(0, 60)
+    for pages in (50, 100, 200):
+        calls.clear()
+        assert set(near_duplicates([f"{page} item {number}" for number in range(pages)])) == {0}
+        assert len(calls) < 3 * pages
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=14),
+    st.sampled_from([None, 0.3, 0.6, 0.8]),
+)
+@settings(max_examples=60, deadline=None)
+def test_clusters_are_those_of_all_candidate_pairs(versions, threshold):
+    """By hand: every candidate pair compared, and what is similar joined."""
+    texts = [edited(document(n, 40), 0.05 * edits, random.Random(edits)) for n, edits in versions]
+    minhash = MinHash(num_perm=32)
+    distinct = [index for index, text in enumerate(texts) if text not in texts[:index]]
+    shingles = [minhash.shingles(texts[index]) for index in distinct]
+    pairs = [(distinct[a], distinct[b]) for a, b in candidate_pairs(minhash.signatures_of_sets(shingles), 16)
+             if threshold is None or jaccard(shingles[a], shingles[b]) >= threshold]  # fmt: skip
+    copies = [(texts.index(text), index) for index, text in enumerate(texts)]
+    expected = clusters_of(len(texts), pairs + copies)
+    assert near_duplicates(texts, minhash, 16, threshold).tolist() == expected.tolist()
+
+
+def test_documents_can_be_read_once_only():
+    texts = [document(number) for number in (0, 1, 0, 2)]
+    assert near_duplicates(iter(texts)).tolist() == [0, 1, 0, 3]
+    minhash = MinHash()
+    expected = minhash.signatures(texts)
+    assert (minhash.signatures(iter(texts)) == expected).all()
+    assert (minhash.signatures_of_sets(map(minhash.shingles, texts)) == expected).all()
+    assert clusters_of(3, iter([(0, 2)])).tolist() == [0, 1, 0]
+    assert first_of_each(iter("aba")).tolist() == [True, True, False]
+    assert hashed_ngrams(iter("abc"), 2).tolist() == hashed_ngrams("abc", 2).tolist()
+
+
 def test_first_of_each_keeps_the_first():
     labels = near_duplicates(["x y z", "q", "x y z", "q"])
     assert first_of_each(labels.tolist()).tolist() == [True, True, False, False]
@@ -260,6 +302,8 @@ def test_impossible_input_gets_one_sentence():
         ValueError, match=r"Signatures of 128 places cannot be cut into 10 equal bands; .*divide 128"
     ):
         candidate_pairs(MinHash().signatures(["a"]), 10)
+    with pytest.raises(ValueError, match="bands is 0"):
+        rows_of_band(128, 0)
     for threshold in (0.0, 1.2):
         with pytest.raises(ValueError, match=rf"The threshold is {threshold}; a Jaccard index"):
             near_duplicates(["a"], threshold=threshold)

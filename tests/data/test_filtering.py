@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite import optional
@@ -21,7 +21,7 @@ from minicpm_lite.data.filtering import (
     normalise,
 )
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
 
 PROSE = normalise(load_austen()[20_000:320_000])
 PIECES = [PROSE[start : start + 600] for start in range(0, len(PROSE), 600)]
@@ -62,6 +62,7 @@ def test_normalise(text, expected):
     assert normalise(text) == expected
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_normalising_twice_changes_nothing_more(text):
     once = normalise(text)
@@ -227,8 +228,27 @@ def test_bits_per_byte_is_the_loss_counted_by_hand():
     found = bits_per_byte(model, tokenizer, [text, "", "a"], max_tokens=10)
     assert np.isclose(found[0], nats / np.log(2) / size, rtol=1e-5)
     assert np.isnan(found[1:]).all()  # nothing to predict
+    assert np.array_equal(bits_per_byte(model, tokenizer, iter([text, "", "a"]), 10), found, equal_nan=True)
+
+    # what a tokenizer orders beside cutting words does not act
+    tokenizer.enable_truncation(4)
+    assert bits_per_byte(model, tokenizer, [text], max_tokens=10) == found[0]
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(length=500)
+    assert np.isnan(bits_per_byte(model, tokenizer, ["a"], max_tokens=10)[0])
 
 
+def test_bits_per_byte_takes_the_tokenizer_from_scratch():
+    tokenizer = BytePairTokenizer.train([PROSE[:5000]], 270)
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                vocab_size=270))  # fmt: skip
+    assert bits_per_byte(model, tokenizer, PIECES[:3]).tolist() == (
+        bits_per_byte(model, tokenizer.fast, PIECES[:3]).tolist()
+    )
+
+
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12)
 )
@@ -257,6 +277,20 @@ def test_each_stage_drops_what_it_should_and_says_so(classifier):
     ]  # fmt: skip
     assert drop_reasons(texts, classifier, threshold=0.0).count("quality") == 0
     assert drop_reasons([], classifier) == []
+
+
+def test_documents_can_be_read_once_only(classifier):
+    texts = [*GOOD[:3], *BAD[:3], load_chinese_classics()[:200], GOOD[0]]
+    expected = drop_reasons(texts, classifier)
+    assert drop_reasons(iter(texts), classifier, languages=iter(["en"])) == expected
+    assert drop_reasons(iter(texts), classifier, languages="en") == expected
+    assert identify_languages(iter(texts)) == identify_languages(texts)
+    assert classifier.scores(iter(texts)).tolist() == classifier.scores(texts).tolist()
+    small = [QualityClassifier(dim=4, epochs=2).fit(*sides) for sides in (
+        (GOOD[:20], BAD[:20]), (iter(GOOD[:20]), iter(BAD[:20]))
+    )]  # fmt: skip
+    assert small[0].weights.tolist() == small[1].weights.tolist()
+    assert area_under_roc(iter([3, 2]), iter([1, 2])) == 0.875
 
 
 def test_what_cannot_be_is_one_sentence(classifier):

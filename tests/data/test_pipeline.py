@@ -73,6 +73,26 @@ def test_signatures_are_ours_cut_into_bands(tmp_path):
     assert block.get_shingles("").size == 0
 
 
+def test_a_folder_of_other_work_is_refused(tmp_path):
+    """The engine skips what its folder notes as done: with other documents or settings it would give old results."""
+    source, work, classifier = tmp_path / "source", tmp_path / "work", tmp_path / "quality.safetensors"
+    source.mkdir()
+    (source / "0.jsonl").write_text('{"text": "one"}')
+    QualityClassifier(dim=4, min_count=1).fit(["good words"], ["bad ones"]).save(classifier)
+    filtering_stages(source, work, classifier, tasks=2)
+    filtering_stages(source, work, classifier, tasks=2, workers=2)
+    sentence = "work holds what was done with another {} and would be taken for done"
+    for changed in (dict(threshold=0.6), dict(bands=8), dict(minhash=MinHash(seed=2)), dict(tasks=3)):
+        with pytest.raises(ValueError, match=sentence.format(*changed)):
+            filtering_stages(source, work, classifier, **({"tasks": 2} | changed))
+    (source / "1.jsonl").write_text('{"text": "two"}')
+    with pytest.raises(ValueError, match=sentence.format("source")):
+        filtering_stages(source, work, classifier, tasks=2)
+    QualityClassifier(dim=4, min_count=1).fit(["good words"], ["other ones"]).save(classifier)
+    with pytest.raises(ValueError, match=sentence.format("source, classifier")):
+        filtering_stages(source, work, classifier, tasks=2)
+
+
 def test_what_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         filtering_stages(tmp_path / "nothing", tmp_path, tmp_path / "c")

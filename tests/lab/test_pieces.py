@@ -30,19 +30,19 @@ def test_examples(name):
 def test_start_seeds_and_sets_the_style():
     import torch
 
-    lab.start(library="0.1", seed=3)
+    lab.start(library="0.2", seed=3)
     first = torch.rand(1)
-    lab.start(library="0.1.9", seed=3)
+    lab.start(library="0.2.9", seed=3)
     assert torch.equal(torch.rand(1), first)
     assert plt.rcParams["figure.constrained_layout.use"]
 
 
 def test_start_refuses_another_library(monkeypatch):
-    monkeypatch.setattr(lab, "version", lambda package: "0.2.0")
+    monkeypatch.setattr(lab, "version", lambda package: "0.3.0")
     with pytest.raises(
-        RuntimeError, match=r"written for minicpm_lite 0\.1, but 0\.2\.0 is installed: install"
+        RuntimeError, match=r"written for minicpm_lite 0\.2, but 0\.3\.0 is installed: install"
     ):
-        lab.start(library="0.1", seed=0)
+        lab.start(library="0.2", seed=0)
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "ipywidgets"])

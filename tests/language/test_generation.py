@@ -1,53 +1,20 @@
-"""Generation: cached equals uncached, batched equals alone, greedy and sampled equal to transformers."""
+"""Generation: cached equals uncached, batched equals alone, greedy equal to transformers, nothing read twice."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
-from torch.testing import assert_close
+from small_models import WRITER, WRITERS, Counted, make_ids, make_model
 
-from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig, RopeScaling
+from minicpm_lite.config import RopeScaling
+from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.language.generation import (
-    Sampling,
-    TextWriter,
-    chatml,
-    generate,
-    generate_text,
-    minicpm_chat,
-    next_token_probabilities,
-    pad_left,
-    stream,
-    stream_text,
-)
-from minicpm_lite.language.tokenizer import train_tokenizer
-
-SHAPE = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
-    max_position_embeddings=96, scale_emb=4, scale_depth=1.4, dim_model_base=16, init_std=0.3,
-)  # fmt: skip
-CONFIGS = {
-    "multi-head": ModelConfig(**SHAPE),
-    "grouped": ModelConfig(**SHAPE, num_key_value_heads=2),
-    "latent": ModelConfig(**SHAPE, latent_attention=LatentAttentionConfig(24, 16, 8, 8, 8)),
-    "mixture": ModelConfig(**SHAPE, mixture=MixtureConfig(4, 2)),
-}
-TEXT = (
-    "It is a truth universally acknowledged, that a single man — 单身汉 — must be in want of a wife. 🙂\n" * 4
-)
-TOKENIZER = train_tokenizer(TEXT, 300)
+from minicpm_lite.language.generation import generate, pad_left, resolve_stop_ids, stream
+from minicpm_lite.language.sampling import Sampling
 
 
-def make_model(name: str = "grouped") -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(CONFIGS[name]).eval()
-
-
-def make_ids(batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(300, (batch, tokens), generator=torch.Generator().manual_seed(1))
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def without_a_cache(model: Decoder, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -56,18 +23,18 @@ def without_a_cache(model: Decoder, ids: torch.Tensor, new_tokens: int) -> torch
     return ids
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
 def test_greedy_equals_the_whole_text_computed_anew(name):
-    model, ids = make_model(name), make_ids(2, 7)
+    model, ids = make_model(WRITERS[name]), make_ids(WRITER, 2, 7)
     assert torch.equal(generate(model, ids, 12), without_a_cache(model, ids, 12))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
 def test_rows_of_a_padded_batch_are_the_rows_alone(name):
-    model = make_model(name)
-    prompts = [make_ids(1, n)[0].tolist() for n in (9, 1, 5)]
+    model = make_model(WRITERS[name])
+    prompts = [make_ids(WRITER, 1, n)[0].tolist() for n in (9, 1, 5)]
     ids, padding = pad_left(prompts, pad_id=17)
     together = generate(model, ids, 15, padding=padding)
     for prompt, row, pad in zip(prompts, together, padding.tolist(), strict=True):
@@ -76,8 +43,8 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(name):
 
 def test_padding_that_is_seen_is_told_apart(monkeypatch):
     """The two bugs of batched generation: padding that is attended to, positions that count it."""
-    model = make_model()
-    prompts = [make_ids(1, n)[0].tolist() for n in (9, 2)]
+    model = make_model(WRITER)
+    prompts = [make_ids(WRITER, 1, n)[0].tolist() for n in (9, 2)]
     ids, padding = pad_left(prompts, pad_id=17)
     alone = generate(model, torch.tensor([prompts[1]]), 15)[0]
     assert not torch.equal(generate(model, ids, 15)[1, 7:], alone)  # no padding given
@@ -93,32 +60,34 @@ def twin():
     """The same weights in transformers' Granite."""
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    model = make_model()
+    model = make_model(WRITER)
     config = model.config
     reference = GraniteForCausalLM(
         GraniteConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=300, max_position_embeddings=96, rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=True,
+            vocab_size=300, max_position_embeddings=96, rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=False,
             embedding_multiplier=4, residual_multiplier=config.residual_scale, attention_multiplier=8**-0.5,
             logits_scaling=config.width_ratio, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )
     )  # fmt: skip
-    weights = {f"model.{name}": w for name, w in model.state_dict().items()}
-    reference.load_state_dict(weights | {"lm_head.weight": model.embed_tokens.weight})
+    weights = {
+        name if name == "lm_head.weight" else f"model.{name}": w for name, w in model.state_dict().items()
+    }
+    reference.load_state_dict(weights)
     return reference.eval()
 
 
 @torch.no_grad()
 def test_greedy_equals_transformers(twin):
-    ids = make_ids(3, 8)
+    ids = make_ids(WRITER, 3, 8)
     theirs = twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-    assert torch.equal(generate(make_model(), ids, 40), theirs)
+    assert torch.equal(generate(make_model(WRITER), ids, 40), theirs)
 
 
 @torch.no_grad()
 def test_greedy_with_penalty_and_stop_equals_transformers(twin):
-    model, ids = make_model(), make_ids(2, 8)
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 8)
     plain = generate(model, ids, 40, repetition_penalty=1.3)
     stop = int(plain[0, 20])
     theirs = twin.generate(
@@ -131,98 +100,17 @@ def test_greedy_with_penalty_and_stop_equals_transformers(twin):
 
 @torch.no_grad()
 def test_left_padded_batch_equals_transformers(twin):
-    ids, padding = pad_left([make_ids(1, n)[0].tolist() for n in (9, 3, 6)])
+    ids, padding = pad_left([make_ids(WRITER, 1, n)[0].tolist() for n in (9, 3, 6)])
     mask = (torch.arange(9) >= padding[:, None]).long()
     theirs = twin.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
-    assert torch.equal(generate(make_model(), ids, 20, padding=padding), theirs)
+    assert torch.equal(generate(make_model(WRITER), ids, 20, padding=padding), theirs)
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(1.0), Sampling(0.7), Sampling(1.5, top_k=5), Sampling(1.0, top_k=1), Sampling(1.0, top_k=300),
-        Sampling(1.0, top_p=0.5), Sampling(0.3, top_p=0.9), Sampling(2.0, top_p=1.0), Sampling(1.0, top_p=1e-6),
-        Sampling(0.8, top_k=20, top_p=0.8), Sampling(1.0, repetition_penalty=1.7),
-        Sampling(0.8, top_k=20, top_p=0.8, repetition_penalty=0.9),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_probabilities_equal_the_processors_of_transformers(sampling):
-    from transformers import (
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    logits, seen = 3 * torch.randn(4, 300, generator=torch.Generator().manual_seed(2)), make_ids(4, 12)
-    steps = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
-    steps.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        steps.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p:
-        steps.append(TopPLogitsWarper(sampling.top_p))
-    expected = steps(seen, logits.clone()).softmax(-1)
-    assert_close(next_token_probabilities(logits, sampling, seen), expected, atol=1e-6, rtol=1e-5)
-
-
-# Wrong samplers that people really write; each must be told apart from the right one.
-
-LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
-
-
-def rule(sampling: Sampling, seen=None) -> list[float]:
-    return next_token_probabilities(LOGITS, sampling, seen)[0].tolist()
-
-
-def test_top_p_keeps_the_token_that_crosses_the_line():
-    plain = LOGITS.softmax(-1)[0]  # 0.600, 0.221, 0.134, 0.030, 0.004
-    assert_close(
-        torch.tensor(rule(Sampling(1.0, top_p=0.7))),
-        torch.tensor([plain[0], plain[1], 0, 0, 0]) / plain[:2].sum(),
-    )
-    assert rule(Sampling(1.0, top_p=0.1)) == [1, 0, 0, 0, 0]  # the best token is never dropped
-
-
-def test_the_penalty_lowers_positive_and_negative_scores():
-    plain, penalised = (
-        rule(Sampling(1.0)),
-        rule(Sampling(1.0, repetition_penalty=2.0), torch.tensor([[0, 3]])),
-    )
-    changed = torch.tensor([[1.0, 1.0, 0.5, -2.0, -3.0]])  # dividing -1 by 2 would have raised it
-    assert_close(torch.tensor(penalised), changed.softmax(-1)[0])
-    assert penalised[3] < plain[3]
-
-
-def test_padding_is_not_penalised_but_the_same_token_in_the_text_is():
-    sampling, seen, padding = (
-        Sampling(1.0, repetition_penalty=2.0),
-        torch.tensor([[0, 0, 1], [0, 1, 0]]),
-        torch.tensor([2, 1]),
-    )
-    both = next_token_probabilities(LOGITS.expand(2, -1), sampling, seen, padding)
-    assert_close(both[0], torch.tensor([[2.0, 0.5, 0.5, -1, -3]]).softmax(-1)[0])
-    assert_close(both[1], torch.tensor([[1.0, 0.5, 0.5, -1, -3]]).softmax(-1)[0])
-
-
-def test_draws_follow_the_probabilities():
-    """A chi-squared test of 4,000 draws at fixed seed: the 99.9 % quantile for 11 degrees of freedom is 31.3."""
-    model, sampling = make_model(), Sampling(0.9, top_k=12)
-    ids = make_ids(1, 5)
-    with torch.no_grad():
-        expected = next_token_probabilities(model(ids)[:, -1], sampling)[0] * 4000
-    drawn = generate(
-        model, ids.expand(4000, -1), 1, 0.9, top_k=12, generator=torch.Generator().manual_seed(0)
-    )[:, -1]
-    counts, possible = torch.bincount(drawn, minlength=300), expected > 0
-    assert int(possible.sum()) == 12 and int(counts[~possible].sum()) == 0
-    chi_squared = ((counts - expected) ** 2 / expected)[possible].sum()
-    assert chi_squared < 31.3
+# Chance and stopping
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another():
-    model, ids = make_model(), make_ids(2, 5)
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 5)
     first, again, other = (
         generate(model, ids, 20, 1.0, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
@@ -230,7 +118,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another():
 
 
 def test_a_row_stops_and_the_others_go_on():
-    model, ids = make_model(), make_ids(3, 6)
+    model, ids = make_model(WRITER), make_ids(WRITER, 3, 6)
     free = generate(model, ids, 12)
     stop = int(free[0, 9])
     stopped = generate(model, ids, 12, stop_ids=[stop])
@@ -241,8 +129,8 @@ def test_a_row_stops_and_the_others_go_on():
 
 
 def test_the_best_token_is_taken_without_chance():
-    before = torch.random.get_rng_state()
-    generate(make_model(), make_ids(2, 4), 3, repetition_penalty=1.2)
+    model, ids, before = make_model(WRITER), make_ids(WRITER, 2, 4), torch.random.get_rng_state()
+    generate(model, ids, 3, repetition_penalty=1.2)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -251,222 +139,229 @@ def test_the_best_token_is_taken_without_chance():
 def test_longrope_counts_the_tokens_that_are_read(prompt, new):
     """The last token is chosen and never read, so up to the border the short factors hold."""
     scaling = RopeScaling("longrope", 16, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 4.0, 8.0))
-    torch.manual_seed(0)
-    model, ids = Decoder(replace(CONFIGS["grouped"], rope_scaling=scaling)), make_ids(1, prompt)
+    model, ids = make_model(replace(WRITER, rope_scaling=scaling)), make_ids(WRITER, 1, prompt)
     first = generate(model, ids, new)[0, prompt]
-    read = torch.cat([ids, make_ids(1, new - 1)], dim=1) if new > 1 else ids  # same length, same first tokens
+    read = (
+        torch.cat([ids, make_ids(WRITER, 1, new - 1)], dim=1) if new > 1 else ids
+    )  # same length, same first tokens
     assert first == model(read)[0, prompt - 1].argmax()
 
 
 def test_generated_ids_can_be_trained_on():
     """They are ordinary tensors, not ones of inference mode, which autograd refuses."""
-    model, ids = make_model(), make_ids(1, 4)
+    model, ids = make_model(WRITER), make_ids(WRITER, 1, 4)
     model(generate(model, ids, 3)).sum().backward()
     assert model.embed_tokens.weight.grad is not None
 
 
-# Text
+@pytest.mark.parametrize("kind", [list, tuple, set, iter, lambda ids: (each for each in ids), dict.fromkeys])
+def test_stop_ids_may_be_anything_that_yields_them(kind):
+    """An iterator is empty after it was read once, and what was meant to stop must stop all the same."""
+    model, ids = make_model(WRITER), make_ids(WRITER, 3, 6)
+    stop = [int(generate(model, ids, 12)[0, 9])]
+    assert torch.equal(generate(model, ids, 12, stop_ids=kind(stop)), generate(model, ids, 12, stop_ids=stop))
+    assert len(list(stream(model, ids[:1], 12, stop_ids=kind(stop)))) <= 4
 
 
-class Says(Decoder):
-    """In place of a decoder: writes the given tokens, whatever the prompt."""
-
-    def __init__(self, *rows: list[int]) -> None:
-        super().__init__(CONFIGS["grouped"])
-        self.rows, self.step = rows, 0
-
-    def forward(self, ids, cache=None, last_only=False):
-        tokens = torch.tensor([row[self.step] if self.step < len(row) else 0 for row in self.rows])
-        self.step += 1
-        return torch.nn.functional.one_hot(tokens, 300).float()[:, None]
-
-
-@settings(max_examples=60, deadline=None)
-@given(text=st.text(min_size=1, max_size=25))
-def test_pieces_add_up_to_the_text_and_no_character_is_cut(text):
-    writer = TextWriter(TOKENIZER)
-    pieces = [writer.push(token) for token in TOKENIZER.encode(text).ids] + [writer.finish()]
-    assert "".join(pieces) == writer.text == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
+def test_a_model_stops_at_its_own_tokens_unless_told_otherwise():
+    model, ids = make_model(WRITER), make_ids(WRITER, 1, 6)
+    free = generate(model, ids, 12)
+    first, second = free[0, 9].item(), free[0, 15].item()
+    for ends in ((first,), (first, second), (second, first)):
+        model.config = replace(WRITER, eos_token_id=ends)
+        stopped = generate(model, ids, 12)
+        assert torch.equal(stopped, generate(model, ids, 12, stop_ids=ends))
+        assert torch.equal(stopped, free[:, : stopped.shape[1]]) and stopped.shape[1] <= 10
+        assert torch.equal(generate(model, ids, 12, stop_ids=()), free)
+        assert torch.equal(generate(model, ids, 12, stop_ids=[299]), free) == (299 not in free[0, 6:])
+        assert resolve_stop_ids(model, None) == ends and resolve_stop_ids(model, []) == ()
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    text=st.text(alphabet="ab\n人🙂", max_size=20),
-    stop=st.lists(st.text(alphabet="ab\n人🙂", min_size=1, max_size=4), min_size=1, max_size=3),
-)
-def test_text_ends_before_the_first_stop_string_wherever_tokens_are_cut(text, stop):
-    writer, shown = TextWriter(TOKENIZER, stop), ""
-    for token in TOKENIZER.encode(text).ids:
-        shown += writer.push(token)
-        if writer.stopped:
-            break
-    shown += writer.finish()
-    places = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]
-    assert shown == writer.text == (text[: min(places)[1]] if places else text)
-    assert writer.stopped == bool(places)
+# A cache that was handed in
 
 
-def test_half_a_character_at_the_end_is_shown_as_such():
-    tokens = TOKENIZER.encode("a🦜").ids  # the parrot is not in the training text: four bytes, four tokens
-    writer = TextWriter(TOKENIZER)
-    assert [writer.push(token) for token in tokens[:-1]] == ["a"] + [""] * (len(tokens) - 2)
-    assert writer.finish() == "\ufffd"
+@pytest.mark.parametrize("read", [0, 1, 5, 8])
+@pytest.mark.parametrize("name", WRITERS)
+@torch.no_grad()
+def test_what_a_cache_has_read_is_not_read_again(name, read):
+    model, ids = make_model(WRITERS[name]), make_ids(WRITER, 2, 9)
+    expected, counted, cache = generate(model, ids, 10), Counted(model), KVCache(60)
+    if read:
+        model(ids[:, :read], cache)
+    assert counted.since() == 2 * read
+    text = generate(model, ids, 10, context=cache)
+    assert torch.equal(text, expected)
+    assert counted.since() == 2 * (9 - read + 9)  # the last token is chosen and never read
+    assert cache.length == 18
+    more = generate(model, text, 7, context=cache)
+    assert counted.since() == 2 * (1 + 6)
+    assert torch.equal(more, generate(model, ids, 17))
 
 
-def test_text_is_held_back_only_as_long_as_it_may_become_a_stop_string():
-    writer = TextWriter(TOKENIZER, ["END"])
-    assert [writer.push(token) for token in TOKENIZER.encode("xEyENz").ids] == ["x", "", "Ey", "", "", "ENz"]
+@torch.no_grad()
+def test_a_text_in_two_parts_has_the_same_chance_and_the_same_penalty():
+    """What was read before counts as text: it is seen by the penalty."""
+    model, ids, cache = make_model(WRITER), make_ids(WRITER, 2, 9), KVCache(40)
+    settings = dict(temperature=1.0, top_p=0.9, repetition_penalty=1.5)
+    expected = generate(model, ids, 12, **settings, generator=seeded())
+    model(ids[:, :6], cache)
+    assert torch.equal(generate(model, ids, 12, **settings, generator=seeded(), context=cache), expected)
 
 
-def byte_fallback_tokenizer() -> Tokenizer:
-    """A tokenizer of the kind that Llama 2 and MiniCPM have: what it lacks is written as byte tokens."""
-    pieces = ["\u2581a", "\u2581b", "c", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+@torch.no_grad()
+def test_a_cache_goes_back_and_on_with_another_answer():
+    model, ids, cache = make_model(WRITER), make_ids(WRITER, 1, 9), KVCache(60)
+    first = generate(model, ids, 10, context=cache)
+    other = torch.cat([first[:, :12], make_ids(WRITER, 1, 4)], dim=1)
+    counted = Counted(model)
+    cache.truncate(12)
+    assert torch.equal(generate(model, other, 8, context=cache), generate(model, other, 8))
+    assert counted.since() == (4 + 7) + (16 + 7)
+
+
+@torch.no_grad()
+def test_a_cache_with_padding_reads_a_padded_batch_in_two_parts():
+    model = make_model(WRITER)
+    ids, padding = pad_left([make_ids(WRITER, 1, n)[0].tolist() for n in (9, 3, 6)])
+    expected = generate(model, ids, 12, repetition_penalty=1.3, padding=padding)
+    cache = KVCache(20, padding)
+    model(ids[:, :7], cache)
+    assert torch.equal(generate(model, ids, 12, repetition_penalty=1.3, context=cache), expected)
+
+
+# Samples
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@torch.no_grad()
+def test_samples_of_a_prompt_equal_its_copies_and_read_it_once(name):
+    model, ids = make_model(WRITERS[name]), make_ids(WRITER, 1, 9)
+    expected = generate(model, ids.expand(6, -1), 12, 1.0, generator=seeded())
+    counted = Counted(model)
+    assert torch.equal(generate(model, ids, 12, 1.0, generator=seeded(), samples=6), expected)
+    assert counted.since() == 9 + 6 * 11
+    assert len({tuple(row) for row in expected.tolist()}) == 6  # they are samples, not copies of one answer
+    with_context = generate(model, ids, 12, 1.0, generator=seeded(), context=KVCache(40), samples=6)
+    assert torch.equal(with_context, expected)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@torch.no_grad()
+def test_samples_of_padded_prompts_stand_in_the_order_of_the_prompts(penalty):
+    model = make_model(WRITER)
+    ids, padding = pad_left([make_ids(WRITER, 1, n)[0].tolist() for n in (9, 3, 6)])
+    copies, stop = (each.repeat_interleave(4, dim=0) for each in (ids, padding)), [17, 34]
+    many, many_padding = copies
+    settings = dict(temperature=0.9, top_k=40, repetition_penalty=penalty, stop_ids=stop)
+    expected = generate(model, many, 12, **settings, padding=many_padding, generator=seeded())
+    counted = Counted(model)
+    together = generate(model, ids, 12, **settings, padding=padding, generator=seeded(), samples=4)
+    assert torch.equal(together, expected)
+    assert counted.since() == 27 + 12 * (together.shape[1] - 9 - 1)
+
+
+@torch.no_grad()
+def test_one_sample_and_best_tokens():
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 7)
+    assert torch.equal(generate(model, ids, 9, samples=1), generate(model, ids, 9))
+    assert torch.equal(
+        generate(model, ids, 9, samples=3), generate(model, ids, 9).repeat_interleave(3, dim=0)
     )
-    return tokenizer
+    assert [len(tokens) for tokens in stream(model, ids, 3, samples=3)] == [6, 6, 6]
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    tokens=st.lists(
-        st.sampled_from([0, 1, 2, 3 + 0x0A, 3 + 0x61, *(3 + b for b in "🙂人".encode())]), max_size=12
-    )
-)
-def test_byte_tokens_are_put_together_as_the_tokenizer_does(tokens):
-    tokenizer = byte_fallback_tokenizer()
-    writer = TextWriter(tokenizer)
-    assert "".join([writer.push(token) for token in tokens] + [writer.finish()]) == tokenizer.decode(tokens)
+# Scores that are no numbers
 
 
-def test_streamed_text_is_the_whole_text():
-    model = make_model()
-    pieces = list(
-        stream_text(
-            model, TOKENIZER, "It is a truth", 30, Sampling(1.0), generator=torch.Generator().manual_seed(3)
-        )
-    )
-    (whole,) = generate_text(
-        model, TOKENIZER, ["It is a truth"], 30, Sampling(1.0), generator=torch.Generator().manual_seed(3)
-    )
-    assert len(pieces) > 5 and "".join(pieces) == whole
-    ids = torch.tensor([TOKENIZER.encode("It is a truth").ids])
-    free = generate(model, ids, 30, 1.0, generator=torch.Generator().manual_seed(3))
-    assert whole == TOKENIZER.decode(free[0, ids.shape[1] :].tolist())
+class Breaks(Decoder):
+    """From the given call on, one row's scores are not finite."""
+
+    def __init__(self, call: int, row: int, value: float) -> None:
+        super().__init__(WRITER)
+        self.calls, self.broken = 0, (call, row, value)
+
+    def forward(self, ids, context=None, last_only=False):
+        logits, (call, row, value) = super().forward(ids, context, last_only), self.broken
+        if self.calls >= call:
+            logits[row, -1, 5] = value
+        self.calls += 1
+        return logits
 
 
-def test_a_batch_of_texts_stops_row_by_row():
-    first, second = (TOKENIZER.encode(text).ids for text in ("man. wife", "a wife, that. man"))
-    assert generate_text(Says(first, second), TOKENIZER, ["x", "y z"], 20, stop=["."]) == [
-        "man",
-        "a wife, that",
-    ]
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("call", [0, 1, 4])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=5)], ids=["best", "drawn"])
+def test_scores_that_are_not_finite_are_refused_at_any_step_and_in_any_row(sampling, call, row, value):
+    model, steps = Breaks(call, row, value), []
+    with pytest.raises(
+        FloatingPointError, match=rf"scores after token {6 + call} are finite numbers.*They are torch.float32"
+    ):
+        steps += stream(model, make_ids(WRITER, 3, 6), 8, sampling)
+    written = stream(Breaks(call, row, value), make_ids(WRITER, 3, 6), 8, sampling)
+    for _ in range(call):
+        assert len(next(written)) == 3  # what was sound before was given out
 
 
-def test_a_special_token_can_be_a_stop_string():
-    tokenizer = train_tokenizer(TEXT, 290)
-    tokenizer.add_special_tokens(["<|im_end|>"])
-    answer = tokenizer.encode("a wife<|im_end|>a wife").ids
-    assert tokenizer.token_to_id("<|im_end|>") in answer
-    assert generate_text(Says(answer), tokenizer, ["x"], 20, stop=["<|im_end|>"]) == ["a wife"]
-
-
-def test_a_stop_token_is_not_part_of_the_text():
-    tokens = TOKENIZER.encode("a wife").ids
-    stop = TOKENIZER.encode("🙂").ids[0]
-    answer = [*tokens, stop, *tokens]
-    assert generate_text(Says(answer), TOKENIZER, ["x"], 20, stop_ids=[stop]) == ["a wife"]
-    assert "".join(stream_text(Says(answer), TOKENIZER, "x", 20, stop_ids=[stop])) == "a wife"
-
-
-def test_nothing_is_computed_after_all_texts_have_stopped():
-    says = Says(TOKENIZER.encode("man. wife wife wife").ids)
-    generate_text(says, TOKENIZER, ["x"], 20, stop=["."])
-    assert says.step == len(TOKENIZER.encode("man.").ids)
-
-
-# Chat templates
-
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hello!\nWho are you?"},
-    {"role": "assistant", "content": "A model."},
-    {"role": "user", "content": " 你好 "},
-]
-MINICPM4 = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-    " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MINICPM = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{'<用户>' + message['content'].strip()"
-    " + '<AI>'}}{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
-)
-
-
-def rendered(template: str, messages: list[dict], add_generation_prompt: bool = True) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=add_generation_prompt
-    )
-    return texts[0]
-
-
-@pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:2], TALK[1:3]])
-@pytest.mark.parametrize("add", [True, False])
-def test_chatml_equals_its_jinja_template(messages, add):
-    assert chatml(messages, add_generation_prompt=add) == rendered(MINICPM4, messages, add)
-
-
-def test_minicpm_chat_equals_its_jinja_template():
-    assert minicpm_chat(TALK[1:]) == rendered(MINICPM, TALK[1:])
-
-
-def test_chatml_with_a_system_message_of_the_model():
-    assert chatml(TALK[1:2], system="Be brief.") == chatml(TALK[:2])
-    assert chatml(TALK, system="Another.") == chatml(TALK)
+def test_weights_that_become_nan_are_refused():
+    model, ids = make_model(WRITER), make_ids(WRITER, 1, 6)
+    steps = stream(model, ids, 8)
+    for _ in range(3):
+        next(steps)
+    model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(
+        FloatingPointError, match="scores after token 9 are finite numbers. Are the weights whole"
+    ):
+        next(steps)
 
 
 # Bad input
 
 
+def read_by(model: Decoder, tokens: int, room: int, padding: torch.Tensor | None = None) -> KVCache:
+    cache = KVCache(room, padding)
+    with torch.no_grad():
+        model(make_ids(WRITER, 2, 9)[:, :tokens], cache)
+    return cache
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda m: generate(m, make_ids(1, 0), 5), "The prompt is empty"),
-        (lambda m: generate(m, make_ids(1, 5)[0], 5), r"shape \(5,\); expected \(batch, tokens\)|i64\[5\]"),
-        (lambda m: generate(m, make_ids(1, 90), 10), "90 tokens and max_new_tokens is 10, together 100; the model was made for 96.*Set max_new_tokens to 6"),
-        (lambda m: generate(m, make_ids(1, 200), 1), "200 tokens.*made for 96.*Shorten the prompt"),
-        (lambda m: generate(m, make_ids(1, 5) + 300, 5), "the model knows 0 to 299. Was it cut"),
-        (lambda m: generate(m, make_ids(1, 5), 0), "max_new_tokens is 0"),
-        (lambda m: generate(m, make_ids(1, 5), 5, temperature=-0.5), "temperature is -0.5; expected 0"),
-        (lambda m: generate(m, make_ids(1, 5), 5, temperature=float("nan")), "temperature is nan"),
-        (lambda m: generate(m, make_ids(1, 5), 5, top_k=0), "top_k is 0"),
-        (lambda m: generate(m, make_ids(1, 5), 5, top_p=1.5), "top_p is 1.5; expected a probability"),
-        (lambda m: generate(m, make_ids(1, 5), 5, top_p=0.0), "top_p is 0.0"),
-        (lambda m: generate(m, make_ids(1, 5), 5, repetition_penalty=-1.0), "repetition_penalty is -1.0"),
-        (lambda m: generate(m, make_ids(2, 5), 5, padding=torch.tensor([0, 5])), r"padding is \[0, 5\]; expected a number from 0 to 4"),
-        (lambda m: generate(m, make_ids(2, 5), 5, padding=torch.tensor([0])), r"for each of the 2 rows|i64\[1\]"),
-        (lambda m: next_token_probabilities(torch.zeros(1, 3), Sampling(repetition_penalty=1.2)), "penalty is 1.2; give the tokens so far as seen"),
-        (lambda m: generate(m, make_ids(1, 5), 5, stop_ids=None), "stop_ids is None|argument stop_ids|stop_ids"),
-        (lambda m: generate(m, make_ids(1, 5), 5, stop_ids=["a"]), "stop_ids"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 0), 5), r"expected a tensor of token ids, \(batch, tokens\), with one token at least"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5)[0], 5), r"expected a tensor of token ids, \(batch, tokens\).*For one text: ids\[None\]|i64\[5\]"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 90), 10), "90 tokens and max_new_tokens is 10, together 100; the model was made for 96.*Set max_new_tokens to 6"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 200), 1), "200 tokens.*made for 96.*Shorten the prompt"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5) + 300, 5), "the model knows 0 to 299. Was it cut"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 0), "max_new_tokens is 0"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, temperature=-0.5), "temperature is -0.5; expected 0"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, temperature=float("nan")), "temperature is nan"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, top_k=0), "top_k is 0"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, top_p=1.5), "top_p is 1.5; expected a probability"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, top_p=0.0), "top_p is 0.0"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, repetition_penalty=-1.0), "repetition_penalty is -1.0"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0, 5])), r"padding is tensor\(\[0, 5\]\); expected whole numbers in a tensor.*from 0 to 4, one for each of the 2 rows"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0])), r"one for each of the 2 rows|i64\[1\]"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=7), "stop_ids is 7|argument stop_ids|stop_ids"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=["a"]), "stop_ids"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, samples=0), "samples is 0"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 9), 5, context=read_by(m, 9, 40)), "The cache has read 9 tokens, and ids holds 9; give the whole text"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 4), 5, context=read_by(m, 9, 40)), "The cache has read 9 tokens, and ids holds 4; .* go back with its truncate"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 9), 8, context=read_by(m, 5, 15)), "room for 15 tokens; this text and its answer need 16"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 9), 5, padding=torch.tensor([0, 2]), context=read_by(m, 5, 40)), "padding is given, and a context"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 9), 5, padding=torch.tensor([0, 2]), context=read_by(m, 5, 40, torch.tensor([0, 2]))), "padding is given, and a context"),
         (lambda m: pad_left([]), "There is no prompt"),
         (lambda m: pad_left([[1], []]), "Prompt 1 is empty"),
-        (lambda m: generate_text(m, TOKENIZER, ["a", ""], 5), "Prompt 1 is empty"),
-        (lambda m: generate_text(m, TOKENIZER, "a", 5), "prompts is one string"),
-        (lambda m: TextWriter(TOKENIZER, ["a", ""]), "none of them empty"),
-        (lambda m: chatml([]), r"expected a list such as"),
-        (lambda m: chatml(["hi"]), "Message 0 is 'hi'|messages"),
-        (lambda m: chatml([{"role": "user"}]), "Message 0 is .*expected a role"),
-        (lambda m: chatml([{"role": "robot", "content": "x"}]), "system, user, assistant"),
-        (lambda m: minicpm_chat(TALK), "Message 0 is .*expected a role .user, assistant."),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence(call, sentence):
     with pytest.raises(
         (ValueError, TypeError), match=sentence
     ):  # the type check of the tests sees some first
-        call(make_model())
+        call(make_model(WRITER))
+
+
+@pytest.mark.parametrize(("new", "room"), [(7, 15), (1, 9)])
+def test_a_cache_with_just_enough_room_is_enough(new, room):
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 9)
+    assert torch.equal(generate(model, ids, new, context=read_by(model, 5, room)), generate(model, ids, new))

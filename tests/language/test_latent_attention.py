@@ -6,46 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import LATENT, make_ids, make_model
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from minicpm_lite import load_config
 from minicpm_lite.config import LatentAttentionConfig, ModelConfig, RopeScaling
 from minicpm_lite.language import latent_attention
-from minicpm_lite.language.decoder import (
-    Decoder,
-    KVCache,
-    apply_rotary,
-    dense_attention,
-    rotary_angles,
-    rotary_frequencies,
-)
+from minicpm_lite.language.context import Context, KVCache, causal_mask, dense_attention
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.latent_attention import LatentAttention, absorbed_is_cheaper
+from minicpm_lite.language.rotary import apply_rotary, rotary_angles, rotary_frequencies
 
-CONFIG = ModelConfig(
-    64, 160, 3, 4, 99, head_dim=24, max_position_embeddings=64, scale_emb=12, scale_depth=1.4, dim_model_base=32,
-    init_std=0.1, latent_attention=LatentAttentionConfig(24, 20, 16, 8, 12),
-)  # fmt: skip
 LONGROPE = replace(
-    CONFIG,
+    LATENT,
     rope_scaling=RopeScaling(
         "longrope", 16, short_factor=(1.0, 1.1, 1.2, 1.3), long_factor=(1.0, 1.5, 2.5, 4.0)
     ),
 )
 FORMS = ["naive", "absorbed"]
-
-
-def make_model(config: ModelConfig = CONFIG) -> Decoder:
-    torch.manual_seed(0)
-    model = Decoder(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # ones would hide a norm that is not applied
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
-
-
-def make_ids(batch: int = 2, tokens: int = 17) -> torch.Tensor:
-    return torch.randint(99, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def minicpm3(model: Decoder) -> torch.nn.Module:
@@ -106,13 +85,13 @@ def make_inputs(layer: LatentAttention, queries: int, keys: int, dtype: torch.dt
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
 @torch.no_grad()
 def test_naive_equals_absorbed(queries, keys, dtype, tolerance):
-    layer = make_model().layers[0].self_attn.to(dtype)
+    layer = make_model(LATENT).layers[0].self_attn.to(dtype)
     inputs = make_inputs(layer, queries, keys, dtype)
-    padding = torch.tensor([0, keys - 1])
-    for each in (None, padding):
-        assert_close(
-            layer.absorbed(*inputs, each), layer.naive(*inputs, each), atol=tolerance, rtol=tolerance
-        )
+    padded = KVCache(keys, padding=torch.tensor([0, keys - 1]))
+    padded.mask = padded.hide_padding(causal_mask(queries, keys, "cpu"))
+    for context in (Context(), padded):
+        absorbed, naive = layer.absorbed(*inputs, context), layer.naive(*inputs, context)
+        assert_close(absorbed, naive, atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,11 +108,11 @@ def test_naive_equals_absorbed(queries, keys, dtype, tolerance):
 def test_naive_equals_absorbed_and_the_obvious_loop_for_all_sizes(sizes, heads, queries, earlier):
     torch.manual_seed(0)
     config = ModelConfig(12, 8, 1, heads, 9, head_dim=4, latent_attention=sizes)
-    layer = LatentAttention(config, 0, dense_attention).double()
+    layer = LatentAttention(config, 0).double()
     inputs = make_inputs(layer, queries, queries + earlier, torch.float64)
     expected = obvious_loop(layer, *inputs)
-    assert_close(layer.naive(*inputs), expected, atol=1e-12, rtol=1e-12)
-    assert_close(layer.absorbed(*inputs), expected, atol=1e-12, rtol=1e-12)
+    assert_close(layer.naive(*inputs, Context()), expected, atol=1e-12, rtol=1e-12)
+    assert_close(layer.absorbed(*inputs, Context()), expected, atol=1e-12, rtol=1e-12)
 
 
 def obvious_loop(layer, query, query_rotated, latent):
@@ -167,8 +146,8 @@ def test_gradients_of_both_forms_are_equal(monkeypatch):
         monkeypatch.setattr(
             latent_attention, "absorbed_is_cheaper", lambda *_, each=each, **__: each == "absorbed"
         )
-        model = make_model().double()
-        model(make_ids()).square().mean().backward()
+        model = make_model(LATENT).double()
+        model(make_ids(LATENT)).square().mean().backward()
         gradients[each] = {name: p.grad for name, p in model.named_parameters()}
         assert not any(gradient is None for gradient in gradients[each].values())
     for name, gradient in gradients["naive"].items():
@@ -176,8 +155,8 @@ def test_gradients_of_both_forms_are_equal(monkeypatch):
 
 
 def test_gradients_equal_minicpm3(form):
-    model = make_model()
-    reference, ids = minicpm3(model), make_ids()
+    model = make_model(LATENT)
+    reference, ids = minicpm3(model), make_ids(LATENT)
     for each in (lambda: model(ids), lambda: reference(ids).logits):
         each().square().mean().backward()
     theirs = dict(reference.named_parameters())
@@ -188,22 +167,22 @@ def test_gradients_equal_minicpm3(form):
 # Parity with transformers.
 
 
-@pytest.mark.parametrize("config", [CONFIG, LONGROPE], ids=["plain", "longrope"])
+@pytest.mark.parametrize("config", [LATENT, LONGROPE], ids=["plain", "longrope"])
 @pytest.mark.parametrize("tokens", [9, 33])  # up to the original context, and beyond it
 @torch.no_grad()
 def test_equal_to_minicpm3(config, tokens, form):
-    model, ids = make_model(config), make_ids(tokens=tokens)
+    model, ids = make_model(config), make_ids(LATENT, tokens=tokens)
     reference = minicpm3(model)(ids).logits
     assert_close(model(ids), reference, atol=1e-5, rtol=1e-5)
     assert_close(run_cached(model, ids, [4, 5, 8]), reference, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, LONGROPE], ids=["plain", "longrope"])
+@pytest.mark.parametrize("config", [LATENT, LONGROPE], ids=["plain", "longrope"])
 @torch.no_grad()
 def test_cached_steps_equal_minicpm3_with_its_own_cache(config):
     from transformers import DynamicCache
 
-    model, ids = make_model(config), make_ids(tokens=9)
+    model, ids = make_model(config), make_ids(LATENT, tokens=9)
     reference, cache, theirs = minicpm3(model), KVCache(9), DynamicCache()
     for token in ids.split([3, 1, 1, 4], dim=1):
         assert_close(
@@ -215,7 +194,7 @@ def test_cached_steps_equal_minicpm3_with_its_own_cache(config):
 def test_the_cache_holds_what_minicpm3_caches():
     from transformers import DynamicCache
 
-    model, ids, cache, theirs = make_model(), make_ids(tokens=9), KVCache(9), DynamicCache()
+    model, ids, cache, theirs = make_model(LATENT), make_ids(LATENT, tokens=9), KVCache(9), DynamicCache()
     model(ids, cache)
     minicpm3(model)(ids, past_key_values=theirs)
     for layer in range(3):
@@ -226,7 +205,7 @@ def test_the_cache_holds_what_minicpm3_caches():
 
 def small_latents() -> Decoder:
     """Latents so small that the norm's epsilon matters."""
-    model = make_model()
+    model = make_model(LATENT)
     for layer in model.layers:
         layer.self_attn.kv_a_proj_with_mqa.weight.data *= 5e-3
         layer.self_attn.q_a_proj.weight.data *= 5e-3
@@ -235,11 +214,11 @@ def small_latents() -> Decoder:
 
 @torch.no_grad()
 def test_inner_norms_have_their_own_epsilon():
-    model, ids = small_latents(), make_ids()
+    model, ids = small_latents(), make_ids(LATENT)
     reference = minicpm3(model)(ids).logits
     assert_close(model(ids), reference, atol=1e-5, rtol=1e-5)
     for layer in model.layers:  # the config's epsilon, as one would think
-        layer.self_attn.kv_a_layernorm.eps = layer.self_attn.q_a_layernorm.eps = CONFIG.rms_norm_eps
+        layer.self_attn.kv_a_layernorm.eps = layer.self_attn.q_a_layernorm.eps = LATENT.rms_norm_eps
     assert (model(ids) - reference).abs().max() > 1e-3
 
 
@@ -247,13 +226,14 @@ def test_inner_norms_have_their_own_epsilon():
 # in reading a text at once (naive) or token by token (absorbed), wherever the mistake can be made.
 
 
-def attention_sees(model, form, change):
-    """Let the attention function of one form see changed queries, keys and values."""
-    for block in model.layers:
-        layer = block.self_attn
-        wrong = Decoder(CONFIG, lambda q, k, v, p: dense_attention(*change(q, k, v), p)).layers[0].self_attn
-        wrong.kv_b_proj = layer.kv_b_proj
-        setattr(layer, form, getattr(wrong, form))
+class Sees(Context):
+    """Attention sees changed queries, keys and values."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def attend(self, layer, query, key, value):
+        return dense_attention(*self.change(query, key, value), self.mask)
 
 
 def set_everywhere(name, module):
@@ -318,12 +298,16 @@ CASES = [(name, form) for name, (where, _) in WRONG.items() for form in FORMS if
 @pytest.mark.parametrize(("name", "form"), CASES, indirect=["form"])
 @torch.no_grad()
 def test_wrong_variants_are_told_apart(name, form):
-    model, ids = make_model(), make_ids()
+    model, ids = make_model(LATENT), make_ids(LATENT)
     reference = minicpm3(model)(ids).logits
     assert_close(model(ids), reference, atol=1e-5, rtol=1e-5)
     where, mistake = WRONG[name]
-    mistake(model) if where == "both" else attention_sees(model, where, mistake)
-    assert (model(ids) - reference).abs().max() > 1e-3
+    if where == "both":
+        mistake(model)
+        context = Context()
+    else:
+        context = Sees(mistake)
+    assert (model(ids, context) - reference).abs().max() > 1e-3
 
 
 # The cache.
@@ -333,13 +317,13 @@ def test_wrong_variants_are_told_apart(name, form):
 @given(cuts=st.lists(st.integers(1, 16), max_size=4, unique=True).map(sorted), batch=st.integers(1, 3))
 @torch.no_grad()
 def test_cached_equals_uncached_however_the_ids_are_cut(cuts, batch):
-    model, ids = make_model(), make_ids(batch)
+    model, ids = make_model(LATENT), make_ids(LATENT, batch)
     assert_close(run_cached(model, ids, cuts), model(ids), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_rows_padded_on_the_left_are_the_rows_alone(form):
-    model, ids, padding = make_model(), make_ids(3, 12), torch.tensor([0, 5, 11])
+    model, ids, padding = make_model(LATENT), make_ids(LATENT, 3, 12), torch.tensor([0, 5, 11])
     for cuts in ([11], [6, 7, 8]):
         cache = KVCache(20, padding)
         padded = torch.cat([model(piece, cache) for piece in ids.tensor_split(cuts, dim=1)], dim=1)
@@ -350,7 +334,7 @@ def test_rows_padded_on_the_left_are_the_rows_alone(form):
 
 @torch.no_grad()
 def test_later_tokens_change_nothing_before_them(form):
-    model, ids = make_model(), make_ids()
+    model, ids = make_model(LATENT), make_ids(LATENT)
     changed = ids.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 99
     assert_close(model(changed)[:, :10], model(ids)[:, :10], atol=0, rtol=0)
@@ -369,25 +353,27 @@ def test_cache_bytes_of_the_released_model():
 # When which form is cheaper.
 
 
-def countable_attention(query, key, value, padding):
+class Products(Context):
     """The products alone; fused kernels hide them from the counter. One key head serves all query heads."""
-    if key.shape[1] == 1:
-        query = query.flatten(1, 2)[:, None]
-    return ((query @ key.mT) @ value).reshape(2, 4, -1, value.shape[-1])
+
+    def attend(self, layer, query, key, value):
+        if key.shape[1] == 1:
+            query = query.flatten(1, 2)[:, None]
+        return ((query @ key.mT) @ value).reshape(2, 4, -1, value.shape[-1])
 
 
 @pytest.mark.parametrize("sizes", [(9, 16, 8, 4, 8), (9, 5, 8, 4, 8), (9, 12, 16, 4, 16)])
 @torch.no_grad()
 def test_the_cheaper_form_is_the_one_with_fewer_flops(sizes):
     config = ModelConfig(12, 8, 1, 4, 9, head_dim=4, latent_attention=LatentAttentionConfig(*sizes))
-    layer = LatentAttention(config, 0, countable_attention)
+    layer = LatentAttention(config, 0)
     answers = set()
     for keys in (3, 10, 50):
         for queries in range(1, keys + 1):
             counts = {}
             for each in FORMS:
                 with FlopCounterMode(display=False) as counter:
-                    getattr(layer, each)(*make_inputs(layer, queries, keys))
+                    getattr(layer, each)(*make_inputs(layer, queries, keys), Products())
                 counts[each] = counter.get_total_flops()
             answer = absorbed_is_cheaper(layer.sizes, queries, keys)
             assert answer == (counts["absorbed"] < counts["naive"]), (queries, keys, counts)
@@ -397,14 +383,14 @@ def test_the_cheaper_form_is_the_one_with_fewer_flops(sizes):
 
 @torch.no_grad()
 def test_forward_takes_the_cheaper_form(monkeypatch):
-    model, taken = make_model(), []
+    model, taken = make_model(LATENT), []
     layer = model.layers[0].self_attn
     for each in FORMS:
         right = getattr(layer, each)
         monkeypatch.setattr(
             layer, each, lambda *inputs, each=each, right=right: taken.append(each) or right(*inputs)
         )
-    cache, ids = KVCache(40), make_ids(1, 40)
+    cache, ids = KVCache(40), make_ids(LATENT, 1, 40)
     for piece in ids.split([30, 4, 1, 5], dim=1):
         model(piece, cache)
     assert taken == ["naive", "absorbed", "absorbed", "absorbed"]

@@ -14,7 +14,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.language.tokenizer import BytePairTokenizer, split_words, train_tokenizer
+from minicpm_lite.language.tokenizer import (
+    BytePairTokenizer,
+    fast_tokenizer,
+    split_words,
+    train_tokenizer,
+)
 
 TEXTS = [load_austen()[:100_000], load_chinese_classics()[:20_000]]
 FAST = train_tokenizer(load_austen()[:100_000], vocab_size=400)
@@ -235,6 +240,75 @@ def test_a_byte_that_a_released_vocabulary_lacks(smollm2):
         mine.encode("a\x04b")
 
 
+# The door for either kind
+
+
+DIGITS = BytePairTokenizer(MINE.vocabulary, MINE.merges, individual_digits=True)
+
+
+@pytest.mark.parametrize("tokenizer", [MINE, DIGITS, MINE.first(256)], ids=["words", "digits", "bytes"])
+@settings(max_examples=100, deadline=None)
+@given(text=PROSE, ids=st.lists(st.integers(0, 255), max_size=12))
+def test_the_fast_twin_cuts_and_joins_as_the_original(tokenizer, text, ids):
+    fast = fast_tokenizer(tokenizer)
+    assert fast.encode(text).ids == tokenizer.encode(text)
+    assert fast.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    assert fast.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+
+
+def test_the_fast_twin_is_the_tokenizer_that_the_vocabulary_came_from():
+    fast = fast_tokenizer(MINE)
+    assert fast.get_vocab() == REFERENCE.get_vocab() and fast.get_vocab_size() == MINE.vocab_size
+    assert BytePairTokenizer.from_tokenizers(fast) == MINE
+    assert BytePairTokenizer.from_tokenizers(DIGITS.fast) == DIGITS != MINE
+    assert fast_tokenizer(MINE) is fast  # built once
+
+
+def test_digits_that_are_words_of_their_own_stay_so():
+    for text in ("1234 ५६ Ⅷ ½ 3.14", "in 2024, 12 apples"):
+        assert DIGITS.fast.encode(text).ids == DIGITS.encode(text)
+    tokenizer = BytePairTokenizer.train(["12 12 12 12"], 258)
+    digits = BytePairTokenizer(tokenizer.vocabulary, tokenizer.merges, individual_digits=True)
+    assert len(tokenizer.fast.encode("12").ids) == 1 and len(digits.fast.encode("12").ids) == 2
+
+
+def test_a_tokenizer_that_reads_whole_texts_is_given_back_as_it_is():
+    assert fast_tokenizer(REFERENCE) is REFERENCE
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda tokenizer: tokenizer.enable_truncation(3),
+        lambda tokenizer: tokenizer.enable_padding(length=50),
+        lambda tokenizer: (tokenizer.enable_truncation(3, stride=1), tokenizer.enable_padding(pad_id=5)),
+    ],
+    ids=["cut", "pad", "both"],
+)
+def test_orders_to_cut_or_pad_are_left_out_and_stay_with_the_original(order):
+    """Also where they come from a file, which is where they come from without being asked for."""
+    texts = ["the cat and the hat", "x"]
+    expected = [REFERENCE.encode(text).ids for text in texts]
+    ordered = Tokenizer.from_str(REFERENCE.to_str())
+    order(ordered)
+    for tokenizer in (ordered, Tokenizer.from_str(ordered.to_str())):
+        before = tokenizer.to_str()
+        assert [each.ids for each in tokenizer.encode_batch(texts)] != expected
+        whole = fast_tokenizer(tokenizer)
+        assert [each.ids for each in whole.encode_batch(texts)] == expected
+        assert [whole.encode(text).ids for text in texts] == expected
+        assert whole.truncation is None and whole.padding is None
+        assert whole.get_vocab() == tokenizer.get_vocab()
+        assert tokenizer.to_str() == before
+
+
+def test_special_tokens_of_an_ordered_tokenizer_are_kept():
+    ordered = Tokenizer.from_str(REFERENCE.to_str())
+    ordered.add_special_tokens(["<|end|>"])
+    ordered.enable_truncation(2)
+    assert fast_tokenizer(ordered).encode("the hat<|end|>").ids[-1] == ordered.token_to_id("<|end|>") == 800
+
+
 # Wrong implementations that the tests above must reject
 
 
@@ -348,9 +422,15 @@ def test_errors_are_sentences(call, error, sentence):
 def test_other_types_are_refused_with_a_sentence():
     """In a process of its own: here the annotations are checked first, with a message of their own."""
     script = """
-from minicpm_lite.language.tokenizer import BytePairTokenizer
+from minicpm_lite.language.tokenizer import BytePairTokenizer, fast_tokenizer
 tokenizer = BytePairTokenizer.train(["abc"], 257)
-for call in (lambda: BytePairTokenizer.train([b"abc"], 300), lambda: tokenizer.encode(None)):
+calls = (
+    lambda: BytePairTokenizer.train([b"abc"], 300),
+    lambda: tokenizer.encode(None),
+    lambda: fast_tokenizer("tokenizer.json"),
+    lambda: fast_tokenizer(None),
+)
+for call in calls:
     try:
         call()
     except TypeError as error:
@@ -358,7 +438,12 @@ for call in (lambda: BytePairTokenizer.train([b"abc"], 300), lambda: tokenizer.e
 """
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert shown.splitlines() == [
-        f"The text is of type {kind}; expected str. Decode bytes first." for kind in ("bytes", "NoneType")
+        *(f"The text is of type {kind}; expected str. Decode bytes first." for kind in ("bytes", "NoneType")),
+        *(
+            f"The tokenizer is of type {kind}; expected a BytePairTokenizer or a Tokenizer of the tokenizers "
+            "package (transformers' fast ones hold it as backend_tokenizer)."
+            for kind in ("str", "NoneType")
+        ),
     ]
 
 

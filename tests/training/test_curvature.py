@@ -1,20 +1,22 @@
 """Derivatives are exact on a quadratic, and watching a run does not change it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minicpm_lite import ModelConfig
-from minicpm_lite.data.corpora import batch_of
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.scoring import next_token_loss
 from minicpm_lite.training.curvature import (
     directional_curvature,
     directional_derivatives,
     watch_decay,
 )
-from minicpm_lite.training.trainer import Trainer, TrainerConfig, next_token_loss
+from minicpm_lite.training.settings import Layout, TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 MODEL = ModelConfig(16, 40, 1, 2, 30, num_key_value_heads=1, max_position_embeddings=64)
@@ -130,6 +132,24 @@ def test_a_failing_loss_leaves_the_parameters():
     assert torch.equal(torch.cat(parts).detach(), x)
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(1)], ids=str)
+def test_watching_changes_nothing_in_bfloat16_either(layout):
+    """Derivatives are taken of the whole weights, while the run computes with rounded ones."""
+
+    def run():
+        torch.manual_seed(0)
+        config = replace(CONFIG, precision="bfloat16")
+        return Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), config, layout=layout)
+
+    watched, alone = run(), run()
+    readings = list(watch_decay(watched, 9, every=4))
+    alone.train(9, progress=False)
+    assert watched.losses == alone.losses and [reading.step for reading in readings] == [4, 8]
+    assert all(reading.first < 0 and 0 < reading.cosine < 1 for reading in readings), (
+        "downhill, from where it was"
+    )
+
+
 def test_watching_changes_nothing_and_reads_what_it_says():
     """The updates are those of a run that nobody watched; a reading agrees with gradients taken by hand."""
 
@@ -147,8 +167,7 @@ def test_watching_changes_nothing_and_reads_what_it_says():
     gradients = []
     for step in (8, 9):
         by_hand.train(step, progress=False)
-        window = batch_of(by_hand.windows, step, CONFIG.batch_size)
-        loss = next_token_loss(by_hand.model, window)
+        loss = next_token_loss(by_hand.model, by_hand.batches[step])
         gradients.append(
             torch.cat([g.flatten() for g in torch.autograd.grad(loss, by_hand.model.parameters())])
         )
@@ -168,3 +187,13 @@ def test_a_reading_takes_two_updates():
     run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
     with pytest.raises(ValueError, match="every is 1; a reading takes two updates"):
         next(watch_decay(run, 10, every=1))
+
+
+def test_frozen_parameters_have_no_part_in_a_reading():
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    model.embed_tokens.requires_grad_(False)
+    run = Trainer(model, TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
+    before = model.embed_tokens.weight.clone()
+    assert [reading.first < 0 for reading in watch_decay(run, 6, every=3)] == [True, True]
+    assert torch.equal(model.embed_tokens.weight, before)

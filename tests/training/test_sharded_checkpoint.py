@@ -10,18 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
-from minicpm_lite.data.corpora import TokenWindows
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.training.distributed import DistributedTrainer
 from minicpm_lite.training.processes import processes
+from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import (
     checkpoints,
-    decay_schedule,
     latest_checkpoint,
     load_weights,
     read_facts,
 )
-from minicpm_lite.training.trainer import TrainerConfig
-from minicpm_lite.training.wsd import WSD, Cosine
+from minicpm_lite.training.wsd import WSD
 
 MODEL = ModelConfig(16, 40, 2, 2, 41, max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)
 CONFIG = TrainerConfig(batch_size=2, sequence_length=8)
@@ -71,13 +70,17 @@ def test_the_facts(saved):
     assert facts["trainer config"]["batch_size"] == 2
     assert facts["schedule"]["kind"] == "WSD" and facts["schedule"]["decay_steps"] == 4
     assert facts["text"]["tokens"] == 1000
+    assert (
+        set(facts["updates"].values()) == {8}
+        and facts["updates"].keys() == dict(make().model.named_parameters()).keys()
+    )
 
 
 def test_the_newest_is_found_and_half_a_one_is_not(saved, tmp_path):
     assert latest_checkpoint(saved).name == "step-00000010"
     assert sorted(checkpoints(saved)) == [1, 4, 6, 8, 10]
     assert latest_checkpoint(tmp_path) is latest_checkpoint(tmp_path / "nowhere") is None
-    (tmp_path / "step-00000012.writing").mkdir()
+    (tmp_path / ".step-00000012.writing").mkdir()
     (tmp_path / "step-00000013").mkdir()  # without its facts
     assert latest_checkpoint(tmp_path) is None
 
@@ -100,8 +103,8 @@ def test_a_longrope_config_comes_back(tmp_path):
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next_run(saved, tmp_path):
-    (tmp_path / "step-00000004.writing").mkdir()
-    (tmp_path / "step-00000004.writing" / "shard").write_bytes(b"half")
+    (tmp_path / ".step-00000004.writing").mkdir()
+    (tmp_path / ".step-00000004.writing" / "shard").write_bytes(b"half")
     trainer = make()
     trainer.train(2, tmp_path, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000002"]
@@ -234,46 +237,3 @@ def test_foreign_facts(folder, text):
 
 def test_no_checkpoint(tmp_path):
     refused(tmp_path / "none", "There is no checkpoint at", FileNotFoundError)
-
-
-# Where a decay may begin.
-
-
-@pytest.mark.parametrize(("step", "decay_start"), [(4, 4), (6, 6)])
-def test_a_decay_begins_at_a_stable_checkpoint(saved, step, decay_start):
-    schedule = decay_schedule(saved / f"step-{step:08d}", 5, form="linear")
-    assert (schedule.decay_start, schedule.total_steps, schedule.form) == (decay_start, step + 5, "linear")
-    make(schedule=schedule).branch_from(saved / f"step-{step:08d}")
-
-
-@pytest.mark.parametrize(
-    ("step", "sentence"),
-    [
-        (1, "taken in the warm-up, at step 1 of 2"),
-        (8, "at step 8, in or after the decay that began at step 6.*such as step-00000006"),
-        (10, "at step 10, in or after the decay"),
-    ],
-)
-def test_a_decay_does_not_begin_elsewhere(saved, step, sentence):
-    path = saved / f"step-{step:08d}"
-    with pytest.raises(ValueError, match=sentence):
-        decay_schedule(path, 5)
-    trainer = make()
-    with pytest.raises(ValueError, match=sentence):
-        trainer.branch_from(path)
-    assert trainer.step == 0
-
-
-def test_a_cosine_has_no_stable_stage(tmp_path):
-    schedule = Cosine(0.01, 2, 10)
-    path = make(schedule=schedule).save(tmp_path)
-    make(schedule=schedule).load(path)
-    with pytest.raises(ValueError, match="with the schedule Cosine, which has no stable stage"):
-        decay_schedule(path, 5)
-
-
-def test_a_schedule_made_from_a_half_life_comes_back(tmp_path):
-    schedule = WSD(0.01, 0, 4, 4, half_life=2)
-    path = make(schedule=schedule).save(tmp_path)
-    make(schedule=schedule).load(path)
-    assert decay_schedule(path, 3, half_life=2).final_ratio == 0.5**1.5

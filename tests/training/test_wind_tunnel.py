@@ -1,11 +1,9 @@
-"""The wind tunnel's rules and fits against exact values, numerical minimisation and the `mup` package."""
+"""The wind tunnel's instruments against exact values and numerical minimisation."""
 
 import ast
 import math
-from dataclasses import replace
 from pathlib import Path
 
-import mup
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,8 @@ import minicpm_lite.training.wind_tunnel as wind_tunnel
 from minicpm_lite import load_config
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.training.trainer import next_token_loss
+from minicpm_lite.language.scoring import context_only, next_token_loss
+from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.wind_tunnel import (
     LossSurface,
     Sigmoid,
@@ -28,7 +27,6 @@ from minicpm_lite.training.wind_tunnel import (
     fit_parabola,
     fit_power_law,
     fit_sigmoid,
-    mup_groups,
     tokens_to_reach,
 )
 
@@ -44,70 +42,8 @@ def shape(width: int, base: int | None = 24, **others) -> ModelConfig:
 # 1. µP
 
 
-def test_groups_hold_every_parameter_once_with_its_rate():
-    model = Decoder(load_config("lite-1m"))  # width 128, base 64
-    groups = {group["name"]: group for group in mup_groups(model, 0.01, weight_decay=0.1)}
-    held = [id(p) for group in groups.values() for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
-    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx(
-        {"matrices": 0.005, "tables": 0.01, "norms": 0.01}
-    )
-    assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        "matrices": 0.1, "tables": 0.0, "norms": 0.0,
-    }  # fmt: skip
-    assert groups["tables"]["params"] == model.tables
-
-
-def test_an_untied_output_layer_is_a_table_and_without_a_base_nothing_is_divided():
-    untied = Decoder(shape(48, tie_word_embeddings=False))
-    matrices, tables, _ = mup_groups(untied, 0.01)
-    assert len(tables["params"]) == 2 and tables["params"][1] is untied.lm_head.weight
-    assert matrices["lr"] == 0.005 and tables["lr"] == 0.01
-    assert {group["lr"] for group in mup_groups(Decoder(shape(48, base=None)), 0.01)} == {0.01}
-
-
-@pytest.mark.parametrize(
-    ("name", "ratio", "std", "rate", "residual"),
-    [("minicpm-2.4b", 9, 0.1 / 3, 0.01 / 9, 0.2214), ("minicpm4-8b", 16, 0.025, 0.000625, 0.2475)],
-)
-def test_table_7_at_full_scale(name, ratio, std, rate, residual):
-    config = load_config(name)
-    with torch.device("meta"):
-        small = Decoder(replace(config, num_hidden_layers=1, vocab_size=8))
-    assert config.width_ratio == ratio
-    assert config.init_std / config.width_ratio**0.5 == pytest.approx(std)
-    assert mup_groups(small, 0.01)[0]["lr"] == pytest.approx(rate)
-    assert config.residual_scale == pytest.approx(residual, abs=5e-5)
-    assert config.scale_emb == 12
-    assert load_config("minicpm-1.2b").residual_scale == pytest.approx(0.1941, abs=5e-5)
-
-
-def test_the_rules_of_the_mup_package():
-    """Rates, start and output multiplier are `mup`'s. Its weight decay is not ours: Table 7 has none."""
-    model, base, delta = Decoder(shape(96)), Decoder(shape(24)), Decoder(shape(36))
-    mup.set_base_shapes(model, base, delta=delta, rescale_params=False)
-    theirs = mup.MuAdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    their_rate = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
-    our_rate = {id(p): group["lr"] for group in mup_groups(model, 0.01, 0.1) for p in group["params"]}
-    assert our_rate == pytest.approx(their_rate)
-    decays = {group["weight_decay"] for group in theirs.param_groups}
-    assert decays == {0.1, 0.1 * 4}, "mup multiplies the weight decay of matrices; Table 7 does not say so"
-
-    matrix = model.layers[0].mlp.gate_proj.weight
-    ours = matrix.std().item()
-    torch.manual_seed(0)
-    mup.init.normal_(matrix, std=0.1)
-    assert ours == pytest.approx(matrix.std().item(), rel=0.02)
-    assert ours == pytest.approx(0.1 / 4**0.5, rel=0.02)
-
-    readout = mup.MuSharedReadout(model.embed_tokens.weight, bias=False)
-    state = torch.randn(3, 96)
-    ids = torch.arange(5)[None]
-    captured = {}
-    model.norm.register_forward_hook(lambda module, inputs, output: captured.update(state=output))
-    logits = model(ids)
-    torch.testing.assert_close(logits, readout(captured["state"]))
-    assert readout(state).shape == (3, 64)
+def test_the_groups_are_the_optimizer_s():
+    assert wind_tunnel.mup_groups is mup_groups and "mup_groups" in wind_tunnel.__all__
 
 
 WINDOW = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
@@ -349,7 +285,7 @@ def test_conditional_losses_count_the_answer_alone():
             expected -= model(torch.tensor([ids]))[0, -1].log_softmax(-1)[token].item() / 4
             ids.append(token)
         assert loss.item() == pytest.approx(expected, abs=1e-5)
-    unread = torch.cat([~contexts, answers], dim=1)  # the trainer's way to say the same
+    unread = torch.cat([context_only(contexts), answers], dim=1)  # the trainer's way to say the same
     assert losses.mean().item() == pytest.approx(next_token_loss(model, unread).item(), abs=1e-5)
     assert not losses.requires_grad
 
@@ -381,8 +317,6 @@ def test_a_sigmoid_that_forgets_chance_is_off():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: mup_groups(Decoder(shape(24)), 0), "lr is 0; expected a number greater than 0"),
-        (lambda: mup_groups(Decoder(shape(24)), 0.1, -1), "weight_decay is -1"),
         (lambda: coordinate_check(Decoder(shape(24)), WINDOW, 0.1, 0), "updates is 0"),
         (lambda: coordinate_check(Decoder(shape(24)), WINDOW, 0.1, 1, "muP"), "choose mup or standard"),
         (lambda: batch_size_tokens(0), "loss is 0"),
@@ -413,6 +347,14 @@ def test_bad_input_gives_a_sentence(call, sentence):
 
 
 def test_the_trainer_does_not_pull_in_scipy():
-    tree = ast.parse(Path(wind_tunnel.__file__).read_text())
-    top = [node for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import)]
-    assert not any("scipy" in ast.unparse(node) for node in top)
+    """It would be felt in every command that trains: the instruments read the trainer's parts, not the reverse."""
+    folder = Path(wind_tunnel.__file__).parent
+    for path in folder.glob("*.py"):
+        imported = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom | ast.Import)
+            for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+        }
+        assert "wind_tunnel" not in imported, path
+        assert "scipy.optimize" not in imported or path.stem == "wind_tunnel", path

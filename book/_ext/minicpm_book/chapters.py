@@ -125,7 +125,8 @@ class Measured(SphinxDirective):
         chapter = read_chapter(path, self.env.docname) if path.suffix == ".ipynb" else None
         if chapter is None or not chapter.run.keys() >= {"seconds", "peak_memory_mb", "device"}:
             logger.warning(
-                f"This page holds no measured run. Execute it: python -m minicpm_lite.lab.press run {path.name}",
+                "This page holds no measured run. Execute it: "
+                f"python -m minicpm_lite.lab.press run {path.name}",
                 location=self.get_location(),
                 type="minicpm_book",
                 subtype="measured",

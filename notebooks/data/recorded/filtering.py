@@ -38,17 +38,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from minicpm_lite import load_config
-from minicpm_lite.data.corpora import TokenWindows
 from minicpm_lite.data.filtering import QualityClassifier, bits_per_byte, drop_reasons, normalise
+from minicpm_lite.data.mixtures import MixtureWindows
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.data.web_pool import Document, build_pool, load_web_documents
-from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.lab.recorded import load_results, run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer
 from minicpm_lite.runtime import seed_everything
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
-from minicpm_lite.training.two_stage import MixtureWindows
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 SEEDS = (0, 1, 2)

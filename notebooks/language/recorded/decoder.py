@@ -27,7 +27,8 @@ from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.checkpoint import save_checkpoint
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")

@@ -31,10 +31,11 @@ from torch import Tensor
 
 from minicpm_lite import load_config
 from minicpm_lite.data.corpora import load_corpus
-from minicpm_lite.deployment.checkpoints import save_pretrained
 from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.language.generation import Sampling, generate
+from minicpm_lite.language.generation import generate
+from minicpm_lite.language.sampling import Sampling
+from minicpm_lite.pretrained.checkpoints import save_pretrained
 from minicpm_lite.runtime import tune_cpu
 from minicpm_lite.training.checkpoint import load_checkpoint
 

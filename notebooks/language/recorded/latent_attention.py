@@ -21,7 +21,8 @@ from minicpm_lite.data.corpora import load_corpus
 from minicpm_lite.lab.recorded import run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 WARMUP, STEPS = 40, 300  # updates of 1,536 tokens

@@ -30,10 +30,12 @@ from minicpm_lite.data.assets import load_austen
 from minicpm_lite.data.corpora import load_corpus
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.lab.recorded import run_jobs
-from minicpm_lite.language.decoder import Decoder, rotary_frequencies
-from minicpm_lite.language.long_context import extend_context, scaled_frequencies, search_factors
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.long_context import extend_context, search_factors
+from minicpm_lite.language.rotary import rotary_frequencies, scaled_frequencies
 from minicpm_lite.runtime import seed_everything
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 SEEDS = (0, 1, 2)
@@ -276,7 +278,7 @@ def recall(seed: int) -> dict:
 
 @torch.no_grad()
 def smollm2(seed: int) -> dict:
-    from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer
+    from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer
 
     path = smollm2_file()
     model, tokenizer = load_pretrained(path).eval(), load_tokenizer(path)

@@ -33,10 +33,13 @@ from minicpm_lite.config import MixtureConfig
 from minicpm_lite.data.corpora import load_corpus
 from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.language.moe import expert_load, load_balance_loss, router_probabilities, upcycle
+from minicpm_lite.language.moe import load_balance_loss
+from minicpm_lite.language.scoring import next_token_loss
+from minicpm_lite.language.upcycling import expert_load, router_probabilities, upcycle
 from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.checkpoint import save_checkpoint
-from minicpm_lite.training.trainer import Trainer, TrainerConfig, next_token_loss
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 SEEDS = (0, 1, 2)

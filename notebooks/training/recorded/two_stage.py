@@ -25,19 +25,17 @@ from statistics import mean
 import torch
 
 from minicpm_lite import load_config
-from minicpm_lite.data.corpora import TokenWindows
-from minicpm_lite.data.instructions import TASKS, EncodedExample, load_instruction_corpus
+from minicpm_lite.data.conversations import ConversationWindows, EncodedExample
+from minicpm_lite.data.instructions import TASKS, load_instruction_corpus
+from minicpm_lite.data.mixtures import MixtureWindows
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything, tune_cpu
 from minicpm_lite.training.curvature import watch_decay
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
-from minicpm_lite.training.two_stage import (
-    ConversationWindows,
-    MixtureWindows,
-    choice_accuracy,
-    score_answers,
-)
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
+from minicpm_lite.training.two_stage import choice_accuracy, score_answers
 from minicpm_lite.training.wsd import WSD
 
 SEEDS = (0, 1, 2)

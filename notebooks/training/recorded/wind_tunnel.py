@@ -39,7 +39,8 @@ from minicpm_lite.data.corpora import load_corpus
 from minicpm_lite.lab.recorded import load_results, run_jobs, tune_rates
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything, tune_cpu
-from minicpm_lite.training.trainer import Trainer, TrainerConfig
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wind_tunnel import conditional_losses, fit_loss_surface, fit_sigmoid
 from minicpm_lite.training.wsd import WSD, Schedule
 

@@ -32,7 +32,7 @@ def chapter():
     start = "```{exercise-start} Twice\n:label: ex-twice\n```\nWrite `twice`.\n\n```{exercise-end}\n```"
     cells = [
         new_markdown_cell("# A topic\n\nSee [the paper](https://arxiv.org/abs/2404.06395)."),
-        code('from minicpm_lite import lab\n\nlab.start(library="0.1", seed=0)'),
+        code('from minicpm_lite import lab\n\nlab.start(library="0.2", seed=0)'),
         picture,
         new_markdown_cell(start),
         code("def twice(x):\n    ...", tags=("exercise",)),
@@ -62,7 +62,7 @@ def sealed(nb, path: Path) -> Path:
             cell.execution_count = count
     nb.metadata[KEY] = {
         "stamp": stamp(Notebook(path, nb)),
-        "version": "0.1.0",
+        "version": "0.2.0",
         "seconds": 10,
         "peak_memory_mb": 500,
         "device": "CPU, 2 cores",

@@ -31,7 +31,7 @@ def test_the_clean_chapter_passes(write, capsys):
 
 
 def no_seed(nb):
-    nb.cells[START].source = 'from minicpm_lite import lab\n\nlab.start(library="0.1")'
+    nb.cells[START].source = 'from minicpm_lite import lab\n\nlab.start(library="0.2")'
 
 
 def no_start(nb):

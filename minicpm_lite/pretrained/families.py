@@ -15,6 +15,8 @@ Choices, and the traps behind them:
   Llama. Where no default is known, the field is required.
 - Granite's attention_multiplier is 1 by default, not 1/sqrt(head_dim), and its residual_multiplier is the
   whole factor, scale_depth / sqrt(num_hidden_layers).
+- ``eos_token_id`` is a number, a list or null. Where it is missing no id ends a text: the 2 that the classes
+  of transformers then hold is Llama 2's, and ``generate`` does not ask them.
 - ``sparse_config`` of MiniCPM4 and 4.1 is ignored: the weights are those of dense attention, and up to
   ``dense_len`` tokens the released code computes the same.
 """
@@ -23,18 +25,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 
-import torch
-
 from ..config import (
     LatentAttentionConfig,
     MixtureConfig,
     ModelConfig,
-    RopeScaling,
+    require_positive_integer,
     require_positive_number,
 )
-from ..language.decoder import Decoder
+from .rotary_parameters import rotary_from_json, rotary_to_json
 
-__all__ = ["FAMILIES", "config_from_json", "config_to_json", "family_of", "own_family", "stored_names"]
+__all__ = [
+    "FAMILIES",
+    "config_from_json",
+    "config_to_json",
+    "end_ids_to_json",
+    "family_of",
+    "own_family",
+    "stored_name",
+]
 
 FAMILIES = {  # model_type: the class that transformers, vLLM and others look for
     "llama": "LlamaForCausalLM",
@@ -69,36 +77,26 @@ _DEFAULTS = {  # of fields that a config.json may leave out, by family; "" is fo
     "head_dim": {"": None},
     "hidden_act": {"": "silu"},
     "initializer_range": {"": 0.02},
-}
-_ROPE_FIELDS = {  # what each method reads beside rope_type, rope_theta and the original context
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+    "eos_token_id": {"": None},
 }
 
 
-def stored_names(config: ModelConfig, model_type: str) -> dict[str, str]:
-    """For each parameter of the decoder, its name in a checkpoint of the family.
+def stored_name(name: str, model_type: str) -> str:
+    """The name of a decoder's parameter in a checkpoint of the family.
 
-    A name for ``lm_head.weight`` is there even if the config ties the tables.
-
-    >>> names = stored_names(ModelConfig(64, 160, 2, 4, 256), "llama")
-    >>> names["layers.1.mlp.up_proj.weight"]
+    >>> stored_name("layers.1.mlp.up_proj.weight", "llama")
     'model.layers.1.mlp.up_proj.weight'
+    >>> stored_name("layers.1.mlp.experts.5.up_proj.weight", "mixtral")
+    'model.layers.1.block_sparse_moe.experts.5.w3.weight'
     """
-    with torch.device("meta"):
-        own = [name for name, _ in Decoder(config).named_parameters()]
-    names = {name: f"model.{name}" for name in own} | {"lm_head.weight": "lm_head.weight"}
-    if config.mixture is not None:
-        for name in own:
-            if ".mlp." in name:
-                for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
-                    names[name] = names[name].replace(ours, theirs)
-                if model_type == "mixtral":
-                    names[name] = names[name].replace(".mlp.", ".block_sparse_moe.")
-    return names
+    if name == "lm_head.weight":
+        return name
+    if ".experts." in name:
+        for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            name = name.replace(ours, theirs)
+    if model_type == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    return f"model.{name}"
 
 
 def config_from_json(values: Mapping[str, object], where: str = "The config") -> ModelConfig:
@@ -114,7 +112,7 @@ def config_from_json(values: Mapping[str, object], where: str = "The config") ->
     """
     try:
         return _config_from_json(values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -146,11 +144,11 @@ def _config_from_json(values: Mapping[str, object]) -> ModelConfig:
 
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps",
-             "tie_word_embeddings", "head_dim")  # fmt: skip
+             "tie_word_embeddings", "head_dim", "eos_token_id")  # fmt: skip
     config = ModelConfig(
         **{name: field(name) for name in sizes} | _latent_attention(family, field),
         init_std=field("initializer_range"),
-        **_rope_from_json(values, field),
+        **rotary_from_json(values, family, field),
     )
     if family in ("minicpm", "minicpm3"):
         depth, base = field("scale_depth"), field("dim_model_base")
@@ -182,6 +180,7 @@ def _config_from_json(values: Mapping[str, object]) -> ModelConfig:
 def _latent_attention(family: str, field: Callable[[str], object]) -> dict[str, object]:
     if family != "minicpm3":
         return {}
+    require_positive_integer("num_attention_heads", field("num_attention_heads"))
     if field("q_lora_rank") is None:
         raise ValueError("q_lora_rank is null, one undivided query projection, which is not built here.")
     sizes = {size.name: field(size.name) for size in fields(LatentAttentionConfig)}
@@ -211,10 +210,6 @@ def _refuse_other_computations(
             f"sliding_window is {window}{'' if 'sliding_window' in values else ' by default'}, and the "
             f"decoder sees all {config.max_position_embeddings} tokens of the context."
         )
-    if values.get("partial_rotary_factor") not in (1, None):
-        raise ValueError(
-            f"partial_rotary_factor is {values['partial_rotary_factor']}; the decoder rotates whole heads."
-        )
     if family == "granite" and not math.isclose(
         field("attention_multiplier"), config.head_dim**-0.5, rel_tol=1e-6
     ):
@@ -224,52 +219,6 @@ def _refuse_other_computations(
         )
     if config.mixture and family not in ("minicpm", "mixtral"):
         raise ValueError(f"num_experts is {config.mixture.num_experts}; {family} has no mixture of experts.")
-
-
-def _rope_from_json(values: Mapping[str, object], field: Callable[[str], object]) -> dict[str, object]:
-    """Base and scaling of the rotary frequencies, from either spelling.
-
-    transformers 4 writes ``rope_theta`` and ``rope_scaling``; 5 writes ``rope_parameters`` with both in it.
-    """
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise ValueError(
-            f"the rotary parameters are {given!r}; expected one set for all layers, such as "
-            '{"rope_type": "default", "rope_theta": 10000.0}.'
-        )
-    given = {name: value for name, value in given.items() if value is not None}
-    theta = given.pop("rope_theta", None) or field("rope_theta")
-    old_spelling = given.pop("type", "default")
-    kind = given.pop("rope_type", old_spelling)
-    if given.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("partial_rotary_factor is not 1; the decoder rotates whole heads.")
-    original = given.pop("original_max_position_embeddings", None)
-    original = values.get("original_max_position_embeddings") or original
-    if kind == "default":
-        if given:
-            raise ValueError(
-                f"the rotary parameters hold {few(sorted(given))} and no rope_type that reads them. Add it."
-            )
-        return {"rope_theta": theta}
-    if kind in ("linear", "dynamic"):  # other programs know no other context for these
-        original = None
-    if kind == "yarn":
-        if not given.pop("truncate", True):
-            raise ValueError('truncate of "yarn" is false; the decoder rounds the borders of the ramp.')
-        fine, whole = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-        if fine and whole and "factor" in given:
-            log = math.log(given["factor"])
-            given.setdefault("attention_factor", (0.1 * fine * log + 1) / (0.1 * whole * log + 1))
-    if kind in _ROPE_FIELDS and (unknown := sorted(given.keys() - _ROPE_FIELDS[kind])):
-        raise ValueError(f"the rotary parameters of type {kind!r} hold {few(unknown)}, unknown here.")
-    scaling = {
-        "rope_type": kind,
-        "original_max_position_embeddings": original or field("max_position_embeddings"),
-    }
-    return {
-        "rope_theta": theta,
-        "rope_scaling": RopeScaling(**scaling, **(given if kind in _ROPE_FIELDS else {})),
-    }
 
 
 def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
@@ -285,17 +234,6 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
         )
     if reason := _why_not(config, model_type):
         raise ValueError(f"The model cannot be written as {model_type!r}: {reason}")
-    scaling = config.rope_scaling
-    rope: dict[str, object] = {"rope_type": "default"}
-    if scaling is not None:
-        kept = _ROPE_FIELDS[scaling.rope_type] | {"rope_type", "original_max_position_embeddings"}
-        if scaling.rope_type in ("linear", "dynamic"):
-            kept -= {"original_max_position_embeddings"}
-        rope = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(scaling).items()
-            if name in kept and value is not None
-        }
     values = {
         "architectures": [FAMILIES[model_type]],
         "model_type": model_type,
@@ -311,15 +249,11 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
         "attention_bias": False,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.init_std,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else rope,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        # Which tokens begin and end a text is the tokenizer's affair; the defaults of other programs would
-        # be those of Llama 2.
+        # left out, these would be the ids of Llama 2 in other programs
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": end_ids_to_json(config),
         "pad_token_id": None,
-    }
+    } | rotary_to_json(config)
     if model_type == "mixtral" or model_type != "minicpm3" and not _has_plain_heads(config):
         values["head_dim"] = config.head_dim
     if model_type in ("minicpm", "minicpm3"):
@@ -338,6 +272,12 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, object]:
         values["num_experts_per_tok"] = config.mixture.num_experts_per_token
         values["router_aux_loss_coef"] = config.mixture.balance_loss_weight
     return values
+
+
+def end_ids_to_json(config: ModelConfig) -> int | list[int] | None:
+    """``eos_token_id`` as released files spell it: a number, a list of several, or null."""
+    ends = list(config.eos_token_id)
+    return ends if len(ends) > 1 else ends[0] if ends else None
 
 
 def _why_not(config: ModelConfig, model_type: str) -> str | None:
@@ -398,8 +338,3 @@ def own_family(config: ModelConfig) -> str:
 def _short(value: float) -> float:
     """The number without the last digits that a root and a product left: 1.4, not 1.4000000000000001."""
     return round(value, 9) if math.isclose(value, round(value, 9), rel_tol=1e-13) else value
-
-
-def few(names: list[str], shown: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

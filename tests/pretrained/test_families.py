@@ -1,12 +1,18 @@
 """Families: each spelling of a config gives the right shape, and what would compute otherwise is refused."""
 
+from dataclasses import fields
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sides import both_sides
+from transformers import AutoConfig
 
 from minicpm_lite import ModelConfig, list_configs, load_config
-from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, RopeScaling
-from minicpm_lite.deployment.families import config_from_json, config_to_json, own_family, stored_names
+from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.pretrained.families import config_from_json, config_to_json, own_family, stored_name
 
 SHAPE = dict(
     hidden_size=64,
@@ -23,14 +29,6 @@ MINICPM = SHAPE | MULTIPLIERS | {"model_type": "minicpm"}
 LLAMA = SHAPE | {"model_type": "llama"}
 GRANITE = SHAPE | {"model_type": "granite", "attention_multiplier": 0.25}
 LATENT = LatentAttentionConfig(24, 16, 16, 8, 12)
-ROPES = {
-    "linear": RopeScaling("linear", 64, factor=2.0),
-    "dynamic": RopeScaling("dynamic", 64, factor=2.0),
-    "yarn": RopeScaling("yarn", 16, factor=4.0, beta_fast=16.0),
-    "yarn, attention_factor": RopeScaling("yarn", 16, factor=4.0, attention_factor=1.1),
-    "llama3": RopeScaling("llama3", 16, factor=4.0, high_freq_factor=3.0),
-    "longrope": RopeScaling("longrope", 16, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8),
-}
 MODELS = {
     "llama": ModelConfig(**SHAPE, tie_word_embeddings=False),
     "llama, wide heads": ModelConfig(**SHAPE, head_dim=24),
@@ -41,10 +39,11 @@ MODELS = {
     "minicpm3": ModelConfig(
         **SHAPE | {"num_key_value_heads": 4}, head_dim=24, latent_attention=LATENT, **MULTIPLIERS
     ),
+    "minicpm, ids that end": ModelConfig(**SHAPE, **MULTIPLIERS, eos_token_id=(2, 73)),
     "minicpm3, no multipliers": ModelConfig(
         **SHAPE | {"num_key_value_heads": 4}, head_dim=24, latent_attention=LATENT
     ),
-} | {f"rope {name}": ModelConfig(**SHAPE, rope_scaling=rope) for name, rope in ROPES.items()}
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -87,11 +86,6 @@ def test_the_balance_loss_survives():
         assert config_from_json(config_to_json(config, family)).mixture == config.mixture
 
 
-def test_a_factor_that_no_type_reads_is_refused():
-    with pytest.raises(ValueError, match="hold factor and no rope_type that reads"):
-        config_from_json(LLAMA | {"rope_scaling": {"factor": 4.0}})
-
-
 def test_the_same_default_differs_by_family():
     assert config_from_json(MINICPM).tie_word_embeddings
     assert not config_from_json(LLAMA).tie_word_embeddings
@@ -105,8 +99,6 @@ def test_the_same_default_differs_by_family():
 
 
 def test_defaults_are_those_of_transformers():
-    from transformers import AutoConfig
-
     for family in ("llama", "granite", "mixtral", "minicpm3"):
         theirs = AutoConfig.for_model(family, **SHAPE)
         given = SHAPE | {"model_type": family, "attention_multiplier": 0.25}
@@ -131,52 +123,30 @@ def test_null_multipliers_of_minicpm3_do_nothing():
     assert (config.residual_scale, config.width_ratio) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
-        {
-            "rope_theta": 500.0,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "linear", "factor": 2.0},
-        },
-    ],
-)
-def test_both_spellings_of_the_rotary_parameters(spelling):
-    config = config_from_json(LLAMA | spelling)
-    assert config.rope_theta == 500
-    assert config.rope_scaling == RopeScaling("linear", 64, factor=2.0)
-
-
-def test_the_original_context_may_stand_outside():
-    inside = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    assert config_from_json(LLAMA | {"rope_scaling": inside}).rope_scaling == ROPES["yarn"].__class__(
-        "yarn", 16, factor=4.0
-    )
-    outside = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16}
-    assert config_from_json(LLAMA | outside).rope_scaling.original_max_position_embeddings == 16
-
-
-def test_yarn_by_two_magnitudes():
-    import math
-
-    rope = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
-    factor = config_from_json(LLAMA | {"rope_scaling": rope}).rope_scaling.attention_factor
-    assert factor == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
-
-
 def test_names_of_experts():
-    config = MODELS["minicpm, experts"]
     own = "layers.2.mlp.experts.5."
     for family, mlp in (("minicpm", "mlp"), ("mixtral", "block_sparse_moe")):
-        names = stored_names(config, family)
         theirs = f"model.layers.2.{mlp}.experts.5."
-        assert names[own + "gate_proj.weight"] == theirs + "w1.weight"
-        assert names[own + "up_proj.weight"] == theirs + "w3.weight"
-        assert names[own + "down_proj.weight"] == theirs + "w2.weight"
-        assert names["layers.2.mlp.gate.weight"] == f"model.layers.2.{mlp}.gate.weight"
+        assert stored_name(own + "gate_proj.weight", family) == theirs + "w1.weight"
+        assert stored_name(own + "up_proj.weight", family) == theirs + "w3.weight"
+        assert stored_name(own + "down_proj.weight", family) == theirs + "w2.weight"
+        assert stored_name("layers.2.mlp.gate.weight", family) == f"model.layers.2.{mlp}.gate.weight"
+
+
+def test_all_other_names_are_those_of_the_released_checkpoints():
+    for name in ("minicpm", "minicpm3"):
+        with torch.device("meta"):
+            own = [parameter for parameter, _ in Decoder(MODELS[name]).named_parameters()]
+        assert [stored_name(parameter, name) for parameter in own] == [f"model.{each}" for each in own]
+    assert stored_name("lm_head.weight", "granite") == "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"), [({}, ()), (None, ()), (7, (7,)), ([7], (7,)), ([2, 73, 2], (2, 73)), ([], ())]
+)
+def test_ids_that_end_a_text_are_a_number_a_list_or_null(given, ends):
+    for base in (LLAMA, MINICPM, GRANITE):
+        assert config_from_json(base | ({} if given == {} else {"eos_token_id": given})).eos_token_id == ends
 
 
 @pytest.mark.parametrize(
@@ -199,18 +169,14 @@ def test_names_of_experts():
         (LLAMA | {"sliding_window": 32}, "sliding_window is 32, and the decoder sees all 64 tokens"),
         (SHAPE | {"model_type": "mistral", "max_position_embeddings": 32768}, "sliding_window is 4096 by default"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
-        (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one set for all layers"),
-        (LLAMA | {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of"),
-        (LLAMA | {"rope_scaling": {"type": "linear"}}, '"linear" needs a factor'),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "bend": 1}}, "of type 'linear' hold bend, unknown here"),
-        (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, 'truncate of "yarn" is false'),
+        (LLAMA | {"eos_token_id": 99}, "eos_token_id is 99; expected ids of the vocabulary"),
         (LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}, "num_experts is 4; llama has no mixture"),
         (MINICPM | {"num_experts": 4}, "the field num_experts_per_tok is missing"),
         (SHAPE | {"model_type": "granite"}, r"attention_multiplier is 1.0; .* 1/sqrt\(head_dim\), 0.25"),
         (GRANITE | {"logits_scaling": 0}, "logits_scaling is 0; expected a number greater than 0"),
         (GRANITE | {"residual_multiplier": "a"}, "residual_multiplier is 'a'"),
         (SHAPE | {"model_type": "minicpm3", "q_lora_rank": None}, "q_lora_rank is null"),
+        (SHAPE | {"model_type": "minicpm3", "num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number"),
         (MINICPM | {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     ],
 )  # fmt: skip
@@ -239,7 +205,52 @@ def test_a_family_that_computes_otherwise_is_not_written(name, family, sentence)
         config_to_json(MODELS[name], family)
 
 
-def test_a_dynamic_scaling_that_others_would_start_elsewhere_is_not_written():
-    config = ModelConfig(**SHAPE, rope_scaling=RopeScaling("dynamic", 16, factor=4.0))
-    with pytest.raises(ValueError, match='"dynamic" rope scaling starts at 16 tokens.*64'):
-        config_to_json(config, "llama")
+# Every field that transformers reads.
+
+
+def others(value: object) -> list[object]:
+    """Other values of the same kind."""
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value + 1, value // 2]
+        case float():
+            return [1.5 * value + 0.25]
+        case str():
+            return ["gelu"]
+        case None:
+            return [8, 0.5, True]
+    return []
+
+
+APPLIED = {  # fields that change the logits on both sides, beside rms_norm_eps
+    "llama": set(),
+    "mistral": set(),
+    "granite": {"embedding_multiplier", "residual_multiplier", "logits_scaling"},
+    "mixtral": {"num_experts_per_tok"},
+    "minicpm3": {"scale_emb", "scale_depth", "dim_model_base"},
+}
+
+
+@pytest.mark.parametrize("family", APPLIED)
+def test_each_field_is_applied_as_transformers_applies_it_or_refused(family):
+    plain, config = both_sides(family), AutoConfig.for_model(family)
+    assert plain.agree() and isinstance(plain.ours, torch.Tensor)
+    names = {field.name for field in fields(config) if not field.name.startswith("_")}
+    names -= {"rope_parameters"}  # they have tests of their own
+    names |= {
+        "attention_bias",
+        "head_dim",
+        "mlp_bias",
+        "partial_rotary_factor",
+        "rope_theta",
+        "sliding_window",
+    }
+    for name in sorted(names):
+        for value in others(getattr(config, name, None)):
+            sides = both_sides(family, **{name: value})
+            assert sides.agree(), (name, value)
+            if name in APPLIED[family] | {"rms_norm_eps"}:
+                assert isinstance(sides.ours, torch.Tensor), (name, value, sides.ours)
+                assert not torch.equal(sides.ours, plain.ours), (name, value)

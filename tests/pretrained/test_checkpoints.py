@@ -1,9 +1,9 @@
-"""Checkpoints: written and read by transformers and by us, and every damage named."""
+"""Checkpoints: written and read by transformers and by us, nothing lost on the way, and every damage named."""
 
 import json
 import os
-import pickle
-import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, processors
 from torch.testing import assert_close
 
+import minicpm_lite
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
-from minicpm_lite.deployment import checkpoints
-from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer, save_pretrained
 from minicpm_lite.language.decoder import Decoder, fold_to_llama
+from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
+from minicpm_lite.pretrained import checkpoints, weights
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
 
 SHAPE = dict(
     hidden_size=64,
@@ -133,7 +136,7 @@ def test_what_we_wrote_computes_the_same_in_transformers(name, family, max_shard
     from transformers import AutoModelForCausalLM
 
     model = make_model(OURS[name])
-    save_pretrained(model, tmp_path / "model", family, max_shard_bytes)
+    save_pretrained(model, tmp_path / "model", model_type=family, max_shard_bytes=max_shard_bytes)
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info.values()), info
     assert theirs.config.dtype == torch.float32
@@ -200,13 +203,6 @@ def saved(tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def sharded(tmp_path) -> Path:
-    folder = tmp_path / "sharded"
-    save_pretrained(make_model(OURS["minicpm"]), folder, max_shard_bytes=40_000)
-    return folder
-
-
 def change_tensors(folder: Path, change) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -215,9 +211,9 @@ def change_tensors(folder: Path, change) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def change_config(folder: Path, **values) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+def change_config(folder: Path, file: str = "config.json", **values) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | values))
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -275,50 +271,6 @@ def test_untied_needs_its_output_layer(saved):
         load_pretrained(saved)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
-def test_a_file_that_is_cut_short_is_named(saved, keep):
-    file = saved / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
-    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
-        load_pretrained(saved)
-
-
-def test_a_shard_that_is_missing_or_emptied_is_named(sharded):
-    files = sorted(file.name for file in sharded.glob("model-*"))
-    index = sharded / "model.safetensors.index.json"
-    shutil.copy(sharded / files[1], sharded / "kept")
-    save_file({"model.norm.weight": torch.ones(64)}, sharded / files[1])
-    with pytest.raises(ValueError, match=rf"{files[1]} lacks .*, which model.safetensors.index.json says"):
-        load_pretrained(sharded)
-    shutil.copy(sharded / files[0], sharded / files[1])
-    content = json.loads(index.read_text())
-    content["weight_map"] = {n: f for n, f in content["weight_map"].items() if f != files[1]} | {
-        next(n for n, f in content["weight_map"].items() if f == files[0]): files[1]
-    }
-    index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"is stored twice: in {files[0]} and in .*{files[1]}|stored twice"):
-        load_pretrained(sharded)
-    (sharded / files[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"names \d+ files, 1 of them missing: {files[1]}"):
-        load_pretrained(sharded)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("{", "index.json is not valid JSON"),
-        ("{}", "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "has no weight_map"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "expected a file in the same folder"),
-    ],
-)
-def test_an_index_that_is_none_is_refused(sharded, content, sentence):
-    (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=sentence):
-        load_pretrained(sharded)
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -326,6 +278,7 @@ def test_an_index_that_is_none_is_refused(sharded, content, sentence):
         (b"\xff\xfe", "config.json is not valid JSON"),
         (b"[1]", r"config.json holds list '\[1\]'; expected names with values"),
         (b"{}", "config.json: model_type is None"),
+        (b"[" * 200_000, "config.json is not valid JSON"),
     ],
 )
 def test_a_config_that_is_none_is_refused(saved, content, sentence):
@@ -351,16 +304,15 @@ def test_a_missing_file_is_named(saved, tmp_path):
         load_pretrained("nowhere.gguf")
     with pytest.raises(ValueError, match="elsewhere.safetensors is a file; expected the folder"):
         load_pretrained(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no folder or file .*nobodyhere/model"):
+        load_pretrained("~nobodyhere/model")
 
 
-def test_pickle_is_never_opened(saved):
-    class Trap:
-        def __reduce__(self):
-            return pytest.fail, ("the pickle was opened",)
-
-    (saved / "model.safetensors").unlink()
-    (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin. A pickle file may run any code"):
+def test_a_config_of_more_layers_than_the_file_holds_is_refused_at_once(saved):
+    change_config(saved, num_hidden_layers=10**9)
+    with pytest.raises(
+        ValueError, match="holds 29 tensors, too few for the 1,000,000,000 layers of its config"
+    ):
         load_pretrained(saved)
 
 
@@ -377,15 +329,14 @@ def test_a_model_from_the_hub(saved, monkeypatch):
     monkeypatch.setattr(checkpoints, "require", lambda module, install, purpose: hub)
     model = load_pretrained("openbmb/MiniCPM4-0.5B")
     assert torch.equal(model(IDS), load_pretrained(saved)(IDS))
-    assert "config.json" in asked[0][1] and not any(p.endswith((".bin", "*")) for p in asked[0][1])
+    assert {"config.json", "generation_config.json"} <= set(asked[0][1])
+    assert not any(pattern.endswith((".bin", "*")) for pattern in asked[0][1])
     with pytest.raises(FileNotFoundError, match="no folder no/one, and the hub gave no model.*404"):
         load_pretrained("no/one")
     assert [name for name, _ in asked] == ["openbmb/MiniCPM4-0.5B", "no/one"]
 
 
 def test_without_the_hub_package_the_command_is_named(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
         ImportError, match=r'needed to download a model.*pip install "minicpm_lite\[pretrained\]"'
@@ -416,17 +367,34 @@ def test_an_empty_folder_may_be_filled(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_an_empty_folder_behind_a_link_may_be_filled(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    save_pretrained(make_model(OURS["llama"]), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["config.json", "model.safetensors"]
+    with pytest.raises(FileExistsError, match="disk exists and holds something"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "link")
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="could not be written, and nothing was left of it: .*No space left"):
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="model could not be written: No space left"):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
     assert os.listdir(tmp_path) == []
     with pytest.raises(FileNotFoundError, match="There is no folder .*such to write folder into"):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "no/such/folder")
-    monkeypatch.setattr(checkpoints, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(weights, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
     assert os.listdir(tmp_path) == []
@@ -457,8 +425,235 @@ def test_a_model_that_was_changed_inside_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "model", max_shard_bytes=0)
     with pytest.raises(ValueError, match="has multipliers"):
-        save_pretrained(make_model(OURS["minicpm"]), tmp_path / "model", "llama")
+        save_pretrained(make_model(OURS["minicpm"]), tmp_path / "model", model_type="llama")
     assert os.listdir(tmp_path) == []
+
+
+def tied_by_hand() -> Decoder:
+    model = make_model(OURS["llama, untied"])
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def a_layer_twice() -> Decoder:
+    model = make_model(OURS["llama"])
+    model.layers[1] = model.layers[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (tied_by_hand, "embed_tokens.weight and lm_head.weight"),
+        (a_layer_twice, "layers.0.input_layernorm.weight and layers.1.input_layernorm.weight"),
+    ],
+)
+def test_one_tensor_under_two_names_is_not_written(make, names, tmp_path):
+    """Written as two, they would be trained apart from then on."""
+    with pytest.raises(ValueError, match=f"{names} are one tensor under two names"):
+        save_pretrained(make(), tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+# Ids that end a text.
+
+ENDS = {"none": (), "one": (7,), "several": (2, 73, 11)}
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("name", ["llama", "minicpm", "minicpm3", "mixtral"])
+def test_the_ids_that_end_a_text_are_kept(name, ends, tmp_path):
+    model = make_model(replace(OURS[name], eos_token_id=ends))
+    save_pretrained(model, tmp_path / "a")
+    spelt = {(): None, (7,): 7}.get(ends, list(ends))
+    assert json.loads((tmp_path / "a/config.json").read_text())["eos_token_id"] == spelt
+    assert (tmp_path / "a/generation_config.json").exists() == bool(ends)
+    save_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "b")
+    assert load_pretrained(tmp_path / "b").config == model.config
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_the_ids_that_end_a_text_survive_transformers(family, ends, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(replace(OURS["llama"], eos_token_id=ends))
+    save_pretrained(model, tmp_path / "ours", model_type=family)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    found = theirs.generation_config.eos_token_id
+    assert tuple([found] if isinstance(found, int) else found or ()) == ends
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load_pretrained(tmp_path / "theirs").config == model.config
+
+
+@pytest.mark.parametrize(
+    "generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 3}, {"eos_token_id": [4, 5]}]
+)
+@pytest.mark.parametrize(
+    "config", [{}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [8, 9]}]
+)
+@pytest.mark.parametrize("family", ["granite", "minicpm3"])
+def test_a_text_ends_where_generate_of_transformers_ends_it(family, config, generation, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(OURS[{"granite": "minicpm"}.get(family, family)])
+    save_pretrained(model, tmp_path / "model", model_type=family)
+    values = json.loads((tmp_path / "model/config.json").read_text())
+    del values["eos_token_id"]
+    (tmp_path / "model/config.json").write_text(json.dumps(values | config))
+    if generation is not None:
+        (tmp_path / "model/generation_config.json").write_text(json.dumps({"top_p": 0.8} | generation))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id
+    ours = load_pretrained(tmp_path / "model").config.eos_token_id
+    assert ours == tuple([theirs] if isinstance(theirs, int) else theirs or ())
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", [99, -1, [2, 99], "</s>", 2.0, True, [[2]], {"a": 1}])
+def test_ids_outside_the_vocabulary_are_refused_by_file(file, ends, saved):
+    (saved / "generation_config.json").write_text("{}")
+    change_config(saved, file, eos_token_id=ends)
+    with pytest.raises(ValueError, match=f"/{file}: eos_token_id is .*; expected ids of the vocabulary"):
+        load_pretrained(saved)
+
+
+def test_a_generation_config_that_is_none_is_refused(saved):
+    (saved / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+        load_pretrained(saved)
+
+
+# Tokenizers.
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 3
+TEXTS = [
+    TEXT,
+    "  def f(x):\n\treturn x ** 2  # naïve café 帽 🙂\n\n",
+    "a<|end|>b <|end|> c",
+    "1984's 12,345",
+    "",
+]
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level vocabulary with a token that ends a text, the way released ones are."""
+    tokenizer = train_tokenizer(TEXT, 300)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("<|user|>", special=False, normalized=False)])
+    return tokenizer
+
+
+def wide_model(family: str, **changes) -> Decoder:
+    """A small model of a family that transformers knows, with a vocabulary for `make_tokenizer`."""
+    name = {"granite": "minicpm"}.get(family, family)
+    return make_model(replace(OURS[name], vocab_size=320, **changes))
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "minicpm3", "mixtral"])
+@pytest.mark.parametrize("kind", ["tokenizers", "ours"])
+def test_stock_transformers_opens_a_folder_and_writes_the_same_tokens(family, kind, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fast = make_tokenizer() if kind == "tokenizers" else train_tokenizer(TEXT, 300)
+    tokenizer = fast if kind == "tokenizers" else BytePairTokenizer.from_tokenizers(fast)
+    end = fast.token_to_id("<|end|>") if kind == "tokenizers" else 5
+    model = wide_model(family, eos_token_id=end)
+    save_pretrained(model, tmp_path / "model", tokenizer, model_type=family)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in TEXTS:
+        ids = fast.encode(text).ids
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == fast.decode(ids, skip_special_tokens=False) == text
+        assert load_tokenizer(tmp_path / "model").encode(text).ids == ids
+    assert theirs.eos_token == ("<|end|>" if kind == "tokenizers" else None)
+    assert theirs.model_max_length == 64
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.tensor([fast.encode("a single man").ids])
+    with torch.no_grad():
+        assert_close(model(ids), reference(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_reads_whole_texts_wherever_it_came_from(tmp_path):
+    whole = make_tokenizer()
+    ids = whole.encode(TEXT).ids
+    cutting = make_tokenizer()
+    cutting.enable_truncation(8)
+    cutting.enable_padding(length=2048, pad_id=0, pad_token="!")
+    save_pretrained(wide_model("llama"), tmp_path / "ours", cutting)
+    assert cutting.truncation and cutting.padding and len(cutting.encode(TEXT).ids) == 2048  # as it was
+    written = json.loads((tmp_path / "ours/tokenizer.json").read_text())
+    assert written["truncation"] is None and written["padding"] is None
+    (tmp_path / "theirs").mkdir()
+    cutting.save(str(tmp_path / "theirs/tokenizer.json"))
+    assert load_tokenizer(tmp_path / "theirs").encode(TEXT).ids == ids
+
+
+def test_what_begins_a_text_is_kept(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.token_to_id("<|end|>")
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", end)])
+    save_pretrained(wide_model("llama"), tmp_path / "model", tokenizer)
+    expected = tokenizer.encode("a man").ids
+    assert expected[0] == end
+    assert load_tokenizer(tmp_path / "model").encode("a man").ids == expected
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("a man")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("ends", [(64,), (301,)], ids=["an ordinary token", "an added one"])
+def test_an_end_that_is_no_special_token_is_not_made_one(ends, tmp_path):
+    """transformers would cut every text at it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer()
+    assert tokenizer.id_to_token(301) == "<|user|>"
+    save_pretrained(wide_model("llama", eos_token_id=ends), tmp_path / "model", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.eos_token is None
+    for text in [*TEXTS, "aaa baa abacus", "x<|user|>y"]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+
+
+def test_the_first_special_end_is_named(tmp_path):
+    tokenizer = make_tokenizer()
+    save_pretrained(wide_model("llama", eos_token_id=(3, 300, 301)), tmp_path / "model", tokenizer)
+    assert json.loads((tmp_path / "model/tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+
+
+def test_another_models_tokenizer_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="gives ids up to 301, and the model knows 99 ids"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model", make_tokenizer())
+    with pytest.raises(TypeError, match="tokenizer"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model", "granite")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tokenizer_of_a_folder(saved):
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json.*sentencepiece"):
+        load_tokenizer(saved)
+    Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(saved / "tokenizer.json"))
+    assert load_tokenizer(saved).encode("a").ids == [0]
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        load_tokenizer(saved)
+
+
+# The promised name.
+
+
+def test_the_package_offers_it():
+    from minicpm_lite import load_pretrained as promised
+
+    assert promised is load_pretrained is minicpm_lite.load_pretrained
+    assert "load_pretrained" in dir(minicpm_lite) and "load_pretrained" in minicpm_lite.__all__
+    with pytest.raises(AttributeError, match="module 'minicpm_lite' has no attribute 'load_pretraind'"):
+        minicpm_lite.load_pretraind  # noqa: B018
+
+
+def test_to_list_the_models_torch_is_not_imported():
+    program = "import sys, minicpm_lite as m; m.list_configs(); dir(m); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 # Wrong readers that people really write. Each must differ from the reference by far more than rounding.
@@ -473,12 +668,8 @@ WRONG = {
 @torch.no_grad()
 def test_wrong_readers_are_told_apart(saved, name, monkeypatch):
     right = load_pretrained(saved)(IDS)
-    real = checkpoints.stored_names
-    monkeypatch.setattr(
-        checkpoints,
-        "stored_names",
-        lambda config, family: {WRONG[name](own): stored for own, stored in real(config, family).items()},
-    )
+    real = checkpoints.stored_name
+    monkeypatch.setattr(checkpoints, "stored_name", lambda own, family: real(WRONG[name](own), family))
     assert (load_pretrained(saved)(IDS) - right).abs().max() > 1e-2
 
 
@@ -492,15 +683,3 @@ def test_a_wrong_multiplier_is_told_apart(saved):
         (saved / "config.json").write_text(json.dumps(values))
         assert (wrong(IDS) - right).abs().max() > 1e-2
         assert wrong.config == replace(OURS["minicpm"], **change)
-
-
-def test_a_tokenizer_of_a_folder(saved):
-    from tokenizers import Tokenizer, models
-
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json.*sentencepiece"):
-        load_tokenizer(saved)
-    Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(saved / "tokenizer.json"))
-    assert load_tokenizer(saved).encode("a").ids == [0]
-    (saved / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
-        load_tokenizer(saved)

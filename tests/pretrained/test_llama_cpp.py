@@ -1,6 +1,5 @@
-"""GGUF: read as transformers and gguf-py read it, put back as the decoder needs it, damage named."""
+"""Models in GGUF files: read as llama.cpp and transformers read them, put back as the decoder needs them."""
 
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +15,13 @@ from torch.testing import assert_close
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.deployment import gguf as module
-from minicpm_lite.deployment.checkpoints import load_pretrained, load_tokenizer
-from minicpm_lite.deployment.gguf import gguf_tokenizer, half_split_rows, load_gguf, read_gguf
-from minicpm_lite.language.decoder import Decoder, KVCache
+from minicpm_lite.language.context import KVCache
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.generation import generate
+from minicpm_lite.pretrained import llama_cpp as module
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
+from minicpm_lite.pretrained.gguf import GGUFFile, read_gguf
+from minicpm_lite.pretrained.llama_cpp import gguf_tokenizer, half_split_rows, load_gguf, stored_name
 
 SHAPE = dict(
     hidden_size=64,
@@ -84,14 +86,10 @@ def write_gguf(
         if name in without:
             continue
         kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        kinds[type(value)](f"{architecture}.{name}", value)
-    names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+        whole = name if name.startswith("tokenizer.") else f"{architecture}.{name}"
+        kinds[type(value)](whole, value)
     for name, tensor in model.state_dict().items():
-        if name.startswith("layers."):
-            _, layer, inner = name.removesuffix(".weight").split(".", 2)
-            stored = f"blk.{layer}.{module._NAMES[inner]}.weight"
-        else:
-            stored = names[name.removesuffix(".weight")] + ".weight"
+        stored = stored_name(name)
         if stored in without:
             continue
         if "q_proj" in name or "k_proj" in name:
@@ -128,6 +126,14 @@ def test_weights_are_those_that_transformers_reads(tmp_path):
     reference.load_state_dict(tensors)
     with torch.no_grad():
         assert_close(load_gguf(path)(IDS), reference(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_names_are_those_that_gguf_py_writes():
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MINICPM, n_blocks=3)
+    for config in CONFIGS.values():
+        for name, _ in Decoder(config).named_parameters():
+            theirs = name if name == "lm_head.weight" else f"model.{name}"
+            assert stored_name(name) == mapping.get_name(theirs, try_suffixes=(".weight",))
 
 
 def test_rows_go_back_to_where_they_were():
@@ -170,7 +176,7 @@ def test_the_type_in_memory_is_the_one_asked_for(tmp_path):
 )
 def test_multipliers_come_back_as_they_were(layers, emb, depth, base):
     residual, logit = (np.float32(x).item() for x in (depth / layers**0.5, 64 / base))
-    file = module.GGUFFile(
+    file = GGUFFile(
         Path("model.gguf"),
         {
             "minicpm.embedding_scale": np.float32(emb).item(),
@@ -201,7 +207,6 @@ def test_missing_multipliers_are_llama_cpps(tmp_path):
         (dict(embedding_length="wide"), "hidden_size is 'wide'"),
         (dict(expert_count=8), "minicpm.expert_count is 8; only 0 is read"),
         ({"rope.dimension_count": 8}, "rope.dimension_count is 8; only 16"),
-        ({"rope.scaling.type": "yarn"}, "scales its rotary frequencies by 'yarn'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(change, sentence, tmp_path):
@@ -216,101 +221,189 @@ def test_another_architecture_is_refused(tmp_path):
         load_gguf(path)
 
 
-def test_a_type_that_cannot_be_unpacked_is_named(tmp_path, monkeypatch):
-    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "llama")
+@pytest.mark.parametrize("count", [100_000, 2**32 - 1])
+def test_more_blocks_than_tensors_are_refused_at_once(count, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "llama", block_count=count)
+    with pytest.raises(ValueError, match=f"holds 30 tensors, too few for the {count:,} layers"):
+        load_gguf(path)
 
-    def refuse(*_):
-        raise NotImplementedError
 
-    monkeypatch.setattr(gguf, "dequantize", refuse)
+# Rotary frequencies.
+
+SHORT, LONG = torch.linspace(1, 2, 8), torch.linspace(1, 30, 8)
+TABLES = {"rope_factors_short.weight": SHORT, "rope_factors_long.weight": LONG}
+
+
+def longrope(
+    short: torch.Tensor, long: torch.Tensor, attention: float = 1.0, original: int = 64
+) -> RopeScaling:
+    return RopeScaling(
+        "longrope",
+        original,
+        short_factor=short.tolist(),
+        long_factor=long.tolist(),
+        attention_factor=attention,
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "expected"),
+    [
+        ({}, {}, None),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, {}, RopeScaling("linear", 64, factor=4.0)),
+        ({"scaling.factor": 4.0}, {}, RopeScaling("linear", 64, factor=4.0)),
+        ({"scale_linear": 4.0}, {}, RopeScaling("linear", 64, factor=4.0)),
+        ({"scaling.factor": 2.0, "scale_linear": 4.0}, {}, RopeScaling("linear", 64, factor=2.0)),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, {}, None),
+        ({"scaling.type": "linear"}, {}, None),
+        ({"scaling.factor": 0.0}, {}, None),
+        ({"scaling.factor": 1.0, "scaling.attn_factor": 1.0}, {}, None),
+        (
+            {"scaling.type": "linear", "scaling.factor": 2.0, "scaling.original_context_length": 16}, {},
+            RopeScaling("linear", 16, factor=2.0),
+        ),
+        ({"scaling.type": "longrope"}, TABLES, longrope(SHORT, LONG)),
+        (
+            {"scaling.type": "longrope", "scaling.attn_factor": 1.25, "scaling.original_context_length": 16}, TABLES,
+            longrope(SHORT, LONG, 1.25, 16),
+        ),
+        ({"scaling.type": "longrope", "scaling.factor": 2.0}, TABLES, longrope(2 * SHORT, 2 * LONG)),
+        ({}, {"rope_freqs.weight": LONG}, longrope(LONG, LONG)),
+        ({"scaling.factor": 2.0}, {"rope_freqs.weight": LONG}, longrope(2 * LONG, 2 * LONG)),
+        ({"scaling.type": "none", "scaling.factor": 2.0}, {"rope_freqs.weight": LONG}, longrope(LONG, LONG)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_frequencies_are_divided_as_llama_cpp_divides_them(architecture, keys, tensors, expected, tmp_path):
+    """As llama-model.cpp reads the keys: "linear" is the default, and the factor counts with every type but "none"."""
+    keys = {f"rope.{name}": value for name, value in keys.items()}
+    path = write_gguf(
+        tmp_path / "model.gguf", make_model(CONFIGS[architecture]), architecture, tensors=tensors, **keys
+    )
+    assert load_gguf(path).config.rope_scaling == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"scaling.type": "yarn", "scaling.factor": 2.0}, "scales its rotary frequencies by 'yarn'"),
+        ({"scaling.type": "longrope"}, '"longrope" needs short_factor'),
+        ({"scaling.factor": 0.5}, "factor is 0.5; a context is made longer"),
+        ({"scaling.factor": "wide"}, "factor is 'wide'; expected a number"),
+        ({"scaling.attn_factor": 1.25}, "multiplies cosine and sine by 1.25"),
+        ({"scaling.factor": 2.0, "scaling.attn_factor": 1.25}, "multiplies cosine and sine by 1.25"),
+    ],
+)
+def test_other_frequencies_are_refused(keys, sentence, tmp_path):
+    keys = {f"rope.{name}": value for name, value in keys.items()}
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "llama", **keys)
+    with pytest.raises(ValueError, match=f"model.gguf.*{sentence}"):
+        load_gguf(path)
+
+
+# Ids that end a text.
+
+
+def test_ids_that_end_a_text_are_those_of_the_three_keys(tmp_path):
+    keys = {
+        f"tokenizer.ggml.{kind}_token_id": value for kind, value in {"eom": 11, "eot": 8, "eos": 2}.items()
+    }
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "llama", **keys)
+    assert load_gguf(path).config.eos_token_id == (2, 8, 11)
+    save_pretrained(load_gguf(path), tmp_path / "folder")
+    assert load_pretrained(tmp_path / "folder").config.eos_token_id == (2, 8, 11)
+    keys["tokenizer.ggml.eot_token_id"] = 99
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "llama", **keys)
     with pytest.raises(
-        ValueError, match="token_embd.weight in .* is stored as F32, which gguf cannot unpack"
+        ValueError, match=r"model.gguf: eos_token_id is \[2, 99, 11\]; expected ids of the voc"
     ):
         load_gguf(path)
 
 
-def test_longer_contexts(tmp_path):
-    model = make_model(CONFIGS["minicpm"])
-    keys = {"rope.scaling.original_context_length": 16}
-    linear = keys | {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
-    path = write_gguf(tmp_path / "linear.gguf", model, "minicpm", **linear)
-    assert load_gguf(path).config.rope_scaling == RopeScaling("linear", 16, factor=2.0)
-    short, long = torch.linspace(1, 2, 8), torch.linspace(1, 30, 8)
-    path = write_gguf(
-        tmp_path / "longrope.gguf",
-        model,
-        "minicpm",
-        tensors={"rope_factors_short.weight": short, "rope_factors_long.weight": long},
-        **keys | {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": 1.25},
-    )
-    assert load_gguf(path).config.rope_scaling == RopeScaling(
-        "longrope", 16, short_factor=short.tolist(), long_factor=long.tolist(), attention_factor=1.25
-    )
-    path = write_gguf(tmp_path / "llama3.gguf", model, "minicpm", tensors={"rope_freqs.weight": long})
-    assert load_gguf(path).config.rope_scaling == RopeScaling(
-        "longrope", 64, short_factor=long.tolist(), long_factor=long.tolist(), attention_factor=1.0
-    )
+# Tokenizers made by hand.
 
 
-def test_a_file_that_is_cut_short_is_named(tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["minicpm"]), "minicpm")
-    content = path.read_bytes()
-    for keep in (0, 3, 4, 7, 20, 30, 200, 700, 2_000, len(content) // 2, len(content) - 100):
-        path.write_bytes(content[:keep])
-        with pytest.raises(ValueError, match="model.gguf (ends within|ends at byte|is not a GGUF)"):
-            load_gguf(path)
+def write_tokenizer(path: Path, tokens: object = ("a", "b", "ab", "<s>"), merges: object = ("a b",), **keys: object) -> Path:  # fmt: skip
+    writer = gguf.GGUFWriter(path, "llama")
+    given = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "merges": merges,
+        "token_type": [1, 1, 1, 3],
+    } | keys
+    for name, value in given.items():
+        name = f"tokenizer.ggml.{name}"
+        if isinstance(value, list | tuple):
+            writer.add_array(name, list(value))
+        else:
+            kinds = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+            kinds[type(value)](name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_token_at_the_beginning_is_added_where_the_file_says_so(tmp_path):
+    for keys, expected in (
+        ({}, [2]),
+        ({"bos_token_id": 3}, [2]),
+        ({"bos_token_id": 3, "add_bos_token": False}, [2]),
+        ({"bos_token_id": 3, "add_bos_token": True}, [3, 2]),
+    ):
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a.GGUF", **keys))
+        assert tokenizer.encode("ab").ids == expected
+        assert tokenizer.encode("ab", add_special_tokens=False).ids == [2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"merges": ["a b c"]}, "joins 'a' and 'b' and 'c'; expected two tokens"),
+        ({"merges": ["a"]}, "joins 'a'; expected two tokens"),
+        ({"merges": ["a z"]}, "joins 'a' and 'z'; expected two tokens"),
+        ({"tokens": ["a", "b"], "merges": ["a b"]}, "joins 'a' and 'b'; expected two tokens"),
+        ({"tokens": 1}, "gives tokenizer.ggml.tokens as 1; expected texts"),
+        ({"tokens": [1, 2]}, r"gives tokenizer.ggml.tokens as \[1, 2\]; expected texts"),
+        ({"merges": "a b"}, "gives tokenizer.ggml.merges as a b; expected texts"),
+        (
+            {"add_space_prefix": "yes"},
+            "gives tokenizer.ggml.add_space_prefix as 'yes'; expected true or false",
+        ),
+        ({"add_bos_token": 1}, "gives tokenizer.ggml.add_bos_token as 1; expected true or false"),
+        ({"add_bos_token": True}, "lacks the key tokenizer.ggml.bos_token_id"),
+        (
+            {"add_bos_token": True, "bos_token_id": 4},
+            "begins texts with the id 4; its vocabulary has 4 tokens",
+        ),
+        ({"add_bos_token": True, "bos_token_id": "a"}, "begins texts with the id 'a'"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(keys, sentence, tmp_path):
+    with pytest.raises(ValueError, match=f"a.gguf {sentence}"):
+        gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys))
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_damaged_heads_are_refused_or_harmless(data, tmp_path_factory):
+def test_damaged_files_are_refused_or_harmless(data, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
-    source = folder / "whole.gguf"
-    if not source.exists():
-        write_gguf(source, make_model(CONFIGS["minicpm"]), "minicpm")
-    content = bytearray(source.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, 2_500))] = data.draw(st.integers(0, 255))
-    path = folder / "damaged.gguf"
-    path.write_bytes(content)
-    try:
-        read_gguf(path)
-    except ValueError as error:
-        assert "damaged.gguf" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"GGML" + bytes(100), "does not begin with the letters GGUF"),
-        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "is GGUF of version 1; 2 and 3 are read"),
-        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60), "ends within its head"),
-        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77), "the key a the type 77"),
-        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 4, 2**60), "ends within the key a"),
-        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 1), "the key a a list of type 9"),
-        (b"GGUF" + struct.pack("<IQQQ1s", 3, 0, 1, 1, b"\xff"), "not UTF-8"),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 32, 999, 0), "stores t as type 999"),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 9, 32, 0, 0), "t has 9 dimensions"),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 2, 0), "rows of 33 numbers in Q4_0, whose blocks are 32"),
-    ],
-)  # fmt: skip
-def test_heads_that_are_none_are_refused(content, sentence, tmp_path):
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=sentence):
-        read_gguf(tmp_path / "model.gguf")
-    with pytest.raises(FileNotFoundError, match="There is no file"):
-        read_gguf(tmp_path / "nowhere.gguf")
-
-
-def test_without_the_package_the_command_is_named(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(
-        ImportError, match=r'needed to read GGUF files.*pip install "minicpm_lite\[pretrained\]"'
-    ):
-        read_gguf(tmp_path / "model.gguf")
+    model, tokenizer = folder / "whole_model.gguf", folder / "whole_tokenizer.gguf"
+    if not model.exists():
+        keys = {"rope.scaling.type": "longrope", "tokenizer.ggml.eos_token_id": 5}
+        write_gguf(model, make_model(CONFIGS["minicpm"]), "minicpm", tensors=TABLES, **keys)
+        write_tokenizer(tokenizer, bos_token_id=3, add_bos_token=True)
+    for source, read, head in ((model, load_gguf, 2_900), (tokenizer, gguf_tokenizer, 440)):
+        content = bytearray(source.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, head))] = data.draw(st.integers(0, 255))
+        path = folder / "damaged.gguf"
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ValueError as error:
+            assert "damaged.gguf" in str(error)
 
 
 # A real model.
@@ -321,24 +414,9 @@ def smollm2() -> Path:
     return smollm2_file()
 
 
-@pytest.fixture(scope="module")
-def head(smollm2) -> module.GGUFFile:
-    return read_gguf(smollm2)
-
-
-def test_the_head_is_what_gguf_py_reads(head):
-    ours, theirs = head, gguf.GGUFReader(head.path)
-    for key, field in theirs.fields.items():
-        if not key.startswith("GGUF."):
-            assert ours.metadata[key] == field.contents()
-    assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
-    for tensor in theirs.tensors:
-        mine = ours.tensors[tensor.name]
-        assert (mine.start, mine.nbytes) == (tensor.data_offset, tensor.n_bytes)
-        assert (mine.quantization, mine.shape) == (
-            tensor.tensor_type.name,
-            tuple(tensor.shape[::-1].tolist()),
-        )
+def test_its_ids_that_end_a_text(smollm2):
+    file = read_gguf(smollm2)
+    assert module._ends(file) == [2] and file.metadata["tokenizer.ggml.tokens"][2] == "<|im_end|>"
 
 
 TEXTS = [
@@ -392,8 +470,9 @@ def test_text_is_split_by_the_rules_of_llama_cpp(smollm2):
         ("tokenizer.ggml.merges", None, "lacks the key tokenizer.ggml.merges"),
     ],
 )
-def test_tokenizers_of_other_kinds_are_refused(key, value, sentence, head, monkeypatch):
-    changed = module.GGUFFile(head.path, head.metadata | {key: value}, head.tensors)
+def test_tokenizers_of_other_kinds_are_refused(key, value, sentence, smollm2, monkeypatch):
+    head = read_gguf(smollm2)
+    changed = GGUFFile(head.path, head.metadata | {key: value}, head.tensors)
     monkeypatch.setattr(module, "read_gguf", lambda path: changed)
     with pytest.raises(ValueError, match=sentence):
         gguf_tokenizer(head.path)
@@ -449,3 +528,9 @@ def test_a_real_model_writes_what_transformers_writes(smollm2, one_thread):
             newest = model(newest, cache)[:, -1:].argmax(-1)
             written.append(newest.item())
         assert written == expected
+    # without being told, it stops where its file says that a text ends
+    ids = torch.tensor(
+        [tokenizer.encode("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n").ids]
+    )
+    answer = generate(model, ids, max_new_tokens=200)[0, ids.shape[1] :].tolist()
+    assert len(answer) < 200 and answer[-1] == tokenizer.token_to_id("<|im_end|>") not in answer[:-1]

@@ -1,1 +1,0 @@
-"""Deployment: models in the formats that other programs read and write."""

@@ -1,0 +1,384 @@
+"""What the tokens of one call may look at: the text before them, each other, or a tree of guesses.
+
+A decoder is weights alone; each call brings how its tokens meet. The decoder asks four things of a context:
+
+    positions = context.begin(x)                    where the new tokens stand
+    all_so_far = context.keep(layer, *new)          what a layer made of them, behind what it made before
+    out = context.attend(layer, query, key, value)  what each of them takes from those it may see
+    context.end()                                   they belong to the text now
+
+- `Context` keeps nothing: a call is a whole text. Training and scoring.
+- `KVCache` keeps what the layers made: the next token costs one token. It goes back (`truncate`), splits
+  (`select`), and takes in a branch of guesses (`take`). `Int8Cache` does so in a quarter of the memory.
+- `Tree` feeds guesses that branch through a cache: each sees the text and its own ancestors.
+
+What else may come is a subclass with one or two of the four methods of its own: sparse attention overrides
+``keep`` and ``attend``, pages of memory shared by requests override ``keep``.
+
+Choices, and the traps behind them:
+
+- The mask is made once a call, in ``begin``, and not once a layer.
+- Rows of different lengths are padded on the left, so that the newest token of all rows stands in one
+  column. Positions count from where a row's text begins, and no row sees its padding.
+- The last query stands at the last key. `F.scaled_dot_product_attention` with ``is_causal`` puts the first
+  query at the first key, which is another thing whenever there are more keys than queries.
+- Rotary frequencies may depend on the length of the text. A cache decides by its room, once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from ..config import ModelConfig
+from .rotary import scaled_angles
+
+__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention"]
+
+_INT8_MAX = 127
+
+
+def dense_attention(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    mask: Bool[Tensor, "*rows queries keys"] | None = None,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Softmax attention in which each key-value head serves a group of query heads; scale 1/sqrt(head_dim).
+
+    Without a mask it is causal, and the last query stands at the last key: with a cache the queries are the
+    newest of the keys. A mask says which keys a query sees; each must see one.
+    """
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if mask is None and 1 < queries < keys:
+        mask = causal_mask(queries, keys, query.device)
+    if queries == 1:  # the group becomes the query axis, so that no key is copied for it
+        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, key, value, mask).view(batch, heads, 1, -1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+    )
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | str) -> Bool[Tensor, "queries keys"]:
+    """Which keys the newest ``queries`` of ``keys`` tokens see: themselves and all before them.
+
+    >>> causal_mask(2, 4, "cpu").int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 1]], dtype=torch.int32)
+    """
+    at = torch.arange(keys, device=device)
+    return at <= at[keys - queries :, None]
+
+
+class Context:
+    """A call is a whole text: its tokens see themselves and those before them, and nothing is kept.
+
+    Attributes:
+        length: tokens of the text before this call; here always 0.
+        reach: tokens of the text with those of this call; set by `begin`.
+        mask: which keys each token of this call sees, or None for all up to itself; set by `begin`.
+    """
+
+    length: int = 0
+    reach: int = 0
+    mask: Bool[Tensor, "*rows queries keys"] | None = None
+
+    def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
+        """The positions of the tokens of a call, of which ``x`` are the embeddings."""
+        self.reach = x.shape[1]
+        return torch.arange(self.reach, device=x.device)
+
+    def angles(
+        self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]
+    ) -> tuple[Float[Tensor, "*rows tokens head_dim"], Float[Tensor, "*rows tokens head_dim"]]:
+        """Cosine and sine for `apply_rotary` at the positions that `begin` gave."""
+        return scaled_angles(config, positions, self.reach)
+
+    def keep(
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
+        """Take what a layer makes of the new tokens, and return it behind what it made of those before."""
+        return new
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        value: Float[Tensor, "batch kv_heads keys value_dim"],
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
+        """What each token of the call takes from the keys and values that it may see."""
+        return dense_attention(query, key, value, self.mask)
+
+    def end(self) -> None:
+        """All layers have seen the tokens: from now on they belong to the text."""
+
+
+class KVCache(Context):
+    """What the layers made of the text so far is kept, so that the next token costs one token.
+
+    Room for the whole text is taken at the first use of each layer, and tokens are written in place.
+
+    Args:
+        room: tokens there is room for.
+        padding: for each row of the batch, how many tokens at its start are no text; None: 0.
+        dtype: what is kept is rounded to it, e.g. ``torch.bfloat16``; None: it is kept as it comes.
+
+    Attributes:
+        length: tokens of the text so far.
+        guesses: tokens of a `Tree` that are stored behind the text, until `take` chooses among them.
+    """
+
+    def __init__(
+        self, room: int, padding: Int[Tensor, " batch"] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        if room < 1:
+            raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
+        self.room, self.padding, self.dtype = room, padding, dtype
+        self.length = self.guesses = 0
+        self._layers: dict[int, tuple[Tensor, ...]] = {}
+        self._angles: Tensor | None = None  # cosine and sine of every position there is room for
+
+    def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
+        """The positions of the tokens of a call.
+
+        Raises:
+            ValueError: there is no room for them, or they are of another batch.
+        """
+        tokens, self.reach = x.shape[1], self.length + x.shape[1]
+        if self.reach > self.room:
+            raise ValueError(
+                f"The cache has room for {self.room} tokens and would need {self.reach}; make a larger one."
+            )
+        if self.padding is not None and len(self.padding) != len(x):
+            raise ValueError(
+                f"The cache has the padding of {len(self.padding)} rows, and {len(x)} came; use one cache "
+                "for each batch."
+            )
+        if self.length == 0:  # what a failed call or another model may have left is dropped
+            self._layers.clear()
+            self._angles = None
+        positions = torch.arange(self.length, self.reach, device=x.device)
+        self.mask, self.guesses = None, 0
+        if self.padding is None:
+            if 1 < tokens < self.reach:
+                self.mask = causal_mask(tokens, self.reach, x.device)
+            return positions
+        self.mask = self.hide_padding(causal_mask(tokens, self.reach, x.device))
+        return (positions - self.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)
+
+    def hide_padding(self, mask: Bool[Tensor, "queries keys"]) -> Bool[Tensor, "batch 1 queries keys"]:
+        """The mask for each row: what is no text is seen by none but itself."""
+        queries, keys = mask.shape
+        at = torch.arange(keys, device=mask.device)
+        text = (at >= self.padding[:, None])[:, None, None]  # (batch, 1, 1, keys)
+        # a token that is no text sees itself, for a softmax over nothing is not a number
+        return mask & (text | (at == at[keys - queries :, None]))
+
+    def angles(
+        self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]
+    ) -> tuple[Float[Tensor, "*rows tokens head_dim"], Float[Tensor, "*rows tokens head_dim"]]:
+        """Cosine and sine at some positions, from a table that is computed once."""
+        if self._angles is None:
+            everywhere = torch.arange(self.room, device=positions.device)
+            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
+        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)  # one look-up for both
+        return cos, sin
+
+    def keep(
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
+        """Store what a layer makes of the new tokens, and return it with all that it made before.
+
+        Raises:
+            ValueError: gradients are on, or the cache belongs to another batch or model.
+        """
+        if torch.is_grad_enabled() and new[0].requires_grad:
+            raise ValueError(
+                "A cache is written in place, so nothing can be trained through it: use torch.no_grad()."
+            )
+        if layer not in self._layers:
+            self._layers[layer] = tuple(self._space(each) for each in new)
+        kept, end = self._layers[layer], self.length + new[0].shape[2]
+        for whole, each in zip(kept, new, strict=True):
+            if whole.shape[:2] != each.shape[:2] or whole.shape[3] != each.shape[3]:
+                raise ValueError(
+                    f"The cache holds (batch, heads, width) of {(*whole.shape[:2], whole.shape[3])} and now "
+                    f"gets {(*each.shape[:2], each.shape[3])}; use one cache for each batch and model."
+                )
+            whole.narrow(2, self.length, each.shape[2]).copy_(each)
+        text = tuple(whole.narrow(2, 0, end) for whole in kept)
+        if self.dtype is None:
+            return text
+        return tuple(whole.to(each.dtype) for whole, each in zip(text, new, strict=True))
+
+    def _space(self, new: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # so that it can be written in any mode
+            shape = (*new.shape[:2], self.room, new.shape[3])
+            return torch.empty(shape, dtype=self.dtype or new.dtype, device=new.device)
+
+    def end(self) -> None:
+        """The tokens of the call belong to the text now."""
+        self.length = self.reach
+
+    def truncate(self, length: int) -> None:
+        """Go back to the first ``length`` tokens; those behind are forgotten, and their room is free.
+
+        Raises:
+            ValueError: the text is shorter than that.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"The cache cannot go back to {length} tokens; it holds {self.length}.")
+        self.length = length
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make the batch consist of these rows; a row may come several times, or not at all.
+
+        So samples of one prompt share its prefill (``select([0] * 8)``), and beams go on from the best.
+        """
+        for layer, kept in self._layers.items():
+            self._layers[layer] = tuple(whole[list(rows)] for whole in kept)
+        if self.padding is not None:
+            self.padding = self.padding[list(rows)]
+
+    def take(self, path: Sequence[int] | Sequence[Sequence[int]]) -> None:
+        """Of the guesses that were fed through a `Tree`, these become text; the others are forgotten.
+
+        Args:
+            path: places in the tree, from the text on; one path for all rows, or one for each row. Rows with
+                fewer are moved to the right, so that all end in one column, and get padding on the left.
+
+        Raises:
+            ValueError: no guess of that place was fed.
+        """
+        batch = len(next(iter(self._layers.values()))[0])
+        paths = [path] * batch if all(isinstance(place, int) for place in path) else path
+        if len(paths) != batch or any(not 0 <= place < self.guesses for one in paths for place in one):
+            raise ValueError(
+                f"path is {path!r}; expected places from 0 to {self.guesses - 1} in the tree that was fed "
+                f"last, as one list or as one for each of the {batch} rows."
+            )
+        taken, stored = max(map(len, paths)), [whole for kept in self._layers.values() for whole in kept]
+        shifts = [taken - len(one) for one in paths]
+        for row, (one, shift) in enumerate(zip(paths, shifts, strict=True)):
+            first = 0 if shift else self.length  # the text itself stays in place unless it must move
+            places = [*range(first, self.length), *(self.length + place for place in one)]
+            places = torch.tensor(places, dtype=torch.long, device=stored[0].device)
+            for whole in stored:
+                whole[row, :, first + shift : self.length + taken] = whole[row].index_select(1, places)
+        if any(shifts):
+            moved = torch.tensor(shifts, device=stored[0].device)
+            self.padding = moved if self.padding is None else self.padding + moved
+        self.length, self.guesses = self.length + taken, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken, in bytes, at full length."""
+        return sum(whole.nbytes for kept in self._layers.values() for whole in kept)
+
+
+class Int8Cache(KVCache):
+    """A cache in 8 bits: each vector is kept as whole numbers from -127 to 127 and a scale of its own.
+
+    An entry is off by at most half a step, which is 1/254 of the largest entry of its vector.
+    """
+
+    def keep(
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
+        """Store what a layer makes of the new tokens in 8 bits, and return all of it as numbers again."""
+        packed = []
+        for each in new:
+            scale = each.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / _INT8_MAX
+            packed += [(each / scale).round().to(torch.int8), scale]
+        kept = super().keep(layer, *packed)
+        return tuple(
+            codes.to(scale.dtype) * scale for codes, scale in zip(kept[::2], kept[1::2], strict=True)
+        )
+
+
+class Tree(Context):
+    """Guesses that branch, fed through a cache at once: each sees the text, its ancestors and itself.
+
+    The cache stays as it is until its ``take`` makes one branch part of the text.
+
+    Args:
+        cache: holds the text.
+        parents: for each guess the place of the one before it in this list, -1 for one that follows the text.
+            A guess comes behind its parent.
+
+    Attributes:
+        ancestors: which guesses each guess sees: its ancestors and itself.
+        depths: how many ancestors each has.
+
+    Raises:
+        ValueError: no guess, or a parent that does not come before its guess.
+
+    >>> Tree(KVCache(8), [-1, 0, 0]).ancestors.int()  # two guesses for what follows the first one
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 0, 1]], dtype=torch.int32)
+    """
+
+    def __init__(self, cache: KVCache, parents: Sequence[int]) -> None:
+        if not parents:
+            raise ValueError("parents is empty; a tree has one guess at least.")
+        self.cache, self.ancestors = cache, torch.eye(len(parents), dtype=torch.bool)
+        depths: list[int] = []
+        for place, parent in enumerate(parents):
+            if not -1 <= parent < place:
+                raise ValueError(
+                    f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
+                    "for one that follows the text."
+                )
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            if parent >= 0:
+                self.ancestors[place] |= self.ancestors[parent]
+        self.depths, self.deepest = torch.tensor(depths), max(depths)
+
+    def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
+        """The positions of the guesses: as far behind the text as they have ancestors.
+
+        Raises:
+            ValueError: as many tokens as the tree has guesses were expected, or the cache has no room.
+        """
+        if x.shape[1] != len(self.ancestors):
+            raise ValueError(f"The tree has {len(self.ancestors)} guesses, and {x.shape[1]} tokens came.")
+        cache = self.cache
+        cache.begin(x)
+        self.length = cache.length
+        self.reach = self.length + self.deepest + 1
+        ancestors = self.ancestors.to(x.device)
+        mask = torch.cat([ancestors.new_ones(len(ancestors), self.length), ancestors], dim=1)
+        positions = self.length + self.depths.to(x.device)
+        if cache.padding is not None:
+            mask = cache.hide_padding(mask)
+            positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, guesses)
+        cache.mask, cache.guesses = mask, len(ancestors)
+        return positions
+
+    def angles(
+        self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]
+    ) -> tuple[Float[Tensor, "*rows tokens head_dim"], Float[Tensor, "*rows tokens head_dim"]]:
+        """Those of the cache."""
+        return self.cache.angles(config, positions)
+
+    def keep(
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
+        """Store the guesses behind the text, in the order of the tree."""
+        return self.cache.keep(layer, *new)
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        value: Float[Tensor, "batch kv_heads keys value_dim"],
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
+        """As the cache attends, with the mask of the tree."""
+        return self.cache.attend(layer, query, key, value)

@@ -1,0 +1,120 @@
+"""The layers of a plain block: norm, grouped-query attention, feed-forward; and how to exchange linear ones.
+
+    rms_norm(x)       x / sqrt(mean(x^2) + eps) * weight
+    attention(x)      q, k, v = W x per head;  q and k turned by their positions;  W_o context.attend(q, k, v)
+    feed_forward(x)   W_down (silu(W_gate x) * W_up x)
+
+Sources: Zhang and Sennrich 2019 (RMSNorm); Ainslie et al. 2023 (grouped queries); Shazeer 2020 (SwiGLU).
+
+Choices, and the traps behind them:
+
+- Attention knows weights and positions, not who may look at whom: that is the context's, which each call
+  brings. So there is one attention for training, cached decoding, sparse attention and trees of guesses.
+- Module names are those of the released checkpoints.
+- Only linear layers hold matrices. Low-rank adapters, 4-bit and ternary weights take the place of one.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .context import Context
+from .rotary import apply_rotary
+
+__all__ = ["Attention", "FeedForward", "RMSNorm", "replace_linears"]
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square, then scale each feature. Statistics are in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and no biases.
+
+    Args:
+        config: its shape.
+        layer: index of the block; the context keeps what this layer makes under it.
+        input_size: width of what comes in; left out, ``hidden_size``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, input_size: int | None = None) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width = input_size or config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], rotary: tuple[Tensor, Tensor], context: Context
+    ) -> Float[Tensor, "batch tokens d"]:
+        query = apply_rotary(self._heads(self.q_proj(x)), *rotary)  # (batch, heads, tokens, head_dim)
+        key = apply_rotary(self._heads(self.k_proj(x)), *rotary)  # (batch, kv_heads, tokens, head_dim)
+        value = self._heads(self.v_proj(x))
+        key, value = context.keep(self.layer, key, value)  # (batch, kv_heads, keys, head_dim)
+        out = context.attend(self.layer, query, key, value)  # (batch, heads, tokens, head_dim)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * head_dim) -> (..., d)
+
+    def _heads(self, features: Tensor) -> Tensor:
+        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)"""
+        return features.reshape(*features.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gate, passed through SiLU, multiplies a second projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> list[str]:
+    """Put something else in the place of linear layers, in the model itself.
+
+    What takes the place has ``forward``, ``weight`` (a matrix, as latent attention reads it), ``in_features``
+    and ``out_features``, and so can be replaced again: by an adapter around a quantised layer, for instance.
+
+    Args:
+        model: any module.
+        change: from the name of a layer and the layer to what takes its place; to the layer itself where it
+            stays.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> replace_linears(model, lambda name, linear: nn.Linear(3, 4) if name == "2" else linear)
+    ['2']
+    """
+    replaced = []
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, child in list(module.named_children()):
+            if not hasattr(child, "in_features"):
+                visit(child, f"{path}{name}.")
+            elif (new := change(path + name, child)) is not child:
+                setattr(module, name, new)
+                replaced.append(path + name)
+
+    visit(model, "")
+    return replaced

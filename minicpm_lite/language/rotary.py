@@ -1,0 +1,126 @@
+"""Rotary positions: each pair of a head's features is turned by an angle that grows with the position.
+
+    angle(position, i) = position * frequency(i),     frequency(i) = theta ** (-2 i / head_dim)
+    (a, b) -> (a cos - b sin, b cos + a sin)          a = feature i, b = feature i + head_dim / 2
+
+So the product of a query and a key depends on how far apart they stand, not on where. Source: Su et al. 2021,
+RoPE. A config may change the frequencies for longer texts; `long_context` says why and makes such configs:
+
+    linear     every frequency / factor                          position interpolation, Chen et al. 2023
+    ntk        a larger theta: slow pairs / factor, fast stay    NTK-aware scaling, bloc97 2023; ABF
+    dynamic    the same, and theta grows with the text           dynamic NTK, 2023
+    yarn       fast pairs stay, slow ones / factor, a ramp       YaRN, Peng et al. 2023
+    llama3     the same with a ramp in frequency, not in index   Llama 3.1
+    longrope   every frequency / a factor of its own, searched   LongRoPE, Ding et al. 2024; MiniCPM3 and 4
+
+Choices, and the traps behind them:
+
+- Pairs are half a head apart, the "half-split" layout, with angles in float32 whatever the weights are.
+  GGUF files turn neighbours: convert, do not mix.
+- With "dynamic" and "longrope" the frequencies depend on the length of the text, and keys that were rotated
+  before stay as they were. So a cache decides once, by its room, and all its keys agree.
+- YaRN and LongRoPE also multiply cosine and sine, so the scores by the square of that: attention is sharper.
+- At position 131,071 a frequency that is off by its last bit turns by 0.01 radians more. Scale the frequency
+  or the position, but as the model was trained; the released code multiplies the position first.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..config import ModelConfig, RopeScaling
+
+__all__ = ["apply_rotary", "ntk_theta", "rotary_angles", "rotary_frequencies", "scaled_angles",
+           "scaled_frequencies"]  # fmt: skip
+
+
+def rotary_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
+    """By how many radians a position turns each pair of features: ``theta ** (-2 i / head_dim)``."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def rotary_angles(
+    positions: Int[Tensor, "*batch tokens"], frequencies: Float[Tensor, " half"]
+) -> tuple[Float[Tensor, "*batch tokens head_dim"], Float[Tensor, "*batch tokens head_dim"]]:
+    """Cosine and signed sine of each position's angle for each feature, in float32.
+
+    The two features of a pair share a cosine; the sine of the first is negative, as `apply_rotary` needs it.
+    """
+    angles = positions.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
+
+
+def apply_rotary(
+    x: Float[Tensor, "batch heads tokens head_dim"],
+    cos: Float[Tensor, "*rows tokens head_dim"],
+    sin: Float[Tensor, "*rows tokens head_dim"],
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position."""
+    x32 = x.float()
+    partner = x32.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x32 * cos, partner, sin).to(x.dtype)
+
+
+def scaled_angles(
+    config: ModelConfig, positions: Int[Tensor, "*batch tokens"], length: int
+) -> tuple[Float[Tensor, "*batch tokens head_dim"], Float[Tensor, "*batch tokens head_dim"]]:
+    """`rotary_angles` with the model's own frequencies for a text of ``length`` tokens, and its magnitude."""
+    frequencies, magnitude = scaled_frequencies(config, length)
+    cos, sin = rotary_angles(positions, frequencies.to(positions.device))
+    return cos * magnitude, sin * magnitude
+
+
+def scaled_frequencies(config: ModelConfig, length: int) -> tuple[Float[Tensor, " half"], float]:
+    """The frequencies for a text of ``length`` tokens, and what cosine and sine are multiplied by."""
+    scaling, dim = config.rope_scaling, config.rotary_dim
+    plain, magnitude = rotary_frequencies(dim, config.rope_theta), 1.0
+    if scaling is None:
+        return plain, magnitude
+    original, factor = scaling.original_max_position_embeddings, scaling.factor
+    match scaling.rope_type:
+        case "linear":
+            frequencies = plain / factor
+        case "dynamic":
+            growth = max(1.0, factor * length / original - (factor - 1))
+            frequencies = rotary_frequencies(dim, ntk_theta(config.rope_theta, growth, dim))
+        case "yarn":
+            kept = _yarn_kept(scaling, dim, config.rope_theta)
+            frequencies = plain * kept + plain / factor * (1 - kept)
+            magnitude = 0.1 * math.log(factor) + 1.0
+        case "llama3":
+            turns = original * plain / (2 * math.pi)  # of each pair, over the original context
+            span = scaling.high_freq_factor - scaling.low_freq_factor
+            kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+            frequencies = plain * kept + plain / factor * (1 - kept)
+        case "longrope":
+            factors = scaling.long_factor if length > original else scaling.short_factor
+            frequencies = plain / torch.tensor(factors)
+            ratio = factor or config.max_position_embeddings / original
+            magnitude = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    return frequencies, magnitude if scaling.attention_factor is None else scaling.attention_factor
+
+
+def ntk_theta(theta: float, factor: float, dim: int) -> float:
+    """The base with which the slowest pair turns ``factor`` times slower, and the fastest as before.
+
+    NTK-aware scaling, and the same thing as adjusting the base frequency (ABF) to that value.
+
+    >>> round(ntk_theta(10_000.0, 8.0, 64))
+    85550
+    """
+    return theta * factor ** (dim / (dim - 2))
+
+
+def _yarn_kept(scaling: RopeScaling, dim: int, theta: float) -> Float[Tensor, " half"]:
+    """How much of each pair's frequency is kept: 1 for fast pairs, 0 for slow ones, a ramp between."""
+
+    def pair_that_turns(times: float) -> float:  # in the original context; a fraction of an index
+        context = scaling.original_max_position_embeddings
+        return dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    high = high + 0.001 if high == low else high  # a step, not a division by zero
+    return 1 - ((torch.arange(dim // 2) - low) / (high - low)).clamp(0, 1)

@@ -1,0 +1,126 @@
+"""Choosing the next token from its scores.
+
+Scores pass through the same steps in the same order as in `transformers`: repetition penalty, temperature,
+top-k, top-p, draw. Temperature 0 takes the best token and draws nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..config import require_positive_integer, require_positive_number
+
+__all__ = ["Sampling", "choose", "next_token_probabilities"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the scores.
+
+    Attributes:
+        temperature: scores are divided by it before the softmax; 0 takes the best token.
+        top_k: only the k best tokens may be drawn.
+        top_p: only the fewest tokens whose probabilities sum to at least this may be drawn (nucleus).
+        repetition_penalty: scores of tokens that already occurred are divided by it if positive and
+            multiplied by it if negative; 1 changes nothing. Source: Keskar et al. 2019, CTRL.
+
+    >>> Sampling(temperature=-1.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: temperature is -1.0; expected 0 (always the best token) or a number greater than 0.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0:
+            try:
+                require_positive_number("temperature", self.temperature)
+            except ValueError:
+                raise ValueError(
+                    f"temperature is {self.temperature!r}; expected 0 (always the best token) or a number "
+                    "greater than 0."
+                ) from None
+        if self.top_k is not None:
+            require_positive_integer("top_k", self.top_k)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; expected a probability above 0 and up to 1.")
+        require_positive_number("repetition_penalty", self.repetition_penalty)
+
+
+def choose(
+    logits: Float[Tensor, "batch vocab"],
+    sampling: Sampling,
+    seen: Int[Tensor, "batch tokens"] | None = None,
+    padding: Int[Tensor, " batch"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " batch"]:
+    """The next token of each row: the best one at temperature 0, else one that is drawn.
+
+    Args:
+        logits: scores of the next token.
+        sampling: temperature, filters and penalty.
+        seen: the tokens so far; needed for a repetition penalty.
+        padding: how many of the first ``seen`` of each row are no text.
+        generator: source of chance; left out, PyTorch's global one.
+
+    Raises:
+        ValueError: a repetition penalty without the tokens so far.
+    """
+    if sampling.temperature == 0:
+        return _penalised(logits, sampling.repetition_penalty, seen, padding).argmax(-1)
+    probabilities = next_token_probabilities(logits, sampling, seen, padding)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def next_token_probabilities(
+    logits: Float[Tensor, "batch vocab"],
+    sampling: Sampling,
+    seen: Int[Tensor, "batch tokens"] | None = None,
+    padding: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch vocab"]:
+    """From scores to the probabilities that a token is drawn with.
+
+    Args:
+        logits: scores of the next token.
+        sampling: temperature, filters and penalty.
+        seen: the tokens so far; needed for a repetition penalty.
+        padding: how many of the first ``seen`` of each row are no text.
+
+    Raises:
+        ValueError: a repetition penalty without the tokens so far.
+    """
+    logits = _penalised(logits, sampling.repetition_penalty, seen, padding)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kth_best = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        best_first, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        enough_before = best_first.cumsum(-1) - best_first >= sampling.top_p
+        dropped = torch.zeros_like(enough_before).scatter(-1, order, enough_before)
+        probabilities = probabilities.masked_fill(dropped, 0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
+
+
+def _penalised(logits: Tensor, penalty: float, seen: Tensor | None, padding: Tensor | None) -> Tensor:
+    """The scores, lowered for the tokens that a row's text already holds."""
+    if penalty == 1:
+        return logits
+    if seen is None:
+        raise ValueError(f"repetition_penalty is {penalty}; give the tokens so far as seen.")
+    text = torch.ones_like(seen, dtype=torch.bool)
+    if padding is not None:
+        text = torch.arange(seen.shape[1], device=seen.device) >= padding[:, None]
+    # counted, not set: padding may hold the id of a token that the text holds too
+    occurred = torch.zeros_like(logits).scatter_add(-1, seen, text.to(logits.dtype)) > 0
+    return torch.where(occurred, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

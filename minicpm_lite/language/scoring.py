@@ -1,0 +1,56 @@
+"""How well a model predicts a text: the cross entropy of each token, given those before it.
+
+    loss[t] = -log softmax(logits[t])[window[t + 1]]        in nats
+
+A window of ``length + 1`` tokens holds ``length`` predictions. Some tokens are read and not predicted: the
+question in front of an answer, padding behind it. They are stored with a mark, so that a window stays one
+tensor. The mark is known to this file alone: the complement ``~id``, which is negative for every id.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .decoder import Decoder
+
+__all__ = ["context_only", "next_token_loss", "predicted", "readable", "token_losses"]
+
+
+def context_only(ids: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
+    """Token ids with the mark: they are read, and not predicted."""
+    return ~ids
+
+
+def readable(window: Int[Tensor, "*batch window"]) -> Int[Tensor, "*batch window"]:
+    """The token ids of a window, without the mark.
+
+    >>> readable(torch.cat([context_only(torch.tensor([5, 0])), torch.tensor([7])]))
+    tensor([5, 0, 7])
+    """
+    return torch.where(window < 0, ~window, window)
+
+
+def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch length"]:
+    """Which tokens of a window are predicted; the first never is, for nothing stands before it.
+
+    >>> predicted(torch.cat([context_only(torch.tensor([5, 0])), torch.tensor([7])]))
+    tensor([False,  True])
+    """
+    return window[..., 1:] >= 0
+
+
+def token_losses(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[Tensor, "batch length"]:
+    """Cross entropy of each token of a window but the first, given those before it, in nats.
+
+    0 for a token that is read and not predicted.
+    """
+    logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
+    targets = torch.where(predicted(window), window[:, 1:], -1)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    return losses.view_as(targets)
+
+
+def next_token_loss(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:
+    """Mean of `token_losses` over the tokens that are predicted; nats a token, nan if none is predicted."""
+    return token_losses(model, window).sum() / predicted(window).sum()

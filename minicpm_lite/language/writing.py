@@ -1,0 +1,170 @@
+"""Text from a decoder, as it is written: pieces of one answer, or the answers to a batch of prompts.
+
+    stream_text       pieces of text, each when it can no longer change
+    generate_text     texts for a batch of prompts
+
+Choices, and the traps behind them:
+
+- A token may hold half a character, and a stop string may begin in one token and end in another. Text is
+  held back until it can no longer change.
+- Special tokens are part of the text, so that ``<|im_end|>`` can be a stop string like any other.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .decoder import Decoder
+from .generation import pad_left, resolve_stop_ids, stream
+from .sampling import Sampling
+from .tokenizer import BytePairTokenizer, fast_tokenizer
+
+__all__ = ["TextWriter", "generate_text", "stream_text", "write"]
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
+
+
+class TextWriter:
+    """Puts the text of one row together, token by token, and ends it at a stop string.
+
+    Attributes:
+        text: what can no longer change.
+        stopped: a stop string was met; it is not part of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | BytePairTokenizer, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(each, str) and each for each in stop):
+            raise ValueError(f"stop is {stop!r}; expected a list of strings, none of them empty.")
+        self.text, self.stopped = "", False
+        self._tokenizer, self._stop = fast_tokenizer(tokenizer), tuple(stop)
+        self._ids: list[int] = []
+        self._context, self._known = 0, 0  # the ids from here on are decoded; those up to there are text
+        self._held = ""  # complete characters that may yet become a stop string
+
+    def push(self, token: int) -> str:
+        """Take one more token, and return the text that it makes certain: often a word, at times nothing."""
+        self._ids.append(token)
+        new = self._new_text()
+        # a token such as <0xE4> is a byte, and what a run of bytes means is known at its end
+        if new.endswith("\ufffd") or _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""):
+            return ""
+        self._context, self._known = self._known, len(self._ids)
+        return self._settle(new, last=False)
+
+    def finish(self) -> str:
+        """No more tokens will come: return what was held back; half a character becomes U+FFFD."""
+        return self._settle(self._new_text(), last=True)
+
+    def _new_text(self) -> str:
+        """What the newest ids add. A few known ones are decoded with them: the place decides on spaces."""
+        context = self._ids[self._context : self._known]
+        known = self._tokenizer.decode(context, skip_special_tokens=False)
+        whole = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=False)
+        return whole[len(known) :]
+
+    def _settle(self, new: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += new
+        starts = [(self._held.find(stop), stop) for stop in self._stop if stop in self._held]
+        if starts:  # the one that is complete first, as if the text had come letter by letter
+            _, start = min((start + len(stop), start) for start, stop in starts)
+            certain, self._held, self.stopped = self._held[:start], "", True
+        else:
+            hold = 0 if last else self._possible_stop()
+            certain, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
+        self.text += certain
+        return certain
+
+    def _possible_stop(self) -> int:
+        """Length of the longest ending of the held text with which a stop string begins."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Tokenizer | BytePairTokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    stop_ids: Iterable[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[str]:
+    """Yield the answer to one prompt piece by piece, each when it can no longer change.
+
+    Args:
+        model: the decoder.
+        tokenizer: its vocabulary.
+        prompt: the text before, in the model's chat template if it is a chat model.
+        max_new_tokens: tokens at most.
+        sampling: how a token is chosen; left out, the best one.
+        stop: the text ends before the first of these strings.
+        stop_ids: the text ends before the first of these tokens; left out, those of the model.
+        generator: source of chance; left out, PyTorch's global one.
+
+    Raises:
+        ValueError: as `stream`.
+    """
+    stop_ids = resolve_stop_ids(model, stop_ids)
+    ids, _ = pad_left([fast_tokenizer(tokenizer).encode(prompt).ids])
+    steps = stream(model, ids.to(_device(model)), max_new_tokens, sampling, stop_ids, generator=generator)
+    yield from write(steps, TextWriter(tokenizer, stop), stop_ids)
+
+
+def write(steps: Iterator[Int[Tensor, " 1"]], writer: TextWriter, stop_ids: Sequence[int]) -> Iterator[str]:
+    """Yield the pieces of text that the tokens of one row make certain, up to a stop string or token."""
+    for token in steps:
+        if int(token) in stop_ids:
+            break
+        if piece := writer.push(int(token)):
+            yield piece
+        if writer.stopped:
+            return
+    if piece := writer.finish():
+        yield piece
+
+
+def generate_text(
+    model: Decoder,
+    tokenizer: Tokenizer | BytePairTokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    stop_ids: Iterable[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """The answers to a batch of prompts, computed together. See `stream_text` for the arguments."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string; give a list of them, [prompt] for one.")
+    tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
+    writers = [TextWriter(tokenizer, stop) for _ in prompts]
+    ids, padding = pad_left([tokenizer.encode(prompt).ids for prompt in prompts])
+    device, writing = _device(model), set(range(len(prompts)))
+    for tokens in stream(
+        model, ids.to(device), max_new_tokens, sampling, stop_ids, padding.to(device), generator
+    ):
+        for row, token in enumerate(tokens.tolist()):
+            if row in writing:
+                if token not in stop_ids:
+                    writers[row].push(token)
+                if token in stop_ids or writers[row].stopped:
+                    writing.discard(row)
+        if not writing:
+            break
+    for writer in writers:
+        writer.finish()
+    return [writer.text for writer in writers]
+
+
+def _device(model: Decoder) -> torch.device:
+    return model.embed_tokens.weight.device

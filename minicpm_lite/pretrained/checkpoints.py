@@ -1,0 +1,246 @@
+"""Models in the Hugging Face layout: a folder with ``config.json`` and weights in safetensors.
+
+    load_pretrained(folder | file.gguf | "owner/name") -> Decoder
+    load_tokenizer(the same) -> Tokenizer
+    save_pretrained(model, folder, tokenizer)
+
+A checkpoint is a table of names and tensors, and a few numbers that say how to compute with them; `families`
+knows how each family of models spells both.
+
+Choices, and the traps behind them:
+
+- Which ids end a text stands in two files. Where there is a ``generation_config.json``, it alone decides, as
+  in transformers' ``generate``; ``config.json`` is asked where there is none.
+- A tokenizer file may hold a length at which texts are cut or padded. Whoever encodes with it would lose
+  text and not be told, so neither is kept, in reading or in writing.
+- A folder is written beside its place and renamed. A folder that holds anything is never touched.
+"""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from ..config import ModelConfig, require_positive_integer
+from ..files import written_whole
+from ..language.decoder import Decoder
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..optional import require
+from .assemble import assemble, few
+from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
+from .llama_cpp import gguf_tokenizer, load_gguf
+from .weights import read_json, read_weights, write_json, write_weights
+
+__all__ = ["load_pretrained", "load_tokenizer", "save_pretrained"]
+
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A model from a folder, a GGUF file, or the Hugging Face hub.
+
+    Args:
+        path_or_id: a folder with ``config.json`` and safetensors; a file that ends in ``.gguf``; or, if there
+            is no such path, ``owner/name`` of a model on the hub, which is downloaded once.
+        dtype: of the weights in memory; each tensor is converted as it is read.
+
+    Raises:
+        FileNotFoundError: there is no such path, or the folder lacks a file.
+        ValueError: a file is damaged, or holds something this library would compute wrongly.
+        ImportError: the hub or a GGUF file needs a package that is not installed.
+    """
+    path = _local(path_or_id, _HUB_FILES)
+    return load_gguf(path, dtype) if _is_gguf(path) else _load_folder(path, dtype)
+
+
+def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
+    """The tokenizer of a model: ``tokenizer.json`` of a folder or on the hub, or what a GGUF file holds.
+
+    It reads whole texts: lengths at which the file would cut or pad them are left out.
+
+    Raises:
+        FileNotFoundError: there is no such path, or the folder holds no ``tokenizer.json``.
+        ValueError: the file is damaged, or a GGUF file's tokenizer is of a kind that is not rebuilt here.
+    """
+    path = _local(path_or_id, ["tokenizer.json"])
+    if _is_gguf(path):
+        return gguf_tokenizer(path)
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer.json. Older releases ship tokenizer.model (sentencepiece) only; "
+            "transformers' AutoTokenizer reads it, and its save_pretrained writes tokenizer.json."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises plain Exception
+        raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {error}") from None
+    return fast_tokenizer(tokenizer)
+
+
+def save_pretrained(
+    model: Decoder,
+    path: str | Path,
+    tokenizer: Tokenizer | BytePairTokenizer | None = None,
+    *,
+    model_type: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model as a folder that `load_pretrained`, transformers, vLLM and others read.
+
+    All files are written to a folder beside the place and renamed at the end, so the place holds either a
+    whole checkpoint or nothing. Nothing is ever overwritten.
+
+    Args:
+        model: the model to write. The ids that end a text are those of its config.
+        path: a folder that does not exist yet, or is empty.
+        tokenizer: of the model; written as ``tokenizer.json``, without lengths at which texts are cut or
+            padded, with what transformers' ``AutoTokenizer`` asks for beside it. Left out: none is written.
+        model_type: the family (see `families`). Left out: "minicpm3" with latent attention; "minicpm" with
+            multipliers; else "mixtral" with a mixture of experts and "llama" without. Give "granite" to open
+            a MiniCPM in transformers without code from elsewhere.
+        max_shard_bytes: the weights are split into files of about this size; a tensor is never split.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        ValueError: the family computes something else than the model, the model was changed inside, or the
+            tokenizer gives ids that the model does not know.
+        OSError: the folder above is missing or cannot be written, or the disk is full; nothing is left.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    path = Path(os.path.expanduser(path)).resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {path.parent} to write {path.name} into; create it first."
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} exists and holds something; nothing is overwritten. Give another folder, or remove it."
+        )
+    require_positive_integer("max_shard_bytes", max_shard_bytes)
+    family = model_type or own_family(model.config)
+    values = config_to_json(model.config, family)
+    weights = _plain_weights(model)
+    values["dtype"] = values["torch_dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    if tokenizer is not None:
+        tokenizer = fast_tokenizer(tokenizer)
+        _require_known_ids(tokenizer, model.config)
+    with written_whole(path) as beside:
+        beside.mkdir()
+        write_json(beside / "config.json", values)
+        if model.config.eos_token_id:
+            ends = {"eos_token_id": end_ids_to_json(model.config)}
+            write_json(beside / "generation_config.json", ends)
+        if tokenizer is not None:
+            (beside / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+            write_json(beside / "tokenizer_config.json", _tokenizer_settings(tokenizer, model.config))
+        named = {stored_name(name, family): tensor for name, tensor in weights.items()}
+        write_weights(beside, named, max_shard_bytes)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _local(path_or_id: str | Path, hub_files: list[str]) -> Path:
+    """The path itself, or where the hub's files of that name were put."""
+    path = Path(os.path.expanduser(path_or_id))
+    if _is_gguf(path) and path.is_file() or path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{path} is a file; expected the folder that holds config.json and the weights, or a .gguf file."
+        )
+    if (
+        _is_gguf(path)
+        or not isinstance(path_or_id, str)
+        or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id)
+    ):
+        raise FileNotFoundError(f"There is no folder or file {path}.")
+    hub = require("huggingface_hub", install="minicpm_lite[pretrained]", purpose="download a model")
+    try:
+        return Path(hub.snapshot_download(path_or_id, allow_patterns=hub_files))
+    except OSError as error:  # all of the hub's refusals and network troubles are OSErrors
+        raise FileNotFoundError(
+            f"There is no folder {path_or_id}, and the hub gave no model of that name: {error}"
+        ) from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> Decoder:
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}; a model's folder holds its shape there.")
+    values = read_json(file)
+    config = config_from_json(values, str(file))
+    if generation.is_file():
+        ends = read_json(generation).get("eos_token_id")
+        try:
+            config = replace(config, eos_token_id=ends)
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from None
+    family = family_of(values)
+    shapes, tensors = read_weights(folder)
+    return assemble(
+        config,
+        lambda name: stored_name(name, family),
+        {name: shape for name, shape in shapes.items() if not _HARMLESS.search(name)},
+        tensors,
+        dtype,
+        str(folder),
+    )
+
+
+def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
+    """The weights by name, if they are those of a plain decoder, each with numbers of its own."""
+    weights = model.state_dict()
+    with torch.device("meta"):
+        plain = Decoder(model.config).state_dict()
+    if strange := sorted(weights.keys() ^ plain.keys()):
+        raise ValueError(
+            f"The model's parameters differ from those of a plain decoder in {len(strange)}: {few(strange)}. "
+            "Merge or undo what was built into it first."
+        )
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ValueError("The model is on the meta device: it has shapes and no weights to write.")
+    first: dict[int, str] = {}  # the first name of the numbers at an address
+    for name, tensor in weights.items():
+        twin = first.setdefault(tensor.data_ptr(), name)
+        if twin != name:
+            raise ValueError(
+                f"{twin} and {name} are one tensor under two names, and would be two in the file. Give each "
+                "its own copy; for the two tables, set tie_word_embeddings instead."
+            )
+    return weights
+
+
+def _require_known_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives ids up to {largest}, and the model knows {config.vocab_size} ids. It is "
+            "another model's tokenizer."
+        )
+
+
+def _tokenizer_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, object]:
+    """What ``tokenizer_config.json`` must say, so that AutoTokenizer gives the same ids."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    added = tokenizer.get_added_tokens_decoder()
+    # Only a special token is named: transformers would make one of any other, and texts split differently.
+    if ends := [added[end].content for end in config.eos_token_id if end in added and added[end].special]:
+        settings["eos_token"] = ends[0]
+    return settings

@@ -1,0 +1,123 @@
+"""What a step reads: its batch is a function of the step's number alone.
+
+So a run that is killed and resumed reads what one that was not would have read, and needs no position in a
+stream to be saved.
+
+A batch is a tensor, or a tuple, list or dict of them; whose first dimension counts the same rows: windows of
+tokens, pairs to compare, images with their text.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..data.windows import Windows, batch_of
+from .settings import TrainerConfig
+
+__all__ = ["Batch", "Batches", "WindowBatches", "batch_to", "require_fitting", "split_batch"]
+
+Batch = Any
+"""A tensor, or a tuple, list or dict of batches."""
+
+
+class Batches(Protocol):
+    """The batch of each step."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, counted from 0; the same one whenever it is asked for."""
+        ...
+
+    def identity(self) -> dict:
+        """What must be the same for a resumed run to see the same batches; fits into JSON."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WindowBatches:
+    """Windows, ``batch_size`` of them a step.
+
+    >>> from minicpm_lite.data.windows import TokenWindows
+    >>> WindowBatches(TokenWindows(torch.arange(100), length=4, seed=0), batch_size=2)[7].shape
+    torch.Size([2, 5])
+    """
+
+    windows: Windows
+    batch_size: int
+
+    def __getitem__(self, step: int) -> Int[Tensor, "batch_size window"]:
+        return batch_of(self.windows, step, self.batch_size)
+
+    def identity(self) -> dict:
+        """The windows'; the batch size stands in the trainer's config."""
+        return self.windows.identity()
+
+
+def require_fitting(windows: Windows, config: TrainerConfig, model: ModelConfig | None) -> None:
+    """Refuse windows whose length or whose ids the trainer or the model does not know.
+
+    Raises:
+        ValueError: a sentence that says which.
+    """
+    if windows.length != config.sequence_length:
+        raise ValueError(
+            f"The windows predict {windows.length} tokens each, and sequence_length is "
+            f"{config.sequence_length}. Make them the same."
+        )
+    if model is None:
+        return
+    smallest, largest = windows.id_range()
+    if largest >= model.vocab_size or smallest < 0:
+        raise ValueError(
+            f"The text has token ids from {smallest} to {largest}; the model knows "
+            f"0 to {model.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
+        )
+    if windows.length > model.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length is {windows.length}; the model was made for "
+            f"{model.max_position_embeddings} tokens (max_position_embeddings)."
+        )
+
+
+def batch_to(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return _changed(batch, lambda tensor: tensor.to(device))
+
+
+def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
+    """Cut a batch into pieces of at most ``rows`` rows; None leaves it whole.
+
+    Raises:
+        ValueError: its tensors count different rows.
+
+    >>> [piece["a"].tolist() for piece in split_batch({"a": torch.arange(3), "b": torch.zeros(3, 2)}, 2)]
+    [[0, 1], [2]]
+    """
+    if rows is None:
+        return [batch]
+    lengths: list[int] = []
+    _changed(batch, lambda tensor: lengths.append(len(tensor)))
+    if len(set(lengths)) != 1:
+        raise ValueError(
+            f"A batch is cut into passes along its rows, and its tensors have {sorted(set(lengths))} rows. "
+            "Give tensors with the same first dimension, or leave micro_batch out."
+        )
+    return [
+        _changed(batch, lambda tensor, start=start: tensor[start : start + rows])
+        for start in range(0, lengths[0], rows)
+    ]
+
+
+def _changed(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
+    """The batch with every tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: _changed(part, change) for name, part in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_changed(part, change) for part in batch)
+    raise TypeError(f"A batch holds a {type(batch).__name__}; expected tensors, in tuples, lists or dicts.")

@@ -1,0 +1,80 @@
+"""Branches of a run: where a decay may begin, and whether two schedules have the same past.
+
+A checkpoint of WSD's stable stage can be decayed at any time, as often as one likes, while the stable run
+goes on. A checkpoint of the warm-up or of a decay cannot: its rate is not the peak's.
+"""
+
+import math
+from pathlib import Path
+
+from .sharded_checkpoint import read_facts
+from .wsd import WSD, Cosine, Schedule
+
+__all__ = ["decay_schedule", "require_same_past", "stable_schedule"]
+
+
+def decay_schedule(checkpoint: str | Path, decay_steps: int, **form: object) -> WSD:
+    """The schedule of a checkpoint's run, with a decay that begins at the checkpoint.
+
+    Args:
+        checkpoint: taken in the stable stage of a WSD run.
+        decay_steps: steps of the decay.
+        form: ``form``, ``final_ratio`` or ``half_life`` of `WSD`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
+    """
+    step, old = stable_schedule(checkpoint)
+    return WSD(old.peak_lr, old.warmup_steps, step - old.warmup_steps, decay_steps, **form)
+
+
+def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
+    """Step and schedule of a checkpoint from which a decay may begin.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
+    """
+    facts = read_facts(checkpoint)
+    step, schedule = facts["step"], _schedule(facts)
+    if not isinstance(schedule, WSD):
+        raise ValueError(
+            f"{checkpoint} was trained with the schedule {facts['schedule']['kind']}, which has no stable "
+            "stage. A decay begins from a run of WSD."
+        )
+    if step < schedule.warmup_steps:
+        raise ValueError(
+            f"{checkpoint} was taken in the warm-up, at step {step} of {schedule.warmup_steps}. A decay "
+            "begins in the stable stage."
+        )
+    if schedule.decay_steps and step > schedule.decay_start:
+        raise ValueError(
+            f"{checkpoint} was taken at step {step}, in or after the decay that began at step "
+            f"{schedule.decay_start}. Its rate has already fallen, and going back to the peak would undo the "
+            f"decay. Take a checkpoint of the stable stage, such as step-{schedule.decay_start:08d}."
+        )
+    return step, schedule
+
+
+def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -> None:
+    """Refuse a checkpoint up to which another schedule gave other rates; the future may differ.
+
+    Raises:
+        ValueError: a sentence that names the first step that differs.
+    """
+    old = _schedule(facts)
+    for step in range(1, facts["step"] + 1):
+        if not math.isclose(old(step), schedule(step), rel_tol=1e-9):
+            raise ValueError(
+                f"{checkpoint} belongs to another schedule: its rate at step {step} was {old(step):.6g}, "
+                f"this run's is {schedule(step):.6g}."
+            )
+
+
+def _schedule(facts: dict) -> Schedule:
+    values = dict(facts["schedule"])
+    kind = {"WSD": WSD, "Cosine": Cosine}[values.pop("kind")]
+    if values.get("half_life"):
+        del values["final_ratio"]  # follows from it
+    return kind(**values)

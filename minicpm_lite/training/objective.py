@@ -1,0 +1,58 @@
+"""What training minimises: a loss of a model on a batch, and what the loss is a mean over.
+
+    minimised, reported = objective.loss(model, batch)        both are means over ...
+    units = objective.weight(batch)                           ... so many tokens, pairs, answers
+
+A step may be cut into passes, and shared by processes. A pass then counts by its share of the step's units,
+so the mean is over the units of the whole step. A mean of the passes' means is another number, wherever they
+hold unequal numbers of units.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..language.decoder import Decoder
+from ..language.scoring import predicted, token_losses
+from ..language.upcycling import balance_loss
+from .batches import Batch
+
+__all__ = ["Objective", "next_token"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what it is a mean over.
+
+    Attributes:
+        loss: of a module and a batch: what is minimised, and what is reported, which has no gradient. They
+            differ by what is added for the module's sake, such as the balance loss of a mixture. Both are
+            means over the batch's units. A batch without a unit has the loss 0 with gradient 0, since a
+            process may be left with such a pass.
+        weight: the units of a batch; it is asked before the batch goes to the device.
+    """
+
+    loss: Callable[[nn.Module, Batch], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
+    weight: Callable[[Batch], int]
+
+
+def _next_token_loss(
+    model: Decoder, window: Int[Tensor, "batch window"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    loss = token_losses(model, window).sum() / predicted(window).sum().clamp(min=1)
+    mixture = model.config.mixture
+    if mixture is None or mixture.balance_loss_weight == 0:
+        return loss, loss.detach()
+    return loss + mixture.balance_loss_weight * balance_loss(model), loss.detach()
+
+
+def _predicted_tokens(window: Int[Tensor, "batch window"]) -> int:
+    return int(predicted(window).sum())
+
+
+next_token = Objective(_next_token_loss, _predicted_tokens)
+"""A decoder's cross entropy of each predicted token of a window, given those before it, in nats a token.
+
+With experts, what is minimised holds their balance loss, too: that of each pass, by its share."""

@@ -1,0 +1,112 @@
+"""The state of a run: the tensors that a checkpoint holds, and the facts that must agree to go on from it.
+
+    model.<name>                     every parameter, frozen or not, and every persistent buffer
+    optimizer.exp_avg.<name>         AdamW's moments, of the parameters that have some:
+    optimizer.exp_avg_sq.<name>      not of frozen ones, and not of those that no gradient ever reached
+
+How often each parameter was moved is a fact, not a tensor. It says, too, which of them have moments.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .settings import TrainerConfig
+
+__all__ = [
+    "checkpoint_shapes",
+    "checkpoint_tensors",
+    "make_moments",
+    "require_same_run",
+    "run_identity",
+    "updates_made",
+]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def run_identity(model: nn.Module, config: TrainerConfig, text: dict) -> dict[str, dict]:
+    """What must be the same for a checkpoint to fit a run; as JSON gives it back, with lists for tuples.
+
+    Args:
+        model: named by its ``config``, if that is a dataclass, else by its class and shapes.
+        config: the trainer's.
+        text: the identity of what is read.
+    """
+    trainer = asdict(config)
+    del trainer["compile"]  # decides how, not what
+    if is_dataclass(getattr(model, "config", None)):
+        identity = {"model config": asdict(model.config)}
+    else:
+        shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
+        identity = {"model": {"class": type(model).__name__, **shapes}}
+    trained = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
+    identity |= {"trainer config": trainer, "text": text, "choice of parameters": trained}
+    return json.loads(json.dumps(identity))
+
+
+def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -> None:
+    """Refuse a checkpoint whose facts differ from a run's `run_identity`.
+
+    Raises:
+        ValueError: a sentence that names the first field that differs.
+    """
+    for part, mine in identity.items():
+        theirs = facts.get(part)
+        for field in mine:
+            if theirs is None or theirs.get(field) != mine[field]:
+                raise ValueError(
+                    f"{path} belongs to another {part}: its {field} is "
+                    f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
+                )
+
+
+def updates_made(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """How often each parameter was moved; without those that never were."""
+    return {
+        name: int(optimizer.state[parameter]["step"])
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def make_moments(model: nn.Module, optimizer: Optimizer, updates: Mapping[str, int]) -> None:
+    """Make room for the moments of a checkpoint, in place of those that are there."""
+    optimizer.state.clear()
+    for name, parameter in model.named_parameters():
+        if name in updates:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(updates[name]), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            }
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and moments by their names in a checkpoint: the tensors themselves, not copies."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in _kept(model).items()}
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            for moment in _MOMENTS:
+                tensors[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def checkpoint_shapes(model: nn.Module, updates: Mapping[str, int]) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a checkpoint in which these parameters were moved."""
+    kept = _kept(model)
+    shapes = {f"model.{name}": tensor.shape for name, tensor in kept.items()}
+    for name in updates:
+        shapes |= {f"optimizer.{moment}.{name}": kept[name].shape for moment in _MOMENTS}
+    return shapes
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and persistent buffers."""
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return dict(model.named_parameters()) | buffers

@@ -1,0 +1,209 @@
+"""Conversations: every example whole and once an epoch, answers alone predicted, in the published template."""
+
+import zlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.data.conversations import (
+    ConversationWindows,
+    EncodedExample,
+    Example,
+    encode_example,
+    packed_windows,
+)
+from minicpm_lite.data.windows import Windows, batch_of
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, readable
+from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
+
+MODEL = ModelConfig(16, 40, 1, 2, 30, num_key_value_heads=1, max_position_embeddings=64)
+
+examples = st.lists(
+    st.builds(
+        EncodedExample,
+        st.lists(st.integers(0, 29), min_size=1, max_size=5).map(tuple),
+        st.lists(st.integers(0, 29), min_size=1, max_size=4).map(tuple),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(deadline=None)
+@given(examples=examples, length=st.integers(8, 20), seed=st.integers(0, 3), epoch=st.integers(0, 3))
+def test_each_example_whole_and_once_an_epoch(examples, length, seed, epoch):
+    windows = ConversationWindows(examples, length, seed)
+    count = len(windows.packed)
+    found = []
+    for index in range(epoch * count, (epoch + 1) * count):
+        row = windows[index].tolist()
+        assert len(row) == length + 1
+        while row and row[-1] == ~0:
+            row.pop()
+        found += split_examples(row)
+    assert sorted(found) == sorted((example.question, example.answer) for example in examples)
+
+
+def split_examples(row):
+    """Questions are negative, answers are not: each change from answer to question begins an example."""
+    found = []
+    while row:
+        question = [~i for i in row[: next(k for k, i in enumerate(row) if i >= 0)]]
+        rest = row[len(question) :]
+        answer = rest[: next((k for k, i in enumerate(rest) if i < 0), len(rest))]
+        found.append((tuple(question), tuple(answer)))
+        row = rest[len(answer) :]
+    return found
+
+
+EXAMPLES = [
+    EncodedExample((1, 2, 3), (4, 5)),
+    EncodedExample((6,), (7, 8, 9)),
+    EncodedExample((10, 11), (12,)),
+]
+
+
+def test_packing_by_hand():
+    windows = ConversationWindows(EXAMPLES, 9, seed=0)
+    rows = {
+        tuple(split_examples([i for i in windows[k].tolist() if i != ~0])) for k in range(len(windows.packed))
+    }
+    assert sum(len(row) for row in rows) == 3
+    assert windows.id_range()[1] == 12
+    assert windows.predicted_share == pytest.approx(6 / (9 * len(windows.packed)))
+    one = ConversationWindows(EXAMPLES[:1], 4, seed=0)
+    assert one[0].tolist() == [~1, ~2, ~3, 4, 5] and one.predicted_share == 0.5
+    assert one[7].tolist() == one[0].tolist()
+
+
+def test_epochs_differ_and_seeds_differ():
+    many = [EncodedExample((i % 20,), (i % 7, 20)) for i in range(200)]
+    windows = ConversationWindows(many, 8, seed=0)
+    count = len(windows.packed)
+    first, second = (torch.stack([windows[e * count + i] for i in range(count)]) for e in (0, 1))
+    assert not torch.equal(first, second)
+    assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, second.tolist()))
+    other = ConversationWindows(many, 8, seed=1)
+    assert windows.identity() != other.identity() != ConversationWindows(many[1:], 8, 1).identity()
+    assert windows.identity() == ConversationWindows(many, 8, seed=0).identity()
+
+
+def test_the_loss_is_that_of_the_answers_alone():
+    """Equal to the cross entropy written out by hand; the padding and the questions' own losses are not in it."""
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    windows = ConversationWindows(EXAMPLES, 9, seed=0)
+    batch = batch_of(windows, 0, len(windows.packed))
+    ids = readable(batch)
+    log_p = model(ids[:, :-1]).log_softmax(-1)
+    total, tokens = 0.0, 0
+    for row in range(len(batch)):
+        for place in range(1, 10):
+            if batch[row, place] >= 0:
+                total -= log_p[row, place - 1, ids[row, place]].item()
+                tokens += 1
+    assert tokens == 6
+    assert next_token_loss(model, batch).item() == pytest.approx(total / tokens, rel=1e-5)
+    wrong = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert wrong != pytest.approx(total / tokens, rel=1e-3), "a loss without the mask is another number"
+
+
+@pytest.mark.parametrize(
+    ("examples", "sentence"),
+    [
+        ([], "no example to put into windows"),
+        ([EncodedExample((), (1,))], "Example 0 lacks a question or an answer"),
+        ([EXAMPLES[0], EncodedExample((1,), ())], "Example 1 lacks a question or an answer"),
+        ([EncodedExample((1,) * 5, (2,) * 5)], "Example 0 has 10 tokens; a window holds 9"),
+    ],
+)
+def test_examples_that_fit_no_window(examples, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ConversationWindows(examples, 8, seed=0)
+
+
+def test_what_was_given_can_be_read_once_only():
+    once, plain = ConversationWindows(iter(EXAMPLES), 9, 0), ConversationWindows(EXAMPLES, 9, 0)
+    assert once.identity() == plain.identity() and torch.equal(once[5], plain[5])
+
+
+def test_is_windows():
+    assert isinstance(ConversationWindows(EXAMPLES, 9, 0), Windows)
+
+
+def test_conversations_count_from_zero():
+    with pytest.raises(IndexError, match="index of the window is -1"):
+        ConversationWindows(EXAMPLES, 9, 0)[-1]
+
+
+def test_packing_marks_all_but_answers():
+    """Question, answer, question, answer, padding: what is not an answer is read and not predicted."""
+    windows = packed_windows([EXAMPLES[:2], EXAMPLES[2:]], 10)
+    assert readable(windows).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 0], [10, 11, 12, 0, 0, 0, 0, 0, 0, 0]]
+    assert predicted(windows).int().tolist() == [[0, 0, 1, 1, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert windows[1, 3:].tolist() == context_only(torch.zeros(7, dtype=torch.long)).tolist()
+
+
+# What the first edition packed, its recorded runs read.
+
+
+@pytest.mark.parametrize(
+    ("seed", "first_100", "identity", "share"),
+    [
+        (0, 4248467192, {"windows": 16, "checksum": 683303190, "length": 16, "seed": 0}, 0.546875),
+        (1, 3529990701, {"windows": 15, "checksum": 3566844755, "length": 16, "seed": 1}, 0.5833333333333334),
+    ],
+)
+def test_the_windows_are_those_of_the_first_edition(seed, first_100, identity, share):
+    examples = [EncodedExample((20 + i % 5, 25), (15 + i % 5, 29, *range(i % 4))) for i in range(40)]
+    windows = ConversationWindows(examples, 16, seed)
+    seen = torch.stack([windows[index] for index in range(100)])
+    assert zlib.crc32(seen.numpy().tobytes()) == first_100
+    assert windows.identity() == identity
+    assert windows.id_range() == (0, 29) and windows.predicted_share == share
+
+
+# Encoding.
+
+TEXT = "how many is 2 plus 3? it is five, of course. " * 9
+
+
+def test_an_example_reads_back_in_the_template():
+    tokenizer = train_tokenizer(TEXT, 300)
+    tokenizer.add_tokens(["<用户>", "<AI>"])
+    encoded = encode_example(tokenizer, Example("sum", "2 plus 3", "five"))
+    assert tokenizer.decode([*encoded.question, *encoded.answer]) == "<用户>2 plus 3<AI> five\n"
+    assert tokenizer.decode(list(encoded.answer)) == " five\n"
+    marks = [tokenizer.token_to_id(mark) for mark in ("<用户>", "<AI>")]
+    assert [encoded.question[0], encoded.question[-1]] == marks
+
+
+def test_examples_are_encoded_whole_whatever_the_tokenizer_says():
+    """A tokenizer.json may order to cut, to pad, and to put special tokens around a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    example = Example("sum", "how many is 2 plus 3?", "it is five, of course")
+    tokenizer = train_tokenizer(TEXT, 270)
+    whole = encode_example(tokenizer, example)
+    tokenizer.enable_truncation(3)
+    assert encode_example(tokenizer, example) == whole
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(length=100)
+    assert encode_example(tokenizer, example) == whole
+    tokenizer.no_padding()
+    tokenizer.post_processor = TemplateProcessing(
+        single="a $A", special_tokens=[("a", tokenizer.token_to_id("a"))]
+    )
+    assert encode_example(tokenizer, example) == whole
+
+
+def test_the_tokenizer_from_scratch_encodes_examples():
+    tokenizer = BytePairTokenizer.train([TEXT], 270)
+    encoded = encode_example(tokenizer, Example("sum", "2 plus 3", "five"))
+    assert encoded.question == tuple(tokenizer.encode("<用户>2 plus 3<AI>"))
+    assert encoded.answer == tuple(tokenizer.encode(" five\n"))

@@ -1,0 +1,375 @@
+"""Chats: templates equal to their originals; a chat that goes on equals one from scratch and reads little."""
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import SHAPE, TOKENIZER, WRITER, Counted, make_model
+from tokenizers import Tokenizer, decoders, models
+from torch.testing import assert_close
+
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.language.chat import Chat, chatml, minicpm_chat
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.sampling import Sampling
+from minicpm_lite.language.tokenizer import BytePairTokenizer
+from minicpm_lite.language.writing import generate_text
+
+# Chat templates
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello!\nWho are you?"},
+    {"role": "assistant", "content": "A model."},
+    {"role": "user", "content": " 你好 "},
+]
+MINICPM4 = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+    " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MINICPM = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{'<用户>' + message['content'].strip()"
+    " + '<AI>'}}{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
+)
+
+
+def rendered(template: str, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=add_generation_prompt
+    )
+    return texts[0]
+
+
+@pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:2], TALK[1:3]])
+@pytest.mark.parametrize("add", [True, False])
+def test_chatml_equals_its_jinja_template(messages, add):
+    assert chatml(messages, add_generation_prompt=add) == rendered(MINICPM4, messages, add)
+
+
+def test_minicpm_chat_equals_its_jinja_template():
+    assert minicpm_chat(TALK[1:]) == rendered(MINICPM, TALK[1:])
+
+
+def test_chatml_with_a_system_message_of_the_model():
+    assert chatml(TALK[1:2], system="Be brief.") == chatml(TALK[:2])
+    assert chatml(TALK, system="Another.") == chatml(TALK)
+
+
+# A chat that goes on
+#
+# Each letter is a token, so that a text has one tokenisation only, and what was written is what would be read.
+
+
+def letters_tokenizer() -> Tokenizer:
+    letters = "\n <>|_?!.,abcdefghijklmnopqrstuvwxyz"
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+LETTERS = letters_tokenizer()
+END = LETTERS.token_to_id("<|im_end|>")
+CHATTER = ModelConfig(
+    **SHAPE | dict(vocab_size=LETTERS.get_vocab_size(), max_position_embeddings=512, init_std=0.5)
+)
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def from_scratch(chat: Chat, question: str, tokens: int, **settings) -> str:
+    """What the same model answers when it reads the whole conversation anew."""
+    text = chatml([*chat.messages, said(question)])
+    (answer,) = generate_text(chat.model, LETTERS, [text], tokens, chat.sampling, **settings)
+    return answer
+
+
+def length(messages: list[dict]) -> int:
+    return len(LETTERS.encode(chatml(messages)).ids)
+
+
+QUESTIONS = ["who are you?", "what, again", "no."]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_three_turns_equal_a_conversation_from_scratch_and_each_reads_what_is_new(penalty):
+    model, tokens = make_model(CHATTER), 9
+    chat = Chat(model, LETTERS, chatml, Sampling(repetition_penalty=penalty))
+    counted, known = Counted(model), 0
+    for question in QUESTIONS:
+        expected = from_scratch(chat, question, tokens)
+        counted.since()
+        pieces = list(chat.answer(question, tokens))
+        assert "".join(pieces) == expected and len(pieces) > 1
+        assert chat.messages[-2:] == [said(question), {"role": "assistant", "content": expected}]
+        new = length(chat.messages[:-1]) - known  # the turn, with what was chosen last and not read
+        assert counted.since() == new + (tokens - 1)
+        known = length(chat.messages[:-1]) + tokens - 1
+    assert len(chat.messages) == 6
+
+
+def test_an_answer_that_ends_by_itself_is_followed_by_what_is_new():
+    """Some letters end a text, so that some answers end and others are cut off."""
+    model = make_model(replace(CHATTER, eos_token_id=LETTERS.encode("vz").ids))
+    chat, counted, shown, ended = Chat(model, LETTERS, chatml), Counted(model), "", []
+    for turn in range(6):
+        question = QUESTIONS[turn % 3] + " " + "abcdef"[turn]
+        expected, text = from_scratch(chat, question, 5), chatml([*chat.messages, said(question)])
+        counted.since()
+        assert "".join(chat.answer(question, 5)) == expected and "<|im_end|>" not in expected
+        new, written = (len(LETTERS.encode(each).ids) for each in (text[len(shown) :], expected))
+        unread = 1 if ended and not ended[-1] else 0  # an end by itself is chosen after all was read
+        ended.append(written < 5)
+        assert counted.since() == unread + new + (written if ended[-1] else 4)
+        shown = text + expected
+    assert 0 < sum(ended[:-1]) < 5
+
+
+def test_a_drawn_answer_is_the_one_from_scratch():
+    model = make_model(CHATTER)
+    chat = Chat(model, LETTERS, chatml, Sampling(1.0, top_p=0.9), generator=torch.Generator().manual_seed(7))
+    other = torch.Generator().manual_seed(7)
+    for question in QUESTIONS:
+        expected = from_scratch(chat, question, 9, generator=other)
+        assert "".join(chat.answer(question, 9)) == expected
+
+
+def test_an_answer_that_is_abandoned_leaves_no_trace():
+    model = make_model(CHATTER)
+    chat, counted = Chat(model, LETTERS, chatml), Counted(model)
+    list(chat.answer(QUESTIONS[0], 9))
+    before = list(chat.messages)
+    for taken, question in ((1, QUESTIONS[1]), (4, QUESTIONS[1]), (2, "another")):
+        answer = chat.answer(question, 9)
+        assert len(list(islice(answer, taken))) == taken
+        answer.close()
+        assert chat.messages == before
+    expected = from_scratch(chat, "another", 9)
+    counted.since()
+    assert "".join(chat.answer("another", 9)) == expected
+    assert counted.since() == 1 + 8  # the question was read before, and of it the last token gives the scores
+
+
+@pytest.mark.parametrize("taken", [1, 4, 100])
+def test_an_answer_that_is_left_open_cannot_go_on_behind_another(taken):
+    model = make_model(CHATTER)
+    chat = Chat(model, LETTERS, chatml)
+    pieces = len(list(chat.answer(QUESTIONS[0], 9)))
+    chat.messages.clear()
+    left = chat.answer(QUESTIONS[0], 9)
+    list(islice(left, min(taken, pieces)))  # to the last piece, but not to the end
+    expected = from_scratch(chat, QUESTIONS[1], 9)
+    assert "".join(chat.answer(QUESTIONS[1], 9)) == expected
+    said = list(chat.messages)
+    with pytest.raises(RuntimeError, match="left open and another question was asked"):
+        next(left)
+    assert chat.messages == said
+
+
+def test_messages_may_be_changed_between_answers():
+    chat = Chat(make_model(CHATTER), LETTERS, chatml)
+    for question in QUESTIONS[:2]:
+        list(chat.answer(question, 9))
+    kept = list(chat.messages)
+    changes = [
+        lambda m: m.__setitem__(1, {"role": "assistant", "content": "something else"}),
+        lambda m: m.__setitem__(0, said("who is she?")),
+        lambda m: m.__delitem__(slice(2, None)),
+        lambda m: m.insert(0, {"role": "system", "content": "be brief."}),
+        lambda m: m.clear(),
+    ]
+    for change in changes:
+        chat.messages = list(kept)
+        change(chat.messages)
+        expected = from_scratch(chat, QUESTIONS[2], 9)
+        assert "".join(chat.answer(QUESTIONS[2], 9)) == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("ask"), st.sampled_from(QUESTIONS), st.integers(1, 6)),
+            st.tuples(st.just("abandon"), st.sampled_from(QUESTIONS), st.integers(1, 5)),
+            st.tuples(st.just("change"), st.sampled_from(["a.", "so it is", ""]), st.integers(0, 5)),
+            st.tuples(st.just("forget"), st.just(""), st.integers(0, 3)),
+            st.tuples(st.just("too much"), st.sampled_from(QUESTIONS), st.just(0)),
+        ),
+        max_size=7,
+    ),
+    stop=st.sampled_from([[], ["q"], ["y.", "n<"]]),
+)
+def test_whatever_happens_to_a_chat_its_answers_are_those_from_scratch(steps, stop):
+    model = make_model(CHATTER)
+    chat = Chat(model, LETTERS, chatml, stop=stop, room=400)
+    for kind, text, number in [*steps, ("ask", QUESTIONS[0], 6)]:
+        if kind == "ask":
+            expected = from_scratch(chat, text, number, stop=stop)
+            assert "".join(chat.answer(text, number)) == expected == chat.messages[-1]["content"]
+        elif kind == "abandon":
+            answer = chat.answer(text, 6)
+            list(islice(answer, number))
+            answer.close()
+        elif kind == "change" and number < len(chat.messages):
+            chat.messages[number] = chat.messages[number] | {"content": text}
+        elif kind == "forget":
+            chat.messages = chat.messages[: 2 * number]
+        elif kind == "too much":
+            with pytest.raises(ValueError, match="room for 400 tokens|made for 512"):
+                list(chat.answer(text, 400))
+
+
+def test_a_conversation_longer_than_its_room_is_refused_and_goes_on_with_less():
+    model = make_model(CHATTER)
+    room = length([said(QUESTIONS[0])]) + 9
+    chat = Chat(model, LETTERS, chatml, room=room)
+    list(chat.answer(QUESTIONS[0], 9))
+    before = list(chat.messages)
+    with pytest.raises(
+        ValueError, match=f"The cache has room for {room} tokens; this text and its answer need"
+    ):
+        list(chat.answer(QUESTIONS[1], 9))
+    assert chat.messages == before
+    chat.messages = []
+    expected = from_scratch(chat, "who?", 12)
+    assert "".join(chat.answer("who?", 12)) == expected
+    with pytest.raises(ValueError, match="room is 0"):
+        Chat(model, LETTERS, chatml, room=0)
+    with pytest.raises(ValueError, match="the model was made for 512"):
+        list(Chat(model, LETTERS, chatml, room=10_000).answer("no. " * 150, 9))
+
+
+def test_what_a_template_refuses_changes_nothing():
+    model = make_model(replace(WRITER, max_position_embeddings=512))
+    chat = Chat(model, TOKENIZER, minicpm_chat)
+    list(chat.answer("man", 5))
+    before = list(chat.messages)
+    chat.messages.insert(0, TALK[0])
+    with pytest.raises(ValueError, match="Message 0 is .*expected a role"):
+        list(chat.answer("wife", 5))
+    chat.messages = list(before)
+    list(chat.answer("wife", 5))
+    assert chat.messages[:2] == before and len(chat.messages) == 4
+
+
+# Tokens that are not those of their text
+
+
+class Recites(Decoder):
+    """Reads as a decoder does, but writes what it is told, answer after answer; keeps the scores it would give."""
+
+    def __init__(self, *answers: list[int]) -> None:
+        super().__init__(replace(WRITER, max_position_embeddings=512))
+        self.answers, self.scores = [list(answer) for answer in answers], []
+
+    def forward(self, ids, context=None, last_only=False):
+        scores = super().forward(ids, context, last_only)
+        self.scores.append(scores[0, -1].clone())
+        return torch.nn.functional.one_hot(torch.tensor([[self.answers[0].pop(0)]]), 300).float()
+
+    def next_answer(self) -> None:
+        self.answers.pop(0)
+        self.scores.clear()
+
+
+def recited(*answers: list[int]) -> Recites:
+    model = Recites(*answers)
+    model.load_state_dict(make_model(model.config).state_dict())
+    return model.eval()
+
+
+def scores_of(model: Recites, ids: list[int]) -> torch.Tensor:
+    """What the decoder in it says of a whole text."""
+    with torch.no_grad():
+        return Decoder.forward(model, torch.tensor([ids]), last_only=True)[0, -1]
+
+
+BY_LETTER = [TOKENIZER.encode(letter).ids[0] for letter in "a wife"]
+HALF_A_PARROT = [*TOKENIZER.encode("a").ids, *TOKENIZER.encode("🦜").ids[:2]]
+
+
+@pytest.mark.parametrize("written", [BY_LETTER, HALF_A_PARROT], ids=["letter by letter", "half a character"])
+def test_tokens_that_the_model_wrote_stay_as_it_wrote_them(written):
+    text = TOKENIZER.decode(written)
+    assert TOKENIZER.encode(text).ids != written
+    model = recited(written, TOKENIZER.encode("man").ids)
+    chat, counted = Chat(model, TOKENIZER, chatml), Counted(model)
+    assert "".join(chat.answer("It is", len(written))) == text == chat.messages[-1]["content"]
+    first = TOKENIZER.encode(chatml([said("It is")])).ids
+    rest = chatml([*chat.messages, said("that")])[len(chatml([said("It is")]) + text) :]
+    model.next_answer(), counted.since()
+    assert "".join(chat.answer("that", 1)) == TOKENIZER.decode(TOKENIZER.encode("man").ids[:1])
+    rest = TOKENIZER.encode(rest).ids
+    assert counted.since() == 1 + len(rest)
+    assert_close(model.scores[0], scores_of(model, [*first, *written, *rest]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop", ["if", "fe", " w", "wi"])
+def test_a_stop_string_that_cuts_a_token_cuts_it_from_what_is_known(stop):
+    """The next turn reads the text as it was shown, not the token of which a part is left."""
+    written = TOKENIZER.encode("a wife, a wife").ids
+    assert any(len(TOKENIZER.decode([token])) > 1 for token in written)
+    model = recited(written, [5])
+    chat = Chat(model, TOKENIZER, chatml, stop=[stop])
+    shown = "a wife".split(stop)[0]
+    assert "".join(chat.answer("It is", len(written))) == shown == chat.messages[-1]["content"]
+    model.next_answer()
+    list(chat.answer("that", 1))
+    text = chatml([said("It is"), {"role": "assistant", "content": shown}, said("that")])
+    assert_close(model.scores[0], scores_of(model, TOKENIZER.encode(text).ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_stop_token_is_neither_shown_nor_known():
+    stop = TOKENIZER.encode("🙂").ids[0]
+    model = recited([*BY_LETTER, stop], [5])
+    chat = Chat(model, TOKENIZER, chatml, stop_ids=[stop])
+    assert "".join(chat.answer("It is", 20)) == "a wife" == chat.messages[-1]["content"]
+    counted = Counted(model)
+    model.next_answer()
+    list(chat.answer("that", 1))
+    before = chatml([said("It is")]) + "a wife"
+    text = chatml([said("It is"), {"role": "assistant", "content": "a wife"}, said("that")])
+    rest = TOKENIZER.encode(text[len(before) :]).ids
+    assert counted.since() == len(rest)  # the answer was read, as it was written, when the stop was chosen
+    known = [*TOKENIZER.encode(chatml([said("It is")])).ids, *BY_LETTER]
+    assert_close(model.scores[0], scores_of(model, [*known, *rest]), atol=1e-4, rtol=1e-4)
+
+
+def test_our_own_tokenizer_chats_as_the_fast_one_does():
+    mine = BytePairTokenizer.from_tokenizers(TOKENIZER)
+    model = make_model(replace(WRITER, max_position_embeddings=512))
+    chats = [Chat(model, tokenizer, chatml, stop=["\n"]) for tokenizer in (mine, mine.fast, TOKENIZER)]
+    for question in ("It is a truth", "单身汉", "🙂"):
+        answers = [list(chat.answer(question, 12)) for chat in chats]
+        assert answers[0] == answers[1] == answers[2]
+    assert chats[0].messages == chats[1].messages and len(chats[0].messages) == 6
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: chatml([]), r"expected a list such as"),
+        (lambda m: chatml(["hi"]), "Message 0 is 'hi'|messages"),
+        (lambda m: chatml([{"role": "user"}]), "Message 0 is .*expected a role"),
+        (lambda m: chatml([{"role": "robot", "content": "x"}]), "system, user, assistant"),
+        (lambda m: minicpm_chat(TALK), "Message 0 is .*expected a role .user, assistant."),
+        (lambda m: Chat(m, TOKENIZER, chatml, stop_ids=["a"]), "stop_ids"),
+        (lambda m: list(Chat(m, TOKENIZER, chatml).answer("a", 0)), "max_new_tokens is 0"),
+        (lambda m: list(Chat(m, TOKENIZER, chatml, stop="ab").answer("a", 3)), "stop is 'ab'; expected a list of strings"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(call, sentence):
+    with pytest.raises(
+        (ValueError, TypeError), match=sentence
+    ):  # the type check of the tests sees some first
+        call(make_model(WRITER))

@@ -1,0 +1,265 @@
+"""Contexts: attention equal to the obvious loop, cached equal to uncached, padded equal to alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import FAMILIES, GROUPED, PLAIN, UNTIED, granite, make_ids, make_model
+from torch.testing import assert_close
+
+from minicpm_lite.language import context
+from minicpm_lite.language.context import Context, KVCache, causal_mask, dense_attention
+from minicpm_lite.language.decoder import Decoder
+
+
+def run_cached(model: Decoder, ids: torch.Tensor, cuts: list[int], cache: KVCache) -> torch.Tensor:
+    """Logits from feeding the ids in pieces, split at the cuts."""
+    return torch.cat([model(piece, cache) for piece in ids.tensor_split(cuts, dim=1)], dim=1)
+
+
+# Attention
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 5), (3, 8)])
+def test_attention_equals_the_obvious_loop(queries, keys):
+    heads, kv_heads, dim = 6, 2, 8
+    q, k, v = (
+        torch.randn(2, heads, queries, dim),
+        torch.randn(2, kv_heads, keys, dim),
+        torch.randn(2, kv_heads, keys, dim),
+    )
+    expected = torch.empty_like(q)
+    for head in range(heads):
+        for i in range(queries):
+            seen = keys - queries + i + 1
+            kv = head // (heads // kv_heads)
+            scores = torch.einsum("bd,bsd->bs", q[:, head, i], k[:, kv, :seen]) / math.sqrt(dim)
+            expected[:, head, i] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, kv, :seen])
+    assert_close(dense_attention(q, k, v), expected, atol=1e-6, rtol=1e-5)
+    mask = causal_mask(queries, keys, "cpu")
+    assert_close(dense_attention(q, k, v, mask), expected, atol=1e-6, rtol=1e-5)
+    assert_close(dense_attention(q, k, v, mask.expand(2, 1, -1, -1)), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_masked_key_is_as_if_it_were_not_there(queries):
+    q, k, v = torch.randn(1, 4, queries, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
+    seen = torch.tensor([0, 2, 3, 7])
+    mask = torch.zeros(queries, 9, dtype=torch.bool).index_fill(1, seen, True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k[:, :, seen], v[:, :, seen], enable_gqa=True
+    )
+    assert_close(dense_attention(q, k, v, mask), expected, atol=1e-6, rtol=1e-5)
+
+
+@given(queries=st.integers(1, 9), earlier=st.integers(0, 9))
+def test_the_causal_mask_lets_each_token_see_itself_and_those_before(queries, earlier):
+    mask = causal_mask(queries, queries + earlier, "cpu")
+    assert mask.tolist() == [
+        [key <= earlier + query for key in range(queries + earlier)] for query in range(queries)
+    ]
+
+
+# A cache
+
+
+@torch.no_grad()
+def test_cached_steps_equal_granite_with_its_own_cache():
+    from transformers import DynamicCache
+
+    model = make_model(GROUPED)
+    ids, reference = make_ids(model.config, tokens=8), granite(model)
+    cache, theirs = KVCache(8), DynamicCache()
+    for token in ids.split(1, dim=1):
+        assert_close(
+            model(token, cache), reference(token, past_key_values=theirs).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, 16), max_size=4, unique=True).map(sorted), batch=st.integers(1, 3))
+@torch.no_grad()
+def test_cached_equals_uncached_however_the_ids_are_cut(cuts, batch):
+    model = make_model(UNTIED)
+    ids = make_ids(model.config, batch)
+    assert_close(run_cached(model, ids, cuts, KVCache(64)), model(ids), atol=1e-5, rtol=1e-5)
+
+
+class PositionsFromZero(KVCache):
+    def begin(self, x):
+        return super().begin(x) - self.length
+
+
+class FirstQueryAtFirstKey(KVCache):
+    def attend(self, layer, query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+
+class NewTokensAlone(KVCache):
+    def attend(self, layer, query, key, value):
+        new = query.shape[2]
+        return dense_attention(query, key[:, :, -new:], value[:, :, -new:])
+
+
+class AllTokens(KVCache):
+    def attend(self, layer, query, key, value):
+        return dense_attention(query, key, value, torch.ones(query.shape[2], key.shape[2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize("wrong", [PositionsFromZero, FirstQueryAtFirstKey, NewTokensAlone, AllTokens])
+@torch.no_grad()
+def test_wrong_caches_are_told_apart(wrong):
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    for cuts in ([9], [9, 10, 14]):
+        right, mistaken = (run_cached(model, ids, cuts, cache) for cache in (KVCache(17), wrong(17)))
+        assert_close(right, model(ids), atol=1e-5, rtol=1e-5)
+        assert (mistaken - right).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_cache_remembers_how_far_it_has_read():
+    model, ids, cache = make_model(GROUPED), make_ids(GROUPED), KVCache(20)
+    assert (cache.length, cache.reach) == (0, 0)
+    for piece, length in zip(ids.split([3, 1, 13], dim=1), (3, 4, 17), strict=True):
+        model(piece, cache)
+        assert (cache.length, cache.reach) == (length, length)
+    alone = Context()
+    model(ids, alone)
+    assert (alone.length, alone.reach, alone.mask) == (0, 17, None)
+    assert_close(model(ids, alone), model(ids), atol=0, rtol=0)  # a call is a whole text, each time
+
+
+@torch.no_grad()
+def test_the_mask_is_made_once_a_call(monkeypatch):
+    made = []
+    monkeypatch.setattr(context, "causal_mask", lambda *args: made.append(args[:2]) or causal_mask(*args))
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    run_cached(model, ids, [9, 10], KVCache(17, torch.tensor([0, 2])))
+    assert made == [(9, 9), (1, 10), (7, 17)]
+    made.clear()
+    run_cached(model, ids, [9, 10], KVCache(17))
+    assert made == [(7, 17)]  # without padding the kernels need no mask for a text at once or one token
+
+
+@torch.no_grad()
+def test_cache_takes_the_promised_bytes():
+    cache = KVCache(32)
+    Decoder(GROUPED)(make_ids(GROUPED, batch=1, tokens=3), cache)
+    assert cache.length == 3
+    assert (
+        cache.nbytes
+        == 32 * GROUPED.num_hidden_layers * 2 * GROUPED.num_key_value_heads * GROUPED.head_dim * 4
+    )
+
+
+# Padding
+
+
+@pytest.mark.parametrize("name", ["grouped, tied", "multi-head, untied"])
+@torch.no_grad()
+def test_rows_padded_on_the_left_are_the_rows_alone(name):
+    model = make_model(PLAIN[name])
+    ids, padding = make_ids(model.config, batch=3, tokens=12), torch.tensor([0, 5, 11])
+    padded = run_cached(model, ids, [11], KVCache(20, padding))
+    one_by_one = run_cached(model, ids, [6, 7, 8], KVCache(20, padding))
+    assert bool(padded.isfinite().all())
+    for row, pad in enumerate(padding.tolist()):
+        alone = model(ids[row : row + 1, pad:])
+        assert_close(padded[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-5)
+        assert_close(one_by_one[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-5)
+
+
+class PaddingSeen(KVCache):
+    def hide_padding(self, mask):
+        return mask.expand(len(self.padding), 1, -1, -1)
+
+
+class PaddingOfTheFirstRow(KVCache):
+    def hide_padding(self, mask):
+        return super().hide_padding(mask)[:1].expand(len(self.padding), -1, -1, -1)
+
+
+@pytest.mark.parametrize("wrong", [PaddingSeen, PaddingOfTheFirstRow])
+@torch.no_grad()
+def test_wrong_padding_is_told_apart(wrong):
+    model, ids, padding = make_model(GROUPED), make_ids(GROUPED, batch=2, tokens=12), torch.tensor([0, 5])
+    assert (model(ids, wrong(12, padding))[1, 5:] - model(ids[1:, 5:])[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_positions_count_from_where_the_text_of_a_row_begins():
+    """Rotary attention cannot tell, for a shift of all positions changes no product."""
+    cache = KVCache(12, torch.tensor([0, 5]))
+    positions = cache.begin(torch.zeros(2, 8, 4))
+    assert positions[:, 0].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 0, 0, 1, 2]]
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: m(torch.zeros(1, 5, dtype=torch.long), KVCache(4)), "room for 4 tokens and would need 5"),
+        (lambda m: KVCache(0), "room is 0"),
+    ],
+)
+def test_impossible_lengths_get_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(Decoder(GROUPED))
+
+
+@torch.no_grad()
+def test_a_cache_serves_one_batch_and_one_model():
+    model, cache = Decoder(GROUPED), KVCache(8)
+    model(torch.zeros(2, 1, dtype=torch.long), cache)
+    with pytest.raises(
+        ValueError, match=r"holds \(batch, heads, width\) of \(2, 2, 16\) and now gets \(1, 2, 16\)"
+    ):
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"now gets \(2, 1, 16\)"):
+        Decoder(UNTIED)(torch.zeros(2, 1, dtype=torch.long), cache)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_is_not_trained_through(name):
+    with pytest.raises(ValueError, match="use torch.no_grad"):
+        Decoder(FAMILIES[name])(torch.zeros(1, 1, dtype=torch.long), KVCache(8))
+
+
+def test_a_cache_may_change_between_inference_mode_and_no_grad():
+    model, cache, ids = make_model(GROUPED), KVCache(8), torch.arange(6)[None]
+    with torch.inference_mode():
+        first = model(ids[:, :4], cache)
+    with torch.no_grad():
+        assert_close(torch.cat([first, model(ids[:, 4:], cache)], dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_survives_a_call_that_failed():
+    model, cache = make_model(GROUPED), KVCache(8)
+    failing, calls = model.layers[2].mlp.forward, []
+    model.layers[2].mlp.forward = lambda x: calls.append(x) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(torch.zeros(3, 2, dtype=torch.long), cache)
+    model.layers[2].mlp.forward = failing
+    ids = make_ids(model.config, batch=1, tokens=4)
+    assert_close(model(ids, cache), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_used_again_takes_the_frequencies_of_its_new_model():
+    model, ids, cache = make_model(GROUPED), make_ids(GROUPED), KVCache(17)
+    model(ids, cache)
+    model.config, cache.length = replace(model.config, rope_theta=77.0), 0
+    assert_close(model(ids, cache), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_of_another_batch_is_refused():
+    with pytest.raises(ValueError, match="padding of 2 rows, and 3 came"), torch.no_grad():
+        make_model(GROUPED)(make_ids(GROUPED, batch=3), KVCache(17, torch.tensor([0, 1])))

@@ -1,0 +1,229 @@
+"""Text as it is written: pieces add up, no character is cut, stop strings are found wherever tokens are cut."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import TEXT, TOKENIZER, WRITER, Says, make_model
+from tokenizers import Tokenizer, decoders, models
+
+from minicpm_lite.language.generation import generate
+from minicpm_lite.language.sampling import Sampling
+from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
+from minicpm_lite.language.writing import TextWriter, generate_text, stream_text
+
+MINE = BytePairTokenizer.from_tokenizers(TOKENIZER)
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# The writer
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(min_size=1, max_size=25))
+def test_pieces_add_up_to_the_text_and_no_character_is_cut(text):
+    writer = TextWriter(TOKENIZER)
+    pieces = [writer.push(token) for token in TOKENIZER.encode(text).ids] + [writer.finish()]
+    assert "".join(pieces) == writer.text == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(alphabet="ab\n人🙂", max_size=20),
+    stop=st.lists(st.text(alphabet="ab\n人🙂", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_first_stop_string_wherever_tokens_are_cut(text, stop):
+    writer, shown = TextWriter(TOKENIZER, stop), ""
+    for token in TOKENIZER.encode(text).ids:
+        shown += writer.push(token)
+        if writer.stopped:
+            break
+    shown += writer.finish()
+    places = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]
+    assert shown == writer.text == (text[: min(places)[1]] if places else text)
+    assert writer.stopped == bool(places)
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    tokens = TOKENIZER.encode("a🦜").ids  # the parrot is not in the training text: four bytes, four tokens
+    writer = TextWriter(TOKENIZER)
+    assert [writer.push(token) for token in tokens[:-1]] == ["a"] + [""] * (len(tokens) - 2)
+    assert writer.finish() == "\ufffd"
+
+
+def test_text_is_held_back_only_as_long_as_it_may_become_a_stop_string():
+    writer = TextWriter(TOKENIZER, ["END"])
+    assert [writer.push(token) for token in TOKENIZER.encode("xEyENz").ids] == ["x", "", "Ey", "", "", "ENz"]
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """A tokenizer of the kind that Llama 2 and MiniCPM have: what it lacks is written as byte tokens."""
+    pieces = ["\u2581a", "\u2581b", "c", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.lists(
+        st.sampled_from([0, 1, 2, 3 + 0x0A, 3 + 0x61, *(3 + b for b in "🙂人".encode())]), max_size=12
+    )
+)
+def test_byte_tokens_are_put_together_as_the_tokenizer_does(tokens):
+    tokenizer = byte_fallback_tokenizer()
+    writer = TextWriter(tokenizer)
+    assert "".join([writer.push(token) for token in tokens] + [writer.finish()]) == tokenizer.decode(tokens)
+
+
+# A model that writes
+
+
+def test_streamed_text_is_the_whole_text():
+    model = make_model(WRITER)
+    pieces = list(stream_text(model, TOKENIZER, "It is a truth", 30, Sampling(1.0), generator=seeded()))
+    (whole,) = generate_text(model, TOKENIZER, ["It is a truth"], 30, Sampling(1.0), generator=seeded())
+    assert len(pieces) > 5 and "".join(pieces) == whole
+    ids = torch.tensor([TOKENIZER.encode("It is a truth").ids])
+    free = generate(model, ids, 30, 1.0, generator=seeded())
+    assert whole == TOKENIZER.decode(free[0, ids.shape[1] :].tolist())
+
+
+def test_a_batch_of_texts_stops_row_by_row():
+    first, second = (TOKENIZER.encode(text).ids for text in ("man. wife", "a wife, that. man"))
+    assert generate_text(Says(first, second), TOKENIZER, ["x", "y z"], 20, stop=["."]) == [
+        "man",
+        "a wife, that",
+    ]
+
+
+def test_a_special_token_can_be_a_stop_string():
+    tokenizer = train_tokenizer(TEXT, 290)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    answer = tokenizer.encode("a wife<|im_end|>a wife").ids
+    assert tokenizer.token_to_id("<|im_end|>") in answer
+    assert generate_text(Says(answer), tokenizer, ["x"], 20, stop=["<|im_end|>"]) == ["a wife"]
+
+
+def test_a_stop_token_is_not_part_of_the_text():
+    tokens = TOKENIZER.encode("a wife").ids
+    stop = TOKENIZER.encode("🙂").ids[0]
+    answer = [*tokens, stop, *tokens]
+    assert generate_text(Says(answer), TOKENIZER, ["x"], 20, stop_ids=[stop]) == ["a wife"]
+    assert "".join(stream_text(Says(answer), TOKENIZER, "x", 20, stop_ids=[stop])) == "a wife"
+
+
+def test_nothing_is_computed_after_all_texts_have_stopped():
+    says = Says(TOKENIZER.encode("man. wife wife wife").ids)
+    generate_text(says, TOKENIZER, ["x"], 20, stop=["."])
+    assert says.step == len(TOKENIZER.encode("man.").ids)
+
+
+def test_a_model_stops_at_its_own_tokens_unless_told_otherwise():
+    tokens = TOKENIZER.encode("a wife").ids
+    stop = TOKENIZER.encode("🙂").ids[0]
+    answer, config = [*tokens, stop, *tokens, stop], replace(WRITER, eos_token_id=stop)
+    assert generate_text(Says(answer, config=config), TOKENIZER, ["x"], 20) == ["a wife"]
+    assert "".join(stream_text(Says(answer, config=config), TOKENIZER, "x", 20)) == "a wife"
+    whole = TOKENIZER.decode(answer)
+    assert generate_text(Says(answer, config=config), TOKENIZER, ["x"], len(answer), stop_ids=()) == [whole]
+    assert (
+        "".join(stream_text(Says(answer, config=config), TOKENIZER, "x", len(answer), stop_ids=())) == whole
+    )
+
+
+def test_stop_tokens_from_an_iterator_stop_every_row():
+    first, second = (TOKENIZER.encode(text).ids for text in ("a wife", "that man"))
+    stop = TOKENIZER.encode("🙂").ids[0]
+    says = Says([*first, stop, 1, 1, 1], [*second, stop])
+    assert generate_text(says, TOKENIZER, ["x", "y"], 20, stop_ids=iter([stop])) == ["a wife", "that man"]
+    assert (
+        "".join(stream_text(Says([*first, stop, 1, 1]), TOKENIZER, "x", 20, stop_ids=iter([stop])))
+        == "a wife"
+    )
+
+
+# Either kind of tokenizer
+
+
+PROMPTS = ["It is a truth", "单身汉 — must be", "🙂"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_our_own_tokenizer_writes_the_same_text_as_the_fast_one(seed):
+    model, settings = make_model(WRITER), dict(sampling=Sampling(1.0), stop=["\n", "man"])
+    mine, fast = (
+        generate_text(model, tokenizer, PROMPTS, 30, **settings, generator=seeded(seed))
+        for tokenizer in (MINE, MINE.fast)
+    )
+    assert mine == fast and all(mine)
+    for prompt in PROMPTS:
+        mine, fast = (
+            list(stream_text(model, tokenizer, prompt, 30, **settings, generator=seeded(seed)))
+            for tokenizer in (MINE, MINE.fast)
+        )
+        assert mine == fast and mine
+    ids = torch.tensor([MINE.encode("It is a truth")])
+    written = generate(model, ids, 30, 1.0, generator=seeded(seed))[0, ids.shape[1] :].tolist()
+    pieces = stream_text(model, MINE, "It is a truth", 30, Sampling(1.0), generator=seeded(seed))
+    assert "".join(pieces) == MINE.decode(written)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 299), max_size=12),
+    stop=st.lists(st.sampled_from(["a", " m", "\ufffd", "身"]), max_size=2),
+)
+def test_our_own_tokenizer_in_a_writer(ids, stop):
+    writers = [TextWriter(tokenizer, stop) for tokenizer in (MINE, MINE.fast)]
+    pieces = [[writer.push(token) for token in ids] + [writer.finish()] for writer in writers]
+    assert pieces[0] == pieces[1] and writers[0].text == writers[1].text
+    if not stop:
+        assert writers[0].text == MINE.decode(ids)
+
+
+def test_orders_to_cut_or_pad_are_not_followed():
+    """They stand in many a tokenizer.json, for the batches that it was trained with."""
+    ordered = Tokenizer.from_str(TOKENIZER.to_str())
+    ordered.enable_truncation(2)
+    ordered.enable_padding(length=40)
+    model, prompts = make_model(WRITER), ["It is a truth universally acknowledged", "man"]
+    assert generate_text(model, ordered, prompts, 12) == generate_text(model, TOKENIZER, prompts, 12)
+    for prompt in prompts:
+        pieces = [list(stream_text(model, each, prompt, 12)) for each in (ordered, TOKENIZER)]
+        assert pieces[0] == pieces[1]
+    assert ordered.truncation["max_length"] == 2 and ordered.padding["length"] == 40
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: generate_text(m, TOKENIZER, ["a", ""], 5), "Prompt 1 is empty"),
+        (lambda m: generate_text(m, TOKENIZER, [], 5), "There is no prompt"),
+        (lambda m: generate_text(m, TOKENIZER, "a", 5), "prompts is one string"),
+        (lambda m: TextWriter(TOKENIZER, ["a", ""]), "none of them empty"),
+        (lambda m: TextWriter(TOKENIZER, "ab"), "stop is 'ab'; expected a list of strings"),
+        (lambda m: list(stream_text(m, TOKENIZER, "a", 5, stop_ids=["a"])), "stop_ids"),
+        (
+            lambda m: list(stream_text(m, TOKENIZER, "a", 5, stop="ab")),
+            "stop is 'ab'; expected a list of strings",
+        ),
+    ],
+)
+def test_bad_input_gets_a_sentence(call, sentence):
+    with pytest.raises(
+        (ValueError, TypeError), match=sentence
+    ):  # the type check of the tests sees some first
+        call(make_model(WRITER))

@@ -1,0 +1,61 @@
+"""Batches: a function of the step, any nesting of tensors, cut along the rows."""
+
+import pytest
+import torch
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.data.windows import TokenWindows, batch_of
+from minicpm_lite.training.batches import WindowBatches, batch_to, require_fitting, split_batch
+from minicpm_lite.training.settings import TrainerConfig
+
+TOKENS = torch.arange(1000) % 40
+ROWS = torch.arange(10).view(5, 2)
+BATCH = {"text": ROWS, "pairs": (ROWS * 10, [ROWS[:, 0]])}
+
+
+def test_windows_as_batches():
+    windows = TokenWindows(TOKENS, 16, 0)
+    batches = WindowBatches(windows, 3)
+    assert torch.equal(batches[4], batch_of(windows, 4, 3)) and batches[4].shape == (3, 17)
+    assert batches.identity() == windows.identity()
+
+
+def test_a_batch_goes_to_a_device_in_its_shape():
+    moved = batch_to(BATCH, torch.device("meta"))
+    assert moved["text"].is_meta and moved["pairs"][0].is_meta and moved["pairs"][1][0].is_meta
+    assert (type(moved), type(moved["pairs"]), type(moved["pairs"][1])) == (dict, tuple, list)
+    with pytest.raises(TypeError, match="A batch holds a str; expected tensors"):
+        batch_to({"text": "words"}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+def test_the_pieces_of_a_batch_are_the_batch(rows):
+    pieces = split_batch(BATCH, rows)
+    assert [len(piece["text"]) for piece in pieces] == [min(rows, 5 - start) for start in range(0, 5, rows)]
+    assert torch.equal(torch.cat([piece["text"] for piece in pieces]), ROWS)
+    assert torch.equal(torch.cat([piece["pairs"][0] for piece in pieces]), ROWS * 10)
+    assert torch.equal(torch.cat([piece["pairs"][1][0] for piece in pieces]), ROWS[:, 0])
+
+
+def test_a_batch_that_is_not_cut_may_have_any_rows():
+    uneven = (ROWS, ROWS[:3])
+    assert split_batch(uneven, None) == [uneven]
+    with pytest.raises(ValueError, match=r"its tensors have \[3, 5\] rows"):
+        split_batch(uneven, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "sentence"),
+    [
+        (TOKENS + 1, 16, "ids from 1 to 40; the model knows 0 to 39"),
+        (TOKENS, 65, "sequence_length is 65; the model was made for 64"),
+    ],
+)
+def test_windows_that_a_model_does_not_know(tokens, length, sentence):
+    model = ModelConfig(32, 80, 2, 4, 40, max_position_embeddings=64)
+    windows, config = TokenWindows(tokens, length, 0), TrainerConfig(4, length)
+    with pytest.raises(ValueError, match=sentence):
+        require_fitting(windows, config, model)
+    require_fitting(windows, config, None)  # a module that is no decoder may know them
+    with pytest.raises(ValueError, match=f"predict {length} tokens each, and sequence_length is 8"):
+        require_fitting(windows, TrainerConfig(4, 8), None)

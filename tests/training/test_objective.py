@@ -1,0 +1,66 @@
+"""The next-token objective: exact values, exact counts, and what is added for a mixture."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.config import MixtureConfig
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.scoring import context_only
+from minicpm_lite.language.upcycling import balance_loss
+from minicpm_lite.training.objective import next_token
+
+MODEL = ModelConfig(32, 80, 2, 4, 40, num_key_value_heads=2, max_position_embeddings=64, init_std=0.1)
+WINDOW = ((torch.arange(34) * 7 // 3) % 40).view(2, 17)
+CONTEXT = torch.zeros_like(WINDOW, dtype=torch.bool)
+CONTEXT[0, :9] = True
+CONTEXT[1, [0, 4, 16]] = True
+MASKED = torch.where(CONTEXT, context_only(WINDOW), WINDOW)
+
+
+def test_loss_of_a_uniform_model_is_known():
+    model = Decoder(MODEL)
+    torch.nn.init.zeros_(model.embed_tokens.weight)
+    minimised, reported = next_token.loss(model, WINDOW)
+    assert reported.item() == pytest.approx(torch.tensor(40.0).log().item(), rel=1e-5)
+    assert minimised.requires_grad and not reported.requires_grad
+
+
+def test_what_is_only_read_is_not_counted():
+    model = Decoder(MODEL)
+    losses = F.cross_entropy(model(WINDOW[:, :-1]).transpose(1, 2), WINDOW[:, 1:], reduction="none")
+    counted = losses[~CONTEXT[:, 1:]]
+    assert_close(next_token.loss(model, MASKED)[0], counted.mean())
+    assert next_token.weight(MASKED) == len(counted) == 8 + 14
+    assert next_token.weight(WINDOW) == 32
+    assert abs(next_token.loss(model, MASKED)[1] - losses.mean()) > 1e-3, "the mean of all would be noticed"
+
+
+def test_gradients_are_those_of_the_plain_mean():
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    plain = F.cross_entropy(model(WINDOW[:, :-1]).flatten(0, 1), WINDOW[:, 1:].flatten())
+    wanted = torch.autograd.grad(plain, model.parameters())
+    found = torch.autograd.grad(next_token.loss(model, WINDOW)[0], model.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)), "bit for bit"
+
+
+def test_a_batch_without_a_unit_is_zero_and_moves_nothing():
+    """A process may be left with such a pass; it must not be nan, which no share of 0 takes away."""
+    model = Decoder(MODEL)
+    minimised, reported = next_token.loss(model, context_only(WINDOW))
+    assert next_token.weight(context_only(WINDOW)) == 0
+    assert minimised.item() == reported.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(minimised, model.parameters()))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_the_balance_loss_is_minimised_and_not_reported(weight):
+    torch.manual_seed(0)
+    model = Decoder(replace(MODEL, mixture=MixtureConfig(4, 2, balance_loss_weight=weight))).train()
+    minimised, reported = next_token.loss(model, WINDOW)
+    assert_close(minimised - reported, weight * balance_loss(model))

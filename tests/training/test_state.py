@@ -1,0 +1,104 @@
+"""What makes two runs the same, and what a checkpoint holds of any module."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.training.optimizer import adamw
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.state import (
+    checkpoint_shapes,
+    checkpoint_tensors,
+    make_moments,
+    require_same_run,
+    run_identity,
+    updates_made,
+)
+
+MODEL = ModelConfig(16, 40, 1, 2, 30, num_key_value_heads=1, max_position_embeddings=64)
+CONFIG, TEXT = TrainerConfig(3, 8), {"checksum": 1}
+
+
+class Mixed(nn.Module):
+    """A frozen part, a part that nothing uses, a buffer that is kept and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("scratch", torch.zeros(5), persistent=False)
+
+    def forward(self, x):
+        return self.used(self.frozen(x))
+
+
+def refused(mine, theirs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        require_same_run("run", run_identity(theirs, CONFIG, TEXT), run_identity(mine, CONFIG, TEXT))
+
+
+def test_a_decoder_is_named_by_its_config():
+    facts = run_identity(Decoder(MODEL), CONFIG, TEXT)
+    assert facts["model config"]["hidden_size"] == 16 and facts["text"] == TEXT
+    assert facts["trainer config"]["betas"] == [0.9, 0.95] and "compile" not in facts["trainer config"]
+    require_same_run("run", facts, run_identity(Decoder(MODEL), replace(CONFIG, compile=True), TEXT))
+    refused(
+        Decoder(MODEL),
+        Decoder(replace(MODEL, num_hidden_layers=2)),
+        "num_hidden_layers is 2, this run's is 1",
+    )
+
+
+def test_another_module_is_named_by_class_and_shapes():
+    refused(
+        nn.Linear(2, 3), nn.Linear(2, 4), r"another model: its weight is \[4, 2\], this run's is \[3, 2\]"
+    )
+    refused(
+        nn.Linear(2, 3),
+        nn.Bilinear(2, 2, 3),
+        "another model: its class is 'Bilinear', this run's is 'Linear'",
+    )
+
+
+def test_which_parameters_are_trained_belongs_to_it():
+    free, frozen = Decoder(MODEL), Decoder(MODEL)
+    frozen.norm.requires_grad_(False)
+    refused(
+        free, frozen, "another choice of parameters: its norm.weight is 'frozen', this run's is 'trained'"
+    )
+    refused(
+        frozen, free, "another choice of parameters: its norm.weight is 'trained', this run's is 'frozen'"
+    )
+
+
+def test_what_a_checkpoint_holds():
+    model = Mixed()
+    optimizer = adamw(model, CONFIG, 0.1)
+    weights = {f"model.{layer}.{part}" for layer in ("frozen", "used", "idle") for part in ("weight", "bias")}
+    assert checkpoint_tensors(model, optimizer).keys() == weights | {"model.seen"}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    updates = updates_made(model, optimizer)
+    assert updates == {"used.weight": 3, "used.bias": 3}
+    tensors = checkpoint_tensors(model, optimizer)
+    moments = {f"optimizer.{m}.used.{part}" for m in ("exp_avg", "exp_avg_sq") for part in ("weight", "bias")}
+    assert tensors.keys() == weights | {"model.seen"} | moments
+    assert {name: tensor.shape for name, tensor in tensors.items()} == checkpoint_shapes(model, updates)
+
+
+def test_room_for_moments_is_made_anew():
+    model = Mixed()
+    optimizer = adamw(model, CONFIG, 0.1)
+    make_moments(model, optimizer, {"idle.bias": 7})
+    assert updates_made(model, optimizer) == {"idle.bias": 7}
+    make_moments(model, optimizer, {"used.bias": 2})
+    assert updates_made(model, optimizer) == {"used.bias": 2}
+    names = {name for name in checkpoint_tensors(model, optimizer) if name.startswith("optimizer")}
+    assert names == {"optimizer.exp_avg.used.bias", "optimizer.exp_avg_sq.used.bias"}
