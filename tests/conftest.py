@@ -17,25 +17,22 @@ from jaxtyping import install_import_hook
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 install_import_hook(["minicpm_lite.language", "minicpm_lite.data"], "beartype.beartype")
 
-# Seconds of the files that take more than twenty, to begin with them; a chapter's seconds stand in the notebook.
-LONG_FILES = {}
-
-
-def seconds(item: pytest.Item) -> int:
-    """About how long the group of a test takes; pages are many and short, and fill in at the end."""
-    if item.get_closest_marker("pages"):
-        return -1
-    if item.path.suffix == ".ipynb":
-        return item.parent.nb.metadata.get("minicpm_lite", {}).get("seconds", 0)
-    return LONG_FILES.get(item.location[0], 0)
-
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=seconds, reverse=True)
+    """Make a group of each file, but for the pages, and begin with what takes longest."""
+    seconds = Counter()
     for item in items:
-        if not item.get_closest_marker("pages"):
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+        file = item.location[0]
+        if item.get_closest_marker("pages"):
+            seconds[file] = -1  # many short ones, which fill in at the end
+            continue
+        item.add_marker(pytest.mark.xdist_group(file))
+        if item.path.suffix == ".ipynb":
+            seconds[file] = item.parent.nb.metadata.get("minicpm_lite", {}).get("seconds", 0)
+        else:  # roughly; what is marked slow takes more than ten seconds
+            seconds[file] += 20 if item.get_closest_marker("slow") else 0.1
+    items.sort(key=lambda item: seconds[item.location[0]], reverse=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

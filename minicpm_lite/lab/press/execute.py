@@ -7,6 +7,7 @@ no widget state, no progress bars, nothing from stderr, no addresses of objects.
 kept together.
 """
 
+import inspect
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...optional import require
+from .. import machine
 from ..machine import cores, device
 from .notebook import KEY, Notebook
 from .stamps import stamp, why_stale
@@ -33,7 +35,7 @@ PROGRESS_BAR = re.compile(r"\d+%\|[^|\n]*\| *\S+/\S+ \[[\d:]+<|\d+(?:it|B) \[[\d
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,16}")
-_PEAK_MEMORY = "from minicpm_lite.lab.machine import peak_memory_mb as _peak; print(_peak())"
+_PEAK_MEMORY = f"{inspect.getsource(machine)}\nprint(peak_memory_mb())"  # an import would be of all of lab
 
 
 class _ThisInterpreter(_manager.AsyncKernelManager):

@@ -33,14 +33,32 @@ def notebook(path, *sources):
     return path
 
 
+MEET = """
+import pathlib, time
+
+pathlib.Path("{me} is here").touch()
+end = time.monotonic() + 120
+while not pathlib.Path("{other} is here").exists():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+"""
+
+
 @pytest.fixture(scope="module")
 def after_a_run(tmp_path_factory):
-    """A notebook that has run."""
-    path = notebook(tmp_path_factory.mktemp("run") / "topic.ipynb", *CELLS)
-    assert execute.run([path])
+    """A notebook that has run, beside two that run side by side: each waits for the other."""
+    folder = tmp_path_factory.mktemp("run")
+    path = notebook(folder / "topic.ipynb", *CELLS)
+    both = [notebook(folder / f"{me}.ipynb", MEET.format(me=me, other=other)) for me, other in ("ab", "ba")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "cores", lambda: 2)
+        assert execute.run([path, *both])
+    for other in both:
+        other.unlink()
     return path
 
 
+@pytest.mark.slow  # a kernel starts, in a process that starts
 def test_a_run_keeps_what_is_the_same_and_drops_the_rest(after_a_run):
     nb = nbformat.read(after_a_run, as_version=4)
     outputs = [cell.outputs for cell in nb.cells]
@@ -57,6 +75,7 @@ def test_a_run_keeps_what_is_the_same_and_drops_the_rest(after_a_run):
     assert 200 < record["peak_memory_mb"] < 900, "the kernel's own memory, not that of the process above it"
 
 
+@pytest.mark.slow  # kernels start, in processes that start
 def test_only_stale_notebooks_run_and_twice_gives_the_same_bytes(after_a_run, capsys):
     first = after_a_run.read_bytes()
     stale = notebook(after_a_run.with_name("stale.ipynb"), "1 + 1")
@@ -70,39 +89,26 @@ def test_only_stale_notebooks_run_and_twice_gives_the_same_bytes(after_a_run, ca
     assert after_a_run.read_bytes() == first
 
 
-def test_a_failing_notebook_is_left_as_it_was(tmp_path, capsys):
-    path = notebook(tmp_path / "topic.ipynb", "x = 1", "raise ValueError('the loss is not a number')")
-    before = path.read_bytes()
-    assert main(["run", str(path)]) == 1
-    said = capsys.readouterr().out
-    assert "FAILED" in said and "the loss is not a number" in said and "raise ValueError" in said
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_they_run_side_by_side(tmp_path, monkeypatch):
-    """Each of two waits for the other, and gives up after a minute."""
-    monkeypatch.setattr(execute, "cores", lambda: 2)
-    meet = "import pathlib, time\n\npathlib.Path('{}').touch()\nend = time.time() + 60\n" + (
-        "while not pathlib.Path('{}').exists():\n    assert time.time() < end\n    time.sleep(0.05)"
-    )
-    for me, other in ("ab", "ba"):
-        notebook(tmp_path / f"{me}.ipynb", meet.format(me, other))
-    assert execute.run([tmp_path / "a.ipynb", tmp_path / "b.ipynb"])
-
-
+@pytest.mark.slow  # four kernels start
 def test_the_longest_begin_and_what_fails_stops_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(execute, "cores", lambda: 1)
     for name, seconds in (("short", 3), ("long", 50), ("fails", 20)):
-        path = notebook(tmp_path / f"{name}.ipynb", "1 / 0" if name == "fails" else "1")
+        fault = "raise ValueError('the loss is not a number')"
+        path = notebook(tmp_path / f"{name}.ipynb", "x = 1", fault if name == "fails" else "1")
         seen = Notebook.read(path)
         seen.nb.metadata[KEY] = {"seconds": seconds}
         seen.write()
     notebook(tmp_path / "new.ipynb", "1")
     (tmp_path / "broken.ipynb").write_text("{")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["run", str(tmp_path)]) == 1
-    told = re.findall(r"(\w+)\.ipynb(?:: ran|.* is not a notebook)", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    told = re.findall(r"(\w+)\.ipynb(?:: ran|.* is not a notebook)", said)
     assert told == ["broken", "new", "long", "fails", "short"]
+    assert "FAILED" in said and "the loss is not a number" in said and "raise ValueError" in said
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    unchanged = {path.stem for path in after if after[path] == before.get(path)}
+    assert after.keys() == before.keys() and unchanged == {"broken", "fails"}
 
 
 @pytest.mark.parametrize(
