@@ -7,10 +7,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-FILES = ("tests/test_files.py", "tests/book/test_contents.py", "tests/lab/test_exercises.py")
+FILES = ("tests/test_files.py", "tests/book/test_contents.py")
 
 
+@pytest.mark.slow  # three processes of pytest start
 def test_a_file_goes_to_one_worker():
     """Seen from outside, because a plugin that no longer groups says nothing, and notebooks then fail at random."""
     command = [sys.executable, "-m", "pytest", "-n", "2", "-v", "-p", "no:cacheprovider", *FILES]
