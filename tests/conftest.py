@@ -12,25 +12,35 @@ from collections import Counter
 
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadScopeScheduling
 
 # For torch, which is imported later, and for every program that a test starts.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 install_import_hook(["minicpm_lite.language", "minicpm_lite.data"], "beartype.beartype")
 
+PAGES = "tests/book/test_pages.py"
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+
+class Groups(LoadScopeScheduling):
+    """A worker gets a file as a whole, or one page."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return nodeid if file == PAGES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make a group of each file, but for the pages, and begin with what takes longest."""
-    seconds = Counter()
+    """Begin with the files that take longest; pages are many and short, and fill in at the end."""
+    seconds = Counter({PAGES: -1})
     for item in items:
         file = item.location[0]
-        if item.get_closest_marker("pages"):
-            seconds[file] = -1  # many short ones, which fill in at the end
-            continue
-        item.add_marker(pytest.mark.xdist_group(file))
         if item.path.suffix == ".ipynb":
             seconds[file] = item.parent.nb.metadata.get("minicpm_lite", {}).get("seconds", 0)
-        else:  # roughly; what is marked slow takes more than ten seconds
+        elif file != PAGES:  # roughly; what is marked slow takes more than ten seconds
             seconds[file] += 20 if item.get_closest_marker("slow") else 0.1
     items.sort(key=lambda item: seconds[item.location[0]], reverse=True)
 
