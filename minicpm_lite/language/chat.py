@@ -7,7 +7,8 @@ Choices, and the traps behind them:
 
 - A chat template belongs to its model. A model that gets another one answers worse and gives no error.
 - The tokens that the model wrote stay as it wrote them. Cut anew from their text they may be others, and the
-  cache would be of no use from there on.
+  cache would be of no use from there on. (A template that changes an answer, as `minicpm_chat` strips blanks
+  at its ends, has it read again.)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,6 +75,11 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": question}]
         text = self.template(messages)
         prompt = self._encode(text)
+        if (needed := len(prompt) + max_new_tokens - 1) > self._cache.room:
+            raise ValueError(
+                f"The conversation and its answer need room for {needed} tokens, and this chat has it for "
+                f"{self._cache.room}. Ask for fewer new tokens, or begin a chat with more room."
+            )
         known = _common_length(self._fed[: self._cache.length], prompt)
         self._cache.truncate(min(known, len(prompt) - 1))
         self._fed = list(prompt)

@@ -9,7 +9,7 @@ A decoder is weights alone; each call brings how its tokens meet. The decoder as
 
 - `Context` keeps nothing: a call is a whole text. Training and scoring.
 - `KVCache` keeps what the layers made: the next token costs one token. It goes back (`truncate`), splits
-  (`select`), and takes in a branch of guesses (`take`). `Int8Cache` does so in a quarter of the memory.
+  (`select`), and takes in a branch of guesses (`take`). `Int8Cache` does so with 8 bits a number.
 - `Tree` feeds guesses that branch through a cache: each sees the text and its own ancestors.
 
 What else may come is a subclass with one or two of the four methods of its own: sparse attention overrides
@@ -26,6 +26,7 @@ Choices, and the traps behind them:
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from .rotary import scaled_angles
 __all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention"]
 
 _INT8_MAX = 127
+_SMALLEST_SCALE = 1e-30  # of a vector of zeros
 
 
 def dense_attention(
@@ -130,7 +132,7 @@ class KVCache(Context):
 
     Attributes:
         length: tokens of the text so far.
-        guesses: tokens of a `Tree` that are stored behind the text, until `take` chooses among them.
+        guesses: parents of the guesses that a `Tree` has stored behind the text, for `take` to choose from.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class KVCache(Context):
         if room < 1:
             raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
         self.room, self.padding, self.dtype = room, padding, dtype
-        self.length = self.guesses = 0
+        self.length, self.guesses = 0, ()
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self._angles: Tensor | None = None  # cosine and sine of every position there is room for
 
@@ -149,7 +151,19 @@ class KVCache(Context):
         Raises:
             ValueError: there is no room for them, or they are of another batch.
         """
-        tokens, self.reach = x.shape[1], self.length + x.shape[1]
+        self.prepare(x)
+        positions = torch.arange(self.length, self.reach, device=x.device)
+        self.mask = None
+        if self.padding is None:
+            if 1 < x.shape[1] < self.reach:
+                self.mask = causal_mask(x.shape[1], self.reach, x.device)
+            return positions
+        self.mask = self.hide_padding(causal_mask(x.shape[1], self.reach, x.device))
+        return (positions - self.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)
+
+    def prepare(self, x: Float[Tensor, "batch tokens d"]) -> None:
+        """Make ready for the tokens of a call, whoever says where they stand and what they see."""
+        self.reach, self.guesses = self.length + x.shape[1], ()
         if self.reach > self.room:
             raise ValueError(
                 f"The cache has room for {self.room} tokens and would need {self.reach}; make a larger one."
@@ -162,14 +176,6 @@ class KVCache(Context):
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
-        positions = torch.arange(self.length, self.reach, device=x.device)
-        self.mask, self.guesses = None, 0
-        if self.padding is None:
-            if 1 < tokens < self.reach:
-                self.mask = causal_mask(tokens, self.reach, x.device)
-            return positions
-        self.mask = self.hide_padding(causal_mask(tokens, self.reach, x.device))
-        return (positions - self.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)
 
     def hide_padding(self, mask: Bool[Tensor, "queries keys"]) -> Bool[Tensor, "batch 1 queries keys"]:
         """The mask for each row: what is no text is seen by none but itself."""
@@ -233,15 +239,16 @@ class KVCache(Context):
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"The cache cannot go back to {length} tokens; it holds {self.length}.")
-        self.length = length
+        self.length, self.guesses = length, ()
 
     def select(self, rows: Sequence[int]) -> None:
         """Make the batch consist of these rows; a row may come several times, or not at all.
 
         So samples of one prompt share its prefill (``select([0] * 8)``), and beams go on from the best.
         """
-        for layer, kept in self._layers.items():
-            self._layers[layer] = tuple(whole[list(rows)] for whole in kept)
+        with torch.inference_mode(False):  # as in `_space`
+            for layer, kept in self._layers.items():
+                self._layers[layer] = tuple(whole[list(rows)] for whole in kept)
         if self.padding is not None:
             self.padding = self.padding[list(rows)]
 
@@ -249,18 +256,20 @@ class KVCache(Context):
         """Of the guesses that were fed through a `Tree`, these become text; the others are forgotten.
 
         Args:
-            path: places in the tree, from the text on; one path for all rows, or one for each row. Rows with
-                fewer are moved to the right, so that all end in one column, and get padding on the left.
+            path: places in the tree, each the parent of the next; one branch for all rows, or one for each
+                row. Rows with fewer are moved to the right, so that all end in one column, and get padding on
+                the left.
 
         Raises:
-            ValueError: no guess of that place was fed.
+            ValueError: no tree was fed last, or it has no such branch.
         """
         batch = len(next(iter(self._layers.values()))[0])
         paths = [path] * batch if all(isinstance(place, int) for place in path) else path
-        if len(paths) != batch or any(not 0 <= place < self.guesses for one in paths for place in one):
+        if len(paths) != batch or not all(self._is_branch(one) for one in paths):
             raise ValueError(
-                f"path is {path!r}; expected places from 0 to {self.guesses - 1} in the tree that was fed "
-                f"last, as one list or as one for each of the {batch} rows."
+                f"path is {path!r}; expected a branch of the tree that was fed last, each place the parent "
+                f"of the next, as one list or as one for each of the {batch} rows. Its parents are "
+                f"{list(self.guesses)}."
             )
         taken, stored = max(map(len, paths)), [whole for kept in self._layers.values() for whole in kept]
         shifts = [taken - len(one) for one in paths]
@@ -273,7 +282,13 @@ class KVCache(Context):
         if any(shifts):
             moved = torch.tensor(shifts, device=stored[0].device)
             self.padding = moved if self.padding is None else self.padding + moved
-        self.length, self.guesses = self.length + taken, 0
+        self.length, self.guesses = self.length + taken, ()
+
+    def _is_branch(self, path: Sequence[int]) -> bool:
+        return all(
+            0 <= place < len(self.guesses) and self.guesses[place] == parent
+            for parent, place in pairwise([-1, *path])
+        )
 
     @property
     def nbytes(self) -> int:
@@ -284,8 +299,12 @@ class KVCache(Context):
 class Int8Cache(KVCache):
     """A cache in 8 bits: each vector is kept as whole numbers from -127 to 127 and a scale of its own.
 
-    An entry is off by at most half a step, which is 1/254 of the largest entry of its vector.
+    An entry is off by at most half a step, which is 1/254 of the largest entry of its vector. Of a vector of
+    ``width`` numbers ``width + 4`` bytes are kept: with a float32 model about a quarter, with bfloat16 half.
     """
+
+    def __init__(self, room: int, padding: Int[Tensor, " batch"] | None = None) -> None:
+        super().__init__(room, padding)
 
     def keep(
         self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
@@ -293,11 +312,13 @@ class Int8Cache(KVCache):
         """Store what a layer makes of the new tokens in 8 bits, and return all of it as numbers again."""
         packed = []
         for each in new:
-            scale = each.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / _INT8_MAX
-            packed += [(each / scale).round().to(torch.int8), scale]
+            exact = each.float()  # a quotient that is rounded to bfloat16 may exceed 127
+            scale = exact.abs().amax(dim=-1, keepdim=True).clamp(min=_SMALLEST_SCALE) / _INT8_MAX
+            packed += [(exact / scale).round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), scale]
         kept = super().keep(layer, *packed)
         return tuple(
-            codes.to(scale.dtype) * scale for codes, scale in zip(kept[::2], kept[1::2], strict=True)
+            (codes * scale).to(each.dtype)
+            for codes, scale, each in zip(kept[::2], kept[1::2], new, strict=True)
         )
 
 
@@ -327,7 +348,8 @@ class Tree(Context):
     def __init__(self, cache: KVCache, parents: Sequence[int]) -> None:
         if not parents:
             raise ValueError("parents is empty; a tree has one guess at least.")
-        self.cache, self.ancestors = cache, torch.eye(len(parents), dtype=torch.bool)
+        self.cache, self.parents = cache, tuple(parents)
+        self.ancestors = torch.eye(len(parents), dtype=torch.bool)
         depths: list[int] = []
         for place, parent in enumerate(parents):
             if not -1 <= parent < place:
@@ -349,7 +371,7 @@ class Tree(Context):
         if x.shape[1] != len(self.ancestors):
             raise ValueError(f"The tree has {len(self.ancestors)} guesses, and {x.shape[1]} tokens came.")
         cache = self.cache
-        cache.begin(x)
+        cache.prepare(x)
         self.length = cache.length
         self.reach = self.length + self.deepest + 1
         ancestors = self.ancestors.to(x.device)
@@ -358,7 +380,7 @@ class Tree(Context):
         if cache.padding is not None:
             mask = cache.hide_padding(mask)
             positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, guesses)
-        cache.mask, cache.guesses = mask, len(ancestors)
+        self.mask = cache.mask = mask
         return positions
 
     def angles(
@@ -382,3 +404,7 @@ class Tree(Context):
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         """As the cache attends, with the mask of the tree."""
         return self.cache.attend(layer, query, key, value)
+
+    def end(self) -> None:
+        """The guesses stand behind the text, and the cache may take a branch of them."""
+        self.cache.guesses = self.parents

@@ -154,16 +154,31 @@ def test_impossible_trees_and_paths_get_a_sentence():
         model(make_ids(1, 3), Tree(cache, [-1, 0]))
     with pytest.raises(ValueError, match="room for 9 tokens and would need 10"):
         model(make_ids(1, 5), Tree(cache, [-1] * 5))
-    with pytest.raises(ValueError, match="expected places from 0 to -1"):
+    with pytest.raises(ValueError, match=r"expected a branch of the tree .* Its parents are \[\]"):
         cache.take([0])  # no tree was fed
     model(make_ids(1, 2), Tree(cache, [-1, 0]))
-    with pytest.raises(ValueError, match="expected places from 0 to 1 in the tree that was fed last"):
-        cache.take([2])
+    for wrong in ([2], [-1], [1], [1, 0], [0, 0]):  # no such place, or no branch
+        with pytest.raises(ValueError, match=r"expected a branch of the tree .* Its parents are \[-1, 0\]"):
+            cache.take(wrong)
     with pytest.raises(ValueError, match="one for each of the 1 rows"):
         cache.take([[0], [1]])
     cache.take([0, 1])
-    with pytest.raises(ValueError, match="expected places"):
+    with pytest.raises(ValueError, match="expected a branch"):
         cache.take([0])  # it is text already
+
+
+@torch.no_grad()
+def test_only_a_tree_that_was_fed_last_and_to_its_end_is_taken_from():
+    model, cache = make_model(), KVCache(60)
+    model(make_ids(1, 5), cache)
+    model(make_ids(1, 2), Tree(cache, [-1, 0]))
+    cache.truncate(4)
+    with pytest.raises(ValueError, match="expected a branch"):
+        cache.take([0])
+    with pytest.raises(ValueError, match="the model was made for 40"):
+        model(make_ids(1, 37), Tree(cache, [*range(-1, 36)]))
+    with pytest.raises(ValueError, match="expected a branch"):
+        cache.take([0])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -202,6 +217,18 @@ def test_selected_rows_go_on_as_the_rows_they_come_from(kind, padding):
     assert cache.nbytes == other.nbytes
 
 
+@pytest.mark.parametrize("kind", [KVCache, Int8Cache])
+def test_a_cache_moves_in_inference_mode_and_goes_on_outside(kind):
+    model, ids, cache = make_model(), make_ids(1, 6), kind(12)
+    with torch.inference_mode():
+        model(ids, cache)
+        cache.select([0, 0])
+        model(make_ids(2, 3), Tree(cache, [-1, 0, 0]))
+        cache.take([0, 2])
+    with torch.no_grad():
+        assert bool(model(make_ids(2, 2), cache).isfinite().all())
+
+
 @torch.no_grad()
 def test_a_copied_cache_goes_its_own_way():
     model, ids, cache = make_model(), make_ids(1, 6), KVCache(12)
@@ -232,15 +259,22 @@ def test_caches_of_fewer_bits_are_smaller_and_off_by_what_rounding_explains(name
     assert whole["8"].nbytes * 4 * width == whole["32"].nbytes * (width + 4)  # and a scale for each vector
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 2e-7), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+)
 @torch.no_grad()
-def test_eight_bits_are_off_by_half_a_step_at_most():
-    cache, new = Int8Cache(6), torch.randn(2, 3, 6, 16) * torch.logspace(-6, 3, 6)[:, None]
+def test_eight_bits_are_off_by_half_a_step_at_most(dtype, rounding):
+    """And by what the model's own type rounds; signs stay, and the largest entry is exact."""
+    new = torch.randn(40, 3, 6, 16) * torch.logspace(-4, 3, 6)[:, None]
     new[0, 0, 0] = 0.0
-    cache.reach = 6
-    (kept,) = cache.keep(0, new)
-    step = new.abs().amax(-1, keepdim=True) / 127
-    assert bool(((kept - new).abs() <= step * 0.5001).all())
-    assert_close(kept.abs().amax(-1), new.abs().amax(-1))  # the largest entry is exact
+    new = new.to(dtype)
+    (kept,) = Int8Cache(6).keep(0, new)
+    assert kept.dtype == dtype
+    exact, off = new.double(), (kept.double() - new.double()).abs()
+    step = exact.abs().amax(-1, keepdim=True) / 127
+    assert bool((off <= 0.5001 * step + rounding * exact.abs() + 1e-7).all())
+    largest = exact.abs().argmax(-1, keepdim=True)
+    assert_close(kept.gather(-1, largest), new.gather(-1, largest))
 
 
 @torch.no_grad()
