@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # traces nine decoders in a process of its own
 def test_decoders_compile():
     script = Path(__file__).with_name("compiled_decoder.py")
     run = subprocess.run(
