@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     >>> main(["train", "--config", "no-such-model", "--dry-run"])
     2
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"  # as `processes` sees it
     with nullcontext() if first else redirect_stderr(None):
         args = _parser().parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
