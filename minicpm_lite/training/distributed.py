@@ -299,8 +299,8 @@ class DistributedTrainer:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged or foreign, or belongs to another model, trainer config, text or
-                schedule.
+            ValueError: it is damaged or foreign, or belongs to another model, trainer config, text,
+                objective or schedule.
         """
         self._load(checkpoint, self._identity())
 
@@ -332,7 +332,7 @@ class DistributedTrainer:
         read_tensors(checkpoint, checkpoint_tensors(self.model, self.optimizer))
 
     def _identity(self) -> dict[str, dict]:
-        return run_identity(self.model, self.config, self.windows.identity())
+        return run_identity(self.model, self.config, self.windows.identity(), self.objective.name)
 
 
 def _sum_over_processes(number: Tensor) -> Tensor:

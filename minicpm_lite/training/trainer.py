@@ -211,8 +211,8 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or foreign, belongs to another model, trainer config, text or
-                choice of trained parameters, or lacks a tensor.
+            ValueError: the file is truncated or foreign, belongs to another model, trainer config, text,
+                objective or choice of trained parameters, or lacks a tensor.
         """
         tensors, facts = load_checkpoint(path)
         require_same_run(path, facts, self._identity())
@@ -233,7 +233,7 @@ class Trainer:
         self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
 
     def _identity(self) -> dict[str, dict]:
-        return run_identity(self.model, self.config, self.batches.identity())
+        return run_identity(self.model, self.config, self.batches.identity(), self.objective.name)
 
     @property
     def _device(self) -> torch.device:

@@ -208,7 +208,7 @@ def _brier(model, window):
     return error, error.detach()
 
 
-BRIER = Objective(_brier, len)
+BRIER = Objective("Brier score", _brier, len)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(3, True)], ids=str)
@@ -217,6 +217,16 @@ def test_another_objective(alone, layout):
     other = trained(plain(objective=BRIER), 5)
     assert one.losses == pytest.approx(other.losses, abs=1e-6)
     assert one.losses[0] < 1 < trained(make(), 1).losses[0]
+
+
+def test_a_checkpoint_of_another_objective(alone, tmp_path):
+    path = trained(make(), 4).save(tmp_path)
+    sentence = "another objective: its name is 'next token', this run's is 'Brier score'"
+    for go_on in (lambda run: run.load(path), lambda run: run.branch_from(path)):
+        run = make(objective=BRIER)
+        with pytest.raises(ValueError, match=sentence):
+            go_on(run)
+        assert run.step == 0
 
 
 def tables_and_norms(name: str) -> bool:
