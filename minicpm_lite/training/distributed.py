@@ -202,10 +202,12 @@ class DistributedTrainer:
         require_positive_integer("checkpoint_every", checkpoint_every)
         require_positive_integer("keep", keep)
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
+        self._trouble = None  # what was reported before may have been mended
         metrics = None
         if folder:
+            metrics = _Metrics(Path(folder))
             on_first(lambda: _prepare(Path(folder), self.step, tensorboard))
-            metrics = _Metrics(Path(folder), self.step, tensorboard) if self.rank == 0 else None
+            on_first(lambda: metrics.open(self.step, tensorboard))
         calm_threads()
         self.model.train()
         bar = tqdm(range(self.step, until), disable=self.rank != 0 or not progress, leave=False, unit="step")
@@ -213,7 +215,7 @@ class DistributedTrainer:
             for _ in bar:
                 line = self._update()
                 bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-                if metrics is not None:
+                if metrics is not None and self.rank == 0:
                     try:
                         metrics.add(line)
                     except OSError as error:  # a full disk, which the others hear of in the next step
@@ -341,15 +343,17 @@ def _sum_over_processes(number: Tensor) -> Tensor:
 
 
 class _Metrics:
-    """A JSON line for each step, and TensorBoard events; kept by the first process alone."""
+    """A JSON line for each step, and TensorBoard events; opened and kept by the first process alone."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / _METRICS
-        self.events = None
+        self.file = self.events = None
+
+    def open(self, step: int, tensorboard: bool) -> None:
+        self.file = self.path.open("a")
         if tensorboard:
             writer = _tensorboard().SummaryWriter
-            self.events = writer(str(folder / "tensorboard"), purge_step=step + 1)
-        self.file = self.path.open("a")
+            self.events = writer(str(self.path.with_name("tensorboard")), purge_step=step + 1)
 
     def add(self, line: dict) -> None:
         try:
@@ -362,8 +366,9 @@ class _Metrics:
                 self.events.add_scalar(name, line[name], line["step"])
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk was reported when the line was written
-            self.file.close()
+        if self.file is not None:
+            with suppress(OSError):  # a full disk was reported when the line was written
+                self.file.close()
         if self.events is not None:
             self.events.close()
 
