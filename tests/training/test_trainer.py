@@ -205,6 +205,16 @@ def test_evaluation_counts_every_window_once():
     )
 
 
+def test_evaluation_takes_any_ids_and_counts_what_is_predicted():
+    run, held_out = make(), TOKENS[:161]  # ten windows
+    whole = run.evaluate(held_out)
+    assert run.evaluate(held_out.int()) == whole
+    answers = torch.where(torch.arange(161) % 3 > 0, context_only(held_out), held_out)
+    windows = torch.stack([answers[i : i + 17] for i in range(0, 160, 16)])
+    assert run.evaluate(answers) == pytest.approx(next_token_loss(run.model, windows).item(), rel=1e-5)
+    assert abs(run.evaluate(answers) - whole) > 1e-3 and run.evaluate(answers.int()) == run.evaluate(answers)
+
+
 # Files that do not fit are refused with a sentence, and the run is left as it was.
 
 
