@@ -207,9 +207,10 @@ class Trainer:
         save_checkpoint(path, tensors, facts | self._identity())
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file of `save`. Another schedule than the saved run's is allowed: that is a branch.
+        """Go on from a file of `save`. Everything is checked before anything is changed.
 
-        Everything is checked before anything is changed.
+        The file does not know its schedule, so any is taken. One with another future makes a branch; that it
+        has the same past is for the caller to see to (`DistributedTrainer.load` does).
 
         Raises:
             FileNotFoundError: there is no such file.
