@@ -296,8 +296,9 @@ class DistributedTrainer:
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.
 
-        Everything is checked before anything is changed. The schedule may have another future than the saved
-        run's, but not another past.
+        Everything is checked and read before anything is changed; what is read lies beside the weights until
+        then, in as much memory as their gradients take in a step. The schedule may have another future than
+        the saved run's, but not another past; `Trainer.load`, which does not know it, takes any.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -329,9 +330,20 @@ class DistributedTrainer:
             require_whole(checkpoint, checkpoint_shapes(self.model, facts["updates"]))
             return facts["step"], facts["updates"]
 
-        self.step, updates = on_first(check)
-        make_moments(self.model, self.optimizer, updates)
-        read_tensors(checkpoint, checkpoint_tensors(self.model, self.optimizer))
+        step, updates = on_first(check)
+        moments = dict(self.optimizer.state)
+        try:
+            make_moments(self.model, self.optimizer, updates)
+            tensors = checkpoint_tensors(self.model, self.optimizer)
+            weights = {name: torch.empty_like(tensors[name]) for name in tensors if name.startswith("model.")}
+            read_tensors(checkpoint, tensors | weights)  # which may fail, so the weights wait
+        except BaseException:
+            self.optimizer.state.clear()
+            self.optimizer.state.update(moments)
+            raise
+        for name, weight in weights.items():
+            tensors[name].copy_(weight)
+        self.step = step
 
     def _identity(self) -> dict[str, dict]:
         return run_identity(self.model, self.config, self.windows.identity(), self.objective.name)
