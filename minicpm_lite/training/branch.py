@@ -10,7 +10,9 @@ from pathlib import Path
 from .sharded_checkpoint import read_facts
 from .wsd import WSD, Cosine, Schedule
 
-__all__ = ["decay_schedule", "require_same_past", "saved_schedule", "stable_schedule"]
+__all__ = ["decay_schedule", "require_known", "require_same_past", "saved_schedule", "stable_schedule"]
+
+_KINDS = {kind.__name__: kind for kind in (WSD, Cosine)}
 
 
 def decay_schedule(checkpoint: str | Path, decay_steps: int, **form: object) -> WSD:
@@ -57,6 +59,19 @@ def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
     return step, schedule
 
 
+def require_known(schedule: Schedule) -> None:
+    """Refuse a schedule that a checkpoint could not bring back.
+
+    Raises:
+        ValueError: it is neither WSD nor Cosine.
+    """
+    if type(schedule) not in _KINDS.values():
+        raise ValueError(
+            f"The schedule is a {type(schedule).__name__}, which no checkpoint could bring back. Use "
+            f"{' or '.join(_KINDS)}, or Trainer, which takes any."
+        )
+
+
 def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -> None:
     """Refuse a checkpoint up to which another schedule gave other rates; the future may differ.
 
@@ -75,7 +90,7 @@ def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -
 def saved_schedule(facts: dict) -> Schedule:
     """The schedule of a checkpoint, from what `read_facts` gives."""
     values = dict(facts["schedule"])
-    kind = {"WSD": WSD, "Cosine": Cosine}[values.pop("kind")]
+    kind = _KINDS[values.pop("kind")]
     if values.get("half_life"):
         del values["final_ratio"]  # follows from it
     return kind(**values)

@@ -49,7 +49,7 @@ from ..language.decoder import Decoder
 from ..optional import require
 from ..runtime import calm_threads
 from .batches import batch_to, require_fitting, split_batch
-from .branch import require_same_past, stable_schedule
+from .branch import require_known, require_same_past, stable_schedule
 from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
@@ -128,7 +128,7 @@ class DistributedTrainer:
     Args:
         model: the shape; weights are drawn from the trainer config's seed.
         windows: what is read; every process reads its own part of each step.
-        schedule: rate of each step.
+        schedule: rate of each step: WSD or Cosine.
         config: ``batch_size`` is the windows of a step over all processes.
         layout: passes and recomputation.
         device: what `processes` gave.
@@ -142,7 +142,8 @@ class DistributedTrainer:
         grad_norms: norm of the gradient of each of them, before clipping.
 
     Raises:
-        ValueError: windows that do not fit the model, or a batch that the processes cannot share evenly.
+        ValueError: windows that do not fit the model, a schedule that a checkpoint could not bring back, or a
+            batch that the processes cannot share evenly.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class DistributedTrainer:
         frozen: Callable[[str], bool] = lambda name: False,
     ) -> None:
         require_fitting(windows, config, model)
+        require_known(schedule)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if config.batch_size % self.world_size:
             raise ValueError(
