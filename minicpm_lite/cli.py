@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 from .config import ModelConfig, TrainingRecipe, list_configs, load_config, load_recipe
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     >>> main(["train", "--config", "no-such-model", "--dry-run"])
     2
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"  # as `processes` sees it
     with nullcontext() if first else redirect_stderr(None):
         args = _parser().parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
@@ -325,47 +326,67 @@ def _recipe(name: str) -> TrainingRecipe | None:
 
 def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cuda: bool, start=None):
     """The run in every number: from the flags, the checkpoint it starts from, the recipe, in this order."""
-    from .training.branch import decay_schedule
     from .training.plan import plan_training
     from .training.settings import Layout
-    from .training.sharded_checkpoint import read_facts
-    from .training.wsd import WSD
 
     flags = {
         "steps": args.steps, "warmup_steps": args.warmup, "decay_steps": args.decay, "peak_lr": args.peak_lr,
         "batch_tokens": args.batch_tokens, "sequence_length": args.sequence_length, "seed": args.seed,
         "precision": args.precision, "parametrization": args.parametrization,
     }  # fmt: skip
-    before = {"seed": 0, "precision": "bfloat16" if cuda else "float32"}
-    if start is not None:
-        facts = read_facts(start)
-        trainer, schedule = facts["trainer config"], facts["schedule"]
-        if trainer["batch_size"] % gpus:
-            raise ValueError(
-                f"{start} was trained with {trainer['batch_size']} windows a step, which {gpus} processes "
-                f"cannot share evenly. Go on with a number of processes that divides {trainer['batch_size']}."
-            )
-        before = {name: trainer[name] for name in ("sequence_length", "seed", "precision", "parametrization")}
-        before["batch_tokens"] = trainer["batch_size"] * trainer["sequence_length"]
-        if args.decay_from and not args.resume:
-            published = (
-                recipe and recipe.decay_half_life_steps and recipe.decay_half_life_steps * math.log2(10)
-            )
-            decay = args.decay or max(
-                1, round(published or facts["step"] / 9)
-            )  # a ninth more is a tenth of all
-            flags |= _schedule_flags(decay_schedule(start, decay))
-        elif schedule["kind"] == "WSD":
-            parts = ("peak_lr", "warmup_steps", "stable_steps", "decay_steps")
-            before |= _schedule_flags(WSD(*(schedule[part] for part in parts)))
-    settings = before | {name: value for name, value in flags.items() if value is not None}
+    flags = {name: value for name, value in flags.items() if value is not None}
     layout = Layout(args.micro_batch, args.activation_checkpointing)
-    return plan_training(model, recipe, gpus=gpus, layout=layout, **settings)
+    if start is None:
+        settings = {"seed": 0, "precision": "bfloat16" if cuda else "float32"} | flags
+        return plan_training(model, recipe, gpus=gpus, layout=layout, **settings)
+    trainer, schedule = _saved(args, recipe, gpus, start)
+    settings = {
+        "steps": schedule.total_steps, "warmup_steps": schedule.warmup_steps,
+        "decay_steps": schedule.decay_steps, "peak_lr": schedule.peak_lr,
+        "batch_tokens": trainer.batch_tokens, "sequence_length": trainer.sequence_length,
+        "seed": trainer.seed, "precision": trainer.precision, "parametrization": trainer.parametrization,
+    }  # fmt: skip
+    plan = plan_training(model, recipe, gpus=gpus, layout=layout, **settings | flags)
+    return replace(  # what no flag names stays as it was: the form of the decay, the weight decay, ...
+        plan,
+        trainer=_with(
+            trainer, plan.trainer, "batch_size", "sequence_length", "seed", "precision", "parametrization"
+        ),  # fmt: skip
+        schedule=_with(schedule, plan.schedule, "peak_lr", "warmup_steps", "stable_steps", "decay_steps"),
+    )
 
 
-def _schedule_flags(schedule) -> dict:
-    return {"steps": schedule.total_steps, "warmup_steps": schedule.warmup_steps,
-            "decay_steps": schedule.decay_steps, "peak_lr": schedule.peak_lr}  # fmt: skip
+def _saved(args: argparse.Namespace, recipe: TrainingRecipe | None, gpus: int, start):
+    """Trainer config of the checkpoint a run starts from, and its schedule, or that of a decay from there."""
+    from .training.branch import decay_schedule, saved_schedule
+    from .training.settings import TrainerConfig
+    from .training.sharded_checkpoint import read_facts
+    from .training.wsd import WSD
+
+    facts = read_facts(start)
+    trainer = TrainerConfig(**facts["trainer config"])
+    trainer = replace(trainer, betas=tuple(trainer.betas))  # JSON has lists
+    if trainer.batch_size % gpus:
+        raise ValueError(
+            f"{start} was trained with {trainer.batch_size} windows a step, which {gpus} processes "
+            f"cannot share evenly. Go on with a number of processes that divides {trainer.batch_size}."
+        )
+    if args.decay_from and not args.resume:
+        published = recipe and recipe.decay_half_life_steps and recipe.decay_half_life_steps * math.log2(10)
+        # a ninth more is a tenth of all
+        return trainer, decay_schedule(start, args.decay or max(1, round(published or facts["step"] / 9)))
+    schedule = saved_schedule(facts)
+    if not isinstance(schedule, WSD):
+        raise ValueError(
+            f"{start} was trained with the schedule {facts['schedule']['kind']}, and this command knows WSD "
+            "alone. Go on with it in Python, with DistributedTrainer.load."
+        )
+    return trainer, schedule
+
+
+def _with(settings, other, *names: str):
+    """Settings with some of their numbers from others of their kind."""
+    return replace(settings, **{name: getattr(other, name) for name in names})
 
 
 def _windows(args: argparse.Namespace, model: ModelConfig, trainer, start):

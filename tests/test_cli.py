@@ -18,6 +18,10 @@ from minicpm_lite.cli import main
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.training.distributed import DistributedTrainer
+from minicpm_lite.training.processes import processes
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.wsd import WSD, Cosine
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 40
 SHAPE = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
@@ -405,6 +409,39 @@ def test_stopping_and_going_on(at_home, capsys):
     assert main(train("--data", "one", "--out", "whole", *STEPS)) == 0
     assert curve(at_home / "run") == curve(at_home / "whole")
     assert order(at_home / "run") == order(at_home / "whole")
+
+
+def begun_in_python(schedule, **settings) -> None:
+    """Five steps of a run whose settings no flag names."""
+    config = TrainerConfig(batch_size=4, sequence_length=16, parametrization="mup", **settings)
+    windows = TokenWindows(Shards("one", 300), 16, 0)
+    with processes():
+        trainer = DistributedTrainer(load_config("tiny.yaml"), windows, schedule, config)
+        trainer.train(5, "run", progress=False)
+
+
+def test_what_no_flag_names_stays_as_it_was(at_home):
+    """The form of the decay, weight decay, betas and clipping are the checkpoint's."""
+    schedule = WSD(0.01, 3, 7, 2, form="linear", final_ratio=0.0)
+    begun_in_python(schedule, weight_decay=0.02, betas=(0.8, 0.99), max_grad_norm=0.5)
+    assert main(train("--data", "one", "--out", "run", "--resume")) == 0
+    assert [line["lr"] for line in lines(at_home / "run")] == [schedule(step) for step in range(1, 13)]
+    facts = json.loads((at_home / "run" / "step-00000012" / "checkpoint.json").read_text())
+    kept = {"weight_decay": 0.02, "betas": [0.8, 0.99], "max_grad_norm": 0.5}
+    assert kept.items() <= facts["trainer config"].items()
+
+
+def test_a_flag_changes_what_it_names_alone(at_home):
+    begun_in_python(WSD(0.01, 3, 7, 2, half_life=1.5))
+    assert main(train("--data", "one", "--out", "run", "--resume", "--steps", "10", "--decay", "3")) == 0
+    longer = WSD(0.01, 3, 4, 3, half_life=1.5)
+    assert [line["lr"] for line in lines(at_home / "run")] == [longer(step) for step in range(1, 11)]
+
+
+def test_another_schedule_is_not_taken_for_wsd(at_home, capsys):
+    begun_in_python(Cosine(0.01, 3, 12))
+    argv = train("--data", "one", "--out", "run", "--resume")
+    says(capsys, argv, "was trained with the schedule Cosine, and this command knows WSD alone")
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 So a run that is killed and resumed reads what one that was not would have read, and needs no position in a
 stream to be saved.
 
-A batch is a tensor, or a tuple, list or dict of them; whose first dimension counts the same rows: windows of
-tokens, pairs to compare, images with their text.
+A batch is a tensor, or a tuple, list or dict of them, whose first dimensions count the same rows: windows of
+tokens, pairs to compare, images with their text. Where rows are ragged, as images of different numbers of
+slices are, an object that knows its rows stands in a tensor's place: see `Rows`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -19,10 +20,27 @@ from ..config import ModelConfig
 from ..data.windows import Windows, batch_of
 from .settings import TrainerConfig
 
-__all__ = ["Batch", "Batches", "WindowBatches", "batch_to", "require_fitting", "split_batch"]
+__all__ = ["Batch", "Batches", "Rows", "WindowBatches", "batch_to", "require_fitting", "split_batch"]
 
 Batch = Any
-"""A tensor, or a tuple, list or dict of batches."""
+"""A tensor or other `Rows`, or a tuple, list or dict of batches."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What can be cut along its rows and put on a device, as a tensor can."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+        ...
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Those of them."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        ...
 
 
 class Batches(Protocol):
@@ -85,14 +103,14 @@ def require_fitting(windows: Windows, config: TrainerConfig, model: ModelConfig 
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
-    return _changed(batch, lambda tensor: tensor.to(device))
+    return _changed(batch, lambda part: part.to(device))
 
 
 def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
     """Cut a batch into pieces of at most ``rows`` rows; None leaves it whole.
 
     Raises:
-        ValueError: its tensors count different rows.
+        ValueError: its parts count different rows.
 
     >>> [piece["a"].tolist() for piece in split_batch({"a": torch.arange(3), "b": torch.zeros(3, 2)}, 2)]
     [[0, 1], [2]]
@@ -100,24 +118,25 @@ def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
     if rows is None:
         return [batch]
     lengths: list[int] = []
-    _changed(batch, lambda tensor: lengths.append(len(tensor)))
+    _changed(batch, lambda part: lengths.append(len(part)))
     if len(set(lengths)) != 1:
         raise ValueError(
-            f"A batch is cut into passes along its rows, and its tensors have {sorted(set(lengths))} rows. "
-            "Give tensors with the same first dimension, or leave micro_batch out."
+            f"A batch is cut into passes along its rows, and its parts have {sorted(set(lengths))} rows. "
+            "Give parts with the same first dimension, or leave micro_batch out."
         )
     return [
-        _changed(batch, lambda tensor, start=start: tensor[start : start + rows])
+        _changed(batch, lambda part, start=start: part[start : start + rows])
         for start in range(0, lengths[0], rows)
     ]
 
 
-def _changed(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
-    """The batch with every tensor changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
+def _changed(batch: Batch, change: Callable[[Rows], Any]) -> Batch:
+    """The batch with every tensor, or what stands in its place, changed."""
     if isinstance(batch, Mapping):
         return {name: _changed(part, change) for name, part in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_changed(part, change) for part in batch)
+        parts = [_changed(part, change) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple
+    if isinstance(batch, Rows):
+        return change(batch)
     raise TypeError(f"A batch holds a {type(batch).__name__}; expected tensors, in tuples, lists or dicts.")

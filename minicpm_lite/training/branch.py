@@ -10,7 +10,9 @@ from pathlib import Path
 from .sharded_checkpoint import read_facts
 from .wsd import WSD, Cosine, Schedule
 
-__all__ = ["decay_schedule", "require_same_past", "stable_schedule"]
+__all__ = ["decay_schedule", "require_known", "require_same_past", "saved_schedule", "stable_schedule"]
+
+_KINDS = {kind.__name__: kind for kind in (WSD, Cosine)}
 
 
 def decay_schedule(checkpoint: str | Path, decay_steps: int, **form: object) -> WSD:
@@ -37,7 +39,7 @@ def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
         ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
     """
     facts = read_facts(checkpoint)
-    step, schedule = facts["step"], _schedule(facts)
+    step, schedule = facts["step"], saved_schedule(facts)
     if not isinstance(schedule, WSD):
         raise ValueError(
             f"{checkpoint} was trained with the schedule {facts['schedule']['kind']}, which has no stable "
@@ -57,13 +59,26 @@ def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
     return step, schedule
 
 
+def require_known(schedule: Schedule) -> None:
+    """Refuse a schedule that a checkpoint could not bring back.
+
+    Raises:
+        ValueError: it is neither WSD nor Cosine.
+    """
+    if type(schedule) not in _KINDS.values():
+        raise ValueError(
+            f"The schedule is a {type(schedule).__name__}, which no checkpoint could bring back. Use "
+            f"{' or '.join(_KINDS)}, or Trainer, which takes any."
+        )
+
+
 def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -> None:
     """Refuse a checkpoint up to which another schedule gave other rates; the future may differ.
 
     Raises:
         ValueError: a sentence that names the first step that differs.
     """
-    old = _schedule(facts)
+    old = saved_schedule(facts)
     for step in range(1, facts["step"] + 1):
         if not math.isclose(old(step), schedule(step), rel_tol=1e-9):
             raise ValueError(
@@ -72,9 +87,10 @@ def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -
             )
 
 
-def _schedule(facts: dict) -> Schedule:
+def saved_schedule(facts: dict) -> Schedule:
+    """The schedule of a checkpoint, from what `read_facts` gives."""
     values = dict(facts["schedule"])
-    kind = {"WSD": WSD, "Cosine": Cosine}[values.pop("kind")]
+    kind = _KINDS[values.pop("kind")]
     if values.get("half_life"):
         del values["final_ratio"]  # follows from it
     return kind(**values)

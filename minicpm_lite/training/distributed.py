@@ -49,7 +49,7 @@ from ..language.decoder import Decoder
 from ..optional import require
 from ..runtime import calm_threads
 from .batches import batch_to, require_fitting, split_batch
-from .branch import require_same_past, stable_schedule
+from .branch import require_known, require_same_past, stable_schedule
 from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
@@ -128,7 +128,7 @@ class DistributedTrainer:
     Args:
         model: the shape; weights are drawn from the trainer config's seed.
         windows: what is read; every process reads its own part of each step.
-        schedule: rate of each step.
+        schedule: rate of each step: WSD or Cosine.
         config: ``batch_size`` is the windows of a step over all processes.
         layout: passes and recomputation.
         device: what `processes` gave.
@@ -142,7 +142,8 @@ class DistributedTrainer:
         grad_norms: norm of the gradient of each of them, before clipping.
 
     Raises:
-        ValueError: windows that do not fit the model, or a batch that the processes cannot share evenly.
+        ValueError: windows that do not fit the model, a schedule that a checkpoint could not bring back, or a
+            batch that the processes cannot share evenly.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class DistributedTrainer:
         frozen: Callable[[str], bool] = lambda name: False,
     ) -> None:
         require_fitting(windows, config, model)
+        require_known(schedule)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if config.batch_size % self.world_size:
             raise ValueError(
@@ -202,10 +204,12 @@ class DistributedTrainer:
         require_positive_integer("checkpoint_every", checkpoint_every)
         require_positive_integer("keep", keep)
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
+        self._trouble = None  # what was reported before may have been mended
         metrics = None
         if folder:
+            metrics = _Metrics(Path(folder))
             on_first(lambda: _prepare(Path(folder), self.step, tensorboard))
-            metrics = _Metrics(Path(folder), self.step, tensorboard) if self.rank == 0 else None
+            on_first(lambda: metrics.open(self.step, tensorboard))
         calm_threads()
         self.model.train()
         bar = tqdm(range(self.step, until), disable=self.rank != 0 or not progress, leave=False, unit="step")
@@ -213,7 +217,7 @@ class DistributedTrainer:
             for _ in bar:
                 line = self._update()
                 bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
-                if metrics is not None:
+                if metrics is not None and self.rank == 0:
                     try:
                         metrics.add(line)
                     except OSError as error:  # a full disk, which the others hear of in the next step
@@ -294,13 +298,14 @@ class DistributedTrainer:
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.
 
-        Everything is checked before anything is changed. The schedule may have another future than the saved
-        run's, but not another past.
+        Everything is checked and read before anything is changed; what is read lies beside the weights until
+        then, in as much memory as their gradients take in a step. The schedule may have another future than
+        the saved run's, but not another past; `Trainer.load`, which does not know it, takes any.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged or foreign, or belongs to another model, trainer config, text or
-                schedule.
+            ValueError: it is damaged or foreign, or belongs to another model, trainer config, text,
+                objective or schedule.
         """
         self._load(checkpoint, self._identity())
 
@@ -327,12 +332,23 @@ class DistributedTrainer:
             require_whole(checkpoint, checkpoint_shapes(self.model, facts["updates"]))
             return facts["step"], facts["updates"]
 
-        self.step, updates = on_first(check)
-        make_moments(self.model, self.optimizer, updates)
-        read_tensors(checkpoint, checkpoint_tensors(self.model, self.optimizer))
+        step, updates = on_first(check)
+        moments = dict(self.optimizer.state)
+        try:
+            make_moments(self.model, self.optimizer, updates)
+            tensors = checkpoint_tensors(self.model, self.optimizer)
+            weights = {name: torch.empty_like(tensors[name]) for name in tensors if name.startswith("model.")}
+            read_tensors(checkpoint, tensors | weights)  # which may fail, so the weights wait
+        except BaseException:
+            self.optimizer.state.clear()
+            self.optimizer.state.update(moments)
+            raise
+        for name, weight in weights.items():
+            tensors[name].copy_(weight)
+        self.step = step
 
     def _identity(self) -> dict[str, dict]:
-        return run_identity(self.model, self.config, self.windows.identity())
+        return run_identity(self.model, self.config, self.windows.identity(), self.objective.name)
 
 
 def _sum_over_processes(number: Tensor) -> Tensor:
@@ -341,15 +357,17 @@ def _sum_over_processes(number: Tensor) -> Tensor:
 
 
 class _Metrics:
-    """A JSON line for each step, and TensorBoard events; kept by the first process alone."""
+    """A JSON line for each step, and TensorBoard events; opened and kept by the first process alone."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / _METRICS
-        self.events = None
+        self.file = self.events = None
+
+    def open(self, step: int, tensorboard: bool) -> None:
+        self.file = self.path.open("a")
         if tensorboard:
             writer = _tensorboard().SummaryWriter
-            self.events = writer(str(folder / "tensorboard"), purge_step=step + 1)
-        self.file = self.path.open("a")
+            self.events = writer(str(self.path.with_name("tensorboard")), purge_step=step + 1)
 
     def add(self, line: dict) -> None:
         try:
@@ -362,8 +380,9 @@ class _Metrics:
                 self.events.add_scalar(name, line[name], line["step"])
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk was reported when the line was written
-            self.file.close()
+        if self.file is not None:
+            with suppress(OSError):  # a full disk was reported when the line was written
+                self.file.close()
         if self.events is not None:
             self.events.close()
 

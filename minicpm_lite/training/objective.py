@@ -27,6 +27,7 @@ class Objective:
     """A loss, and what it is a mean over.
 
     Attributes:
+        name: by it a checkpoint knows its objective; one that minimises something else needs another.
         loss: of a module and a batch: what is minimised, and what is reported, which has no gradient. They
             differ by what is added for the module's sake, such as the balance loss of a mixture. Both are
             means over the batch's units. A batch without a unit has the loss 0 with gradient 0, since a
@@ -34,6 +35,7 @@ class Objective:
         weight: the units of a batch; it is asked before the batch goes to the device.
     """
 
+    name: str
     loss: Callable[[nn.Module, Batch], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
     weight: Callable[[Batch], int]
 
@@ -52,7 +54,7 @@ def _predicted_tokens(window: Int[Tensor, "batch window"]) -> int:
     return int(predicted(window).sum())
 
 
-next_token = Objective(_next_token_loss, _predicted_tokens)
+next_token = Objective("next token", _next_token_loss, _predicted_tokens)
 """A decoder's cross entropy of each predicted token of a window, given those before it, in nats a token.
 
 With experts, what is minimised holds their balance loss, too: that of each pass, by its share."""

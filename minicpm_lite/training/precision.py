@@ -56,12 +56,14 @@ class RoundedCopy:
 
     @torch.no_grad()
     def refreshed(self) -> nn.Module:
-        """The copy, with the module's present weights and modes."""
+        """The copy, with the module's present weights, modes and configs."""
         for whole, rounded in self._rounded.items():
             rounded.copy_(whole)
             rounded.grad = None  # of a pass that was interrupted
         for mine, theirs in zip(self._model.modules(), self._whole.modules(), strict=True):
             mine.training = theirs.training
+            if "config" in vars(theirs):
+                mine.config = theirs.config  # `extend_context` gives a decoder another one
         return self._model
 
 

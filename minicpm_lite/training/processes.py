@@ -20,9 +20,10 @@ Result = TypeVar("Result")
 
 @contextmanager
 def processes() -> Iterator[torch.device]:
-    """Join the processes that torchrun started, or be the only one; gives the device to compute on.
+    """Join the processes that were started together, or be the only one; gives the device to compute on.
 
-    A GPU for each process where there are GPUs (NCCL), else the CPU (Gloo).
+    torchrun says so in the environment: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``; so may
+    any other launcher. A GPU for each process where there are GPUs (NCCL), else the CPU (Gloo).
 
     >>> with processes() as device:
     ...     print(dist.get_world_size())
@@ -34,7 +35,7 @@ def processes() -> Iterator[torch.device]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -30,13 +30,14 @@ __all__ = [
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def run_identity(model: nn.Module, config: TrainerConfig, text: dict) -> dict[str, dict]:
+def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective: str) -> dict[str, dict]:
     """What must be the same for a checkpoint to fit a run; as JSON gives it back, with lists for tuples.
 
     Args:
         model: named by its ``config``, if that is a dataclass, else by its class and shapes.
         config: the trainer's.
         text: the identity of what is read.
+        objective: the name of what is minimised.
     """
     trainer = asdict(config)
     del trainer["compile"]  # decides how, not what
@@ -46,7 +47,8 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict) -> dict[st
         shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
         identity = {"model": {"class": type(model).__name__, **shapes}}
     trained = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
-    identity |= {"trainer config": trainer, "text": text, "choice of parameters": trained}
+    identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
+    identity["choice of parameters"] = trained
     return json.loads(json.dumps(identity))
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..config import require_positive_integer
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
-from ..language.scoring import token_losses
+from ..language.scoring import predicted, token_losses
 from ..runtime import calm_threads
 from .batches import Batches, WindowBatches, batch_to, require_fitting, split_batch
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -159,8 +159,8 @@ class Trainer:
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
         """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
 
-        For decoders. In float32 whatever the training precision. The model is left as it was, training or
-        not.
+        For decoders. What is read and not predicted does not count. In float32 whatever the training
+        precision. The model is left as it was, training or not.
         """
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
@@ -168,12 +168,14 @@ class Trainer:
             raise ValueError(
                 f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."
             )
-        windows = torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device)
+        windows = (
+            torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device).long()
+        )
         training = self.model.training
         self.model.eval()
         total = sum(token_losses(self.model, part).sum().item() for part in windows.split(batch_size))
         self.model.train(training)
-        return total / (len(windows) * length)
+        return total / predicted(windows).sum().item()
 
     def branch(
         self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Windows | Batches | None = None
@@ -205,14 +207,15 @@ class Trainer:
         save_checkpoint(path, tensors, facts | self._identity())
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file of `save`. Another schedule than the saved run's is allowed: that is a branch.
+        """Go on from a file of `save`. Everything is checked before anything is changed.
 
-        Everything is checked before anything is changed.
+        The file does not know its schedule, so any is taken. One with another future makes a branch; that it
+        has the same past is for the caller to see to (`DistributedTrainer.load` does).
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or foreign, belongs to another model, trainer config, text or
-                choice of trained parameters, or lacks a tensor.
+            ValueError: the file is truncated or foreign, belongs to another model, trainer config, text,
+                objective or choice of trained parameters, or lacks a tensor.
         """
         tensors, facts = load_checkpoint(path)
         require_same_run(path, facts, self._identity())
@@ -233,7 +236,7 @@ class Trainer:
         self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
 
     def _identity(self) -> dict[str, dict]:
-        return run_identity(self.model, self.config, self.batches.identity())
+        return run_identity(self.model, self.config, self.batches.identity(), self.objective.name)
 
     @property
     def _device(self) -> torch.device:

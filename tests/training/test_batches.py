@@ -1,5 +1,8 @@
 """Batches: a function of the step, any nesting of tensors, cut along the rows."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -37,10 +40,50 @@ def test_the_pieces_of_a_batch_are_the_batch(rows):
     assert torch.equal(torch.cat([piece["pairs"][1][0] for piece in pieces]), ROWS[:, 0])
 
 
+class Pair(NamedTuple):
+    better: torch.Tensor
+    worse: torch.Tensor
+
+
+@dataclass
+class Slices:
+    """Images of different numbers of slices: all slices below each other, and how many each image has."""
+
+    slices: torch.Tensor
+    counts: tuple[int, ...]
+
+    def __len__(self):
+        return len(self.counts)
+
+    def __getitem__(self, rows):
+        before, mine = sum(self.counts[: rows.start]), self.counts[rows]
+        return Slices(self.slices[before : before + sum(mine)], mine)
+
+    def to(self, device):
+        return Slices(self.slices.to(device), self.counts)
+
+
+def test_a_named_tuple_keeps_its_names():
+    first, second = split_batch(Pair(ROWS, ROWS + 1), 3)
+    assert isinstance(first, Pair) and torch.equal(second.worse, ROWS[3:] + 1)
+    assert batch_to(first, torch.device("meta")).better.is_meta
+
+
+def test_ragged_rows_are_cut_by_an_object_that_knows_them():
+    images = Slices(torch.arange(9), (1, 3, 0, 4, 1))
+    pieces = split_batch({"images": images, "text": ROWS}, 2)
+    assert [piece["images"].slices.tolist() for piece in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert [len(piece["text"]) for piece in pieces] == [2, 2, 1]
+    moved = batch_to(pieces[0], torch.device("meta"))["images"]
+    assert moved.slices.is_meta and moved.counts == (1, 3)
+    with pytest.raises(ValueError, match=r"its parts have \[4, 5\] rows"):
+        split_batch((images, ROWS[:4]), 2)
+
+
 def test_a_batch_that_is_not_cut_may_have_any_rows():
     uneven = (ROWS, ROWS[:3])
     assert split_batch(uneven, None) == [uneven]
-    with pytest.raises(ValueError, match=r"its tensors have \[3, 5\] rows"):
+    with pytest.raises(ValueError, match=r"its parts have \[3, 5\] rows"):
         split_batch(uneven, 2)
 
 

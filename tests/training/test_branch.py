@@ -9,7 +9,7 @@ from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.distributed import DistributedTrainer
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import TrainerConfig
-from minicpm_lite.training.wsd import WSD, Cosine
+from minicpm_lite.training.wsd import WSD, Cosine, Schedule
 
 MODEL = ModelConfig(16, 40, 2, 2, 41, max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)
 SCHEDULE = WSD(0.01, 2, 4, 4)
@@ -67,6 +67,17 @@ def test_a_cosine_has_no_stable_stage(tmp_path):
     make(schedule=schedule).load(path)
     with pytest.raises(ValueError, match="with the schedule Cosine, which has no stable stage"):
         decay_schedule(path, 5)
+
+
+def test_a_schedule_that_no_checkpoint_could_bring_back():
+    class Constant(Schedule):
+        peak_lr, total_steps = 0.01, 10
+
+        def __call__(self, step):
+            return self.peak_lr
+
+    with pytest.raises(ValueError, match="is a Constant, which no checkpoint could bring back. Use WSD or"):
+        make(schedule=Constant())
 
 
 def test_a_schedule_made_from_a_half_life_comes_back(tmp_path):

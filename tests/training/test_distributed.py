@@ -208,7 +208,7 @@ def _brier(model, window):
     return error, error.detach()
 
 
-BRIER = Objective(_brier, len)
+BRIER = Objective("Brier score", _brier, len)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(3, True)], ids=str)
@@ -217,6 +217,16 @@ def test_another_objective(alone, layout):
     other = trained(plain(objective=BRIER), 5)
     assert one.losses == pytest.approx(other.losses, abs=1e-6)
     assert one.losses[0] < 1 < trained(make(), 1).losses[0]
+
+
+def test_a_checkpoint_of_another_objective(alone, tmp_path):
+    path = trained(make(), 4).save(tmp_path)
+    sentence = "another objective: its name is 'next token', this run's is 'Brier score'"
+    for go_on in (lambda run: run.load(path), lambda run: run.branch_from(path)):
+        run = make(objective=BRIER)
+        with pytest.raises(ValueError, match=sentence):
+            go_on(run)
+        assert run.step == 0
 
 
 def tables_and_norms(name: str) -> bool:
@@ -344,9 +354,33 @@ def test_a_full_disk_while_metrics_are_written(alone, tmp_path, monkeypatch):
     def full(self, line):
         raise OSError(28, f"{self.path} could not be written: No space left on device")
 
-    monkeypatch.setattr(distributed._Metrics, "add", full)
-    with pytest.raises(OSError, match="metrics.jsonl could not be written: No space left"):
+    trainer = make()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="jsonl could not be written: No space"):
+        patch.setattr(distributed._Metrics, "add", full)
+        trained(trainer, folder=tmp_path)
+    assert trainer.step == 1
+    trained(trainer, folder=tmp_path)  # there is room again
+    assert trainer.losses == trained(make()).losses
+    assert [line["step"] for line in lines(tmp_path)] == list(range(2, 15))
+
+
+def test_metrics_that_cannot_be_opened_are_everyone_s_error(alone, tmp_path, monkeypatch):
+    """Raised by the first process alone, it would leave the others waiting."""
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "nowhere" / "metrics.jsonl")
+    told = []
+
+    def on_first(work):
+        try:
+            return processes_on_first(work)
+        except OSError as error:
+            told.append(error)
+            raise
+
+    processes_on_first = distributed.on_first
+    monkeypatch.setattr(distributed, "on_first", on_first)
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl") as raised:
         trained(make(), folder=tmp_path)
+    assert told == [raised.value]
 
 
 # Branches.
@@ -503,6 +537,10 @@ def failures(folder, device) -> dict:
     resumed = make(device=device)
     resumed.load(folder / "run" / "step-00000003")
     said["goes on"] = trained(resumed, 5).losses
+    if rank == 0:
+        (folder / "linked").mkdir()
+        (folder / "linked" / "metrics.jsonl").symlink_to(folder / "nowhere" / "metrics.jsonl")
+    note("linked", lambda: trained(make(device=device), folder=folder / "linked"))
     note("odd", lambda: make(config=replace(CONFIG, batch_size=3), device=device))
     note("infinite", lambda: trained(make(schedule=WSD(1e30, 0, 10, 0), device=device)))
     note("absent", lambda: make(device=device).load(folder / "nowhere"))
@@ -520,6 +558,7 @@ def test_an_error_of_one_process_is_everyone_s(tmp_path):
     )
     assert one["left"] == ["metrics.jsonl", "step-00000003"]
     assert one["goes on"] == pytest.approx(trained(plain(), 5).losses[3:], abs=1e-5)
+    assert "FileNotFoundError" in one["linked"] and "metrics.jsonl" in one["linked"]
     assert "A step has 3 windows, which 2 processes cannot share evenly" in one["odd"]
     assert "is not finite" in one["infinite"]
     assert "FileNotFoundError: There is no checkpoint at" in one["absent"]

@@ -84,6 +84,22 @@ def test_buffers_and_modes_are_the_module_s_own():
     assert [module.training for module in copy.refreshed()] == [True, False]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_another_config_counts_from_then_on(precision):
+    """A decoder's config may be replaced, for a longer context; the copy must not stay at the old one."""
+    torch.manual_seed(0)
+    longer, plain = (
+        Trainer(Decoder(MODEL), TOKENS, SCHEDULE, replace(CONFIG, precision=precision)) for _ in "ab"
+    )
+    plain.model.load_state_dict(longer.model.state_dict())
+    for run in (longer, plain):
+        run.train(2, progress=False)
+    longer.model.config = replace(MODEL, rope_theta=100.0)
+    for run in (longer, plain):
+        run.train(3, progress=False)
+    assert longer.losses[:2] == plain.losses[:2] and longer.losses[2] != plain.losses[2]
+
+
 def test_what_an_interrupted_pass_left_is_forgotten():
     copy = RoundedCopy(whole := line(1.0))
     copy.refreshed().weight.grad = torch.full((1, 1), 100.0, dtype=torch.bfloat16)

@@ -14,6 +14,18 @@ def test_one_process_stands_alone_and_leaves_nothing():
         assert not dist.is_initialized()
 
 
+def test_any_launcher_s_processes_join(monkeypatch):
+    """Those of an MPI wrapper, too: taken for one alone, each would write the run of all."""
+    asked = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: asked.append(how))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "there", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with processes():
+        assert asked == [{}], "rank and number are those of the environment"
+
+
 def test_the_group_ends_with_an_error_too():
     with pytest.raises(ValueError, match="this"), processes():
         raise ValueError("this")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
 from minicpm_lite.data.windows import TokenWindows
+from minicpm_lite.training import distributed
 from minicpm_lite.training.distributed import DistributedTrainer
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import TrainerConfig
@@ -208,6 +209,26 @@ def rewritten(folder, change):
     facts = json.loads((folder / "checkpoint.json").read_text())
     facts["files"][SHARD] = (folder / SHARD).stat().st_size
     (folder / "checkpoint.json").write_text(json.dumps(facts))
+
+
+def test_a_read_that_fails_on_the_way_changes_nothing(saved, monkeypatch):
+    """What was checked can still be unreadable; half of it may have been read by then."""
+    trainer, untouched = make(), make()
+    for each in (trainer, untouched):
+        each.train(2, progress=False)
+
+    def broken(checkpoint, state):
+        for tensor in state.values():
+            tensor.fill_(7.0)
+        raise ValueError("a file could not be read")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be read"):
+        patch.setattr(distributed, "read_tensors", broken)
+        trainer.load(saved / "step-00000004")
+    assert trainer.step == 2
+    for each in (trainer, untouched):
+        each.train(progress=False)
+    assert trainer.losses == untouched.losses, "weights and moments are those of step 2"
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight"])

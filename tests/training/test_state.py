@@ -37,16 +37,20 @@ class Mixed(nn.Module):
         return self.used(self.frozen(x))
 
 
+def identity(model, config=CONFIG) -> dict:
+    return run_identity(model, config, TEXT, "next token")
+
+
 def refused(mine, theirs, sentence):
     with pytest.raises(ValueError, match=sentence):
-        require_same_run("run", run_identity(theirs, CONFIG, TEXT), run_identity(mine, CONFIG, TEXT))
+        require_same_run("run", identity(theirs), identity(mine))
 
 
 def test_a_decoder_is_named_by_its_config():
-    facts = run_identity(Decoder(MODEL), CONFIG, TEXT)
+    facts = identity(Decoder(MODEL))
     assert facts["model config"]["hidden_size"] == 16 and facts["text"] == TEXT
     assert facts["trainer config"]["betas"] == [0.9, 0.95] and "compile" not in facts["trainer config"]
-    require_same_run("run", facts, run_identity(Decoder(MODEL), replace(CONFIG, compile=True), TEXT))
+    require_same_run("run", facts, identity(Decoder(MODEL), replace(CONFIG, compile=True)))
     refused(
         Decoder(MODEL),
         Decoder(replace(MODEL, num_hidden_layers=2)),

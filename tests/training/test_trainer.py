@@ -205,6 +205,16 @@ def test_evaluation_counts_every_window_once():
     )
 
 
+def test_evaluation_takes_any_ids_and_counts_what_is_predicted():
+    run, held_out = make(), TOKENS[:161]  # ten windows
+    whole = run.evaluate(held_out)
+    assert run.evaluate(held_out.int()) == whole
+    answers = torch.where(torch.arange(161) % 3 > 0, context_only(held_out), held_out)
+    windows = torch.stack([answers[i : i + 17] for i in range(0, 160, 16)])
+    assert run.evaluate(answers) == pytest.approx(next_token_loss(run.model, windows).item(), rel=1e-5)
+    assert abs(run.evaluate(answers) - whole) > 1e-3 and run.evaluate(answers.int()) == run.evaluate(answers)
+
+
 # Files that do not fit are refused with a sentence, and the run is left as it was.
 
 
@@ -268,6 +278,14 @@ def test_checkpoint_without_moments_is_refused(tmp_path):
     save_checkpoint(path, {n: t for n, t in tensors.items() if not n.startswith("optimizer")}, facts)
     with pytest.raises(ValueError, match="does not fit this run: optimizer"):
         make().load(path)
+
+
+def test_checkpoint_of_another_objective(tmp_path):
+    trained(2).save(tmp_path / "run.safetensors")
+    run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, CONFIG, replace(next_token, name="last token"))
+    with pytest.raises(ValueError, match="another objective: its name is 'next token', this run's is 'last"):
+        run.load(tmp_path / "run.safetensors")
+    assert run.step == 0
 
 
 def test_checkpoint_of_another_text(tmp_path):
@@ -509,7 +527,7 @@ def _prefer(model, batch):
     return loss, loss.detach()
 
 
-PREFERENCE = Objective(_prefer, lambda batch: len(batch["better"]))
+PREFERENCE = Objective("the better of two", _prefer, lambda batch: len(batch["better"]))
 
 
 class Adapter(nn.Module):
@@ -689,7 +707,10 @@ def test_checks_of_a_vocabulary_are_for_decoders():
         loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
         return loss, loss.detach()
 
-    bigram, objective = nn.Embedding(60, 60), Objective(bigram_loss, lambda window: window[:, 1:].numel())
+    bigram, objective = (
+        nn.Embedding(60, 60),
+        Objective("bigrams", bigram_loss, lambda window: window[:, 1:].numel()),
+    )
     run = Trainer(bigram, TOKENS + 15, SCHEDULE, CONFIG, objective)
     run.train(9, progress=False)
     assert run.losses[8] < run.losses[0]
@@ -705,11 +726,11 @@ def _unit_sums(model, window):
 @pytest.mark.parametrize(
     "wrong",
     [
-        Objective(_unit_sums, next_token.weight),  # a sum over tokens, said to be a mean
-        Objective(next_token.loss, len),  # the mean of the passes' means
-        Objective(next_token.loss, lambda window: int(predicted(window).sum()) + 1),
+        Objective("sums", _unit_sums, next_token.weight),  # a sum over tokens, said to be a mean
+        Objective("means of means", next_token.loss, len),  # the mean of the passes' means
+        Objective("miscounted", next_token.loss, lambda window: int(predicted(window).sum()) + 1),
     ],
-    ids=["sums", "means of means", "miscounted"],
+    ids=lambda wrong: wrong.name,
 )
 def test_objectives_that_count_wrongly_are_seen_in_passes(wrong):
     losses = []
