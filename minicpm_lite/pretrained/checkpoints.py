@@ -29,7 +29,7 @@ from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..optional import require
-from .assemble import assemble
+from .assemble import assemble, empty_decoder
 from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
 from .llama_cpp import gguf_tokenizer, load_gguf
 from .weights import read_json, read_weights, write_json, write_weights
@@ -190,10 +190,11 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Decoder:
             raise ValueError(f"{generation}: {error}") from None
     family = family_of(values)
     shapes, tensors = read_weights(folder)
+    shapes = {name: shape for name, shape in shapes.items() if not _HARMLESS.search(name)}
     return assemble(
-        config,
+        empty_decoder(config, len(shapes), str(folder)),
         lambda name: stored_name(name, family),
-        {name: shape for name, shape in shapes.items() if not _HARMLESS.search(name)},
+        shapes,
         tensors,
         dtype,
         str(folder),
