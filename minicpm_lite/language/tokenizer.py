@@ -352,8 +352,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     >>> tokenizer.decode(tokenizer.encode("the hat 帽").ids)
     'the hat 帽'
     """
-    if vocab_size < 256:
-        raise ValueError(f"vocab_size is {vocab_size}; the 256 bytes alone take 256 entries.")
+    _check_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
