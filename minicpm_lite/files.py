@@ -1,6 +1,10 @@
 """Files that are whole or not there: the library writes each of them beside its place, syncs it, renames it.
 
 A reader, also one after a power cut, finds either the old file or the new one, never half of one.
+
+A folder is another matter, because Python cannot exchange two: the old one must step aside before the new one
+takes its name. In that moment a reader finds nothing under the name. If the power fails just then, the old
+folder stands whole beside it, as ``.name.replaced``, until the next writer puts it back.
 """
 
 import os

@@ -94,6 +94,10 @@ def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Modu
     What takes the place has ``forward``, ``weight`` (a matrix, as latent attention reads it), ``in_features``
     and ``out_features``, and so can be replaced again: by an adapter around a quantised layer, for instance.
 
+    Every linear layer inside is offered: routers of experts (``mlp.gate``) and an output layer (``lm_head``)
+    too, which most changes should give back as they are. A module that is a linear layer itself has none
+    inside, so nothing is offered.
+
     Args:
         model: any module.
         change: from the name of a layer and the layer to what takes its place; to the layer itself where it

@@ -22,7 +22,7 @@ Choices and traps:
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heapify, heappop, heappush
@@ -30,7 +30,7 @@ from itertools import pairwise
 from operator import index
 
 import regex
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 __all__ = ["BytePairTokenizer", "fast_tokenizer", "split_words", "train_tokenizer"]
 
@@ -71,6 +71,8 @@ class BytePairTokenizer:
         vocabulary: the bytes of each token; a token's place is its id.
         merges: pairs of ids, in the order in which they were learned.
         individual_digits: every digit is a word of its own.
+        added: by id, what `fast` takes out of a text before it cuts words, such as ``<|im_start|>``. `encode`
+            does not look for it: text is text.
 
     Raises:
         ValueError: a merge makes no token of the vocabulary.
@@ -85,6 +87,7 @@ class BytePairTokenizer:
     vocabulary: tuple[bytes, ...] = field(repr=False)
     merges: tuple[tuple[int, int], ...] = field(repr=False)
     individual_digits: bool = False
+    added: Mapping[int, AddedToken] = field(default_factory=dict, repr=False, hash=False)
     _byte_ids: dict[int, int] = field(init=False, repr=False, compare=False)
     _ranks: dict[tuple[int, int], tuple[int, int]] = field(init=False, repr=False, compare=False)
     _encoded_words: dict[str, list[int]] = field(init=False, repr=False, compare=False)
@@ -164,7 +167,7 @@ class BytePairTokenizer:
     def from_tokenizers(cls, tokenizer: Tokenizer) -> "BytePairTokenizer":
         """The same vocabulary as one of the `tokenizers` package.
 
-        Special tokens keep their ids, but `encode` does not look for them: text is text.
+        Added tokens keep their ids and are `added`. What the tokenizer puts around every text is left out.
 
         Raises:
             ValueError: it is not a byte-level BPE with GPT-2's pattern, or its ids have gaps.
@@ -204,12 +207,15 @@ class BytePairTokenizer:
             tuple(_token_bytes(token) for token in sorted(ids, key=ids.get)),
             tuple((ids[left], ids[right]) for left, right in model["merges"]),
             splits_digits,
+            tokenizer.get_added_tokens_decoder(),
         )
 
     @cached_property
     def fast(self) -> Tokenizer:
         """The same vocabulary as a tokenizer of the `tokenizers` package."""
         names = ["".join(_CHARACTER_OF[byte] for byte in token) for token in self.vocabulary]
+        for i, token in self.added.items():
+            names[i] = token.content
         tokenizer = Tokenizer(
             models.BPE(
                 vocab={name: i for i, name in enumerate(names)},
@@ -220,6 +226,7 @@ class BytePairTokenizer:
         digits = [pre_tokenizers.Digits(individual_digits=True)] if self.individual_digits else []
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_of_words])
         tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_tokens(list(self.added.values()))  # each is in the vocabulary and keeps its id
         return tokenizer
 
     @property
@@ -352,8 +359,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     >>> tokenizer.decode(tokenizer.encode("the hat 帽").ids)
     'the hat 帽'
     """
-    if vocab_size < 256:
-        raise ValueError(f"vocab_size is {vocab_size}; the 256 bytes alone take 256 entries.")
+    _check_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

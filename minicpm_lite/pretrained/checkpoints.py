@@ -29,7 +29,7 @@ from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..optional import require
-from .assemble import assemble, few
+from .assemble import assemble, empty_decoder
 from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
 from .llama_cpp import gguf_tokenizer, load_gguf
 from .weights import read_json, read_weights, write_json, write_weights
@@ -190,10 +190,11 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Decoder:
             raise ValueError(f"{generation}: {error}") from None
     family = family_of(values)
     shapes, tensors = read_weights(folder)
+    shapes = {name: shape for name, shape in shapes.items() if not _HARMLESS.search(name)}
     return assemble(
-        config,
+        empty_decoder(config, len(shapes), str(folder)),
         lambda name: stored_name(name, family),
-        {name: shape for name, shape in shapes.items() if not _HARMLESS.search(name)},
+        shapes,
         tensors,
         dtype,
         str(folder),
@@ -202,14 +203,16 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Decoder:
 
 def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
     """The weights by name, if they are those of a plain decoder, each with numbers of its own."""
-    weights = model.state_dict()
     with torch.device("meta"):
-        plain = Decoder(model.config).state_dict()
-    if strange := sorted(weights.keys() ^ plain.keys()):
+        plain = _parts(Decoder(model.config))
+    here = _parts(model)
+    if changed := [name for name in here | plain if here.get(name) != plain.get(name)]:
+        name = changed[0]
         raise ValueError(
-            f"The model's parameters differ from those of a plain decoder in {len(strange)}: {few(strange)}. "
-            "Merge or undo what was built into it first."
+            f"The model was changed inside: {name or 'the model itself'} is {here.get(name, 'missing')}, and "
+            f"in a plain decoder {plain.get(name, 'missing')}. Merge or undo what was built into it first."
         )
+    weights = model.state_dict()
     if any(tensor.is_meta for tensor in weights.values()):
         raise ValueError("The model is on the meta device: it has shapes and no weights to write.")
     first: dict[int, str] = {}  # the first name of the numbers at an address
@@ -221,6 +224,17 @@ def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
                 "its own copy; for the two tables, set tie_word_embeddings instead."
             )
     return weights
+
+
+def _parts(model: Decoder) -> dict[str, str]:
+    """What stands under each name: first the types of all modules, then the shapes of all weights.
+
+    The types too, because a layer that computes with its weight in another way has the same names and shapes.
+    """
+    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in types.items()} | {
+        name: f"of shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()
+    }
 
 
 def _require_known_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:

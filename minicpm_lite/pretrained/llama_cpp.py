@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, RopeScaling
 from ..language.decoder import Decoder
-from .assemble import assemble
+from .assemble import assemble, empty_decoder
 from .gguf import GGUFFile, read_gguf
 
 __all__ = ["gguf_tokenizer", "half_split_rows", "load_gguf"]
@@ -68,10 +68,11 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
                 tensor = half_split_rows(tensor, config.num_key_value_heads)
             yield name, tensor
 
+    shapes = {name: entry.shape for name, entry in file.tensors.items() if name not in _ROPE_FACTORS}
     return assemble(
-        config,
+        empty_decoder(config, len(shapes), str(path)),
         stored_name,
-        {name: entry.shape for name, entry in file.tensors.items() if name not in _ROPE_FACTORS},
+        shapes,
         tensors(),
         dtype,
         str(path),

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from ..config import ModelConfig, RopeScaling
-from .assemble import few
 
 __all__ = ["rotary_from_json", "rotary_to_json"]
 
@@ -63,13 +62,14 @@ def rotary_from_json(
     if kind == "default":
         if given:
             raise ValueError(
-                f"the rotary parameters hold {few(sorted(given))} and no rope_type that reads them. Add it."
+                f"the rotary parameters hold {', '.join(sorted(given))} and no rope_type that reads them. "
+                "Add it."
             )
         return {"rope_theta": theta}
     if kind == "yarn":
         given = _yarn(given, scores_too=family == "minicpm3")
     if kind in _READ and (unknown := sorted(given.keys() - _READ[kind])):
-        raise ValueError(f"the rotary parameters of type {kind!r} hold {few(unknown)}, unknown here.")
+        raise ValueError(f"the rotary parameters of type {kind!r} hold {', '.join(unknown)}, unknown here.")
     if original is None or kind in _ONE_CONTEXT:
         original = field("max_position_embeddings")
     return {

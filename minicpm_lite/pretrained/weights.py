@@ -22,8 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .assemble import few
-
 __all__ = ["read_weights", "write_weights"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -137,6 +135,11 @@ def _opened(file: Path) -> Iterator[safe_open]:
             f"{file} is not a whole safetensors file ({error}). Is it cut short, or a pointer that git-lfs "
             "left? Fetch it again."
         ) from None
+
+
+def few(names: list[str], shown: int = 4) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def read_json(file: Path) -> dict:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.packages import smollm2_file
@@ -262,6 +262,32 @@ def test_the_fast_twin_is_the_tokenizer_that_the_vocabulary_came_from():
     assert BytePairTokenizer.from_tokenizers(fast) == MINE
     assert BytePairTokenizer.from_tokenizers(DIGITS.fast) == DIGITS != MINE
     assert fast_tokenizer(MINE) is fast  # built once
+
+
+@pytest.mark.parametrize("digits", [False, True])
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["<|im_start|>", " <|end|> ", "<é>", "<a b>", "<|user|>", "the hat", "ab", "x", " "])
+    )
+)
+def test_the_fast_twin_finds_the_added_tokens_of_the_original(digits, parts):
+    """`encode` does not: text is text."""
+    original = Tokenizer.from_str((DIGITS if digits else MINE).fast.to_str())
+    kinds = {"<|im_start|>": {}, "<|end|>": {"lstrip": True}, "<é>": {"rstrip": True}, "<a b>": {}}
+    original.add_special_tokens([AddedToken(token, normalized=False, **how) for token, how in kinds.items()])
+    original.add_tokens([AddedToken("<|user|>", special=False), AddedToken("ab", single_word=True)])
+    mine = BytePairTokenizer.from_tokenizers(Tokenizer.from_str(original.to_str()))
+    text = "".join(parts)
+    ids = original.encode(text).ids
+    assert mine.fast.encode(text).ids == ids
+    for skip in (False, True):
+        assert mine.fast.decode(ids, skip_special_tokens=skip) == original.decode(
+            ids, skip_special_tokens=skip
+        )
+    assert mine.fast.get_added_tokens_decoder() == original.get_added_tokens_decoder() == mine.added
+    assert mine.encode(text) == (DIGITS if digits else MINE).encode(text)
+    assert BytePairTokenizer.from_tokenizers(mine.fast) == mine
 
 
 def test_digits_that_are_words_of_their_own_stay_so():

@@ -18,6 +18,7 @@ import minicpm_lite
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.language.decoder import Decoder, fold_to_llama
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
 from minicpm_lite.pretrained import checkpoints, weights
 from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
@@ -417,11 +418,68 @@ def test_a_model_without_memory_is_not_written(tmp_path):
         save_pretrained(model, tmp_path / "model")
 
 
-def test_a_model_that_was_changed_inside_is_not_written(tmp_path):
-    model = make_model(OURS["llama"])
+class Ternary(torch.nn.Linear):
+    """A layer with the names and shapes of the one it takes the place of, and another way to compute."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.sign())
+
+
+def with_ternary_layers(model: Decoder) -> None:
+    def change(name, linear):
+        new = Ternary(linear.in_features, linear.out_features, bias=False)
+        new.load_state_dict(linear.state_dict())
+        return new
+
+    assert len(replace_linears(model, change)) == 21
+
+
+def with_a_wrapper(model: Decoder) -> None:
     model.layers[0].mlp.up_proj = torch.nn.Sequential(model.layers[0].mlp.up_proj)
-    with pytest.raises(ValueError, match="differ from those of a plain decoder in 2: .*Merge or undo"):
+
+
+def with_a_narrow_layer(model: Decoder) -> None:
+    model.layers[1].mlp.up_proj = torch.nn.Linear(64, 95, bias=False)
+
+
+def with_a_buffer(model: Decoder) -> None:
+    model.layers[2].self_attn.o_proj.register_buffer("scale", torch.ones(1))
+
+
+def without_its_last_layer(model: Decoder) -> None:
+    del model.layers[2]
+
+
+def with_another_class(model: Decoder) -> None:
+    model.__class__ = type("Other", (Decoder,), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            with_ternary_layers,
+            r"layers.0.self_attn.q_proj is \S*\.Ternary, and in a plain decoder torch\S+Linear",
+        ),
+        (with_a_wrapper, r"layers.0.mlp.up_proj is \S+Sequential, and in a plain decoder \S+Linear"),
+        (with_a_narrow_layer, r"layers.1.mlp.up_proj.weight is of shape \(95, 64\), .* of shape \(96, 64\)"),
+        (
+            with_a_buffer,
+            r"layers.2.self_attn.o_proj.scale is of shape \(1,\), and in a plain decoder missing",
+        ),
+        (without_its_last_layer, r"layers.2 is missing, and in a plain decoder \S+Block"),
+        (with_another_class, r"the model itself is \S+Other, and in a plain decoder \S+Decoder"),
+    ],
+)
+def test_a_model_that_was_changed_inside_is_not_written(change, sentence, tmp_path):
+    model = make_model(OURS["llama"])
+    change(model)
+    with pytest.raises(ValueError, match=f"changed inside: {sentence}.*Merge or undo"):
         save_pretrained(model, tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_written_as_asked_is_refused(tmp_path):
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         save_pretrained(make_model(OURS["llama"]), tmp_path / "model", max_shard_bytes=0)
     with pytest.raises(ValueError, match="has multipliers"):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minicpm_lite.pretrained import weights as module
-from minicpm_lite.pretrained.weights import read_json, read_weights, write_weights
+from minicpm_lite.pretrained.weights import few, read_json, read_weights, write_weights
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(400.0).view(100, 4),
@@ -162,3 +162,8 @@ def test_json_that_is_none_is_refused(content, sentence, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.json {sentence}"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_few_names_stand_for_many():
+    assert few(["a", "b"]) == "a, b"
+    assert few(list("abcdef")) == "a, b, c, d and 2 more"
