@@ -196,7 +196,7 @@ class DistributedTrainer:
 
         Raises:
             FileExistsError: the folder holds a later checkpoint than this run's step.
-            FloatingPointError: a gradient is not finite; the run is as it was before that step.
+            FloatingPointError: a gradient is not finite; weights and moments are as before that step.
             ValueError: a damaged shard.
             OSError: a full disk; earlier checkpoints stand.
         """
@@ -232,7 +232,7 @@ class DistributedTrainer:
                 metrics.close()
 
     def _update(self) -> dict:
-        """One update. An error before its end leaves the run as it was."""
+        """One update. An error before its end leaves weights, moments and step as they were."""
         started = time.perf_counter()
         step, mine = self.step + 1, self.config.batch_size // self.world_size
         windows, units, checksum = self._read(self.step * self.config.batch_size + self.rank * mine, mine)
