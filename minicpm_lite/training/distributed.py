@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
@@ -115,6 +115,8 @@ def _sharded_decoder(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    for socket in ("embed", "states", "logits"):  # an objective may call them apart
+        register_fsdp_forward_method(model, socket)
     model.to_empty(device=mesh.device_type)
     initialise(model, trainer.seed)
     return model
@@ -133,7 +135,7 @@ class DistributedTrainer:
         layout: passes and recomputation.
         device: what `processes` gave.
         objective: what is minimised, of a decoder and the windows of a pass. It calls the decoder as a whole,
-            since that is what gathers the weights.
+            or its ``embed``, ``states`` and ``logits``, since these are what gathers the weights.
         frozen: of a parameter's name, whether it stays as it was drawn or loaded.
 
     Attributes:
@@ -196,7 +198,7 @@ class DistributedTrainer:
 
         Raises:
             FileExistsError: the folder holds a later checkpoint than this run's step.
-            FloatingPointError: a gradient is not finite; the run is as it was before that step.
+            FloatingPointError: a gradient is not finite; weights and moments are as before that step.
             ValueError: a damaged shard.
             OSError: a full disk; earlier checkpoints stand.
         """
@@ -232,7 +234,7 @@ class DistributedTrainer:
                 metrics.close()
 
     def _update(self) -> dict:
-        """One update. An error before its end leaves the run as it was."""
+        """One update. An error before its end leaves weights, moments and step as they were."""
         started = time.perf_counter()
         step, mine = self.step + 1, self.config.batch_size // self.world_size
         windows, units, checksum = self._read(self.step * self.config.batch_size + self.rank * mine, mine)

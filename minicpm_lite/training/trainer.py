@@ -121,7 +121,8 @@ class Trainer:
 
         Raises:
             ValueError: the batch of a step holds nothing to predict; the run is as it was before that step.
-            FloatingPointError: a loss or a gradient is not finite; likewise.
+            FloatingPointError: a loss or a gradient is not finite; weights and moments are as before that
+                step. Buffers that a module moves as it computes, such as the means of a BatchNorm, are not.
         """
         until = self.schedule.total_steps if until is None else until
         require_positive_integer("checkpoint_every", checkpoint_every)
@@ -139,7 +140,7 @@ class Trainer:
             self.save(checkpoint)
 
     def _update(self) -> None:
-        """One update. Interrupted anywhere before its end, it leaves the run as it was."""
+        """One update. Interrupted before its end, it leaves weights, moments and step as they were."""
         passes = split_batch(self.batches[self.step], self.layout.micro_batch)
         model = self.model if self._rounded is None else self._rounded.refreshed()
         loss, grad_norm = update(

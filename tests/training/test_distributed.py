@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
@@ -217,6 +218,31 @@ def test_another_objective(alone, layout):
     other = trained(plain(objective=BRIER), 5)
     assert one.losses == pytest.approx(other.losses, abs=1e-6)
     assert one.losses[0] < 1 < trained(make(), 1).losses[0]
+
+
+def _after_a_picture(model, window):
+    """The next token, behind two features that stand where embeddings do."""
+    picture = torch.linspace(-1, 1, 2 * MODEL.hidden_size).view(1, 2, -1).expand(len(window), -1, -1)
+    text = model.embed(window[:, :-1])
+    states = model.states(torch.cat([picture.to(text), text], dim=1))[-1]
+    loss = F.cross_entropy(model.logits(states[:, 2:]).flatten(0, 1), window[:, 1:].flatten())
+    return loss, loss.detach()
+
+
+PICTURE = Objective("after a picture", _after_a_picture, lambda window: window[:, 1:].numel())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["dense", "untied"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, True)], ids=str)
+def test_an_objective_that_calls_the_sockets_of_a_decoder(alone, model, layout, precision):
+    how = dict(
+        model=MODELS[model], layout=layout, objective=PICTURE, config=replace(CONFIG, precision=precision)
+    )
+    one, other = trained(make(**how), 5), trained(plain(**how), 5)
+    assert one.losses == pytest.approx(other.losses, abs=1e-6)
+    assert one.grad_norms == pytest.approx(other.grad_norms, abs=1e-5)
+    assert one.losses[0] != trained(make(MODELS[model], config=how["config"]), 1).losses[0]
 
 
 def test_a_checkpoint_of_another_objective(alone, tmp_path):
@@ -478,6 +504,7 @@ def curves(folder, device) -> dict:
         "masked": run(windows=MASKED, layout=Layout(1)),
         "mixture": run(model=MODELS["mixture without balance"]),
         "balanced": run(model=MODELS["mixture"]),
+        "picture": run(objective=PICTURE),
         "frozen": run(windows=MASKED, frozen=tables_and_norms),
         "bfloat16": run(windows=MASKED, config=replace(CONFIG, precision="bfloat16")),
     }
@@ -489,7 +516,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert one == other, "every process knows the loss of all"
     expected = {
         "dense": plain(), "untied": plain(MODELS["untied"]), "passes": plain(), "masked": plain(windows=MASKED),
-        "mixture": plain(MODELS["mixture without balance"]),
+        "mixture": plain(MODELS["mixture without balance"]), "picture": plain(objective=PICTURE),
         "frozen": plain(windows=MASKED, frozen=tables_and_norms),
     }  # fmt: skip
     for name, trainer in expected.items():
