@@ -359,6 +359,7 @@ def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cu
 def _saved(args: argparse.Namespace, recipe: TrainingRecipe | None, gpus: int, start):
     """Trainer config of the checkpoint a run starts from, and its schedule, or that of a decay from there."""
     from .training.branch import decay_schedule, saved_schedule
+    from .training.plan import published_decay
     from .training.settings import TrainerConfig
     from .training.sharded_checkpoint import read_facts
     from .training.wsd import WSD
@@ -372,9 +373,8 @@ def _saved(args: argparse.Namespace, recipe: TrainingRecipe | None, gpus: int, s
             f"cannot share evenly. Go on with a number of processes that divides {trainer.batch_size}."
         )
     if args.decay_from and not args.resume:
-        published = recipe and recipe.decay_half_life_steps and recipe.decay_half_life_steps * math.log2(10)
-        # a ninth more is a tenth of all
-        return trainer, decay_schedule(start, args.decay or max(1, round(published or facts["step"] / 9)))
+        ninth = max(1, round(facts["step"] / 9))  # more, which is a tenth of all
+        return trainer, decay_schedule(start, args.decay or published_decay(recipe) or ninth)
     schedule = saved_schedule(facts)
     if not isinstance(schedule, WSD):
         raise ValueError(

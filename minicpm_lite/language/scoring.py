@@ -52,5 +52,5 @@ def token_losses(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[T
 
 
 def next_token_loss(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:
-    """Mean of `token_losses` over the tokens that are predicted; nats a token, nan if none is predicted."""
-    return token_losses(model, window).sum() / predicted(window).sum()
+    """Mean of `token_losses` over the tokens that are predicted; nats a token, 0 if none is predicted."""
+    return token_losses(model, window).sum() / predicted(window).sum().clamp(min=1)

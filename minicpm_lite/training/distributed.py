@@ -115,11 +115,24 @@ def _sharded_decoder(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for socket in ("embed", "states", "logits"):  # an objective may call them apart
-        register_fsdp_forward_method(model, socket)
+    _callable_apart(model)
     model.to_empty(device=mesh.device_type)
     initialise(model, trainer.seed)
     return model
+
+
+def _callable_apart(model: Decoder) -> None:
+    """Let an objective call the parts of a forward pass: each gathers the weights, as the whole does.
+
+    Within a call of the whole they are gathered already. To do it again would free them at its end, and the
+    backward pass would have to gather the tables once more.
+    """
+    within = {part: getattr(model, part) for part in ("embed", "states", "logits")}
+    for part in within:
+        register_fsdp_forward_method(model, part)
+    apart = {part: getattr(model, part) for part in within}
+    model.register_forward_pre_hook(lambda *call: vars(model).update(within))
+    model.register_forward_hook(lambda *call: vars(model).update(apart), always_call=True)
 
 
 class DistributedTrainer:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..language.decoder import Decoder
-from ..language.scoring import predicted, token_losses
+from ..language.scoring import next_token_loss, predicted
 from ..language.upcycling import balance_loss
 from .batches import Batch
 
@@ -43,7 +43,7 @@ class Objective:
 def _next_token_loss(
     model: Decoder, window: Int[Tensor, "batch window"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    loss = token_losses(model, window).sum() / predicted(window).sum().clamp(min=1)
+    loss = next_token_loss(model, window)
     mixture = model.config.mixture
     if mixture is None or mixture.balance_loss_weight == 0:
         return loss, loss.detach()

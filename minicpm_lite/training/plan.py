@@ -25,7 +25,7 @@ from .memory import MemoryPlan, plan_memory
 from .settings import Layout, Parametrization, Precision, TrainerConfig
 from .wsd import WSD
 
-__all__ = ["TrainingPlan", "plan_training"]
+__all__ = ["TrainingPlan", "plan_training", "published_decay"]
 
 DEFAULTS = {
     "batch_tokens": (4_000_000, "what MiniCPM trained with"),
@@ -86,6 +86,12 @@ class TrainingPlan:
         return self.flops / (self.gpus * gpu_flops * utilisation) / 3600
 
 
+def published_decay(recipe: TrainingRecipe | None) -> int | None:
+    """Steps in which a decay of the published half-life leaves a tenth of the peak; None if none was."""
+    half_life = recipe and recipe.decay_half_life_steps
+    return half_life and math.ceil(half_life * math.log2(10))
+
+
 def plan_training(
     model: ModelConfig,
     recipe: TrainingRecipe | None = None,
@@ -137,10 +143,10 @@ def plan_training(
         assumptions.append(f"{name} {default:,} is a default: {why}.")
         return default
 
-    length_default = min(DEFAULTS["sequence_length"][0], model.max_position_embeddings)
-    length = int(
-        settle("sequence_length", sequence_length, None, length_default, DEFAULTS["sequence_length"][1])
-    )
+    default = DEFAULTS["sequence_length"]
+    if default[0] > model.max_position_embeddings:
+        default = (model.max_position_embeddings, "all that the model was made for")
+    length = int(settle("sequence_length", sequence_length, None, *default))
     if length > model.max_position_embeddings:
         raise ValueError(
             f"sequence_length is {length}; the model was made for {model.max_position_embeddings} tokens "
@@ -169,9 +175,8 @@ def plan_training(
     share, why = DEFAULTS["warmup_share"]
     warmup = int(settle("warmup_steps", warmup_steps, None, min(2000, math.ceil(steps * share)),
                         f"{share:.0%} {why}"))  # fmt: skip
-    half_life = recipe and recipe.decay_half_life_steps
     share, why = DEFAULTS["decay_share"]
-    decay = int(settle("decay_steps", decay_steps, half_life and math.ceil(half_life * math.log2(10)),
+    decay = int(settle("decay_steps", decay_steps, published_decay(recipe),
                        max(0, min(steps - warmup, math.ceil(steps * share))),
                        f"{share:.0%} {why}"))  # fmt: skip
     if warmup + decay > steps:

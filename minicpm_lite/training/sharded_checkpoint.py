@@ -134,7 +134,7 @@ def read_facts(checkpoint: str | Path) -> dict:
 
 
 def load_weights(checkpoint: str | Path) -> Decoder:
-    """The model of a checkpoint, whole, in float32 on the CPU; needs no other process.
+    """The model of a checkpoint, whole, in float32 on the CPU, ready to be used; needs no other process.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -151,7 +151,7 @@ def load_weights(checkpoint: str | Path) -> Decoder:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is wanted
         read_tensors(checkpoint, state, no_dist=True)
-    return model
+    return model.eval()
 
 
 def checkpoints(folder: str | Path) -> dict[int, Path]:

@@ -100,6 +100,13 @@ def test_the_first_id_of_a_vocabulary_can_be_marked():
     assert torch.equal(readable(context_only(zeros)), zeros)
 
 
+def test_the_mean_of_nothing_is_zero():
+    model = make_model(GROUPED)
+    loss = next_token_loss(model, context_only(make_ids(GROUPED)))
+    loss.backward()
+    assert loss == 0 and not any(parameter.grad.any() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("marked", MARKED, ids=["all", "question", "scattered"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_mean_equals_cross_entropy_with_an_ignored_index_bit_for_bit(name, marked):

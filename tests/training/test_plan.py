@@ -7,7 +7,7 @@ import pytest
 
 from minicpm_lite import ModelConfig, list_configs, load_config
 from minicpm_lite.config import TrainingRecipe, load_recipe
-from minicpm_lite.training.plan import DEFAULTS, plan_training
+from minicpm_lite.training.plan import DEFAULTS, plan_training, published_decay
 
 MODEL = ModelConfig(64, 160, 3, 4, 501, num_key_value_heads=2, scale_depth=1.4, dim_model_base=32)
 
@@ -58,6 +58,24 @@ def test_what_is_given_counts_then_the_recipe_then_the_default():
     named = " ".join(plan.assumptions)
     assert "decay_steps" in named and "peak_lr" not in named and "batch_tokens" not in named
     assert f"{DEFAULTS['peak_lr'][0]:g}" in " ".join(plan_training(load_config("lite-1m")).assumptions)
+
+
+def test_a_decay_to_a_tenth_by_its_half_life():
+    recipe = TrainingRecipe(tokens=1e9, batch_tokens=1e6, peak_learning_rate=0.02, decay_half_life_steps=30)
+    assert published_decay(recipe) == plan_training(MODEL, recipe).schedule.decay_steps == 100
+    assert 0.5 ** (100 / 30) <= 0.1 < 0.5 ** (99 / 30)
+    assert published_decay(replace(recipe, decay_half_life_steps=None)) is published_decay(None) is None
+
+
+def test_the_reason_of_a_length_is_the_one_that_decided():
+    short, long = (replace(MODEL, max_position_embeddings=length) for length in (512, 8192))
+    assert (
+        "sequence_length 512 is a default: all that the model was made for."
+        in plan_training(short).assumptions
+    )
+    assert any(
+        "4,096 is a default: MiniCPM's pre-" in sentence for sentence in plan_training(long).assumptions
+    )
 
 
 def test_defaults_fit_into_one_step():
