@@ -45,7 +45,7 @@ def _next_token_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     loss = next_token_loss(model, window)
     mixture = model.config.mixture
-    if mixture is None or mixture.balance_loss_weight == 0:
+    if mixture is None or mixture.balance_loss_weight == 0 or not model.training:
         return loss, loss.detach()
     return loss + mixture.balance_loss_weight * balance_loss(model), loss.detach()
 
@@ -57,4 +57,5 @@ def _predicted_tokens(window: Int[Tensor, "batch window"]) -> int:
 next_token = Objective("next token", _next_token_loss, _predicted_tokens)
 """A decoder's cross entropy of each predicted token of a window, given those before it, in nats a token.
 
-With experts, what is minimised holds their balance loss, too: that of each pass, by its share."""
+With experts, what is minimised in training mode holds their balance loss, too: that of each pass, by its
+share."""

@@ -64,3 +64,12 @@ def test_the_balance_loss_is_minimised_and_not_reported(weight):
     model = Decoder(replace(MODEL, mixture=MixtureConfig(4, 2, balance_loss_weight=weight))).train()
     minimised, reported = next_token.loss(model, WINDOW)
     assert_close(minimised - reported, weight * balance_loss(model))
+
+
+def test_outside_of_training_no_balance_loss_is_added():
+    """That of an earlier pass would be left in the layers, with its graph."""
+    model = Decoder(replace(MODEL, mixture=MixtureConfig(4, 2))).train()
+    next_token.loss(model, WINDOW)[0].backward()
+    minimised, reported = next_token.loss(model.eval(), WINDOW)
+    assert_close(minimised, reported)
+    minimised.backward()
