@@ -299,8 +299,9 @@ def _train(args: argparse.Namespace) -> None:
         trainer.train(
             args.until, args.out, args.checkpoint_every, args.keep, args.tensorboard, sys.stderr.isatty()
         )
-        if trainer.rank == 0 and trainer.losses:
-            print(f"{args.out}: step {trainer.step}, loss {trainer.losses[-1]:.4f}.")
+        if trainer.rank == 0:
+            made = f"loss {trainer.losses[-1]:.4f}" if trainer.losses else "where it was to stop already"
+            print(f"{args.out}: step {trainer.step}, {made}.")
 
 
 def _start(args: argparse.Namespace) -> str | Path | None:

@@ -406,6 +406,9 @@ def test_stopping_and_going_on(at_home, capsys):
     assert main([*train("--data", "one", "--out", "run", "--micro-batch", "4"), "--resume"]) == 0, (
         "no flag is needed twice"
     )
+    capsys.readouterr()
+    assert main([*train("--data", "one", "--out", "run", "--micro-batch", "4"), "--resume"]) == 0
+    assert capsys.readouterr().out == "run: step 12, where it was to stop already.\n"
     assert main(train("--data", "one", "--out", "whole", *STEPS)) == 0
     assert curve(at_home / "run") == curve(at_home / "whole")
     assert order(at_home / "run") == order(at_home / "whole")

@@ -24,11 +24,11 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
     Raises:
         OSError: the folder is missing or cannot be written, or the disk is full; the old file stands.
     """
-    content = (
-        save(  # `save_file` hides what the operating system says, and leaves a killed process's half file
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            metadata={"minicpm_lite": json.dumps(facts)},
-        )
+    # `save_file` would spare the bytes, but hides what the operating system says, and leaves a file of its
+    # own beside when it is killed.
+    content = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"minicpm_lite": json.dumps(facts)},
     )
     with written_whole(path) as beside:
         beside.write_bytes(content)
