@@ -282,25 +282,30 @@ def _train(args: argparse.Namespace) -> None:
     if not args.data or not args.out:
         raise ValueError("Give --data and --out, or --dry-run to see what the run takes.")
 
-    from .training.distributed import DistributedTrainer
-    from .training.processes import processes
+    import torch
+
+    from .language.decoder import Decoder
+    from .training.processes import processes, rank, world_size
+    from .training.trainer import Trainer
 
     with processes() as device:
-        import torch.distributed as dist
-
         start = _start(args)
-        plan = _plan(args, model, recipe, dist.get_world_size(), device.type == "cuda", start)
+        plan = _plan(args, model, recipe, world_size(), device.type == "cuda", start)
         windows = _windows(args, model, plan.trainer, start)
-        trainer = DistributedTrainer(model, windows, plan.schedule, plan.trainer, plan.layout, device)
+        with torch.device("meta"):
+            decoder = Decoder(model)
+        trainer = Trainer(decoder, windows, plan.schedule, plan.trainer, layout=plan.layout)
         if args.resume:
             trainer.load(start)
         elif args.decay_from:
             trainer.branch_from(args.decay_from)
+        first = trainer.step
         trainer.train(
             args.until, args.out, args.checkpoint_every, args.keep, args.tensorboard, sys.stderr.isatty()
         )
-        if trainer.rank == 0:
-            made = f"loss {trainer.losses[-1]:.4f}" if trainer.losses else "where it was to stop already"
+        if rank() == 0:
+            stood = trainer.step == first
+            made = "where it was to stop already" if stood else f"loss {trainer.losses[-1]:.4f}"
             print(f"{args.out}: step {trainer.step}, {made}.")
 
 
@@ -336,7 +341,7 @@ def _plan(args, model: ModelConfig, recipe: TrainingRecipe | None, gpus: int, cu
         "precision": args.precision, "parametrization": args.parametrization,
     }  # fmt: skip
     flags = {name: value for name, value in flags.items() if value is not None}
-    layout = Layout(args.micro_batch, args.activation_checkpointing)
+    layout = Layout(args.micro_batch, args.activation_checkpointing, sharded=True)
     if start is None:
         settings = {"seed": 0, "precision": "bfloat16" if cuda else "float32"} | flags
         return plan_training(model, recipe, gpus=gpus, layout=layout, **settings)
@@ -376,13 +381,12 @@ def _saved(args: argparse.Namespace, recipe: TrainingRecipe | None, gpus: int, s
     if args.decay_from and not args.resume:
         ninth = max(1, round(facts["step"] / 9))  # more, which is a tenth of all
         return trainer, decay_schedule(start, args.decay or published_decay(recipe) or ninth)
-    schedule = saved_schedule(facts)
-    if not isinstance(schedule, WSD):
+    if facts["schedule"]["kind"] != WSD.__name__:
         raise ValueError(
             f"{start} was trained with the schedule {facts['schedule']['kind']}, and this command knows WSD "
-            "alone. Go on with it in Python, with DistributedTrainer.load."
+            "alone. Go on with it in Python, with Trainer.load."
         )
-    return trainer, schedule
+    return trainer, saved_schedule(facts)
 
 
 def _with(settings, other, *names: str):

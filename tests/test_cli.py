@@ -17,10 +17,10 @@ from minicpm_lite import cli, list_configs, load_config
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import TokenWindows
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
-from minicpm_lite.training.distributed import DistributedTrainer
-from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Cosine
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 40
@@ -418,9 +418,8 @@ def begun_in_python(schedule, **settings) -> None:
     """Five steps of a run whose settings no flag names."""
     config = TrainerConfig(batch_size=4, sequence_length=16, parametrization="mup", **settings)
     windows = TokenWindows(Shards("one", 300), 16, 0)
-    with processes():
-        trainer = DistributedTrainer(load_config("tiny.yaml"), windows, schedule, config)
-        trainer.train(5, "run", progress=False)
+    trainer = Trainer(Decoder(load_config("tiny.yaml")), windows, schedule, config)
+    trainer.train(5, "run", progress=False)
 
 
 def test_what_no_flag_names_stays_as_it_was(at_home):

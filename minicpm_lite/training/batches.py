@@ -8,6 +8,7 @@ tokens, pairs to compare, images with their text. Where rows are ragged, as imag
 slices are, an object that knows its rows stands in a tensor's place: see `Rows`.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
@@ -20,7 +21,18 @@ from ..config import ModelConfig
 from ..data.windows import Windows, batch_of
 from .settings import TrainerConfig
 
-__all__ = ["Batch", "Batches", "Rows", "WindowBatches", "batch_to", "require_fitting", "split_batch"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Rows",
+    "WindowBatches",
+    "batch_to",
+    "checksum",
+    "part_of",
+    "require_even",
+    "require_fitting",
+    "split_batch",
+]
 
 Batch = Any
 """A tensor or other `Rows`, or a tuple, list or dict of batches."""
@@ -106,6 +118,59 @@ def batch_to(batch: Batch, device: torch.device) -> Batch:
     return _changed(batch, lambda part: part.to(device))
 
 
+def part_of(batches: Batches, step: int, rank: int, world_size: int) -> Batch:
+    """A process's part of a step's batch: its stretch of the rows, as many as every other's.
+
+    Of windows no others are read. Any other batch is made whole in every process, and cut.
+
+    Raises:
+        ValueError: the processes cannot share the rows evenly.
+
+    >>> from minicpm_lite.data.windows import TokenWindows
+    >>> batches = WindowBatches(TokenWindows(torch.arange(100), length=4, seed=0), batch_size=6)
+    >>> torch.equal(part_of(batches, step=3, rank=1, world_size=2), batches[3][3:])
+    True
+    """
+    if world_size == 1:
+        return batches[step]
+    if isinstance(batches, WindowBatches):
+        require_even(batches.batch_size, world_size)
+        return batch_of(batches.windows, step * world_size + rank, batches.batch_size // world_size)
+    batch = batches[step]
+    rows = _rows(batch)
+    require_even(rows, world_size)
+    return split_batch(batch, rows // world_size)[rank]
+
+
+def require_even(rows: int, world_size: int) -> None:
+    """Refuse a step that processes cannot share: each must have as many passes as the others.
+
+    Raises:
+        ValueError: a sentence with both numbers.
+    """
+    if rows % world_size or not rows:
+        raise ValueError(
+            f"A step has {rows} rows, which {world_size} processes cannot share evenly. Make batches of a "
+            f"multiple of {world_size} rows."
+        )
+
+
+def checksum(batch: Batch, rank: int = 0) -> int:
+    """Of the tensors in a process's part of a step; the sum over all parts knows the rows and their order.
+
+    >>> whole = torch.arange(12).view(4, 3)
+    >>> checksum(whole) == checksum(whole[:2], rank=0) + checksum(whole[2:], rank=1)
+    True
+    """
+    tensors: list[Tensor] = []
+    _changed(batch, lambda part: tensors.append(part) if isinstance(part, Tensor) else None)
+    return sum(
+        zlib.crc32(row.reshape(-1).contiguous().view(torch.uint8).numpy()) * (1 + rank * len(tensor) + place)
+        for tensor in tensors
+        for place, row in enumerate(tensor.cpu())
+    )
+
+
 def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
     """Cut a batch into pieces of at most ``rows`` rows; None leaves it whole.
 
@@ -117,17 +182,21 @@ def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
     """
     if rows is None:
         return [batch]
+    return [
+        _changed(batch, lambda part, start=start: part[start : start + rows])
+        for start in range(0, _rows(batch), rows)
+    ]
+
+
+def _rows(batch: Batch) -> int:
     lengths: list[int] = []
     _changed(batch, lambda part: lengths.append(len(part)))
     if len(set(lengths)) != 1:
         raise ValueError(
-            f"A batch is cut into passes along its rows, and its parts have {sorted(set(lengths))} rows. "
-            "Give parts with the same first dimension, or leave micro_batch out."
+            f"A batch is cut along its rows, and its parts have {sorted(set(lengths))} rows. Give parts with "
+            "the same first dimension, or leave micro_batch out."
         )
-    return [
-        _changed(batch, lambda part, start=start: part[start : start + rows])
-        for start in range(0, lengths[0], rows)
-    ]
+    return lengths[0]
 
 
 def _changed(batch: Batch, change: Callable[[Rows], Any]) -> Batch:

@@ -5,14 +5,13 @@ goes on. A checkpoint of the warm-up or of a decay cannot: its rate is not the p
 """
 
 import math
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from .sharded_checkpoint import read_facts
 from .wsd import WSD, Cosine, Schedule
 
-__all__ = ["decay_schedule", "require_known", "require_same_past", "saved_schedule", "stable_schedule"]
-
-_KINDS = {kind.__name__: kind for kind in (WSD, Cosine)}
+__all__ = ["decay_schedule", "require_same_past", "saved_schedule", "schedule_facts", "stable_schedule"]
 
 
 def decay_schedule(checkpoint: str | Path, decay_steps: int, **form: object) -> WSD:
@@ -39,12 +38,12 @@ def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
         ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
     """
     facts = read_facts(checkpoint)
-    step, schedule = facts["step"], saved_schedule(facts)
-    if not isinstance(schedule, WSD):
+    if facts["schedule"]["kind"] != WSD.__name__:
         raise ValueError(
             f"{checkpoint} was trained with the schedule {facts['schedule']['kind']}, which has no stable "
             "stage. A decay begins from a run of WSD."
         )
+    step, schedule = facts["step"], saved_schedule(facts)
     if step < schedule.warmup_steps:
         raise ValueError(
             f"{checkpoint} was taken in the warm-up, at step {step} of {schedule.warmup_steps}. A decay "
@@ -59,17 +58,18 @@ def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:
     return step, schedule
 
 
-def require_known(schedule: Schedule) -> None:
-    """Refuse a schedule that a checkpoint could not bring back.
+def schedule_facts(schedule: Schedule) -> dict:
+    """What a checkpoint says about a schedule: its kind and its numbers.
 
     Raises:
-        ValueError: it is neither WSD nor Cosine.
+        ValueError: it is no dataclass, so its numbers are not known.
     """
-    if type(schedule) not in _KINDS.values():
+    if not is_dataclass(schedule):
         raise ValueError(
-            f"The schedule is a {type(schedule).__name__}, which no checkpoint could bring back. Use "
-            f"{' or '.join(_KINDS)}, or Trainer, which takes any."
+            f"The schedule is a {type(schedule).__name__}, which a checkpoint could not bring back. Use WSD "
+            "or Cosine, or make it a frozen dataclass of numbers."
         )
+    return {"kind": type(schedule).__name__} | asdict(schedule)
 
 
 def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -> None:
@@ -78,7 +78,7 @@ def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -
     Raises:
         ValueError: a sentence that names the first step that differs.
     """
-    old = saved_schedule(facts)
+    old = saved_schedule(facts, type(schedule))
     for step in range(1, facts["step"] + 1):
         if not math.isclose(old(step), schedule(step), rel_tol=1e-9):
             raise ValueError(
@@ -87,10 +87,23 @@ def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -
             )
 
 
-def saved_schedule(facts: dict) -> Schedule:
-    """The schedule of a checkpoint, from what `read_facts` gives."""
+def saved_schedule(facts: dict, *others: type[Schedule]) -> Schedule:
+    """The schedule of a checkpoint, from what `read_facts` gives.
+
+    Args:
+        facts: the checkpoint's.
+        others: kinds that it may be of besides WSD and Cosine.
+
+    Raises:
+        ValueError: it is of none of these kinds.
+    """
     values = dict(facts["schedule"])
-    kind = _KINDS[values.pop("kind")]
+    name, kinds = values.pop("kind"), {kind.__name__: kind for kind in (WSD, Cosine, *others)}
+    if name not in kinds:
+        raise ValueError(
+            f"The checkpoint of step {facts['step']} was trained with the schedule {name}; only "
+            f"{', '.join(kinds)} are known here."
+        )
     if values.get("half_life"):
         del values["final_ratio"]  # follows from it
-    return kind(**values)
+    return kinds[name](**values)

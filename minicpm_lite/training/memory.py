@@ -68,7 +68,7 @@ class MemoryPlan:
 
 
 def plan_memory(model: ModelConfig, trainer: TrainerConfig, layout: Layout, gpus: int) -> MemoryPlan:
-    """Bytes on each of ``gpus`` GPUs while `DistributedTrainer` trains, or on one CPU."""
+    """Bytes on each of ``gpus`` GPUs while a sharded model trains, or on one CPU."""
     with torch.device("meta"):
         decoder = Decoder(model)
     # each parameter is cut along its rows, and padded to equal parts

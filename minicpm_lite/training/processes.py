@@ -3,6 +3,8 @@
 Processes that train together wait for each other in every step. If one of them raises alone, the others wait
 until someone kills them, and the sentence that says why may be anywhere in a log. So whatever one process
 alone does or finds goes through `on_first` or `raise_together`.
+
+A program that started no others may call all of them: it is the first of one.
 """
 
 import os
@@ -12,8 +14,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["on_first", "processes", "raise_together"]
+__all__ = ["add_up", "local_device", "on_first", "processes", "raise_together", "rank", "world_size"]
 
 Result = TypeVar("Result")
 
@@ -29,11 +32,9 @@ def processes() -> Iterator[torch.device]:
     ...     print(dist.get_world_size())
     1
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = local_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
@@ -45,10 +46,36 @@ def processes() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def local_device() -> torch.device:
+    """What this process computes on: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    """The number of this process, counted from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(numbers: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
 def on_first(work: Callable[[], Result]) -> Result:
     """Let the first process work; its result, or its error, is everyone's."""
+    if not dist.is_initialized():
+        return work()
     answer: list = [None, None]
-    if dist.get_rank() == 0:
+    if rank() == 0:
         try:
             answer = [work(), None]
         except Exception as error:  # of any kind: raised below, in all processes
@@ -61,8 +88,10 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 def raise_together(error: Exception | None) -> None:
     """Raise in all processes what one of them hands in; each hands in its own error, or None."""
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    errors: list[Exception | None] = [error]
+    if dist.is_initialized():
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error)
     for each in errors:
         if each is not None:
             raise each

@@ -65,10 +65,13 @@ class Layout:
             passes as that takes. None: all in one pass.
         activation_checkpointing: keep only what enters each block of a decoder, and compute the block again
             when its gradient is due: about a third more arithmetic, far less memory.
+        sharded: cut the model over all `processes`, so that each keeps its part of every weight, gradient and
+            moment. See `minicpm_lite.training.distributed`.
     """
 
     micro_batch: int | None = None
     activation_checkpointing: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: every process writes its part of a run, and any number of processes reads it.
+"""Checkpoints of a run: every process writes its part, and any number of processes reads it, also one alone.
 
     run/step-00001000/shard-00001-model-00001-of-00001.safetensors    what process 0 held
                       shard-00002-…                                   what process 1 held
@@ -12,8 +12,9 @@ Choices, and the traps behind them:
 - So a missing file would go unnoticed, and the values in it would stay what they were. `require_whole`
   counts them first.
 - While it writes, a process holds its part a second time, as bytes in the host's memory.
-- Only tensors are written. Steps, schedules and configs are facts, in JSON. Version 2 says how often each
-  parameter was moved; version 1, which did not, is not read any more.
+- Only tensors are written. Steps, schedules and configs are facts, in JSON. Since version 2 they say how
+  often each parameter was moved, and since version 3 the losses are there; older ones are not read any more.
+- What every process holds, as a buffer, is written once, as one of them holds it.
 - The folder is written beside its place and renamed, see `minicpm_lite.files`. What a killed process leaves
   is named ``.….writing`` and no one takes it for a checkpoint.
 """
@@ -28,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
@@ -49,7 +51,7 @@ __all__ = [
 ]
 
 FACTS = "checkpoint.json"
-_FORMAT = {"format": "minicpm_lite distributed checkpoint", "version": 2}
+_FORMAT = {"format": "minicpm_lite distributed checkpoint", "version": 3}
 _CHECKPOINT = re.compile(r"step-(\d{8,})$")
 
 
@@ -70,7 +72,8 @@ def write_checkpoint(folder: str | Path, state: dict[str, Tensor], facts: dict) 
         with _written_together(final) as beside:
             writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
             try:
-                dcp.save(state, storage_writer=writer)
+                with _meant_alone():
+                    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
             except CheckpointException as failure:
                 raise _cause(failure) from None
             on_first(lambda: _add_facts(beside, _FORMAT | facts))
@@ -116,7 +119,7 @@ def read_facts(checkpoint: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it was not written by `DistributedTrainer.save`.
+        ValueError: it was not written by `Trainer.save`.
     """
     path = Path(checkpoint) / FACTS
     if not path.is_file():
@@ -134,23 +137,26 @@ def read_facts(checkpoint: str | Path) -> dict:
 
 
 def load_weights(checkpoint: str | Path) -> Decoder:
-    """The model of a checkpoint, whole, in float32 on the CPU, ready to be used; needs no other process.
+    """The decoder of a checkpoint, whole, in float32 on the CPU, ready to be used; needs no other process.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged or foreign.
+        ValueError: it is damaged or foreign, or holds another module than a decoder.
     """
     checkpoint = Path(checkpoint)
     facts = read_facts(checkpoint)
+    if "model config" not in facts:
+        raise ValueError(
+            f"{checkpoint} holds a {facts['model']['class']}, which is no decoder. Make such a module, and "
+            "load the checkpoint with the Trainer of its run."
+        )
     config = model_config(facts["model config"], f"The model config of {checkpoint}")
     with torch.device("meta"):
         model = Decoder(config)
     model.to_empty(device="cpu")
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     require_whole(checkpoint, {name: tensor.shape for name, tensor in state.items()}, extra=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is wanted
-        read_tensors(checkpoint, state, no_dist=True)
+    read_tensors(checkpoint, state, alone=True)
     return model.eval()
 
 
@@ -198,16 +204,31 @@ def require_whole(checkpoint: str | Path, shapes: dict[str, torch.Size], extra: 
             )
 
 
-def read_tensors(checkpoint: str | Path, state: dict[str, Tensor], no_dist: bool = False) -> None:
+def read_tensors(checkpoint: str | Path, state: dict[str, Tensor], alone: bool = False) -> None:
     """Fill tensors from a checkpoint, in place; of a sharded one, every process its part.
+
+    Args:
+        checkpoint: its folder.
+        state: the tensors, by name.
+        alone: this process reads, and others do not take part.
 
     Raises:
         ValueError: a file cannot be read.
     """
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=no_dist)
+        with _meant_alone():
+            dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
     except CheckpointException as failure:
         raise ValueError(f"{checkpoint} could not be read: {_cause(failure)}") from None
+
+
+@contextmanager
+def _meant_alone() -> Iterator[None]:
+    """Without torch's warning that one process works alone, where that is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _cause(failure: CheckpointException) -> Exception:

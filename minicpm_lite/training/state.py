@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from .settings import TrainerConfig
@@ -45,7 +46,9 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
         identity = {"model config": asdict(model.config)}
     else:
         shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
-        identity = {"model": {"class": type(model).__name__, **shapes}}
+        # a module that is cut has another class, made of FSDP's and its own
+        own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        identity = {"model": {"class": own.__name__, **shapes}}
     trained = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
     identity["choice of parameters"] = trained

@@ -1,13 +1,18 @@
-"""A small trainer: AdamW, gradient clipping, any schedule, checkpoints that resume bit for bit.
+"""The trainer: AdamW, clipping, any schedule, checkpoints that resume bit for bit, one process or many.
 
 It trains any module towards any objective. The batch and the learning rate of a step are functions of the
 step alone, and nothing draws random numbers. So parameters, buffers, moments and the step number are the
 whole state of a run: a run that is killed and resumed computes the same numbers as one that was not. (A
 module with dropout trains, too; when it is resumed it draws other numbers.)
+
+Under torchrun, inside `processes`, the layout's ``sharded`` cuts the model over all of them; each then reads
+and computes its part of every step, and a checkpoint is written by all and read by any number.
 """
 
 import copy
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -21,13 +26,27 @@ from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
 from ..language.scoring import predicted, token_losses
 from ..runtime import calm_threads
-from .batches import Batches, WindowBatches, batch_to, require_fitting, split_batch
-from .checkpoint import load_checkpoint, save_checkpoint
+from .batches import (
+    Batch,
+    Batches,
+    WindowBatches,
+    batch_to,
+    checksum,
+    part_of,
+    require_even,
+    require_fitting,
+    split_batch,
+)
+from .branch import require_same_past, schedule_facts, stable_schedule
+from .distributed import shard
 from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
 from .precision import RoundedCopy
+from .processes import add_up, on_first, raise_together, rank, world_size
+from .run_folder import RunFolder
 from .settings import Layout, TrainerConfig
+from .sharded_checkpoint import read_facts, read_tensors, require_whole, write_checkpoint
 from .state import (
     checkpoint_shapes,
     checkpoint_tensors,
@@ -37,7 +56,7 @@ from .state import (
     updates_made,
 )
 from .update import update
-from .wsd import Schedule
+from .wsd import WSD, Schedule
 
 __all__ = ["Trainer"]
 
@@ -51,12 +70,14 @@ class Trainer:
     """One run of training: a model, its data, a schedule, and how far it has come.
 
     Args:
-        model: what is trained; its frozen parameters (``requires_grad=False``) stay as they are.
+        model: what is trained; its frozen parameters (``requires_grad=False``) stay as they are. Sharded, it
+            is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
+            ``logits`` of its decoder, since these are what gathers weights.
         batches: a stream of tokens, windows, or the batch of each step.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
-        layout: passes and recomputation.
+        layout: passes, recomputation, and whether the model is cut over the processes.
 
     Attributes:
         step: updates made so far.
@@ -65,7 +86,8 @@ class Trainer:
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
-        ValueError: everything is frozen, or windows do not fit the model or the config.
+        ValueError: everything is frozen, windows do not fit the model or the config, or there are several
+            processes and the layout keeps the model whole or the batch cannot be shared evenly.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -92,56 +114,85 @@ class Trainer:
         if isinstance(batches, Windows):
             require_fitting(batches, config, model.config if isinstance(model, Decoder) else None)
             batches = WindowBatches(batches, config.batch_size)
+            require_even(config.batch_size, world_size())
+        if world_size() > 1 and not layout.sharded:
+            raise ValueError(
+                f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
+                "Layout(sharded=True), so that they train one model together."
+            )
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
         if layout.activation_checkpointing:
             recompute_blocks(model)
+        self._rounded, self._loss = None, objective.loss
+        if layout.sharded:
+            shard(model, config)
+        else:
+            self._rounded = RoundedCopy(model) if config.precision == "bfloat16" else None
+            self._loss = _compiled(objective.loss) if config.compile else objective.loss
         self.optimizer = adamw(model, config, schedule.peak_lr)
-        self._rounded = RoundedCopy(model) if config.precision == "bfloat16" else None
-        self._loss = _compiled(objective.loss) if config.compile else objective.loss
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self._trouble: Exception | None = None
 
     def train(
         self,
         until: int | None = None,
-        checkpoint: str | Path | None = None,
-        checkpoint_every: int = 100,
+        folder: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        keep: int = 2,
+        tensorboard: bool = False,
         progress: bool = True,
     ) -> None:
         """Make updates up to step ``until`` (left out: to the end of the schedule).
 
         Args:
             until: the step to stop at.
-            checkpoint: a file that is replaced every ``checkpoint_every`` steps and at the end; its folder is
-                made if need be.
-            checkpoint_every: in steps.
+            folder: where checkpoints (``step-00001000``) and ``metrics.jsonl`` go, a line for each step.
+            checkpoint_every: in steps. One more is taken where the schedule's decay begins, and at the end.
+            keep: how many of the newest checkpoints stay. That of the decay's beginning always does.
+            tensorboard: write the metrics as TensorBoard events, too.
             progress: show a bar.
 
         Raises:
-            ValueError: the batch of a step holds nothing to predict; the run is as it was before that step.
+            FileExistsError: the folder holds a later checkpoint than this run's step.
             FloatingPointError: a loss or a gradient is not finite; weights and moments are as before that
                 step. Buffers that a module moves as it computes, such as the means of a BatchNorm, are not.
+            ValueError: the batch of a step holds nothing to predict, or a shard is damaged; the run is as it
+                was before that step.
+            OSError: a full disk; earlier checkpoints stand.
         """
         until = self.schedule.total_steps if until is None else until
         require_positive_integer("checkpoint_every", checkpoint_every)
-        if checkpoint:
-            Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
+        require_positive_integer("keep", keep)
+        decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
+        if folder:
+            schedule_facts(self.schedule)  # a checkpoint will need them
+        self._trouble = None  # what was reported before may have been mended
         calm_threads()
         self.model.train()
-        bar = tqdm(range(self.step, until), disable=not progress, leave=False, unit="step")
-        for _ in bar:
-            self._update()
-            bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
-            if checkpoint and self.step % checkpoint_every == 0 and self.step < until:
-                self.save(checkpoint)
-        if checkpoint:
-            self.save(checkpoint)
+        bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
+        with RunFolder(folder, self.step, keep, decay_start, tensorboard) if folder else nullcontext() as run:
+            for _ in bar:
+                metrics = self._update()
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+                if run is None:
+                    continue
+                try:
+                    run.add(metrics)
+                except OSError as error:  # of the first process, of which the others hear in the next step
+                    self._trouble = error
+                if self.step % checkpoint_every == 0 or self.step in (decay_start, until):
+                    self.save(folder)
+                    run.prune()
+            raise_together(self._trouble)
 
-    def _update(self) -> None:
-        """One update. Interrupted before its end, it leaves weights, moments and step as they were."""
-        passes = split_batch(self.batches[self.step], self.layout.micro_batch)
+    def _update(self) -> dict:
+        """One update, and its metrics. Interrupted before its end, it leaves weights, moments and step."""
+        started = time.perf_counter()
+        batch, units, seen = self._read()
+        passes = split_batch(batch, self.layout.micro_batch)
         model = self.model if self._rounded is None else self._rounded.refreshed()
         loss, grad_norm = update(
             self.step + 1,
@@ -149,12 +200,42 @@ class Trainer:
             self.model,
             self.optimizer,
             self.config.max_grad_norm,
-            loss=lambda part: self._loss(model, batch_to(part, self._device)),
+            loss=lambda part: self._losses_of(model, part),
             passes=[(part, self.objective.weight(part)) for part in passes],
+            units=units,
+            add_up=add_up,
         )
         self.step += 1
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
+        seconds = time.perf_counter() - started
+        metrics = {"step": self.step, "units": units, "loss": loss, "lr": self.schedule(self.step),
+                   "grad_norm": grad_norm, "data": seen, "seconds": round(seconds, 4)}  # fmt: skip
+        if isinstance(self.batches, WindowBatches):
+            tokens = self.config.batch_tokens
+            metrics |= {
+                "tokens": self.step * tokens,
+                "tokens_per_second": round(tokens / seconds, 1),
+            }
+        return metrics
+
+    def _losses_of(self, model: nn.Module, part: Batch) -> tuple[Tensor, Tensor]:
+        minimised, reported = self._loss(model, batch_to(part, self._device))
+        return minimised * world_size(), reported  # FSDP takes the mean of the processes' gradients
+
+    def _read(self) -> tuple[Batch, int, int]:
+        """This process's part of the step; of all parts, the units that count and a checksum."""
+        batch, units, seen, error = None, 0, 0, self._trouble
+        try:
+            batch = part_of(self.batches, self.step, rank(), world_size())
+            units, seen = self.objective.weight(batch), checksum(batch, rank()) % 2**32
+        except Exception as found:  # of any kind: raised below, in all processes
+            error = found
+        totals = torch.tensor([units, seen, error is not None], device=self._device)
+        units, seen, failed = add_up(totals).tolist()
+        if failed:
+            raise_together(error)
+        return batch, units, seen % 2**32
 
     @torch.no_grad()
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
@@ -185,7 +266,15 @@ class Trainer:
 
         A stable run of WSD is decayed this way, as often as one likes, and on other data if some are given.
         The step goes on, and with it the place in the data.
+
+        Raises:
+            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint.
         """
+        if self.layout.sharded:
+            raise ValueError(
+                "A model that is cut over processes is not copied. Save the run, make a Trainer with the "
+                "other schedule, and let it branch_from the checkpoint."
+            )
         batches = self.batches if batches is None else batches
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout
@@ -195,46 +284,83 @@ class Trainer:
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
 
-    def save(self, path: str | Path) -> None:
-        """Write the whole state of the run to one safetensors file, atomically.
+    def save(self, folder: str | Path) -> Path:
+        """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
 
         Raises:
-            OSError: the folder is missing or cannot be written, or the disk is full; the old file stands.
+            ValueError: the schedule is one that a checkpoint could not bring back.
+            OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
+                checkpoints stand.
         """
-        tensors = checkpoint_tensors(self.model, self.optimizer)
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        tensors["grad_norms"] = torch.tensor(self.grad_norms, dtype=torch.float64)
-        facts = {"step": self.step, "updates": updates_made(self.model, self.optimizer)}
-        save_checkpoint(path, tensors, facts | self._identity())
+        facts = {
+            "step": self.step,
+            "updates": updates_made(self.model, self.optimizer),
+            "schedule": schedule_facts(self.schedule),
+            "processes": world_size(),
+            "torch": torch.__version__,
+        }
+        curves = {
+            name: torch.tensor(curve, dtype=torch.float64)
+            for name, curve in (("losses", self.losses), ("grad_norms", self.grad_norms))
+        }
+        tensors = checkpoint_tensors(self.model, self.optimizer) | curves
+        return write_checkpoint(folder, tensors, facts | self._identity())
 
-    def load(self, path: str | Path) -> None:
-        """Go on from a file of `save`. Everything is checked before anything is changed.
+    def load(self, checkpoint: str | Path) -> None:
+        """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.
 
-        The file does not know its schedule, so any is taken. One with another future makes a branch; that it
-        has the same past is for the caller to see to (`DistributedTrainer.load` does).
+        Everything is checked and read before anything is changed; what is read lies beside the weights until
+        then, in as much memory as their gradients take in a step. The schedule may have another future than
+        the saved run's, but not another past.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or foreign, belongs to another model, trainer config, text,
-                objective or choice of trained parameters, or lacks a tensor.
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is damaged or foreign, or belongs to another model, trainer config, text,
+                objective, choice of trained parameters or schedule.
         """
-        tensors, facts = load_checkpoint(path)
-        require_same_run(path, facts, self._identity())
-        expected = checkpoint_shapes(self.model, facts["updates"])
-        expected |= {name: torch.Size([facts["step"]]) for name in ("losses", "grad_norms")}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if expected != found:
-            wrong = sorted(
-                name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-            )
-            raise ValueError(
-                f"{path} does not fit this run: {wrong[0]} is missing, extra or of another shape."
-            )
-        make_moments(self.model, self.optimizer, facts["updates"])
-        for name, tensor in checkpoint_tensors(self.model, self.optimizer).items():
-            tensor.copy_(tensors[name])
-        self.step = facts["step"]
-        self.losses, self.grad_norms = tensors["losses"].tolist(), tensors["grad_norms"].tolist()
+        self._load(checkpoint, self._identity())
+
+    def branch_from(self, checkpoint: str | Path) -> None:
+        """Start from a checkpoint of another run's stable stage, perhaps with other text.
+
+        Weights, moments and step are taken over; the step goes on, and with it the place in the data. Make
+        the trainer with `decay_schedule` of the checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it was taken in the warm-up or the decay, or does not fit as `load` says.
+        """
+        on_first(lambda: stable_schedule(checkpoint))
+        identity = self._identity()
+        del identity["text"]
+        self._load(checkpoint, identity)
+
+    def _load(self, checkpoint: str | Path, identity: dict[str, dict]) -> None:
+        def check() -> tuple[int, dict[str, int]]:
+            facts = read_facts(checkpoint)
+            require_same_run(checkpoint, facts, identity)
+            require_same_past(checkpoint, facts, self.schedule)
+            shapes = checkpoint_shapes(self.model, facts["updates"])
+            shapes |= {name: torch.Size([facts["step"]]) for name in ("losses", "grad_norms")}
+            require_whole(checkpoint, shapes)
+            return facts["step"], facts["updates"]
+
+        step, updates = on_first(check)
+        moments = dict(self.optimizer.state)
+        try:
+            make_moments(self.model, self.optimizer, updates)
+            tensors = checkpoint_tensors(self.model, self.optimizer)
+            kept = {name: torch.empty_like(tensors[name]) for name in tensors if name.startswith("model.")}
+            curves = {name: torch.empty(step, dtype=torch.float64) for name in ("losses", "grad_norms")}
+            read_tensors(checkpoint, tensors | kept | curves)  # which may fail, so what is kept waits
+        except BaseException:
+            self.optimizer.state.clear()
+            self.optimizer.state.update(moments)
+            raise
+        for name, tensor in kept.items():
+            tensors[name].copy_(tensor)
+        self.step = step
+        self.losses, self.grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
 
     def _identity(self) -> dict[str, dict]:
         return run_identity(self.model, self.config, self.batches.identity(), self.objective.name)

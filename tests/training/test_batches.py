@@ -8,7 +8,14 @@ import torch
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
-from minicpm_lite.training.batches import WindowBatches, batch_to, require_fitting, split_batch
+from minicpm_lite.training.batches import (
+    WindowBatches,
+    batch_to,
+    checksum,
+    part_of,
+    require_fitting,
+    split_batch,
+)
 from minicpm_lite.training.settings import TrainerConfig
 
 TOKENS = torch.arange(1000) % 40
@@ -102,3 +109,60 @@ def test_windows_that_a_model_does_not_know(tokens, length, sentence):
     require_fitting(windows, config, None)  # a module that is no decoder may know them
     with pytest.raises(ValueError, match=f"predict {length} tokens each, and sequence_length is 8"):
         require_fitting(windows, TrainerConfig(4, 8), None)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_parts_make_the_whole(world_size):
+    """Windows and other batches alike; and the checksum knows which process reads what."""
+
+    class Doubled:
+        def __getitem__(self, step):
+            return windows[step], 2.0 * windows[step]
+
+    windows = WindowBatches(TokenWindows(TOKENS, 16, 0), 6)
+    for step in range(3):
+        parts = [part_of(windows, step, rank, world_size) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), windows[step])
+        pairs = [part_of(Doubled(), step, rank, world_size) for rank in range(world_size)]
+        assert torch.equal(torch.cat([pair[1] for pair in pairs]), 2.0 * windows[step])
+        for whole, cut in ((windows[step], parts), (Doubled()[step], pairs)):
+            assert checksum(whole) == sum(checksum(part, rank) for rank, part in enumerate(cut))
+
+
+def test_a_checksum_knows_rows_and_their_order():
+    batch = torch.randint(40, (6, 17), generator=torch.Generator().manual_seed(0))
+    changed = batch.clone()
+    changed[3, 5] += 1
+    sums = [checksum(each) for each in (batch, batch.flip(0), changed, {"a": batch, "b": batch[:, :1]})]
+    assert len(set(sums)) == 4
+
+
+def test_of_windows_only_the_own_part_is_read():
+    read = []
+
+    class Watched(TokenWindows):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    part_of(WindowBatches(Watched(TOKENS, 16, 0), 6), step=5, rank=1, world_size=3)
+    assert read == [32, 33]
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5])
+def test_rows_that_processes_cannot_share(rows):
+    class Few:
+        def __getitem__(self, step):
+            return {"text": torch.zeros(rows, 2)}
+
+    with pytest.raises(ValueError, match=f"A step has {rows} rows, which 2 processes cannot share evenly"):
+        part_of(Few(), 0, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [torch.zeros(3), torch.zeros(0, 4), torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3).T > 0, torch.zeros(2, 0),
+     Slices(torch.arange(3), (1, 2))],
+)  # fmt: skip
+def test_any_batch_has_a_checksum(batch):
+    assert checksum(batch) >= 0

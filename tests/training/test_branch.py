@@ -1,43 +1,15 @@
 """Where a decay may begin, and what it shares with the run it began from."""
 
+from dataclasses import dataclass
+
 import pytest
-import torch
 
-from minicpm_lite import ModelConfig
-from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.training.branch import decay_schedule
-from minicpm_lite.training.distributed import DistributedTrainer
-from minicpm_lite.training.processes import processes
-from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.wsd import WSD, Cosine, Schedule
-
-MODEL = ModelConfig(16, 40, 2, 2, 41, max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)
-SCHEDULE = WSD(0.01, 2, 4, 4)
-WINDOWS = TokenWindows((torch.arange(1000) * 7 // 3) % 41, 8, 0)
-
-
-def make(schedule=SCHEDULE) -> DistributedTrainer:
-    return DistributedTrainer(MODEL, WINDOWS, schedule, TrainerConfig(batch_size=2, sequence_length=8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    with processes():
-        yield
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Checkpoints of steps 1, 4 (stable), 6 (the decay begins), 8 and 10."""
-    folder, trainer = tmp_path_factory.mktemp("run"), make()
-    for step in (1, 4, 6, 8, 10):
-        trainer.train(step, progress=False)
-        trainer.save(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("step", "decay_start"), [(4, 4), (6, 6)])
-def test_a_decay_begins_at_a_stable_checkpoint(saved, step, decay_start):
+def test_a_decay_begins_at_a_stable_checkpoint(make, saved, step, decay_start):
     schedule = decay_schedule(saved / f"step-{step:08d}", 5, form="linear")
     assert (schedule.decay_start, schedule.total_steps, schedule.form) == (decay_start, step + 5, "linear")
     make(schedule=schedule).branch_from(saved / f"step-{step:08d}")
@@ -51,7 +23,7 @@ def test_a_decay_begins_at_a_stable_checkpoint(saved, step, decay_start):
         (10, "at step 10, in or after the decay"),
     ],
 )
-def test_a_decay_does_not_begin_elsewhere(saved, step, sentence):
+def test_a_decay_does_not_begin_elsewhere(make, saved, step, sentence):
     path = saved / f"step-{step:08d}"
     with pytest.raises(ValueError, match=sentence):
         decay_schedule(path, 5)
@@ -61,7 +33,7 @@ def test_a_decay_does_not_begin_elsewhere(saved, step, sentence):
     assert trainer.step == 0
 
 
-def test_a_cosine_has_no_stable_stage(tmp_path):
+def test_a_cosine_has_no_stable_stage(make, tmp_path):
     schedule = Cosine(0.01, 2, 10)
     path = make(schedule=schedule).save(tmp_path)
     make(schedule=schedule).load(path)
@@ -69,18 +41,43 @@ def test_a_cosine_has_no_stable_stage(tmp_path):
         decay_schedule(path, 5)
 
 
-def test_a_schedule_that_no_checkpoint_could_bring_back():
+def test_a_schedule_that_no_checkpoint_could_bring_back(make, tmp_path):
     class Constant(Schedule):
         peak_lr, total_steps = 0.01, 10
 
         def __call__(self, step):
             return self.peak_lr
 
-    with pytest.raises(ValueError, match="is a Constant, which no checkpoint could bring back. Use WSD or"):
-        make(schedule=Constant())
+    run = make(schedule=Constant())
+    for use in (lambda: run.train(folder=tmp_path), lambda: run.save(tmp_path)):
+        with pytest.raises(
+            ValueError, match="is a Constant, which a checkpoint could not bring back. Use WSD"
+        ):
+            use()
+    assert run.step == 0 and not list(tmp_path.iterdir())
+    run.train(progress=False)  # and without one any schedule does
+    assert run.step == 10
 
 
-def test_a_schedule_made_from_a_half_life_comes_back(tmp_path):
+@dataclass(frozen=True)
+class Steady(Schedule):
+    peak_lr: float
+    total_steps: int = 10
+
+    def __call__(self, step):
+        return self.peak_lr
+
+
+def test_a_schedule_of_one_s_own_comes_back(make, tmp_path):
+    path = make(schedule=Steady(0.01)).save(tmp_path)
+    make(schedule=Steady(0.01)).load(path)
+    with pytest.raises(ValueError, match="with the schedule Steady; only WSD, Cosine are known"):
+        make(schedule=Cosine(0.01, 2, 10)).load(path)
+    with pytest.raises(ValueError, match="with the schedule Steady, which has no stable stage"):
+        decay_schedule(path, 5)
+
+
+def test_a_schedule_made_from_a_half_life_comes_back(make, tmp_path):
     schedule = WSD(0.01, 0, 4, 4, half_life=2)
     path = make(schedule=schedule).save(tmp_path)
     make(schedule=schedule).load(path)

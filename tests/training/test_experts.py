@@ -64,9 +64,9 @@ def test_the_trainer_adds_the_balance_loss_and_does_not_report_it():
 
 def test_a_mixture_resumes_bit_for_bit_and_branches(tmp_path):
     whole = trained(0.01, 8)
-    trained(0.01, 3).save(tmp_path / "run.safetensors")
+    path = trained(0.01, 3).save(tmp_path)
     resumed = trained(0.01, 0)
-    resumed.load(tmp_path / "run.safetensors")
+    resumed.load(path)
     branch = resumed.branch(SCHEDULE)
     for run in (resumed, branch):
         run.train(8, progress=False)

@@ -8,13 +8,12 @@ from torch.distributed.tensor import DTensor
 
 from minicpm_lite import ModelConfig, load_config
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, load_recipe
-from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.training.distributed import DistributedTrainer
 from minicpm_lite.training.memory import count_saved, plan_memory, recompute_blocks
 from minicpm_lite.training.plan import plan_training
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 MODEL = ModelConfig(64, 160, 3, 4, 501, num_key_value_heads=2, scale_depth=1.4, dim_model_base=32)
@@ -30,9 +29,9 @@ TRAINER = TrainerConfig(batch_size=4, sequence_length=128)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_bytes_are_those_of_a_real_run(variant):
     model = VARIANTS[variant]
-    with processes() as device:
-        trainer = DistributedTrainer(
-            model, TokenWindows(torch.arange(4000) % 501, 128, 0), WSD(0.01, 1, 1, 1), TRAINER, device=device
+    with processes():
+        trainer = Trainer(
+            Decoder(model), torch.arange(4000) % 501, WSD(0.01, 1, 1, 1), TRAINER, layout=Layout(sharded=True)
         )
         trainer.train(1, progress=False)
         plan = plan_memory(model, TRAINER, Layout(), gpus=1)
@@ -62,11 +61,10 @@ def test_activations_are_what_autograd_keeps(variant):
 
 def test_activations_with_recomputation():
     """What is kept at the end of the forward pass, and one block that is computed again."""
-    layout = Layout(micro_batch=2, activation_checkpointing=True)
-    with processes() as device:
-        trainer = DistributedTrainer(
-            MODEL, TokenWindows(torch.arange(4000) % 501, 128, 0), WSD(0.01, 1, 1, 1), TRAINER, layout, device
-        )
+    layout = Layout(micro_batch=2, activation_checkpointing=True, sharded=True)
+    with processes():
+        tokens, schedule = torch.arange(4000) % 501, WSD(0.01, 1, 1, 1)
+        trainer = Trainer(Decoder(MODEL), tokens, schedule, TRAINER, layout=layout)
         with count_saved(trainer.model) as saved:
             trainer.model(torch.zeros(2, 128, dtype=torch.long))
     kept = plan_memory(MODEL, TRAINER, Layout(micro_batch=2), gpus=1).activations

@@ -10,10 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
-from minicpm_lite.data.windows import TokenWindows
-from minicpm_lite.training import distributed
-from minicpm_lite.training.distributed import DistributedTrainer
-from minicpm_lite.training.processes import processes
+from minicpm_lite.training import trainer as trainer_module
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import (
     checkpoints,
@@ -30,25 +27,8 @@ TOKENS = (torch.arange(1000) * 7 // 3) % 41
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
-def make(model=MODEL, tokens=TOKENS, schedule=SCHEDULE, config=CONFIG) -> DistributedTrainer:
-    windows = TokenWindows(tokens, config.sequence_length, config.seed)
-    return DistributedTrainer(model, windows, schedule, config)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    with processes():
-        yield
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Checkpoints of steps 1, 4 (stable), 6 (the decay begins), 8 and 10."""
-    folder, trainer = tmp_path_factory.mktemp("run"), make()
-    for step in (1, 4, 6, 8, 10):
-        trainer.train(step, progress=False)
-        trainer.save(folder)
-    return folder
+def whole(parameter):
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 @pytest.fixture
@@ -56,15 +36,18 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved / "step-00000004", tmp_path / "step-00000004")
 
 
-def test_a_checkpoint_is_safetensors_and_json(saved):
+def test_a_checkpoint_is_safetensors_and_json(make, saved):
     assert sorted(path.name for path in (saved / "step-00000004").iterdir()) == ["checkpoint.json", SHARD]
     tensors = load_file(saved / "step-00000004" / SHARD)
     parameters = dict(make().model.named_parameters())
     kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-    assert tensors.keys() == {f"{kind}.{name}" for kind in kinds for name in parameters}
+    assert tensors.keys() == {f"{kind}.{name}" for kind in kinds for name in parameters} | {
+        "losses",
+        "grad_norms",
+    }
 
 
-def test_the_facts(saved):
+def test_the_facts(make, saved):
     facts = read_facts(saved / "step-00000008")
     assert (facts["step"], facts["processes"], facts["torch"]) == (8, 1, torch.__version__)
     assert facts["model config"]["hidden_size"] == 16
@@ -86,16 +69,16 @@ def test_the_newest_is_found_and_half_a_one_is_not(saved, tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_weights_can_be_loaded_alone(saved):
+def test_weights_can_be_loaded_alone(make, saved):
     model = load_weights(saved / "step-00000010")
     trainer = make()
     trainer.load(saved / "step-00000010")
     for one, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
-        assert torch.equal(one, other.full_tensor())
+        assert torch.equal(one, whole(other))
     assert model.config == MODEL and not any(module.training for module in model.modules())
 
 
-def test_a_longrope_config_comes_back(tmp_path):
+def test_a_longrope_config_comes_back(make, tmp_path):
     scaling = RopeScaling("longrope", 32, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 4.0))
     config = replace(MODEL, rope_scaling=scaling)
     path = make(config).save(tmp_path)
@@ -103,7 +86,7 @@ def test_a_longrope_config_comes_back(tmp_path):
     assert load_weights(path).config == config
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next_run(saved, tmp_path):
+def test_what_a_killed_save_left_is_removed_by_the_next_run(make, saved, tmp_path):
     (tmp_path / ".step-00000004.writing").mkdir()
     (tmp_path / ".step-00000004.writing" / "shard").write_bytes(b"half")
     trainer = make()
@@ -111,14 +94,14 @@ def test_what_a_killed_save_left_is_removed_by_the_next_run(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000002"]
 
 
-def test_saving_twice_replaces(tmp_path):
+def test_saving_twice_replaces(make, tmp_path):
     trainer = make()
     assert trainer.save(tmp_path) == trainer.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("at", ["tensors", "facts"])
-def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch, at):
+def test_a_full_disk_leaves_the_old_checkpoints(make, tmp_path, monkeypatch, at):
     trainer = make()
     trainer.train(2, progress=False)
     before = trainer.save(tmp_path)
@@ -142,16 +125,19 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch, at):
 # What does not fit is refused, and nothing is changed.
 
 
-def refused(path, sentence, error=ValueError, **changes):
-    trainer = make(**changes)
-    weights = [p.full_tensor().clone() for p in trainer.model.parameters()]
-    with pytest.raises(error, match=sentence) as caught:
-        trainer.load(path)
-    assert "\n" not in str(caught.value)
-    assert trainer.step == 0 and not trainer.optimizer.state
-    assert all(
-        torch.equal(p.full_tensor(), w) for p, w in zip(trainer.model.parameters(), weights, strict=True)
-    )
+@pytest.fixture
+def refused(make):
+    def refused(path, sentence, error=ValueError, **changes):
+        trainer = make(**changes)
+        weights = [whole(p).clone() for p in trainer.model.parameters()]
+        with pytest.raises(error, match=sentence) as caught:
+            trainer.load(path)
+        assert "\n" not in str(caught.value)
+        assert trainer.step == 0 and not trainer.optimizer.state and not trainer.losses
+        parameters = trainer.model.parameters()
+        assert all(torch.equal(whole(p), w) for p, w in zip(parameters, weights, strict=True))
+
+    return refused
 
 
 @pytest.mark.parametrize(
@@ -167,28 +153,28 @@ def refused(path, sentence, error=ValueError, **changes):
         (dict(schedule=WSD(0.01, 2, 1, 4)), "another schedule: its rate at step 4 was 0.01, this"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_of_another_run(saved, changes, sentence):
+def test_a_checkpoint_of_another_run(refused, saved, changes, sentence):
     refused(saved / "step-00000004", sentence, **changes)
 
 
-def test_another_future_is_allowed(saved):
+def test_another_future_is_allowed(make, saved):
     for schedule in (WSD(0.01, 2, 2, 4), WSD(0.01, 2, 100, 0)):
         trainer = make(schedule=schedule)
         trainer.load(saved / "step-00000004")
         assert trainer.step == 4
 
 
-def test_a_file_that_is_missing(folder):
+def test_a_file_that_is_missing(refused, folder):
     (folder / SHARD).unlink()
     refused(folder, f"{SHARD} is missing; it was written with")
 
 
-def test_a_file_that_is_truncated(folder):
+def test_a_file_that_is_truncated(refused, folder):
     (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
     refused(folder, f"{SHARD} is .* bytes long; it was written with .* Use an earlier checkpoint")
 
 
-def test_a_file_that_is_damaged(folder):
+def test_a_file_that_is_damaged(refused, folder):
     size = (folder / SHARD).stat().st_size
     (folder / SHARD).write_bytes(b"\xff" * size)
     refused(folder, "A file of .* is damaged")
@@ -211,7 +197,7 @@ def rewritten(folder, change):
     (folder / "checkpoint.json").write_text(json.dumps(facts))
 
 
-def test_a_read_that_fails_on_the_way_changes_nothing(saved, monkeypatch):
+def test_a_read_that_fails_on_the_way_changes_nothing(make, saved, monkeypatch):
     """What was checked can still be unreadable; half of it may have been read by then."""
     trainer, untouched = make(), make()
     for each in (trainer, untouched):
@@ -223,7 +209,7 @@ def test_a_read_that_fails_on_the_way_changes_nothing(saved, monkeypatch):
         raise ValueError("a file could not be read")
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be read"):
-        patch.setattr(distributed, "read_tensors", broken)
+        patch.setattr(trainer_module, "read_tensors", broken)
         trainer.load(saved / "step-00000004")
     assert trainer.step == 2
     for each in (trainer, untouched):
@@ -231,8 +217,8 @@ def test_a_read_that_fails_on_the_way_changes_nothing(saved, monkeypatch):
     assert trainer.losses == untouched.losses, "weights and moments are those of step 2"
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight"])
-def test_tensors_that_are_missing_extra_or_of_another_shape(folder, name):
+@pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight", "losses"])
+def test_tensors_that_are_missing_extra_or_of_another_shape(refused, folder, name):
     for change in (
         lambda tensors: tensors.pop(name),
         lambda tensors: tensors.update({name + "x": torch.zeros(3), name: torch.zeros(16)}),
@@ -242,19 +228,19 @@ def test_tensors_that_are_missing_extra_or_of_another_shape(folder, name):
         refused(folder, f"does not fit this run: {name}")
 
 
-def test_a_piece_that_is_missing(folder):
+def test_a_piece_that_is_missing(refused, folder):
     """As if the file of one of two processes were gone: the rest would be filled with what was there before."""
     rewritten(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(15)}))
     refused(folder, "does not fit this run: model.norm.weight")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "other", "version": 1}'])
-def test_foreign_facts(folder, text):
+def test_foreign_facts(refused, folder, text):
     (folder / "checkpoint.json").write_text(text)
     refused(folder, "checkpoint.json is not that of a checkpoint of minicpm_lite")
     with pytest.raises(ValueError, match="is not that of a checkpoint"):
         load_weights(folder)
 
 
-def test_no_checkpoint(tmp_path):
+def test_no_checkpoint(refused, tmp_path):
     refused(tmp_path / "none", "There is no checkpoint at", FileNotFoundError)

@@ -1,6 +1,7 @@
 """The trainer learns, branches, and resumes bit for bit: any module, any objective, even after kill -9."""
 
 import ast
+import json
 import os
 import signal
 import subprocess
@@ -11,19 +12,21 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
-from minicpm_lite.config import MixtureConfig, RopeScaling
+from minicpm_lite.config import MixtureConfig
 from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
-from minicpm_lite.training.checkpoint import load_checkpoint, save_checkpoint
+from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token
 from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.settings import Layout, TrainerConfig
+from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights, read_facts
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -108,9 +111,9 @@ def test_stopping_and_going_on_changes_nothing():
 
 
 def test_resume_is_bit_for_bit(tmp_path):
-    trained(17).save(tmp_path / "run.safetensors")
+    path = trained(17).save(tmp_path)
     resumed = make()
-    resumed.load(tmp_path / "run.safetensors")
+    resumed.load(path)
     resumed.train(progress=False)
     assert_same(resumed, trained())
 
@@ -120,26 +123,28 @@ import sys
 sys.path[:0] = {path!r}
 from test_trainer import make
 run = make()
-run.train(checkpoint={checkpoint!r}, checkpoint_every=1, progress=False)
+run.train(folder={folder!r}, checkpoint_every=1, progress=False)
 """
 
 
 def test_resume_after_kill_9(tmp_path):
     """A process is killed while it writes checkpoints; the run that goes on equals one that was never killed."""
-    checkpoint = tmp_path / "run.safetensors"
-    script = KILLED.format(path=[os.path.dirname(__file__)], checkpoint=str(checkpoint))
+    script = KILLED.format(path=[os.path.dirname(__file__)], folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.time() + 60
-    while not checkpoint.exists() and time.time() < deadline and process.poll() is None:
+    while latest_checkpoint(tmp_path) is None and time.time() < deadline and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = make()
-    resumed.load(checkpoint)
+    resumed.load(latest_checkpoint(tmp_path))
     assert 0 < resumed.step <= SCHEDULE.total_steps
-    resumed.train(checkpoint=checkpoint, progress=False)
+    resumed.train(folder=tmp_path, progress=False)
     assert_same(resumed, trained())
-    assert list(tmp_path.iterdir()) == [checkpoint], "nothing of the killed process is left"
+    metrics = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in metrics] == resumed.losses
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert not left, "nothing of the killed process is left"
 
 
 def test_a_branch_leaves_its_trunk_alone():
@@ -155,13 +160,15 @@ def test_a_branch_leaves_its_trunk_alone():
     assert_same(trunk, trained())
 
 
-def test_a_file_can_be_decayed_under_another_schedule(tmp_path):
-    trained(20).save(tmp_path / "stable.safetensors")
+def test_a_checkpoint_can_be_decayed_under_another_schedule(tmp_path):
+    path = trained(20).save(tmp_path)
     decay = WSD(0.01, 5, 15, 5)
-    branch = make(schedule=decay)
-    branch.load(tmp_path / "stable.safetensors")
-    branch.train(progress=False)
-    assert_same(branch, trained(schedule=decay))
+    assert decay == decay_schedule(path, 5)
+    for go_on in (Trainer.load, Trainer.branch_from):
+        branch = make(schedule=decay)
+        go_on(branch, path)
+        branch.train(progress=False)
+        assert_same(branch, trained(schedule=decay))
 
 
 def test_bfloat16_trains_and_keeps_float32_weights():
@@ -218,81 +225,12 @@ def test_evaluation_takes_any_ids_and_counts_what_is_predicted():
 # Files that do not fit are refused with a sentence, and the run is left as it was.
 
 
-def test_truncated_file(tmp_path):
-    path = tmp_path / "run.safetensors"
-    trained(2).save(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file.*truncated"):
-        make().load(path)
-
-
-def test_foreign_files(tmp_path):
-    path = tmp_path / "other.safetensors"
-    path.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        make().load(path)
-    save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="not a checkpoint of minicpm_lite"):
-        make().load(path)
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
-        make().load(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("other", "sentence"),
-    [
-        (dict(model=replace(MODEL, num_hidden_layers=3)), "another model config: its num_hidden_layers is 2, this run's is 3"),
-        (dict(config=replace(CONFIG, batch_size=8)), "another trainer config: its batch_size is 4, this run's is 8"),
-        (dict(config=replace(CONFIG, seed=5)), "its seed is 0, this run's is 5"),
-    ],
-)  # fmt: skip
-def test_checkpoint_of_another_config(tmp_path, other, sentence):
-    trained(2).save(tmp_path / "run.safetensors")
-    run = make(**other)
-    with pytest.raises(ValueError, match=sentence):
-        run.load(tmp_path / "run.safetensors")
-    assert run.step == 0
-
-
-@pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight", "losses"])
-@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen"])
-def test_checkpoint_with_other_tensors(tmp_path, damage, name):
-    path = tmp_path / "run.safetensors"
-    trained(2).save(path)
-    tensors, facts = load_checkpoint(path)
-    if damage == "missing":
-        del tensors[name]
-    else:
-        tensors[name + ".extra" if damage == "extra" else name] = torch.zeros(3)
-    save_checkpoint(path, tensors, facts)
-    run = make()
-    with pytest.raises(ValueError, match=f"does not fit this run: {name}"):
-        run.load(path)
-    assert_same(run, make())
-
-
-def test_checkpoint_without_moments_is_refused(tmp_path):
-    path = tmp_path / "run.safetensors"
-    trained(2).save(path)
-    tensors, facts = load_checkpoint(path)
-    save_checkpoint(path, {n: t for n, t in tensors.items() if not n.startswith("optimizer")}, facts)
-    with pytest.raises(ValueError, match="does not fit this run: optimizer"):
-        make().load(path)
-
-
 def test_checkpoint_of_another_objective(tmp_path):
-    trained(2).save(tmp_path / "run.safetensors")
+    path = trained(2).save(tmp_path)
     run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, CONFIG, replace(next_token, name="last token"))
     with pytest.raises(ValueError, match="another objective: its name is 'next token', this run's is 'last"):
-        run.load(tmp_path / "run.safetensors")
+        run.load(path)
     assert run.step == 0
-
-
-def test_checkpoint_of_another_text(tmp_path):
-    trained(2).save(tmp_path / "run.safetensors")
-    run = Trainer(Decoder(MODEL), TOKENS.flip(0), SCHEDULE, CONFIG)
-    with pytest.raises(ValueError, match="belongs to another text: its checksum is"):
-        run.load(tmp_path / "run.safetensors")
 
 
 @pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, RuntimeError])
@@ -318,13 +256,14 @@ def test_evaluation_leaves_the_mode_as_it_was():
 
 
 def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
-    path = tmp_path / "new" / "folder" / "run.safetensors"
+    folder = tmp_path / "new" / "folder"
     run = make()
-    run.train(3, checkpoint=path, progress=False)
-    assert load_checkpoint(path)[1]["step"] == 3
-    assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(ValueError, match="checkpoint_every is 0"):
-        run.train(5, checkpoint=path, checkpoint_every=0)
+    run.train(3, folder=folder, progress=False)
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "step-00000003"}
+    for name in ("checkpoint_every", "keep"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            run.train(5, folder=folder, **{name: 0})
+    assert run.step == 3
 
 
 @pytest.mark.parametrize(
@@ -347,35 +286,6 @@ def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
 def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_it()
-
-
-def test_a_run_with_longrope_factors_resumes(tmp_path):
-    """JSON has no tuples, and the factors are one."""
-    scaling = RopeScaling("longrope", 32, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 4.0))
-    config = replace(MODEL, rope_scaling=scaling)
-    run = Trainer(Decoder(config), TOKENS, SCHEDULE, CONFIG)
-    run.train(2, progress=False)
-    run.save(tmp_path / "run.safetensors")
-    resumed = Trainer(Decoder(config), TOKENS, SCHEDULE, CONFIG)
-    resumed.load(tmp_path / "run.safetensors")
-    assert resumed.step == 2
-
-
-def test_nothing_is_lost_when_writing_fails(tmp_path, monkeypatch):
-    """A full disk in the middle of a save: the old checkpoint stands, and no half file is left."""
-    path = tmp_path / "run.safetensors"
-    run = trained(2)
-    run.save(path)
-    before = path.read_bytes()
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="run.safetensors could not be written: No space left"):
-        run.save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_that_blows_up_says_where():
@@ -606,11 +516,11 @@ def assert_all_the_same(one: Trainer, other: Trainer) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_every_kind_of_run_resumes_bit_for_bit(tmp_path, name):
     """Stopped and taken up again in a new trainer at several steps, as after a kill."""
-    path, whole, stopped = tmp_path / "run", RUNS[name](), RUNS[name]()
+    whole, stopped = RUNS[name](), RUNS[name]()
     whole.train(12, progress=False)
     for until in (0, 1, 4, 5, 12):
         stopped.train(until, progress=False)
-        stopped.save(path)
+        path = stopped.save(tmp_path)
         torch.manual_seed(until)  # what is drawn anew must not matter
         stopped = RUNS[name]()
         with torch.no_grad():
@@ -674,25 +584,43 @@ def test_a_branch_of_any_module_leaves_its_trunk_alone():
 def test_a_checkpoint_of_another_module(tmp_path, other, sentence):
     run = ranker()
     run.train(2, progress=False)
-    run.save(tmp_path / "run")
+    path = run.save(tmp_path)
     with pytest.raises(ValueError, match=sentence):
-        other().load(tmp_path / "run")
+        other().load(path)
+    with pytest.raises(ValueError, match="holds a Ranker, which is no decoder"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("name", ["model.texts_read", "model.table.weight", "optimizer.exp_avg.mix.bias"])
 def test_a_checkpoint_that_lacks_a_buffer_a_frozen_weight_or_a_moment(tmp_path, name):
     run = ranker()
     run.train(2, progress=False)
-    run.save(tmp_path / "run")
-    tensors, facts = load_checkpoint(tmp_path / "run")
+    path = run.save(tmp_path)
+    facts = read_facts(path)
+    (file,) = path.glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
     assert not any("idle" in each or "table" in each for each in tensors if each.startswith("optimizer"))
     assert "model.scratch" not in tensors
     del tensors[name]
-    save_checkpoint(tmp_path / "run", tensors, facts)
+    save_file(tensors, file, metadata)
+    facts["files"][file.name] = file.stat().st_size
+    (path / "checkpoint.json").write_text(json.dumps(facts))
     fresh = ranker()
     with pytest.raises(ValueError, match=f"does not fit this run: {name} is missing"):
-        fresh.load(tmp_path / "run")
+        fresh.load(path)
     assert_all_the_same(fresh, ranker())
+
+
+def test_the_metrics_of_any_run(tmp_path):
+    """Units are what the objective counts; tokens are said where windows of tokens are read."""
+    run = ranker()
+    run.train(3, folder=tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["units"] for line in lines] == [6, 6, 6] and not any("tokens" in line for line in lines)
+    assert len({line["data"] for line in lines}) == 3, "each step sees other pairs"
+    assert [line["loss"] for line in lines] == run.losses
 
 
 def test_nothing_to_train():

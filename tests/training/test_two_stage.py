@@ -48,17 +48,17 @@ def test_a_run_over_all_stages_resumes_bit_for_bit(tmp_path):
     whole.train(10, progress=False)
     first = run(make_recipe())
     first.train(6, progress=False)
-    first.save(tmp_path / "run")
+    path = first.save(tmp_path)
     second = run(make_recipe())
-    second.load(tmp_path / "run")
+    second.load(path)
     second.train(10, progress=False)
     assert second.losses == whole.losses
     for mine, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     with pytest.raises(ValueError, match="stages"):
-        run(make_recipe(weight=0.25)).load(tmp_path / "run")
+        run(make_recipe(weight=0.25)).load(path)
     with pytest.raises(ValueError, match="sources"):
-        run(make_recipe(seed=1)).load(tmp_path / "run")
+        run(make_recipe(seed=1)).load(path)
 
 
 def test_a_branch_changes_stage_and_keeps_its_place():
