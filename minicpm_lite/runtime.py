@@ -7,6 +7,7 @@ import platform
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -96,16 +97,21 @@ def _waited_for_a_core() -> float:
     return nanoseconds / 1e9
 
 
-def _keep_teams_asleep() -> threading.Event:
-    """Start so many teams of threads that libgomp counts more threads than cores; they end with the event."""
+def _keep_teams_asleep() -> threading.Event | None:
+    """Start so many teams of threads that libgomp counts more threads than cores; they end with the event.
+
+    None where PyTorch computes with one thread: a team of one waits for nobody.
+    """
+    with ThreadPoolExecutor(1) as fresh:  # a thread that has asked before gets the answer of then
+        helpers = fresh.submit(torch.get_num_threads).result() - 1  # each team adds as many
+    if not helpers:
+        return None
     wake = threading.Event()
 
     def sleep() -> None:
         torch.ones(1 << 20)  # so large that a team fills it, which stays with the thread that asked for it
         wake.wait()
 
-    helpers = torch.get_num_threads() - 1  # each team adds as many
-    if helpers:
-        for _ in range(math.ceil(len(os.sched_getaffinity(0)) / helpers)):
-            threading.Thread(target=sleep, name="calm_threads team", daemon=True).start()
+    for _ in range(math.ceil(len(os.sched_getaffinity(0)) / helpers)):
+        threading.Thread(target=sleep, name="calm_threads team", daemon=True).start()
     return wake

@@ -67,8 +67,16 @@ def times_asleep():
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the guard is for Linux")
-def test_waiting_threads_sleep_while_the_cores_are_wanted():
-    """torch is imported first, as users do. It is told that the cores are crowded, then that they are not."""
+@pytest.mark.parametrize("begun_with", [2, 1])
+def test_waiting_threads_sleep_while_the_cores_are_wanted(begun_with):
+    """torch is imported first, as users do. It is told that the cores are crowded, then that they are not.
+
+    A program that begins with one thread may ask for two while it is watched.
+    """
+    begin = f"""
+threads = {begun_with}
+torch.set_num_threads(threads)
+"""
     script = """
 crowd = 0  # threads that wait for a core all the time
 runtime._waited_for_a_core, runtime._LOOK_EVERY = lambda: crowd * time.monotonic(), 0.02
@@ -83,13 +91,16 @@ def until(teams):
 quiet = times_asleep()
 runtime.calm_threads()
 crowd = 2
+if threads == 1:
+    time.sleep(0.2)  # the watcher has asked, and found one thread
+    torch.set_num_threads(2)
 until(teams=True)
 crowded = times_asleep()
 crowd = 0
 until(teams=False)
 print(torch.get_num_threads(), crowded > 300, crowded > 3 * max(quiet, times_asleep()), numbers[0].item())
 """
-    assert run_with_two_threads(TIMES_ASLEEP + script) == "2 True True 901.0"
+    assert run_with_two_threads(TIMES_ASLEEP + begin + script) == "2 True True 901.0"
 
 
 @pytest.mark.parametrize("variable", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])

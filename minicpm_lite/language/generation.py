@@ -174,11 +174,12 @@ def _refuse_impossible_prompt(
             "as the start token. For one text: ids[None]; for lists of ids: pad_left."
         )
     limit, prompt = model.config.max_position_embeddings, ids.shape[1]
-    if prompt + max_new_tokens > limit:
-        cure = f"Set max_new_tokens to {limit - prompt}." if prompt < limit else "Shorten the prompt."
+    if prompt + max_new_tokens - 1 > limit:  # the last token is not read
+        most = limit - prompt + 1
+        cure = f"Set max_new_tokens to {most}." if most > 0 else "Shorten the prompt."
         raise ValueError(
-            f"The prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}, together "
-            f"{prompt + max_new_tokens}; the model was made for {limit} (max_position_embeddings). {cure}"
+            f"The prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}; the model was made to "
+            f"read {limit} (max_position_embeddings). {cure}"
         )
     if int(ids.min()) < 0 or int(ids.max()) >= model.config.vocab_size:
         raise ValueError(

@@ -114,8 +114,8 @@ def stream_text(
     Raises:
         ValueError: as `stream`.
     """
-    stop_ids = resolve_stop_ids(model, stop_ids)
-    ids, _ = pad_left([fast_tokenizer(tokenizer).encode(prompt).ids])
+    tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
+    ids, _ = pad_left([tokenizer.encode(prompt).ids])
     steps = stream(model, ids.to(_device(model)), max_new_tokens, sampling, stop_ids, generator=generator)
     yield from write(steps, TextWriter(tokenizer, stop), stop_ids)
 

@@ -155,7 +155,7 @@ def load_weights(checkpoint: str | Path) -> Decoder:
         model = Decoder(config)
     model.to_empty(device="cpu")
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    require_whole(checkpoint, {name: tensor.shape for name, tensor in state.items()}, extra=True)
+    require_whole(checkpoint, facts, {name: tensor.shape for name, tensor in state.items()}, extra=True)
     read_tensors(checkpoint, state, alone=True)
     return model.eval()
 
@@ -169,18 +169,21 @@ def checkpoints(folder: str | Path) -> dict[int, Path]:
     }
 
 
-def require_whole(checkpoint: str | Path, shapes: dict[str, torch.Size], extra: bool = False) -> None:
+def require_whole(
+    checkpoint: str | Path, facts: dict, shapes: dict[str, torch.Size], extra: bool = False
+) -> None:
     """Refuse a checkpoint that lacks a file, a tensor or a piece of one.
 
     Args:
         checkpoint: its folder.
+        facts: what `read_facts` gave.
         shapes: of the tensors that are wanted, by name.
         extra: whether it may hold others, too.
 
     Raises:
         ValueError: a sentence that names the file or the tensor.
     """
-    for name, size in read_facts(checkpoint)["files"].items():
+    for name, size in facts["files"].items():
         file = Path(checkpoint) / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:

@@ -342,7 +342,7 @@ class Trainer:
             require_same_past(checkpoint, facts, self.schedule)
             shapes = checkpoint_shapes(self.model, facts["updates"])
             shapes |= {name: torch.Size([facts["step"]]) for name in ("losses", "grad_norms")}
-            require_whole(checkpoint, shapes)
+            require_whole(checkpoint, facts, shapes)
             return facts["step"], facts["updates"]
 
         step, updates = on_first(check)
