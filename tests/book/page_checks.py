@@ -45,9 +45,9 @@ LOOK = r"""() => {
         found.wide.push(element.tagName.toLowerCase() + '.' + element.className);
   return found;
 }"""
-# A chapter has thousands of coloured words of code, and axe takes half a minute for their contrast. Of each kind
-# (by the classes it stands in) one word in a block of code is enough; the others become plain text of the block.
-# What a formula is drawn of holds no text.
+# A chapter has thousands of coloured words of code, which axe walks through for every rule. Of each kind (by the
+# classes it stands in) one word in a block of code is enough; the others become plain text of the block. What a
+# formula is drawn of holds no text.
 THIN_OUT = r"""() => {
   for (const drawing of document.querySelectorAll('mjx-container svg')) drawing.replaceChildren();
   for (const block of document.querySelectorAll('pre')) {
@@ -61,6 +61,30 @@ THIN_OUT = r"""() => {
     }
     block.normalize();
   }
+}"""
+# Contrast is what axe takes longest for, half a minute on some pages. It follows from a text's colour, size and
+# weight, and from what lies behind it; of each such kind one text is marked, to be looked at for all.
+MARK_KINDS = r"""() => {
+  for (const element of document.querySelectorAll('[data-kind]')) element.removeAttribute('data-kind');
+  const kinds = new Set();
+  for (const element of document.querySelectorAll('body, body *')) {
+    const words = [...element.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    if (!words && !element.matches('input, select, textarea')) continue;
+    if (!element.checkVisibility({visibilityProperty: true})) continue;
+    const text = getComputedStyle(element);
+    const kind = [text.color, text.fontSize, text.fontWeight, text.textShadow];
+    for (let behind = element, covered = false; behind; behind = behind.parentElement) {
+      const style = getComputedStyle(behind);
+      kind.push(style.opacity, style.filter, style.mixBlendMode);
+      if (covered) continue;
+      kind.push(style.backgroundColor, style.backgroundImage);
+      if (style.position !== 'static') kind.push(behind.className);  // it may lie over anything
+      covered = /^rgb\(/.test(style.backgroundColor);
+    }
+    if (!kinds.has(kind.join())) element.setAttribute('data-kind', '');
+    kinds.add(kind.join());
+  }
+  return kinds.size;
 }"""
 AXE = Axe().axe_script
 RAW_MARKUP = re.compile(
@@ -79,8 +103,8 @@ def inspect(
         path: the page, relative to the site.
         site: the folder that is served.
         size: a key of ``SIZES``.
-        schemes: colour schemes; everything is looked at in the first, in which the page is opened, and the
-            colours also in the others, to which it is turned.
+        schemes: colour schemes; the page is opened in the first and turned to the others, and its colours are
+            looked at in all of them.
     """
     problems: list[str] = []
 
@@ -116,10 +140,12 @@ def inspect(
         problems.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
     page.evaluate(THIN_OUT)
     page.evaluate(AXE)
-    problems += [f"{schemes[0]}: {problem}" for problem in accessibility(page)]
-    for scheme in schemes[1:]:  # only colours differ
+    problems += accessibility(page, "document", {"rules": {"color-contrast": {"enabled": False}}})
+    for scheme in schemes:
         turn_to(page, scheme)
-        problems += [f"{scheme}: {problem}" for problem in accessibility(page, ["color-contrast"])]
+        if page.evaluate(MARK_KINDS):
+            found = accessibility(page, "{include: [['[data-kind]']]}", {"runOnly": ["color-contrast"]})
+            problems += [f"{scheme}: {problem}" for problem in found]
     return [f"{size}: {problem}" for problem in dict.fromkeys(problems)]
 
 
@@ -165,13 +191,17 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(re.findall(r'\bid="([^"]+)"', page.read_text("utf-8")))
 
 
-def accessibility(page: Page, rules: Sequence[str] = ()) -> list[str]:
-    """Serious and critical violations that axe-core finds on a page it is loaded in, by all its rules or some."""
+def accessibility(page: Page, where: str, rules: dict) -> list[str]:
+    """Serious and critical violations that axe-core finds on a page it is loaded in.
+
+    Args:
+        page: the page.
+        where: on what, in axe's words: "document", or some of its elements.
+        rules: by which rules, in axe's options.
+    """
     # Without preload axe does not fetch style sheets a second time, from addresses that do not exist.
-    options = {"preload": False, "resultTypes": ["violations"], "reporter": "no-passes"}
-    if rules:
-        options["runOnly"] = list(rules)
-    found = page.evaluate("options => axe.run(document, options)", options)
+    options = {"preload": False, "resultTypes": ["violations"], "reporter": "no-passes"} | rules
+    found = page.evaluate(f"options => axe.run({where}, options)", options)
     return [
         f"accessibility, {violation['id']}: {violation['help']}: {violation['nodes'][0]['html'][:160]}"
         for violation in found["violations"]

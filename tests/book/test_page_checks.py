@@ -38,6 +38,18 @@ FAULTS = {
         "<span class='k'>b</span> <span class='e'><span class='k'>faint</span> <span class='k'>c</span></span></pre>",
         "color-contrast",
     ),
+    "low contrast of one word among its like": (
+        "<p>one <em>two</em> <em>three</em></p><p>four <em>five</em> <em style='color: #bbb'>faint</em></p>",
+        "color-contrast",
+    ),
+    "low contrast behind a box that lets light through": (
+        "<p>one</p><div style='opacity: 0.4'><p>faint</p></div>",
+        "color-contrast",
+    ),
+    "low contrast on another ground": (
+        "<p>one</p><div style='background: #555'><div><p>faint</p></div></div>",
+        "color-contrast",
+    ),
     "low contrast in the dark": (
         "<style>@media (prefers-color-scheme: dark) { p.x { color: #666; background: #333 } }</style>"
         '<p class="x">faint</p>',
