@@ -84,9 +84,8 @@ MARK_KINDS = r"""() => {
     if (!kinds.has(kind.join())) element.setAttribute('data-kind', '');
     kinds.add(kind.join());
   }
-  return kinds.size;
 }"""
-AXE = Axe().axe_script
+AXE = Axe().axe_script + "axe.configure({rules: [{id: 'color-contrast', selector: '[data-kind]'}]});"
 RAW_MARKUP = re.compile(
     r"\$[^$\n]+\$|\\\(|\\\[|\\[a-zA-Z]{2,}|\{(?:ref|numref|eq|term|doc|cite(?::\w)?|func|class|mod)\}"
 )
@@ -140,12 +139,9 @@ def inspect(
         problems.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
     page.evaluate(THIN_OUT)
     page.evaluate(AXE)
-    problems += accessibility(page, "document", {"rules": {"color-contrast": {"enabled": False}}})
-    for scheme in schemes:
+    for number, scheme in enumerate(schemes):
         turn_to(page, scheme)
-        if page.evaluate(MARK_KINDS):
-            found = accessibility(page, "{include: [['[data-kind]']]}", {"runOnly": ["color-contrast"]})
-            problems += [f"{scheme}: {problem}" for problem in found]
+        problems += [f"{scheme}: {problem}" for problem in accessibility(page, colours_only=number > 0)]
     return [f"{size}: {problem}" for problem in dict.fromkeys(problems)]
 
 
@@ -191,17 +187,14 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(re.findall(r'\bid="([^"]+)"', page.read_text("utf-8")))
 
 
-def accessibility(page: Page, where: str, rules: dict) -> list[str]:
-    """Serious and critical violations that axe-core finds on a page it is loaded in.
-
-    Args:
-        page: the page.
-        where: on what, in axe's words: "document", or some of its elements.
-        rules: by which rules, in axe's options.
-    """
+def accessibility(page: Page, colours_only: bool) -> list[str]:
+    """Serious and critical violations that axe-core finds on a page it is loaded in."""
+    page.evaluate(MARK_KINDS)
     # Without preload axe does not fetch style sheets a second time, from addresses that do not exist.
-    options = {"preload": False, "resultTypes": ["violations"], "reporter": "no-passes"} | rules
-    found = page.evaluate(f"options => axe.run({where}, options)", options)
+    options = {"preload": False, "resultTypes": ["violations"], "reporter": "no-passes"}
+    if colours_only:
+        options["runOnly"] = ["color-contrast"]
+    found = page.evaluate("options => axe.run(document, options)", options)
     return [
         f"accessibility, {violation['id']}: {violation['help']}: {violation['nodes'][0]['html'][:160]}"
         for violation in found["violations"]
