@@ -23,14 +23,7 @@ from pathlib import Path
 
 import typer
 
-from .chat import chat
-from .export import export
-from .generate import generate
-from .models import models
-from .shards import shards
-from .tokenizer import tokenizer
-from .train import train
-from .verify import verify
+from . import chat, export, generate, models, shards, tokenizer, train, verify
 
 __all__ = ["main"]
 
@@ -43,7 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (models, tokenizer, shards, verify, train, generate, chat, export):
+for command in (models.models, tokenizer.tokenizer, shards.shards, verify.verify, train.train,
+                generate.generate, chat.chat, export.export):  # fmt: skip
     app.command()(command)
 
 
@@ -73,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, UsageError):
-        said = error.format_message().rstrip(".")
-        return f"{said}. See: {error.ctx.command_path} --help." if error.ctx else f"{said}."
+        said = error.format_message()
+        said = said if said.endswith((".", "?")) else f"{said}."
+        return f"{said} See: {error.ctx.command_path} --help." if error.ctx else said
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}."
     return str(error)

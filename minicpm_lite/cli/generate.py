@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -52,7 +53,7 @@ def generate(
     if as_json:
         print(json.dumps({"prompt": text, "text": "".join(pieces)}, ensure_ascii=False))
         return
-    print(text, end="", flush=True)
-    for piece in pieces:
+    first = next(pieces, "")  # before the prompt is shown, so that a refusal stands alone
+    for piece in chain((text, first), pieces):
         print(piece, end="", flush=True)
     print()

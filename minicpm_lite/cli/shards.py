@@ -51,9 +51,6 @@ def shards(
         if cutter.token_to_id(end) is None:
             raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
         behind = [cutter.token_to_id(end)]
-    else:
-        print("Without --end nothing says where a document ends, and the model will not learn to stop.",
-              file=sys.stderr)  # fmt: skip
 
     def ids() -> Iterator[list[int]]:
         for path in texts:
@@ -62,3 +59,6 @@ def shards(
 
     written = write_shards(out, ids(), vocab_size or cutter.get_vocab_size(), cutter, shard_tokens)
     print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
+    if end is None:
+        print("Without --end nothing says where a document ends, and a model will not learn to stop.",
+              file=sys.stderr)  # fmt: skip

@@ -1,5 +1,6 @@
 """``minicpm-lite tokenizer``: learn a vocabulary from texts."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,16 @@ def tokenizer(
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is overwritten. Give another place, or remove it.")
     read = "\n".join(text for path in texts for text in documents(path, field))
+    if not read.strip():
+        raise ValueError(f"{' and '.join(map(str, texts))} holds no text to learn from.")
     learned = train_tokenizer(read, vocab_size - 1)
     learned.add_special_tokens([end])
     with written_whole(out) as beside:
         learned.save(str(beside))
     print(f"{out}: {learned.get_vocab_size():,} ids, {end} among them, from {len(read):,} characters.")
+    if learned.get_vocab_size() < vocab_size:
+        print(
+            f"The text gives no more. A model of {vocab_size} ids reads shards cut with it and "
+            f"--vocab-size {vocab_size}.",
+            file=sys.stderr,
+        )

@@ -33,7 +33,7 @@ def test_help_of_all(capsys):
         (["train", "--config", "lite-1m", "--dry-run", "--gpu", "4"], "No such option: --gpu"),
         (["train", "--config", "lite-1m", "--steps", "x"], "Invalid value for '--steps'"),
         (["train"], "Missing option '--config'"),
-        (["models", "lite-1m"], "unexpected extra argument (lite-1m)"),
+        (["models", "lite-1m"], "unexpected extra argument(s) (lite-1m)"),
     ],
 )
 def test_what_was_typed_wrongly(capsys, argv, sentence):
