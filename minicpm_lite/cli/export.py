@@ -30,12 +30,5 @@ def export(
     from .model import open_model
 
     decoder, tokenizer = open_model(model)
-    if family is None and _has_multipliers(decoder.config):
-        family = "granite"
     save_pretrained(decoder, out, tokenizer, model_type=family)
     print(f"{out}: {decoder.num_parameters(True):,} parameters, with tokenizer.json.")
-
-
-def _has_multipliers(config) -> bool:
-    plain = config.scale_emb == 1 and config.residual_scale == 1 and config.width_ratio == 1
-    return not plain and config.latent_attention is None and config.mixture is None

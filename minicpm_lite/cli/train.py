@@ -93,15 +93,15 @@ def train(
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(metavar="TOKENS")] = None,
     micro_batch: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="WINDOWS",
-            help="at once on a GPU; raise it until its memory is full",
+            help="at once; else 1 on a GPU (raise it until its memory is full), all of them on a CPU",
         ),
-    ] = 1,
+    ] = None,
     activation_checkpointing: Annotated[
-        bool, typer.Option(help="compute activations again, not keep them")
-    ] = True,
+        bool | None, typer.Option(help="compute activations again, not keep them; else on a GPU only")
+    ] = None,
     precision: Annotated[
         Literal["bfloat16", "float32"] | None,
         typer.Option(help="of the arithmetic; else bfloat16, on a CPU float32"),
@@ -161,10 +161,14 @@ def train(
         "precision": precision, "parametrization": parametrization,
     }  # fmt: skip
     asked = {name: value for name, value in asked.items() if value is not None}
-    layout = Layout(micro_batch, activation_checkpointing, sharded=True)
+
+    def layout(cuda: bool) -> Layout:
+        again = cuda if activation_checkpointing is None else activation_checkpointing
+        return Layout(micro_batch or (1 if cuda else None), again, sharded=True)
+
     if dry_run:
         start = _start(out, resume, resume_from, decay_from)
-        plan = _plan(model, recipe, asked, layout, start, gpus, cuda=True)
+        plan = _plan(model, recipe, asked, layout(cuda=True), start, gpus, cuda=True)
         command = _torchrun(context.obj, gpus, bool(data), bool(out))
         if as_json:
             print(json.dumps(_as_dict(plan, command), indent=1))
@@ -181,7 +185,8 @@ def train(
 
     with processes() as device:
         start = on_first(lambda: _start(out, resume, resume_from, decay_from))
-        plan = _plan(model, recipe, asked, layout, start, world_size(), device.type == "cuda")
+        cuda = device.type == "cuda"
+        plan = _plan(model, recipe, asked, layout(cuda), start, world_size(), cuda)
         windows = _windows(data, model, plan.trainer, start)
         with torch.device("meta"):
             decoder = Decoder(model)
