@@ -256,6 +256,10 @@ class ModelConfig:
         return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
 
 
+class MissingBlockError(ValueError):
+    """A config file lacks the block that was asked for, for instance because no recipe was published."""
+
+
 @dataclass(frozen=True)
 class TrainingRecipe:
     """How a released model was pre-trained, as far as it was published; None where it was not.
@@ -357,7 +361,7 @@ def _block(name: str | Path, block: str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is not valid YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get(block), dict):
-        raise ValueError(f"{path.name} has no {block!r} block, so there is none to load.")
+        raise MissingBlockError(f"{path.name} has no {block!r} block, so there is none to load.")
     return {key: value for key, value in content[block].items() if key != "source"}
 
 

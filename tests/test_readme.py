@@ -5,9 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from torch.testing import assert_close
 
 from minicpm_lite.cli import main
-from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.data.assets import load_austen
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -15,11 +18,28 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_library_example_runs():
+def fewer_steps(text: str) -> str:
+    """The same with three steps, which a test can wait for."""
+    text = re.sub(r"(warmup|stable|decay)_steps=\d+", r"\1_steps=1", text)
+    return text.replace("--steps 500", "--steps 3")
+
+
+@pytest.fixture
+def novel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_text(load_austen()[:100_000])
+    return tmp_path
+
+
+def test_the_first_example_makes_a_model_that_transformers_opens(novel, capsys):
+    assert len([line for line in EXAMPLES[0].splitlines() if line]) <= 15
     names = {}
-    exec(EXAMPLES[0], names)
-    assert names["schedule"](1000) < names["schedule"](500)
-    assert names["model"].num_parameters() > 0
+    exec(fewer_steps(EXAMPLES[0]), names)
+    assert "It was" not in capsys.readouterr().err
+    ids = torch.arange(20)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("my-model").eval()
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, names["model"].eval()(ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow  # it loads a model of 135 million parameters
@@ -34,16 +54,24 @@ def test_pictures_and_paths_exist():
         assert (root / path).exists(), path
 
 
-def test_the_commands_run(tmp_path, monkeypatch, capsys):
-    """Those that list and plan as they stand; the others on a small text."""
-    (commands,) = re.findall(r"```bash\n(minicpm-lite models.*?)```", README, flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    Path("novels.txt").write_text("It is a truth universally acknowledged. " * 50)
-    train_tokenizer(Path("novels.txt").read_text(), 270).save("tokenizer.json")
-    words = [shlex.split(line, comments=True) for line in commands.splitlines()]
-    for line in words[:3]:
+def commands(first: str) -> list[list[str]]:
+    (block,) = re.findall(rf"```bash\n(minicpm-lite {first}.*?)```", README, flags=re.DOTALL)
+    return [shlex.split(line, comments=True) for line in fewer_steps(block).splitlines()]
+
+
+def test_the_same_from_the_command_line(novel, capsys):
+    for line in commands("tokenizer"):
         assert line[0] == "minicpm-lite" and main(line[1:]) == 0
-    assert "minicpm-1.2b" in capsys.readouterr().out and Path("shards", "shards.json").is_file()
-    start = words[3].index("train")
-    assert words[3][:start] == ["torchrun", "--nproc-per-node", "8", "-m", "minicpm_lite.cli"]
-    assert main([*words[3][start:], "--dry-run"]) == 0
+    assert Path("exported", "tokenizer.json").is_file()
+    said = capsys.readouterr()
+    assert "It was" in said.out and said.err == ""
+
+
+def test_the_commands_of_a_large_run(capsys):
+    """Those that list and plan as they stand, the other one as a dry run."""
+    listing, dry, run = commands("models")
+    assert main(listing[1:]) == main(dry[1:]) == 0
+    assert "minicpm-1.2b" in capsys.readouterr().out
+    start = run.index("train")
+    assert run[:start] == ["torchrun", "--nproc-per-node", "8", "-m", "minicpm_lite.cli"]
+    assert main([*run[start:], "--dry-run"]) == 0

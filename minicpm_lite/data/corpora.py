@@ -13,7 +13,7 @@ from .assets import load_austen
 
 __all__ = ["BLOCK_CHARACTERS", "Corpus", "block_is_held_out", "load_corpus", "split_novels"]
 
-BLOCK_CHARACTERS = 20_000  # of the novels, about ten pages
+BLOCK_CHARACTERS = 20_000  # about ten pages
 _HELD_OUT_EVERY = 20  # one block in twenty, 5 %, from all over the text
 
 
@@ -34,18 +34,32 @@ class Corpus:
     bytes_per_token: float
 
 
-def load_corpus(vocab_size: int = 1024) -> Corpus:
-    """Jane Austen's novels as tokens of a byte-level BPE with ``vocab_size`` entries.
+def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
+    """A text as tokens of a byte-level BPE with ``vocab_size`` entries, learned from its training part.
 
-    One block of 20,000 characters in twenty is held out, so the held-out text comes from every novel. The
-    first call takes a few seconds; the result is remembered.
+    One block of 20,000 characters in twenty is held out, so the held-out text comes from all over the text;
+    of one that has no twenty such blocks, they are shorter. The first call takes a few seconds; the result is
+    remembered.
+
+    Args:
+        vocab_size: ids of the vocabulary; a short text may give fewer.
+        text: left out: Jane Austen's novels.
+
+    Raises:
+        ValueError: the text has fewer than a thousand characters.
+
+    >>> corpus = load_corpus(300, text="It is a truth universally acknowledged. " * 100)
+    >>> corpus.tokenizer.decode(corpus.validation[:5].tolist())
+    't is a tr'
     """
-    return _load_corpus(vocab_size)
+    return _load_corpus(vocab_size, load_austen() if text is None else text)
 
 
 @cache
-def _load_corpus(vocab_size: int) -> Corpus:
-    training, held_out = split_novels()
+def _load_corpus(vocab_size: int, text: str) -> Corpus:
+    if len(text) < 1000:
+        raise ValueError(f"The text has {len(text)} characters; at least 1,000 are needed to hold some out.")
+    training, held_out = _split(text)
     tokenizer = train_tokenizer(training, vocab_size)
     train, validation = (torch.tensor(tokenizer.encode(part).ids) for part in (training, held_out))
     return Corpus(tokenizer, train, validation, len(held_out.encode()) / len(validation))
@@ -53,13 +67,18 @@ def _load_corpus(vocab_size: int) -> Corpus:
 
 def split_novels() -> tuple[str, str]:
     """Jane Austen's novels in two parts: the blocks to train on, and those that are held out."""
-    text, parts = load_austen(), ([], [])
-    for block, start in enumerate(range(0, len(text), BLOCK_CHARACTERS)):
-        parts[block_is_held_out(block)].append(text[start : start + BLOCK_CHARACTERS])
+    return _split(load_austen())
+
+
+def _split(text: str) -> tuple[str, str]:
+    size = min(BLOCK_CHARACTERS, len(text) // _HELD_OUT_EVERY)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for block, start in enumerate(range(0, len(text), size)):
+        parts[block_is_held_out(block)].append(text[start : start + size])
     training, held_out = map("".join, parts)
     return training, held_out
 
 
 def block_is_held_out(block: int) -> bool:
-    """Whether a block of the novels, counted from 0, is held out."""
+    """Whether a block of a text, counted from 0, is held out."""
     return block % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1

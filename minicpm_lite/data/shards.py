@@ -3,6 +3,7 @@
     folder/shards.json          vocabulary, number format, tokens and checksums of every shard
     folder/tokens-00000.npy     one array of token ids each, uint16 or uint32
     ...
+    folder/tokenizer.json       what made the ids, if it is known, so that a model trained on them can be used
 
 `write_shards` makes such a folder, `Shards` opens it as one long stream, which the windows of
 `minicpm_lite.data.windows` are cut from. The arrays are NumPy's own format, so that any tool can read them.
@@ -35,7 +36,9 @@ from ..config import require_positive_integer
 from ..files import written_whole
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 
-__all__ = ["Shards", "tokenizer_checksum", "write_shards"]
+__all__ = ["TOKENIZER", "Shards", "tokenizer_checksum", "write_shards"]
+
+TOKENIZER = "tokenizer.json"
 
 INDEX = "shards.json"
 _FORMAT = {"format": "minicpm_lite token shards", "version": 1}
@@ -63,7 +66,8 @@ def write_shards(
         token_arrays: token ids, one dimension each; they are joined to one stream.
         vocab_size: ids of the model that will read them, from 0 to ``vocab_size - 1``. It may exceed the
             tokenizer's, where a model's table was rounded up.
-        tokenizer: what made the ids; its checksum is noted, so that no other one is mixed in.
+        tokenizer: what made the ids; it is written beside them, and its checksum noted, so that no other one
+            is mixed in.
         shard_tokens: tokens in a shard; the last one may hold fewer.
 
     Raises:
@@ -112,6 +116,8 @@ def write_shards(
             "block_tokens": _BLOCK_TOKENS,
             "shards": shards,
         }
+        if tokenizer is not None:
+            (beside / TOKENIZER).write_text(fast_tokenizer(tokenizer).to_str(), encoding="utf-8")
         (beside / INDEX).write_text(json.dumps(index, indent=1))
     return Shards(folder)
 

@@ -60,7 +60,8 @@ class MixtureOfExperts(nn.Module):
         logits = self.gate(x)
         return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    @torch.compiler.disable  # how many tokens an expert gets is known only when they come
+    # `torch.compiler.disable`, which imports the compiler, a second, only when something is compiled
+    @torch._disable_dynamo  # how many tokens an expert gets is known only when they come
     def _visit(
         self,
         tokens: Float[Tensor, "tokens d"],

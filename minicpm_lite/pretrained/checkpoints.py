@@ -106,9 +106,9 @@ def save_pretrained(
         path: a folder that does not exist yet, or is empty.
         tokenizer: of the model; written as ``tokenizer.json``, without lengths at which texts are cut or
             padded, with what transformers' ``AutoTokenizer`` asks for beside it. Left out: none is written.
-        model_type: the family (see `families`). Left out: "minicpm3" with latent attention; "minicpm" with
-            multipliers; else "mixtral" with a mixture of experts and "llama" without. Give "granite" to open
-            a MiniCPM in transformers without code from elsewhere.
+        model_type: the family (see `families`). Left out: "minicpm3" with latent attention; with multipliers
+            "granite", as which transformers opens a MiniCPM without code from elsewhere, or with experts,
+            too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
         max_shard_bytes: the weights are split into files of about this size; a tensor is never split.
 
     Raises:

@@ -325,13 +325,15 @@ def _has_plain_heads(config: ModelConfig) -> bool:
 def own_family(config: ModelConfig) -> str:
     """The family in which a model is written unless another is asked for.
 
+    It is one that transformers opens without code from elsewhere, where there is one.
+
     >>> own_family(ModelConfig(64, 160, 2, 4, 256, scale_emb=12))
-    'minicpm'
+    'granite'
     """
     if config.latent_attention:
         return "minicpm3"
     if _has_multipliers(config):
-        return "minicpm"
+        return "minicpm" if config.mixture else "granite"
     return "mixtral" if config.mixture else "llama"
 
 

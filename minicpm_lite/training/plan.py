@@ -16,11 +16,8 @@ Choices, and the traps behind them:
 import math
 from dataclasses import dataclass
 
-import torch
-
 from ..config import ModelConfig, TrainingRecipe, require_positive_integer, require_positive_number
-from ..language.decoder import Decoder
-from ..language.upcycling import num_active_parameters
+from ..parameters import count_parameters
 from .memory import MemoryPlan, plan_memory
 from .settings import Layout, Parametrization, Precision, TrainerConfig
 from .wsd import WSD
@@ -162,10 +159,8 @@ def plan_training(
         parametrization=parametrization or ("mup" if model.dim_model_base else "standard"),
         seed=seed,
     )
-    with torch.device("meta"):
-        decoder = Decoder(model)
-    parameters = decoder.num_parameters(embeddings=True)
-    active = num_active_parameters(decoder) + model.vocab_size * model.hidden_size
+    count = count_parameters(model)
+    active = count.others - count.idle + model.vocab_size * model.hidden_size
     if steps is None:
         ratio, why = DEFAULTS["tokens_per_parameter"]
         tokens = settle(
@@ -185,6 +180,6 @@ def plan_training(
             "fewer of them, or more steps."
         )
     return TrainingPlan(
-        model, trainer, layout, WSD(peak, warmup, steps - warmup - decay, decay), gpus, parameters, active,
+        model, trainer, layout, WSD(peak, warmup, steps - warmup - decay, decay), gpus, count.total, active,
         plan_memory(model, trainer, layout, gpus), tuple(assumptions),
     )  # fmt: skip

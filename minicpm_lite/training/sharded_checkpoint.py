@@ -42,6 +42,7 @@ from .processes import on_first
 
 __all__ = [
     "checkpoints",
+    "is_checkpoint",
     "latest_checkpoint",
     "load_weights",
     "read_facts",
@@ -165,8 +166,13 @@ def checkpoints(folder: str | Path) -> dict[int, Path]:
     return {
         int(match[1]): path
         for path in (Path(folder).iterdir() if Path(folder).is_dir() else ())
-        if (match := _CHECKPOINT.match(path.name)) and (path / FACTS).is_file()
+        if (match := _CHECKPOINT.match(path.name)) and is_checkpoint(path)
     }
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a whole checkpoint of ours."""
+    return (Path(path) / FACTS).is_file()
 
 
 def require_whole(

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: help, tables, shards, dry runs, whole runs, kill -9, and errors."""
+"""Training from the command line: dry runs, whole runs, decays, kill -9, and errors."""
 
 import json
 import os
@@ -12,8 +12,9 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from shell import SHAPE, TEXT, damage, says
 
-from minicpm_lite import cli, list_configs, load_config
+from minicpm_lite import list_configs, load_config
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import TokenWindows
@@ -23,36 +24,9 @@ from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Cosine
 
-TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 40
-SHAPE = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
-             max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)  # fmt: skip
 STEP = ["--batch-tokens", "64", "--sequence-length", "16", "--micro-batch", "4"]
 STEPS = [*STEP, "--steps", "12", "--warmup", "3", "--decay", "2", "--checkpoint-every", "10", "--keep", "99"]
 LONG = [*STEP, "--steps", "60", "--warmup", "5", "--decay", "10", "--checkpoint-every", "10", "--keep", "99"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A config, a tokenizer, texts and two folders of shards."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "tiny.yaml").write_text(yaml.safe_dump({"model": SHAPE}))
-    (home / "novel.txt").write_text(TEXT)
-    (home / "web.jsonl").write_text("".join(json.dumps({"text": TEXT[i:]}) + "\n" for i in range(5)))
-    train_tokenizer(TEXT, 300).save(str(home / "tokenizer.json"))
-    random = np.random.default_rng(0)
-    for name in ("one", "two"):
-        write_shards(home / name, [random.integers(0, 300, 2000)], 300, shard_tokens=700)
-    return home
-
-
-@pytest.fixture
-def at_home(home, tmp_path, monkeypatch):
-    """In a folder of its own, with what is at home under its name."""
-    for path in home.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow on a busy disk
-    return tmp_path
 
 
 def train(*words) -> list[str]:
@@ -69,49 +43,6 @@ def curve(folder) -> list[float]:
 
 def order(folder) -> list[tuple[int, int]]:
     return [(line["step"], line["data"]) for line in lines(folder)]
-
-
-def says(capsys, argv, sentence) -> None:
-    """The command fails with exit code 2 and this one sentence."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("minicpm-lite: ") and said.err.count("\n") == 1
-    assert sentence in said.err
-
-
-# Help and tables.
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["--help"], ["models", "--help"], ["shards", "--help"], ["verify", "--help"], ["train", "--help"]],
-)
-def test_help(capsys, argv):
-    with pytest.raises(SystemExit) as left:
-        main(argv)
-    assert left.value.code == 0
-    said = capsys.readouterr().out
-    assert "usage: minicpm-lite" in said
-    if argv[0] == "train":
-        for word in ("torchrun", "--decay-from", "--resume", "metrics.jsonl", "--dry-run"):
-            assert word in said
-
-
-def test_no_command_shows_how(capsys):
-    with pytest.raises(SystemExit) as left:
-        main([])
-    assert left.value.code == 2
-    assert "usage" in capsys.readouterr().err
-
-
-def test_models(capsys):
-    assert main(["models"]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows[1:]] == list_configs()
-    assert any("2,724,880,896" in row for row in rows)
-    assert len({len(row) for row in rows}) == 1, "the columns stand under each other"
 
 
 # Dry runs.
@@ -152,12 +83,6 @@ def test_the_command_of_a_dry_run_starts_as_many_processes(capsys, gpus, nodes, 
     assert f"--nproc-per-node {each} " in command and (f"--nnodes {nodes} " in command) == (nodes > 1)
 
 
-def test_flags_are_not_shortened(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--config", "lite-1m", "--dry-run", "--gpu", "4"])
-    assert "unrecognized arguments: --gpu 4" in capsys.readouterr().err
-
-
 def test_a_recipe_that_cannot_be_is_not_taken_for_none(at_home, capsys):
     content = {"model": SHAPE, "training": {"tokens": -1}}
     (at_home / "wrong.yaml").write_text(yaml.safe_dump(content))
@@ -167,106 +92,6 @@ def test_a_recipe_that_cannot_be_is_not_taken_for_none(at_home, capsys):
 def test_a_run_that_does_not_fit(capsys):
     main(["train", "--config", "minicpm4-8b", "--dry-run", "--gpus", "1"])
     assert "does not fit a GPU of 80 GB" in capsys.readouterr().out
-
-
-# Shards.
-
-
-def test_texts_become_shards(at_home, capsys):
-    argv = ["shards", "novel.txt", "web.jsonl", "--tokenizer", "tokenizer.json", "--out", "made"]
-    assert main([*argv, "--vocab-size", "320", "--shard-tokens", "500"]) == 0
-    shards = Shards("made", vocab_size=320)
-    from tokenizers import Tokenizer
-
-    text = Tokenizer.from_file("tokenizer.json").decode(shards[:].tolist(), skip_special_tokens=False)
-    assert text == TEXT + "".join(TEXT[i:] for i in range(5))
-    assert f"made: {len(shards):,} tokens" in capsys.readouterr().out
-    assert len(list((at_home / "made").glob("*.npy"))) > 1
-
-
-def test_documents_can_be_ended(at_home):
-    token = next(iter(train_tokenizer(TEXT, 300).get_vocab()))
-    argv = ["shards", "web.jsonl", "--tokenizer", "tokenizer.json", "--out", "ended", "--end", token]
-    assert main(argv) == 0
-    from tokenizers import Tokenizer
-
-    assert Shards("ended")[:][-1] == Tokenizer.from_file("tokenizer.json").token_to_id(token)
-
-
-def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
-    """What a tokenizer.json orders beside cutting words does not act; a document's end is where one ends."""
-    from tokenizers.processors import TemplateProcessing
-
-    plain = train_tokenizer(TEXT, 290)
-    plain.add_special_tokens(["</s>"])
-    plain.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 290)])
-    plain.save("plain.json")
-    plain.enable_truncation(16)
-    plain.save("cut.json")
-    plain.no_truncation()
-    plain.enable_padding(length=4096)
-    plain.save("padded.json")
-    (at_home / "spelt.txt").write_text(TEXT + "An end </s> is no end.")
-    made = []
-    for name in ("plain", "cut", "padded"):
-        argv = ["shards", "spelt.txt", "--tokenizer", f"{name}.json", "--out", name, "--end", "</s>"]
-        assert main(argv) == 0
-        made.append((Shards(name)[:].tolist(), Shards(name).tokenizer))
-    assert made[0] == made[1] == made[2], "also the tokenizer's checksum"
-    ids = made[0][0]
-    assert ids.count(290) == 1 and ids[-1] == 290
-    assert plain.decode(ids[:-1]) == TEXT + "An end </s> is no end."
-
-
-def test_marks_and_blank_lines_are_no_text(at_home):
-    (at_home / "mark.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode().replace(b" ", b"\r\n"))
-    rows = [json.dumps({"text": TEXT}).encode(), b"", b"  ", json.dumps({"text": "\ufeff"}).encode()]
-    (at_home / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))
-    documents = [list(cli._documents(at_home / name, "text")) for name in ("mark.txt", "mark.jsonl")]
-    assert documents == [[TEXT.replace(" ", "\n")], [TEXT, "\ufeff"]]
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (["novel.pdf"], "novel.pdf is neither .txt nor .jsonl"),
-        (["none.txt"], "There is no file none.txt"),
-        (["novel.txt", "--tokenizer", "none.json"], "There is no tokenizer at none.json"),
-        (["novel.txt", "--tokenizer", "tiny.yaml"], "tiny.yaml is not a tokenizer.json"),
-        (["novel.txt", "--end", "<nothing>"], "The tokenizer has no token '<nothing>'"),
-        (
-            ["web.jsonl", "--field", "content"],
-            "Line 1 of web.jsonl is no JSON object with a text under 'content'",
-        ),
-        (["novel.txt", "--vocab-size", "100"], "The tokenizer has 300 ids and vocab_size is 100"),
-        (["novel.txt", "--out", "one"], "one already holds something"),
-        (["latin.txt"], "latin.txt is not UTF-8 text: byte 3"),
-        (["latin.jsonl"], "latin.jsonl is not UTF-8 text: byte 175014 cannot be read"),
-        (["half.jsonl"], "Line 2 of half.jsonl holds half a character, U+D83D"),
-        (["deep.jsonl"], "Line 1 of deep.jsonl is no JSON object with a text under 'text'"),
-        (["number.jsonl"], "Line 1 of number.jsonl is no JSON object with a text under 'text'"),
-    ],
-)
-def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
-    (at_home / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    good = b'{"text": "the cat sat on the mat"}\n'
-    (at_home / "latin.jsonl").write_bytes(good * 5000 + b'{"text": "bad \xff"}\n')
-    (at_home / "half.jsonl").write_bytes(good + b'{"text": "cut emoji \\ud83d"}\n')
-    (at_home / "deep.jsonl").write_text("[" * 100_000)
-    (at_home / "number.jsonl").write_text('{"text": 5}')
-    argv = ["shards", "--tokenizer", "tokenizer.json", "--out", "made"]
-    says(capsys, [*argv, *change], sentence)
-    assert not (at_home / "made").exists()
-
-
-def test_verify(at_home, capsys):
-    assert main(["verify", "one", "two"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"{name}: 2,000 tokens, all as they were written." for name in ("one", "two")
-    ]
-    shutil.copytree(at_home / "one", at_home / "bad")
-    damage(at_home / "bad")
-    says(capsys, ["verify", "bad"], "tokens-00000.npy is damaged")
 
 
 # Training, in this process.
@@ -392,12 +217,10 @@ def test_other_data_are_refused_on_resume(at_home, capsys):
 
 
 def test_going_on_with_processes_that_cannot_share_a_step(at_home, capsys):
-    """The plan is what every process makes first; here it is asked for three of them."""
+    """The plan is what every process makes first; a dry run asks for three of them."""
     assert main(train("--data", "one", "--out", "run", *STEPS, "--until", "5")) == 0
-    argv = train("--data", "one", "--out", "run", "--micro-batch", "4", "--resume")
-    args = cli._parser().parse_args(argv)
-    with pytest.raises(ValueError, match="4 windows a step, which 3 processes cannot share evenly"):
-        cli._plan(args, load_config("tiny.yaml"), None, 3, False, at_home / "run" / "step-00000005")
+    dry = train("--out", "run", "--micro-batch", "4", "--resume", "--dry-run", "--gpus", "3")
+    says(capsys, dry, "4 windows a step, which 3 processes cannot share evenly")
 
 
 def test_stopping_and_going_on(at_home, capsys):
@@ -531,14 +354,6 @@ def test_a_checkpoint_of_another_config(at_home, capsys):
         "its batch_size is 4, this run's is 2",
     )
     assert [line["step"] for line in lines(at_home / "run")] == [1, 2], "nothing was lost"
-
-
-def damage(folder) -> None:
-    """Flip a bit in every shard."""
-    for path in folder.glob("*.npy"):
-        content = bytearray(path.read_bytes())
-        content[-7] ^= 1
-        path.write_bytes(content)
 
 
 def test_a_damaged_shard(at_home, capsys):

@@ -1,0 +1,34 @@
+"""``minicpm-lite export``: write a model so that others can open it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .generate import Model
+
+__all__ = ["export"]
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
+    family: Annotated[
+        str | None,
+        typer.Option(help="whose code computes it: llama, granite, mixtral, minicpm3, minicpm, ..."),
+    ] = None,
+) -> None:
+    """Write a model in the Hugging Face layout, with its tokenizer.
+
+    Left out, --family is one that transformers opens without code from elsewhere, where there is one: llama,
+    or granite where the model has MiniCPM's multipliers.
+
+    \b
+      minicpm-lite export run --out my-model
+    """
+    from ..pretrained.checkpoints import save_pretrained
+    from .model import open_model
+
+    decoder, tokenizer = open_model(model)
+    save_pretrained(decoder, out, tokenizer, model_type=family)
+    print(f"{out}: {decoder.num_parameters(True):,} parameters, with tokenizer.json.")

@@ -1,0 +1,59 @@
+"""``minicpm-lite generate``: go on with a text."""
+
+import json
+import sys
+from itertools import chain
+from typing import Annotated
+
+import typer
+
+__all__ = ["generate"]
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, a folder, a .gguf file, owner/name")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="tokens at most")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the best token each time")]
+TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="choose among the N best tokens")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="choose among the best that make up P")]
+Seed = Annotated[int, typer.Option(min=0, help="of chance")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="- reads it from standard input")],
+    max_new_tokens: MaxNewTokens = 100,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="end before this; may be given again")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+) -> None:
+    """Go on with a text, as it is; a chat model answers in `chat`.
+
+    \b
+      minicpm-lite generate run "It was" --temperature 0.8
+    """
+    import torch
+
+    from ..language.sampling import Sampling
+    from ..language.writing import stream_text
+    from .model import open_model
+
+    sampling = Sampling(temperature, top_k, top_p)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    decoder, tokenizer = open_model(model)
+    pieces = stream_text(
+        decoder, tokenizer, text, max_new_tokens, sampling, stop or (),
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps({"prompt": text, "text": "".join(pieces)}, ensure_ascii=False))
+        return
+    first = next(pieces, "")  # before the prompt is shown, so that a refusal stands alone
+    for piece in chain((text, first), pieces):
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,64 @@
+"""``minicpm-lite shards``: cut texts into tokens, the data of ``train``."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["shards"]
+
+
+def shards(
+    texts: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files")],
+    tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="a tokenizer.json")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
+    field: Annotated[str, typer.Option(help="of a .jsonl line")] = "text",
+    end: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="put this token behind each document, such as </s>")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", help="ids of the model, if it has more than the tokenizer")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(metavar="N", help="tokens in a file")] = 1 << 28,
+) -> None:
+    """Cut texts into tokens and write them as shards, the data of `minicpm-lite train`.
+
+    A .txt file is one document. A .jsonl file has one document in each line, under "text" unless --field
+    names another. The tokenizer is a tokenizer.json as published with the models; texts are read whole,
+    whatever it says about cutting or padding them, and a special token that a text spells is text.
+
+    \b
+      minicpm-lite shards novel.txt --tokenizer tokenizer.json --end "<|endoftext|>" --out shards
+    """
+    from tokenizers import Tokenizer
+
+    from ..data.documents import documents, require_texts
+    from ..data.shards import write_shards
+    from ..language.tokenizer import fast_tokenizer
+
+    require_texts(texts)
+    if not tokenizer.is_file():
+        raise FileNotFoundError(f"There is no tokenizer at {tokenizer}.")
+    try:
+        cutter = fast_tokenizer(Tokenizer.from_file(str(tokenizer)))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"{tokenizer} is not a tokenizer.json: {error}") from None
+    cutter.encode_special_tokens = True  # as text
+    behind = []
+    if end is not None:
+        if cutter.token_to_id(end) is None:
+            raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
+        behind = [cutter.token_to_id(end)]
+
+    def ids() -> Iterator[list[int]]:
+        for path in texts:
+            for text in documents(path, field):
+                yield cutter.encode(text, add_special_tokens=False).ids + behind
+
+    written = write_shards(out, ids(), vocab_size or cutter.get_vocab_size(), cutter, shard_tokens)
+    print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
+    if end is None:
+        print("Without --end nothing says where a document ends, and a model will not learn to stop.",
+              file=sys.stderr)  # fmt: skip

@@ -1,0 +1,48 @@
+"""``minicpm-lite tokenizer``: learn a vocabulary from texts."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["tokenizer"]
+
+
+def tokenizer(
+    texts: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
+    vocab_size: Annotated[
+        int, typer.Option(min=256, max=1 << 24, metavar="N", help="ids, of which 256 are the bytes")
+    ] = 1024,
+    end: Annotated[str, typer.Option(metavar="TOKEN", help="a token that ends a document")] = "<|endoftext|>",
+    field: Annotated[str, typer.Option(help="of a .jsonl line")] = "text",
+) -> None:
+    """Learn a vocabulary from texts: byte-level BPE, in which any text can be written.
+
+    The vocabulary of a model's config must have as many ids; `lite-1m` has 1,024.
+
+    \b
+      minicpm-lite tokenizer novel.txt --out tokenizer.json
+    """
+    from ..data.documents import documents, require_texts
+    from ..files import written_whole
+    from ..language.tokenizer import train_tokenizer
+
+    require_texts(texts)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; nothing is overwritten. Give another place, or remove it.")
+    read = "\n".join(text for path in texts for text in documents(path, field))
+    if not read.strip():
+        raise ValueError(f"{' and '.join(map(str, texts))} holds no text to learn from.")
+    learned = train_tokenizer(read, vocab_size - 1)
+    learned.add_special_tokens([end])
+    with written_whole(out) as beside:
+        learned.save(str(beside))
+    print(f"{out}: {learned.get_vocab_size():,} ids, {end} among them, from {len(read):,} characters.")
+    if learned.get_vocab_size() < vocab_size:
+        print(
+            f"The text gives no more. A model of {vocab_size} ids reads shards cut with it and "
+            f"--vocab-size {vocab_size}.",
+            file=sys.stderr,
+        )

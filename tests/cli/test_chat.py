@@ -1,0 +1,24 @@
+"""A conversation in the terminal."""
+
+import io
+
+import pytest
+from shell import SHAPE, TEXT
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.cli import main
+from minicpm_lite.language.chat import Chat, chatml
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
+
+
+@pytest.mark.parametrize("end", ["", "\n"], ids=["end of input", "empty line"])
+def test_questions_and_answers(at_home, capsys, monkeypatch, end):
+    shape = SHAPE | {"init_std": 0.5, "max_position_embeddings": 512}
+    save_pretrained(Decoder(ModelConfig(**shape)), "model", train_tokenizer(TEXT, 300))
+    talk = Chat(load_pretrained("model"), load_tokenizer("model"), chatml, room=400)
+    answers = ["".join(talk.answer(question, 8)) for question in ("It is?", "And?")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("It is?\nAnd?\n" + end))
+    assert main(["chat", "model", "--max-new-tokens", "8", "--room", "400"]) == 0
+    assert capsys.readouterr().out == "> " + "\n> ".join([*answers, ""])

@@ -1,0 +1,54 @@
+"""A run becomes a folder that others open."""
+
+import pytest
+import torch
+from shell import TEXT, says
+from torch.testing import assert_close
+
+from minicpm_lite.cli import main
+from minicpm_lite.data.shards import write_shards
+from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.training.sharded_checkpoint import load_weights
+
+
+@pytest.fixture
+def run(at_home):
+    tokenizer = train_tokenizer(TEXT, 300)
+    write_shards("text", [tokenizer.encode(TEXT).ids], 300, tokenizer)
+    steps = [
+        "--batch-tokens",
+        "64",
+        "--sequence-length",
+        "16",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--decay",
+        "0",
+    ]
+    assert main(["train", "--config", "tiny.yaml", "--data", "text", "--out", "run", *steps]) == 0
+    return at_home / "run"
+
+
+def test_transformers_opens_what_was_exported(run, at_home, capsys):
+    """Without code from elsewhere, and with the tokenizer that the shards were cut with."""
+    import transformers
+
+    assert main(["export", "run", "--out", "mine"]) == 0
+    ours = load_weights(run / "step-00000003")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("mine").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("mine")
+    ids = tokenizer("It is a truth", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)
+    assert tokenizer.decode(ids[0]) == "It is a truth"
+    assert "parameters, with tokenizer.json" in capsys.readouterr().out
+
+
+def test_what_cannot_be_exported(run, at_home, capsys):
+    says(capsys, ["export", "nowhere", "--out", "x"], "There is no folder or file nowhere")
+    says(capsys, ["export", "run", "--out", "text"], "text exists and holds something")
+    says(capsys, ["export", "run", "--out", "x", "--family", "llama"], "it has multipliers")
+    says(capsys, ["export", "run", "--out", "x", "--family", "gpt"], "models are written as one of")
+    assert not (at_home / "x").exists()

@@ -1,0 +1,66 @@
+"""The command line as a whole: help, exit codes, one sentence for what goes wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from shell import says
+
+from minicpm_lite.cli import main
+
+COMMANDS = ["models", "tokenizer", "shards", "verify", "train", "generate", "chat", "export"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_holds_an_example(capsys, command):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"Usage: minicpm-lite {command}" in said and f"\n    minicpm-lite {command}" in said
+
+
+def test_help_of_all(capsys):
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^  (\w+)  ", capsys.readouterr().out.split("Commands:")[1], re.MULTILINE)
+    assert listed == COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "Missing command. See: minicpm-lite --help."),
+        (["trian"], "No such command 'trian'. Did you mean 'train'? See: minicpm-lite --help."),
+        (["train", "--config", "lite-1m", "--dry-run", "--gpu", "4"], "No such option: --gpu"),
+        (["train", "--config", "lite-1m", "--steps", "x"], "Invalid value for '--steps'"),
+        (["train"], "Missing option '--config'"),
+        (["models", "lite-1m"], "unexpected extra argument(s) (lite-1m)"),
+    ],
+)
+def test_what_was_typed_wrongly(capsys, argv, sentence):
+    says(capsys, argv, sentence)
+
+
+def test_an_interrupted_command(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minicpm_lite.cli.models.list_configs", interrupted)
+    assert main(["models"]) == 130
+
+
+def test_completion():
+    shown = subprocess.run(
+        [sys.executable, "-m", "minicpm_lite.cli", "--show-completion", "bash"],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and "complete" in shown.stdout
+
+
+def test_exit_codes_of_the_process():
+    for argv, code in ((["models", "--json"], 0), (["verify", "nowhere"], 2), (["nonsense"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "minicpm_lite.cli", *argv], capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert (done.stderr == "") == (code == 0)

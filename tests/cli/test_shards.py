@@ -1,0 +1,83 @@
+"""Texts become shards, or a sentence says why not."""
+
+import pytest
+from shell import TEXT, says
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from minicpm_lite.cli import main
+from minicpm_lite.data.shards import Shards
+from minicpm_lite.language.tokenizer import train_tokenizer
+
+
+def test_texts_become_shards(at_home, capsys):
+    argv = ["shards", "novel.txt", "web.jsonl", "--tokenizer", "tokenizer.json", "--out", "made"]
+    assert main([*argv, "--vocab-size", "320", "--shard-tokens", "500"]) == 0
+    shards = Shards("made", vocab_size=320)
+    text = Tokenizer.from_file("tokenizer.json").decode(shards[:].tolist(), skip_special_tokens=False)
+    assert text == TEXT + "".join(TEXT[i:] for i in range(5))
+    assert f"made: {len(shards):,} tokens" in capsys.readouterr().out
+    assert len(list((at_home / "made").glob("*.npy"))) > 1
+
+
+def test_documents_can_be_ended(at_home):
+    token = next(iter(train_tokenizer(TEXT, 300).get_vocab()))
+    argv = ["shards", "web.jsonl", "--tokenizer", "tokenizer.json", "--out", "ended", "--end", token]
+    assert main(argv) == 0
+    assert Shards("ended")[:][-1] == Tokenizer.from_file("tokenizer.json").token_to_id(token)
+
+
+def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
+    """What a tokenizer.json orders beside cutting words does not act; a document's end is where one ends."""
+    plain = train_tokenizer(TEXT, 290)
+    plain.add_special_tokens(["</s>"])
+    plain.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 290)])
+    plain.save("plain.json")
+    plain.enable_truncation(16)
+    plain.save("cut.json")
+    plain.no_truncation()
+    plain.enable_padding(length=4096)
+    plain.save("padded.json")
+    (at_home / "spelt.txt").write_text(TEXT + "An end </s> is no end.")
+    made = []
+    for name in ("plain", "cut", "padded"):
+        argv = ["shards", "spelt.txt", "--tokenizer", f"{name}.json", "--out", name, "--end", "</s>"]
+        assert main(argv) == 0
+        made.append((Shards(name)[:].tolist(), Shards(name).tokenizer))
+    assert made[0] == made[1] == made[2], "also the tokenizer's checksum"
+    ids = made[0][0]
+    assert ids.count(290) == 1 and ids[-1] == 290
+    assert plain.decode(ids[:-1]) == TEXT + "An end </s> is no end."
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["novel.pdf"], "novel.pdf is neither .txt nor .jsonl"),
+        (["none.txt"], "There is no file none.txt"),
+        (["novel.txt", "--tokenizer", "none.json"], "There is no tokenizer at none.json"),
+        (["novel.txt", "--tokenizer", "tiny.yaml"], "tiny.yaml is not a tokenizer.json"),
+        (["novel.txt", "--end", "<nothing>"], "The tokenizer has no token '<nothing>'"),
+        (
+            ["web.jsonl", "--field", "content"],
+            "Line 1 of web.jsonl is no JSON object with a text under 'content'",
+        ),
+        (["novel.txt", "--vocab-size", "100"], "The tokenizer has 300 ids and vocab_size is 100"),
+        (["novel.txt", "--out", "one"], "one already holds something"),
+        (["latin.txt"], "latin.txt is not UTF-8 text: byte 3"),
+        (["latin.jsonl"], "latin.jsonl is not UTF-8 text: byte 175014 cannot be read"),
+        (["half.jsonl"], "Line 2 of half.jsonl holds half a character, U+D83D"),
+        (["deep.jsonl"], "Line 1 of deep.jsonl is no JSON object with a text under 'text'"),
+        (["number.jsonl"], "Line 1 of number.jsonl is no JSON object with a text under 'text'"),
+    ],
+)
+def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
+    (at_home / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    good = b'{"text": "the cat sat on the mat"}\n'
+    (at_home / "latin.jsonl").write_bytes(good * 5000 + b'{"text": "bad \xff"}\n')
+    (at_home / "half.jsonl").write_bytes(good + b'{"text": "cut emoji \\ud83d"}\n')
+    (at_home / "deep.jsonl").write_text("[" * 100_000)
+    (at_home / "number.jsonl").write_text('{"text": 5}')
+    argv = ["shards", "--tokenizer", "tokenizer.json", "--out", "made"]
+    says(capsys, [*argv, *change], sentence)
+    assert not (at_home / "made").exists()
