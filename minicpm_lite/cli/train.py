@@ -128,7 +128,8 @@ def train(
     One process trains as it is. For several, torchrun starts this command once for each GPU:
 
     \b
-      torchrun --nproc-per-node 8 -m minicpm_lite.cli train --config minicpm-1.2b --data shards --out run
+      torchrun --nproc-per-node 8 -m minicpm_lite.cli train \\
+          --config minicpm-1.2b --data shards --out run
 
     On several machines, give each the same command with torchrun's --nnodes and --rdzv-endpoint.
 
@@ -142,7 +143,8 @@ def train(
     mixed in; each folder is read on where the stable stage left it, and the stable run may go on meanwhile:
 
     \b
-      minicpm-lite train --config minicpm-1.2b --data shards:0.7 --data instructions:0.3 --out decayed \\
+      minicpm-lite train --config minicpm-1.2b --data shards:0.7 \\
+          --data instructions:0.3 --out decayed \\
           --decay-from run/step-00100000 --decay 16000
 
     --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step.
