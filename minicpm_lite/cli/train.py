@@ -163,6 +163,8 @@ def train(
         "precision": precision, "parametrization": parametrization,
     }  # fmt: skip
     asked = {name: value for name, value in asked.items() if value is not None}
+    if decay_from and decay == 0:
+        raise ValueError("--decay is 0, and --decay-from begins a decay; give it a step at least.")
 
     def layout(cuda: bool) -> Layout:
         again = cuda if activation_checkpointing is None else activation_checkpointing
@@ -189,6 +191,8 @@ def train(
         start = on_first(lambda: _start(out, resume, resume_from, decay_from))
         cuda = device.type == "cuda"
         plan = _plan(model, recipe, asked, layout(cuda), start, world_size(), cuda)
+        if until is not None and until > plan.steps:
+            raise ValueError(f"--until is {until}, and the schedule ends at step {plan.steps}.")
         windows = _windows(data, model, plan.trainer, start)
         with torch.device("meta"):
             decoder = Decoder(model)
