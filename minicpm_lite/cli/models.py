@@ -10,20 +10,22 @@ from ..parameters import count_parameters
 
 __all__ = ["models"]
 
-_COLUMNS = {
+_COLUMNS = {  # what a program gets: what people see, on eighty columns
     "name": "model",
     "parameters": "parameters",
     "parameters_without_tables": "without tables",
     "parameters_of_a_token": "a token uses",
-    "layers": "layers",
-    "width": "width",
+    "layers": None,
+    "width": None,
     "vocabulary": "ids",
     "context": "context",
 }
 
 
 def models(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="for programs: a list of objects, which hold more")
+    ] = False,
 ) -> None:
     """List the models and their sizes.
 
@@ -42,11 +44,12 @@ def models(
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    for key, head in _COLUMNS.items():
-        table.add_column(head, justify="left" if key == "name" else "right", no_wrap=True)
+    shown = [key for key, head in _COLUMNS.items() if head]
+    for key in shown:
+        table.add_column(_COLUMNS[key], justify="left" if key == "name" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(each if isinstance(each, str) else f"{each:,}" for each in row.values()))
-    Console(width=max(Console().width, 110)).print(table)  # a narrow terminal breaks lines, and loses nothing
+        table.add_row(*(row[key] if key == "name" else f"{row[key]:,}" for key in shown))
+    Console(width=max(Console().width, 80)).print(table)  # a narrow terminal breaks lines, and loses nothing
 
 
 def _row(name: str, config: ModelConfig) -> dict[str, str | int]:
