@@ -39,11 +39,10 @@ def models(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown = [key for key, head in _COLUMNS.items() if head]
     for key in shown:
         table.add_column(_COLUMNS[key], justify="left" if key == "name" else "right", no_wrap=True)
