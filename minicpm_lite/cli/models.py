@@ -42,7 +42,7 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     shown = [key for key, head in _COLUMNS.items() if head]
     for key in shown:
         table.add_column(_COLUMNS[key], justify="left" if key == "name" else "right", no_wrap=True)
