@@ -281,7 +281,7 @@ def test_frozen_weights_stay_and_resume(alone, tmp_path, frozen, precision):
     assert whole.losses == pytest.approx(trained(plain(**how)).losses, abs=1e-6)
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter.full_tensor(), start[name]) == frozen(name), name
-    with pytest.raises(ValueError, match="another choice of parameters: its .* is 'frozen', this run's is"):
+    with pytest.raises(ValueError, match="another choice of parameters: its .* is 'frozen in"):
         make(config=how["config"]).load(latest_checkpoint(tmp_path / "run"))
 
 
@@ -346,7 +346,9 @@ def test_any_module_with_its_own_weights_is_cut_as_it_is(alone, tmp_path, layout
 def test_what_cannot_be_cut(alone):
     with torch.device("meta"):
         module = Captioner()
-    with pytest.raises(ValueError, match="The Captioner is on the meta device, and only a decoder's weights"):
+    with pytest.raises(
+        ValueError, match="eye.weight of the Captioner is on the meta device, and only a decoder's own"
+    ):
         Trainer(module, Captions(), SCHEDULE, CONFIG, CAPTION, Layout(sharded=True))
     with pytest.raises(ValueError, match="cut over processes is not copied.*let it branch_from"):
         make().branch(SCHEDULE)
@@ -626,7 +628,7 @@ def a_checkpoint(folder) -> dict:
 
 
 @pytest.mark.slow  # two processes start, about 15 s
-def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
+def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path, reseal):
     """41 ids over 2 processes: the parts are of different size."""
     with processes():
         whole = trained(make(MODELS["untied"])).losses
@@ -647,8 +649,6 @@ def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
     (two / gone).unlink()
     with pytest.raises(ValueError, match=f"{gone} is missing; it was written with"):
         load_weights(two)
-    facts = json.loads((two / "checkpoint.json").read_text())
-    del facts["files"][gone]
-    (two / "checkpoint.json").write_text(json.dumps(facts))
+    reseal(two)
     with pytest.raises(ValueError, match="holds 640 of the 1312 values of model.embed_tokens.weight"):
         load_weights(two)
