@@ -6,7 +6,7 @@ goes on. A checkpoint of the warm-up or of a decay cannot: its rate is not the p
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 from .sharded_checkpoint import read_facts
@@ -67,7 +67,7 @@ def schedule_facts(schedule: Schedule) -> dict:
     """
     facts = {"kind": type(schedule).__name__}
     try:
-        facts |= asdict(schedule)
+        facts |= {field.name: getattr(schedule, field.name) for field in fields(schedule)}
         comes_back = json.loads(json.dumps(facts)) == facts
     except (TypeError, ValueError):
         comes_back = False

@@ -19,13 +19,13 @@ Choices, and the traps behind them:
   the processes' means is another number. So each pass counts by its share of the whole step's tokens.
 - **Weights do not depend on the world size.** A decoder is made without memory, on the meta device. Then each
   process draws each parameter whole, from a generator seeded by its name, and keeps its part: one parameter
-  at a time in memory. A model that has weights, say a released one, is cut as it is.
+  at a time in memory. What has weights already, a released model or an adapter in it, is cut as it is.
 - **The step's gradient is a sum.** Each process hands in its share of the mean, so FSDP is told to add up,
   where it would take the mean.
 - **A parameter may be reached in some processes only**, as an eye is where only they read images. The others
   then add zeros. One that no process reached stays as it is, see `leave_unreached`; zeros alone would let
-  weight decay move it. A whole decoder or block is run by all processes or by none, since all of them gather
-  its weights together.
+  weight decay move it. Decoders, and their `embed`, `states` and `logits` where these are called apart, are
+  called by all processes alike and in the same order, since all of them gather the weights together.
 - **A forward pass without its backward pass leaves weights gathered**, and other tensors under their names
   than the optimiser's. `cut_again` ends that; the trainer calls it before it touches the state.
 - **Gradients are reduced after every pass**, so that they are never held whole. It costs communication that

@@ -90,8 +90,8 @@ class RunFolder:
             )
         if found:
             self._require_own(found, identity, schedule, branched_at)
-        for left in self.path.glob(".step-*.writing"):
-            shutil.rmtree(left)  # by a process that was killed in a save
+        for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
+            shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
         path = self.path / _METRICS
         if path.exists():
             with written_whole(path) as beside, path.open("rb") as old, beside.open("wb") as new:
@@ -155,7 +155,9 @@ class RunFolder:
         found = checkpoints(self.path)
         for step in sorted(found)[: -self._keep]:
             if step != self._decay_start:
-                shutil.rmtree(found[step])
+                gone = self.path / f".{found[step].name}.pruned"
+                found[step].rename(gone)  # so that half a one is none
+                shutil.rmtree(gone)
 
 
 def _step(line: bytes) -> float:
