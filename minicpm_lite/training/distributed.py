@@ -100,10 +100,8 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     for whole in dict.fromkeys([*decoders, model]):  # a decoder may be the model
         fully_shard(whole, mesh=mesh, mp_policy=policy)
-    for decoder in decoders:  # an objective may call its parts, which share the tables
-        for part in ("embed", "states", "logits"):
-            register_fsdp_forward_method(decoder, part)
-        decoder.set_reshard_after_forward(False, recurse=False)
+    for decoder in decoders:
+        _callable_apart(decoder)
     model.set_reduce_scatter_unused_params(True)
     for module in _cut(model):
         module.set_gradient_divide_factor(1.0)
@@ -112,6 +110,20 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
         model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     for decoder, names in on_meta.items():
         initialise(decoder, config.seed, names)
+
+
+def _callable_apart(model: Decoder) -> None:
+    """Let an objective call the parts of a forward pass: each gathers the weights, as the whole does.
+
+    Within a call of the whole they are gathered already. To do it again would free them at its end, and the
+    backward pass would have to gather the tables once more.
+    """
+    within = {part: getattr(model, part) for part in ("embed", "states", "logits")}
+    for part in within:
+        register_fsdp_forward_method(model, part)
+    apart = {part: getattr(model, part) for part in within}
+    model.register_forward_pre_hook(lambda *call: vars(model).update(within))
+    model.register_forward_hook(lambda *call: vars(model).update(apart), always_call=True)
 
 
 def _to_draw(decoder: Decoder) -> set[str]:
