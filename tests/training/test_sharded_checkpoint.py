@@ -1,6 +1,7 @@
 """Sharded checkpoints: no pickle, nothing half-written, and what does not fit is refused before anything changes."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
@@ -248,6 +249,38 @@ def test_one_flipped_bit_anywhere_is_noticed(make, refused, folder):
     refused(folder, f"{SHARD} is damaged: it is not as it was written. Use an earlier checkpoint")
     with pytest.raises(ValueError, match=f"{SHARD} is damaged"):
         load_weights(folder)
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """One byte changed, a stretch cut out, doubled or overwritten, or the end lost."""
+    place, length = draw.randrange(len(content)), draw.choice((1, 8, 200))
+    stretch = content[place : place + length]
+    return draw.choice((
+        content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :],
+        content[:place] + content[place + length :],
+        content[:place] + stretch + content[place:],
+        content[:place] + draw.randbytes(len(stretch)) + content[place + length :],
+        content[:place],
+    ))  # fmt: skip
+
+
+@pytest.mark.slow  # about 10 s: 600 damaged checkpoints, twice
+def test_a_damaged_checkpoint_is_refused_or_is_the_same(make, folder):
+    """Always with a sentence, whatever is damaged; what loads nevertheless has the weights that were saved."""
+    weights, draw, refused = load_weights(folder).state_dict(), random.Random(0), 0
+    for file in (folder / SHARD, folder / "checkpoint.json"):
+        content = file.read_bytes()
+        for _ in range(300):
+            file.write_bytes(mutated(content, draw))
+            try:
+                found = load_weights(folder).state_dict()
+            except ValueError as error:
+                refused += 1
+                assert str(folder) in str(error)
+                continue
+            assert all(torch.equal(found[name], weights[name]) for name in weights)
+        file.write_bytes(content)
+    assert refused > 580
 
 
 def test_whoever_interrupts_a_read_or_a_write_is_heard(make, saved, tmp_path, monkeypatch):
