@@ -5,15 +5,18 @@ A reader, also one after a power cut, finds either the old file or the new one, 
 A folder is another matter, because Python cannot exchange two: the old one must step aside before the new one
 takes its name. In that moment a reader finds nothing under the name. If the power fails just then, the old
 folder stands whole beside it, as ``.name.replaced``, until the next writer puts it back.
+
+A folder that is written to for hours, as a run's, is `held` by one program at a time.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["written_whole"]
+__all__ = ["held", "written_whole"]
 
 
 @contextmanager
@@ -58,6 +61,33 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         if not ours:
             raise  # it comes from what the caller reads while writing
         raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Hold a folder against other programs that would hold it, by a lock on the file ``.lock`` in it.
+
+    The operating system takes the lock back when the program ends, however it ends. A killed program leaves
+    the file, which holds nothing then.
+
+    Raises:
+        FileExistsError: another program holds it.
+        OSError: the folder is missing or cannot be written.
+    """
+    path = Path(folder) / ".lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # whoever held it has just removed it, and a third may hold a new one
+        except (BlockingIOError, FileNotFoundError):
+            raise FileExistsError(
+                f"{folder} is being written by another program. Wait for its end, or choose another folder."
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _put_back(old: Path, path: Path) -> None:

@@ -76,11 +76,8 @@ class Decoder(nn.Module):
         self.lm_head = None  # tied: the embedding table is the output layer
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.init_std / config.width_ratio**0.5)
-        for table in self.tables:
-            nn.init.normal_(table, std=config.init_std)
+        for weight, std in self.initial_stds():
+            nn.init.normal_(weight, std=std)
 
     def forward(
         self, ids: Int[Tensor, "batch tokens"], context: Context | None = None, last_only: bool = False
@@ -154,6 +151,17 @@ class Decoder(nn.Module):
     def tables(self) -> list[nn.Parameter]:
         """The embedding table and, unless it is tied, the table of the output layer."""
         return [self.embed_tokens.weight] + ([] if self.lm_head is None else [self.lm_head.weight])
+
+    def initial_stds(self) -> list[tuple[nn.Parameter, float]]:
+        """What is drawn, and the standard deviation it is drawn with; the rest are norms, which start at 1.
+
+        The output layer is named twice, as every matrix and then as a table, which counts.
+        """
+        config = self.config
+        matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return [(matrix, config.init_std / config.width_ratio**0.5) for matrix in matrices] + [
+            (table, config.init_std) for table in self.tables
+        ]
 
     def num_parameters(self, embeddings: bool = False) -> int:
         """Number of parameters; without ``embeddings``, neither the table nor the output layer counts."""

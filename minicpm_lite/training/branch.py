@@ -4,8 +4,9 @@ A checkpoint of WSD's stable stage can be decayed at any time, as often as one l
 goes on. A checkpoint of the warm-up or of a decay cannot: its rate is not the peak's.
 """
 
+import json
 import math
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 
 from .sharded_checkpoint import read_facts
@@ -62,14 +63,20 @@ def schedule_facts(schedule: Schedule) -> dict:
     """What a checkpoint says about a schedule: its kind and its numbers.
 
     Raises:
-        ValueError: it is no dataclass, so its numbers are not known.
+        ValueError: it is no dataclass, so its numbers are not known, or JSON would change them.
     """
-    if not is_dataclass(schedule):
+    facts = {"kind": type(schedule).__name__}
+    try:
+        facts |= {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+        comes_back = json.loads(json.dumps(facts)) == facts
+    except (TypeError, ValueError):
+        comes_back = False
+    if not comes_back:
         raise ValueError(
             f"The schedule is a {type(schedule).__name__}, which a checkpoint could not bring back. Use WSD "
             "or Cosine, or make it a frozen dataclass of numbers."
         )
-    return {"kind": type(schedule).__name__} | asdict(schedule)
+    return facts
 
 
 def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -> None:
@@ -104,6 +111,6 @@ def saved_schedule(facts: dict, *others: type[Schedule]) -> Schedule:
             f"The checkpoint of step {facts['step']} was trained with the schedule {name}; only "
             f"{', '.join(kinds)} are known here."
         )
-    if values.get("half_life"):
+    if kinds[name] is WSD and values["half_life"]:
         del values["final_ratio"]  # follows from it
     return kinds[name](**values)

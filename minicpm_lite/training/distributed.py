@@ -19,7 +19,15 @@ Choices, and the traps behind them:
   the processes' means is another number. So each pass counts by its share of the whole step's tokens.
 - **Weights do not depend on the world size.** A decoder is made without memory, on the meta device. Then each
   process draws each parameter whole, from a generator seeded by its name, and keeps its part: one parameter
-  at a time in memory. A model that has weights, say a released one, is cut as it is.
+  at a time in memory. What has weights already, a released model or an adapter in it, is cut as it is.
+- **The step's gradient is a sum.** Each process hands in its share of the mean, so FSDP is told to add up,
+  where it would take the mean.
+- **A parameter may be reached in some processes only**, as an eye is where only they read images. The others
+  then add zeros. One that no process reached stays as it is, see `leave_unreached`; zeros alone would let
+  weight decay move it. Decoders, and their `embed`, `states` and `logits` where these are called apart, are
+  called by all processes alike and in the same order, since all of them gather the weights together.
+- **A forward pass without its backward pass leaves weights gathered**, and other tensors under their names
+  than the optimiser's. `cut_again` ends that; the trainer calls it before it touches the state.
 - **Gradients are reduced after every pass**, so that they are never held whole. It costs communication that
   ``set_requires_gradient_sync(False)`` would save, and saves 4 bytes a parameter on every device.
 - **bfloat16 without rounded angles.** Weights are rounded to bfloat16 as they are gathered, and gradients are
@@ -31,18 +39,28 @@ Choices, and the traps behind them:
 """
 
 import zlib
+from collections.abc import Container
+from functools import partial
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from ..language.decoder import Decoder
-from .processes import local_device, world_size
+from ..language.layers import RMSNorm
+from .processes import add_up, local_device, world_size
 from .settings import TrainerConfig
 
-__all__ = ["initialise", "shard"]
+__all__ = ["cut_again", "initialise", "leave_unreached", "shard"]
 
 
 def shard(model: nn.Module, config: TrainerConfig) -> None:
@@ -52,25 +70,29 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
     and the rest of the module. `Trainer` calls this where its layout says so.
 
     Args:
-        model: the same in every process. A decoder on the meta device is drawn from the config's seed.
+        model: the same in every process. What its decoders have on the meta device is drawn from the config's
+            seed.
         config: its precision is that of the gathered weights; ``compile`` compiles block by block.
 
     Raises:
-        ValueError: a module that is no decoder is on the meta device.
+        ValueError: no processes were joined, or something that no decoder draws is on the meta device.
     """
-    drawn = any(parameter.is_meta for parameter in model.parameters())
-    if drawn and not isinstance(model, Decoder):
+    if not dist.is_initialized():
         raise ValueError(
-            f"The {type(model).__name__} is on the meta device, and only a decoder's weights are drawn while "
-            "it is cut. Give a module that has its weights."
+            "Layout(sharded=True) cuts the model over the processes, and none were joined. Make and train it "
+            "within `with processes():`, also where there is only one."
         )
+    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    on_meta = {decoder: _to_draw(decoder) for decoder in decoders}
+    _require_the_rest(model, on_meta)
     device = local_device()
     mesh = init_device_mesh(device.type, (world_size(),))
     reduced = torch.bfloat16 if config.precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(
         param_dtype=reduced, reduce_dtype=torch.float32 if reduced else None, cast_forward_inputs=False
     )
-    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP cuts no other
     for decoder in decoders:
         for block in decoder.layers:
             if config.compile:
@@ -80,9 +102,14 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
         fully_shard(whole, mesh=mesh, mp_policy=policy)
     for decoder in decoders:
         _callable_apart(decoder)
-    if drawn:
-        model.to_empty(device=device)
-        initialise(model, config.seed)
+    model.set_reduce_scatter_unused_params(True)
+    for module in _cut(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if any(on_meta.values()):  # `to_empty` would empty the rest, too
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for decoder, names in on_meta.items():
+        initialise(decoder, config.seed, names)
 
 
 def _callable_apart(model: Decoder) -> None:
@@ -99,21 +126,86 @@ def _callable_apart(model: Decoder) -> None:
     model.register_forward_hook(lambda *call: vars(model).update(apart), always_call=True)
 
 
+def _to_draw(decoder: Decoder) -> set[str]:
+    """What a decoder draws, of its parameters on the meta device."""
+    drawn = dict(decoder.initial_stds()).keys()
+    drawn |= {module.weight for module in decoder.modules() if isinstance(module, RMSNorm)}
+    return {name for name, p in decoder.named_parameters() if p.is_meta and p in drawn}
+
+
+def _require_the_rest(model: nn.Module, on_meta: dict[Decoder, set[str]]) -> None:
+    """Refuse what is on the meta device and would hold arbitrary numbers, since no decoder draws it."""
+    drawn = {id(decoder.get_parameter(name)) for decoder, names in on_meta.items() for name in names}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and id(tensor) not in drawn:
+            raise ValueError(
+                f"{name} of the {type(model).__name__} is on the meta device, and only a decoder's own "
+                "weights are drawn while it is cut. Give it its values."
+            )
+
+
 @torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
+def initialise(model: Decoder, seed: int, names: Container[str] | None = None) -> None:
     """Draw the weights of a model anew; the same ones, whole or sharded, over however many processes.
 
     The distributions are those of `Decoder`; each parameter has a generator of its own, seeded by its name.
+
+    Args:
+        model: whose weights.
+        seed: decides them.
+        names: of the parameters that are drawn; left out, all.
     """
-    tables = {id(table) for table in model.tables}
+    stds = dict(model.initial_stds())
     for name, parameter in model.named_parameters():
-        std = model.config.init_std / (1 if id(parameter) in tables else model.config.width_ratio**0.5)
+        if names is not None and name not in names:
+            continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         whole = torch.ones(parameter.shape)
-        if parameter.ndim > 1:
-            whole.normal_(std=std, generator=generator)
+        if parameter in stds:
+            whole.normal_(std=stds[parameter], generator=generator)
         if isinstance(parameter, DTensor):  # every process has drawn it, so nothing is sent
             whole = distribute_tensor(
                 whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )
         parameter.copy_(whole)
+
+
+def cut_again(model: nn.Module) -> None:
+    """Free what a forward pass gathered that no backward pass followed; in a whole module there is none."""
+    gathered = not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if isinstance(model, FSDPModule) and gathered:
+        model.reset_iter_state()
+
+
+def leave_unreached(model: nn.Module, optimizer: Optimizer) -> set[nn.Parameter]:
+    """Let steps of the optimiser leave alone what no process reached, as they do with a whole module.
+
+    Returns:
+        The parameters that this process reached; to be emptied before each step's passes.
+    """
+    reached: set[nn.Parameter] = set()
+    for module in _cut(model):
+        cut = dict(module.named_parameters())
+        module.unshard()
+        for name, gathered in module.named_parameters():
+            if gathered is not cut[name] and gathered.requires_grad:
+                gathered.register_post_accumulate_grad_hook(partial(_note, reached, cut[name]))
+        module.reshard()
+
+    def drop(*step: object) -> None:
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        counts = torch.tensor([each in reached for each in parameters], dtype=torch.int32)
+        for parameter, count in zip(parameters, add_up(counts.to(local_device())).tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+
+    optimizer.register_step_pre_hook(drop)
+    return reached
+
+
+def _note(reached: set[nn.Parameter], parameter: nn.Parameter, gathered: Tensor) -> None:
+    reached.add(parameter)
+
+
+def _cut(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

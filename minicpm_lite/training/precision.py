@@ -13,7 +13,8 @@ of matrix products alone, is something else.
 
 Traps:
 
-- Only parameters are rounded. Buffers are the module's own, and a batch is given as it is: a module casts
+- Only parameters are rounded. Buffers are the module's own; one that it assigns anew (``self.mean = ...``)
+  is assigned in the copy, and `hand_back` brings it home. A batch is given as it is: a module casts
   floating-point inputs to its weights' dtype where it takes them in.
 - What is used twice in one pass, as a tied table, has its two gradients added in bfloat16, by autograd.
 """
@@ -56,15 +57,21 @@ class RoundedCopy:
 
     @torch.no_grad()
     def refreshed(self) -> nn.Module:
-        """The copy, with the module's present weights, modes and configs."""
+        """The copy, with the module's present weights, buffers, modes and configs."""
         for whole, rounded in self._rounded.items():
             rounded.copy_(whole)
             rounded.grad = None  # of a pass that was interrupted
         for mine, theirs in zip(self._model.modules(), self._whole.modules(), strict=True):
             mine.training = theirs.training
+            mine._buffers.update(theirs._buffers)
             if "config" in vars(theirs):
                 mine.config = theirs.config  # `extend_context` gives a decoder another one
         return self._model
+
+    def hand_back(self) -> None:
+        """Give the module the buffers of the copy, which may have assigned new ones in its passes."""
+        for mine, theirs in zip(self._model.modules(), self._whole.modules(), strict=True):
+            theirs._buffers.update(mine._buffers)
 
 
 def _dtype(parameter: Tensor) -> torch.dtype:

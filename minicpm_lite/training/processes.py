@@ -2,12 +2,13 @@
 
 Processes that train together wait for each other in every step. If one of them raises alone, the others wait
 until someone kills them, and the sentence that says why may be anywhere in a log. So whatever one process
-alone does or finds goes through `on_first` or `raise_together`.
+alone does or finds goes through `on_first`, `on_each` or `raise_together`.
 
 A program that started no others may call all of them: it is the first of one.
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -16,7 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["add_up", "local_device", "on_first", "processes", "raise_together", "rank", "world_size"]
+__all__ = [
+    "add_up",
+    "local_device",
+    "on_each",
+    "on_first",
+    "processes",
+    "raise_together",
+    "rank",
+    "world_size",
+]
 
 Result = TypeVar("Result")
 
@@ -79,11 +89,26 @@ def on_first(work: Callable[[], Result]) -> Result:
         try:
             answer = [work(), None]
         except Exception as error:  # of any kind: raised below, in all processes
-            answer = [None, error]
+            answer = [None, _sendable(error)]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def on_each(work: Callable[[], Result]) -> list[Result]:
+    """Let every process work; everyone gets the results of all, or the error of one."""
+    found, error = None, None
+    try:
+        found = work()
+    except Exception as caught:  # of any kind: raised below, in all processes
+        error = caught
+    raise_together(error)
+    results = [found]
+    if dist.is_initialized():
+        results = [None] * world_size()
+        dist.all_gather_object(results, found)
+    return results
 
 
 def raise_together(error: Exception | None) -> None:
@@ -91,7 +116,16 @@ def raise_together(error: Exception | None) -> None:
     errors: list[Exception | None] = [error]
     if dist.is_initialized():
         errors = [None] * world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, None if error is None else _sendable(error))
     for each in errors:
         if each is not None:
             raise each
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or where it does not survive the way to another process, its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the class of the error does when it is packed and unpacked
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

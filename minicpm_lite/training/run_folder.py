@@ -5,20 +5,30 @@
         tensorboard/       the same metrics as events, if they were asked for
 
 The first process keeps the metrics. A run that is killed leaves lines of steps that its last checkpoint has
-not seen; whoever goes on makes these steps again, so the lines are dropped.
+not seen; whoever goes on makes these steps again, so the lines are dropped. So is a damaged line, with those
+behind it.
+
+A folder is one run's, since whoever writes there prunes checkpoints. While it is open no other program opens
+it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there. A
+branch has the past of its trunk and is another run, so it must not find checkpoints of that past.
 """
 
 import json
+import math
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Self
 
-from ..files import written_whole
+from ..files import held, written_whole
 from ..optional import require
+from .branch import require_same_past
 from .processes import on_first, rank
-from .sharded_checkpoint import checkpoints
+from .sharded_checkpoint import checkpoints, read_facts
+from .state import require_same_run
+from .wsd import Schedule
 
 __all__ = ["RunFolder"]
 
@@ -32,44 +42,80 @@ class RunFolder:
     Args:
         path: made if need be.
         step: that of the run; later lines of the metrics are dropped.
+        identity: the run's, see `state.run_identity`.
+        schedule: the run's.
+        branched_at: the step at which it branched from another run, if it did.
         keep: how many of the newest checkpoints stay.
         decay_start: a step whose checkpoint always stays.
         tensorboard: write events, too.
 
     Raises:
-        FileExistsError: the folder holds a later checkpoint.
+        FileExistsError: the folder holds a later checkpoint or another run's, or another program has it open.
         OSError: it cannot be written.
     """
 
     def __init__(
-        self, path: str | Path, step: int, keep: int, decay_start: int | None, tensorboard: bool
+        self,
+        path: str | Path,
+        step: int,
+        identity: dict[str, dict],
+        schedule: Schedule,
+        branched_at: int | None,
+        keep: int,
+        decay_start: int | None,
+        tensorboard: bool,
     ) -> None:
         self.path = Path(path)
         self._keep, self._decay_start, self._tensorboard = keep, decay_start, tensorboard
         self._metrics = self._events = None
-        on_first(lambda: self._open(step))
+        self._hold = ExitStack()
+        try:
+            on_first(lambda: self._open(step, identity, schedule, branched_at))
+        except BaseException:
+            self._hold.close()
+            raise
 
-    def _open(self, step: int) -> None:
+    def _open(
+        self, step: int, identity: dict[str, dict], schedule: Schedule, branched_at: int | None
+    ) -> None:
         if self._tensorboard:
             _writer()  # before anything is changed
         self.path.mkdir(parents=True, exist_ok=True)
-        later = [found for found in checkpoints(self.path) if found > step]
-        if later:
+        self._hold.enter_context(held(self.path))
+        found = checkpoints(self.path)
+        if found and max(found) > step:
             raise FileExistsError(
-                f"{self.path} holds a checkpoint of step {max(later)}, and this run is at step {step}. Load "
-                "that checkpoint to go on, or choose another folder."
+                f"{self.path} holds a checkpoint of step {max(found)}, and this run is at step {step}. Load "
+                "that checkpoint to go on, remove what is later to go on from here, or choose another folder."
             )
-        for left in self.path.glob(".step-*.writing"):
-            shutil.rmtree(left)  # by a process that was killed in a save
+        if found:
+            self._require_own(found, identity, schedule, branched_at)
+        for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
+            shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
         path = self.path / _METRICS
         if path.exists():
-            with written_whole(path) as beside, path.open() as old, beside.open("w") as new:
-                whole = (line for line in old if line.endswith("}\n"))
-                new.writelines(line for line in whole if json.loads(line)["step"] <= step)
+            with written_whole(path) as beside, path.open("rb") as old, beside.open("wb") as new:
+                new.writelines(takewhile(lambda line: _step(line) <= step, old))
         self._metrics = path.open("a")
         if self._tensorboard:
             events = str(self.path / "tensorboard")
             self._events = _writer().SummaryWriter(events, purge_step=step + 1)
+
+    def _require_own(
+        self, found: dict[int, Path], identity: dict[str, dict], schedule: Schedule, branched_at: int | None
+    ) -> None:
+        if branched_at is not None and min(found) <= branched_at:
+            raise FileExistsError(
+                f"{self.path} holds a checkpoint of step {min(found)}, and this run branched from another "
+                f"one at step {branched_at}. Choose another folder, so that both can go on."
+            )
+        newest = found[max(found)]
+        try:
+            facts = read_facts(newest)
+            require_same_run(newest, facts, identity)
+            require_same_past(newest, facts, schedule)
+        except ValueError as error:
+            raise FileExistsError(f"{error} Choose another folder for this run.") from None
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +126,7 @@ class RunFolder:
                 self._metrics.close()
         if self._events is not None:
             self._events.close()
+        self._hold.close()
 
     def add(self, line: dict) -> None:
         """Write the metrics of a step.
@@ -97,7 +144,7 @@ class RunFolder:
                 error.errno, f"{self.path / _METRICS} could not be written: {error.strerror}"
             ) from None
         if self._events is not None:
-            for name in _EVENTS & line.keys():
+            for name in (each for each in _EVENTS if line.get(each) is not None):  # no loss of a skipped step
                 self._events.add_scalar(name, line[name], line["step"])
 
     def prune(self) -> None:
@@ -108,7 +155,17 @@ class RunFolder:
         found = checkpoints(self.path)
         for step in sorted(found)[: -self._keep]:
             if step != self._decay_start:
-                shutil.rmtree(found[step])
+                gone = self.path / f".{found[step].name}.pruned"
+                found[step].rename(gone)  # so that half a one is none
+                shutil.rmtree(gone)
+
+
+def _step(line: bytes) -> float:
+    """The step of a line of metrics; of a line that is none, one later than any."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"}\n") else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 def _writer() -> ModuleType:

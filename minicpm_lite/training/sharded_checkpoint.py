@@ -2,7 +2,7 @@
 
     run/step-00001000/shard-00001-model-00001-of-00001.safetensors    what process 0 held
                       shard-00002-…                                   what process 1 held
-                      checkpoint.json                                 facts, and the sizes of the files
+                      checkpoint.json                                 facts; sizes and checksums of the files
 
 Choices, and the traps behind them:
 
@@ -11,6 +11,8 @@ Choices, and the traps behind them:
   piece of which tensor it holds, and the table is put together from that.
 - So a missing file would go unnoticed, and the values in it would stay what they were. `require_whole`
   counts them first.
+- A disk may give back other bits than it was given. So `read_tensors` compares each file's CRC-32 with what
+  was noted when it was written, the processes sharing the work; and the facts hold their own.
 - While it writes, a process holds its part a second time, as bytes in the host's memory.
 - Only tensors are written. Steps, schedules and configs are facts, in JSON. Since version 2 they say how
   often each parameter was moved, and since version 3 the losses are there; older ones are not read any more.
@@ -24,6 +26,7 @@ import math
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,14 +34,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import model_config
 from ..files import written_whole
 from ..language.decoder import Decoder
-from .processes import on_first
+from .processes import on_each, on_first, rank, world_size
 
 __all__ = [
     "checkpoints",
@@ -74,10 +76,17 @@ def write_checkpoint(folder: str | Path, state: dict[str, Tensor], facts: dict) 
             writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
             try:
                 with _meant_alone():
-                    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+                    dcp.save(
+                        {name: tensor.contiguous() for name, tensor in state.items()},
+                        storage_writer=writer,
+                        no_dist=not dist.is_initialized(),
+                    )
             except CheckpointException as failure:
                 raise _cause(failure) from None
-            on_first(lambda: _add_facts(beside, _FORMAT | facts))
+            files = on_first(lambda: {file.name: file.stat().st_size for file in sorted(beside.iterdir())})
+            parts = on_each(lambda: {name: _checksum(beside / name) for name in _share(files)})
+            checksums = {name: found for part in parts for name, found in part.items()}
+            on_first(lambda: _add_facts(beside, _FORMAT | facts | {"files": files, "checksums": checksums}))
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}. Earlier checkpoints stand.") from None
     return final
@@ -105,8 +114,23 @@ def _entered(place: ExitStack, path: Path) -> Path:
 
 
 def _add_facts(folder: Path, facts: dict) -> None:
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    (folder / FACTS).write_text(json.dumps(facts | {"files": sizes}, indent=1))
+    (folder / FACTS).write_text(json.dumps(facts | {"checksum": _checksum_of(facts)}, indent=1))
+
+
+def _checksum_of(facts: dict) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
+def _share(files: dict) -> list[str]:
+    return sorted(files)[rank() :: world_size()]
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while piece := content.read(1 << 20):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -120,20 +144,22 @@ def read_facts(checkpoint: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it was not written by `Trainer.save`.
+        ValueError: it was not written by `Trainer.save`, or has been changed since.
     """
     path = Path(checkpoint) / FACTS
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {checkpoint}: it lacks {FACTS}.")
     try:
         facts = json.loads(path.read_text())
-        whole = {"step", "updates", "schedule", "files"} <= facts.keys()
-        if not whole or {key: facts[key] for key in _FORMAT} != _FORMAT:
+        checksum = facts.pop("checksum")
+        if {key: facts[key] for key in _FORMAT} != _FORMAT:
             raise KeyError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{path} is not that of a checkpoint of minicpm_lite, version {_FORMAT['version']}."
         ) from None
+    if checksum != _checksum_of(facts):
+        raise ValueError(f"{path} is damaged: it is not as it was written. Use an earlier checkpoint.")
     return facts
 
 
@@ -199,7 +225,7 @@ def require_whole(
             )
     try:
         stored = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    except SafetensorError as error:
+    except Exception as error:  # of whatever kind torch's reader makes of a damaged header
         raise ValueError(f"A file of {checkpoint} is damaged ({error}). Use an earlier checkpoint.") from None
     for name in sorted(shapes.keys() | (stored.keys() if not extra else set())):
         if name not in shapes or name not in stored or stored[name].size != shapes[name]:
@@ -222,14 +248,29 @@ def read_tensors(checkpoint: str | Path, state: dict[str, Tensor], alone: bool =
         alone: this process reads, and others do not take part.
 
     Raises:
-        ValueError: a file cannot be read.
+        ValueError: a file cannot be read, or is not as it was written; then nothing was read.
     """
+    checksums = read_facts(checkpoint)["checksums"]
+    if alone:
+        _require_unchanged(checkpoint, checksums)
+    else:
+        on_each(lambda: _require_unchanged(checkpoint, {name: checksums[name] for name in _share(checksums)}))
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     try:
         with _meant_alone():
             dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
     except CheckpointException as failure:
-        raise ValueError(f"{checkpoint} could not be read: {_cause(failure)}") from None
+        cause = _cause(failure)
+        if not isinstance(cause, Exception):  # whoever interrupts a program is not told of its files
+            raise cause from None
+        raise ValueError(f"{checkpoint} could not be read: {cause}") from None
+
+
+def _require_unchanged(checkpoint: str | Path, checksums: dict[str, int]) -> None:
+    for name, checksum in checksums.items():
+        file = Path(checkpoint) / name
+        if _checksum(file) != checksum:
+            raise ValueError(f"{file} is damaged: it is not as it was written. Use an earlier checkpoint.")
 
 
 @contextmanager
@@ -240,7 +281,7 @@ def _meant_alone() -> Iterator[None]:
         yield
 
 
-def _cause(failure: CheckpointException) -> Exception:
+def _cause(failure: CheckpointException) -> BaseException:
     """What went wrong in a distributed read or write: the operating system's word, if one process has it."""
     errors = [error for error, _ in failure.failures.values()]
     return next((error for error in errors if isinstance(error, OSError)), errors[0])

@@ -8,7 +8,8 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from torch.optim import Optimizer
 from .settings import TrainerConfig
 
 __all__ = [
+    "buffers_given_back",
     "checkpoint_shapes",
     "checkpoint_tensors",
     "make_moments",
+    "own_buffers",
     "require_same_run",
     "run_identity",
     "updates_made",
@@ -49,9 +52,12 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
         # a module that is cut has another class, made of FSDP's and its own
         own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
         identity = {"model": {"class": own.__name__, **shapes}}
-    trained = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
+    kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
-    identity["choice of parameters"] = trained
+    identity["choice of parameters"] = {
+        name: f"{kinds.get(name, 'a buffer')} in {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in _kept(model).items()
+    }
     return json.loads(json.dumps(identity))
 
 
@@ -69,6 +75,30 @@ def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -
                     f"{path} belongs to another {part}: its {field} is "
                     f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
                 )
+
+
+def own_buffers(model: nn.Module) -> None:
+    """Give each number of an expanded buffer its own place in memory, so that it can be written to."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.contiguous()
+
+
+@contextmanager
+def buffers_given_back(model: nn.Module) -> Iterator[None]:
+    """Give the buffers what they held before, if anything is raised within."""
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, name, buffer, held in before:
+                module._buffers[name] = buffer.copy_(held)
+        raise
 
 
 def updates_made(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:

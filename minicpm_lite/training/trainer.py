@@ -10,9 +10,10 @@ and computes its part of every step, and a checkpoint is written by all and read
 """
 
 import copy
+import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from .batches import (
     split_batch,
 )
 from .branch import require_same_past, schedule_facts, stable_schedule
-from .distributed import shard
+from .distributed import cut_again, leave_unreached, shard
+from .interruption import Interruption
 from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
@@ -48,14 +50,16 @@ from .run_folder import RunFolder
 from .settings import Layout, TrainerConfig
 from .sharded_checkpoint import read_facts, read_tensors, require_whole, write_checkpoint
 from .state import (
+    buffers_given_back,
     checkpoint_shapes,
     checkpoint_tensors,
     make_moments,
+    own_buffers,
     require_same_run,
     run_identity,
     updates_made,
 )
-from .update import update
+from .update import NotFinite, update
 from .wsd import WSD, Schedule
 
 __all__ = ["Trainer"]
@@ -82,12 +86,13 @@ class Trainer:
     Attributes:
         step: updates made so far.
         losses: reported loss of each update: the next-token loss in nats a token, without a mixture's balance
-            loss, or another objective's.
+            loss, or another objective's. That of a skipped step is nan.
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
         ValueError: everything is frozen, windows do not fit the model or the config, or there are several
-            processes and the layout keeps the model whole or the batch cannot be shared evenly.
+            processes and the layout keeps the model whole or the batch cannot be shared evenly, or the model
+            is on the meta device and not drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -120,6 +125,12 @@ class Trainer:
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
                 "Layout(sharded=True), so that they train one model together."
             )
+        if not layout.sharded and any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"The {type(model).__name__} is on the meta device and has no weights. Make it elsewhere, or "
+                "give Layout(sharded=True), with which a decoder's weights are drawn."
+            )
+        own_buffers(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
         if layout.activation_checkpointing:
@@ -131,10 +142,14 @@ class Trainer:
             self._rounded = RoundedCopy(model) if config.precision == "bfloat16" else None
             self._loss = _compiled(objective.loss) if config.compile else objective.loss
         self.optimizer = adamw(model, config, schedule.peak_lr)
+        self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
         self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self._branched_at: int | None = None
         self._trouble: Exception | None = None
+        self._interruption = Interruption()
+        self._stop: BaseException | None = None
 
     def train(
         self,
@@ -144,8 +159,12 @@ class Trainer:
         keep: int = 2,
         tensorboard: bool = False,
         progress: bool = True,
+        skip_non_finite: int = 0,
     ) -> None:
         """Make updates up to step ``until`` (left out: to the end of the schedule).
+
+        With a folder, SIGTERM and SIGINT (Ctrl-C) end the run after the present step with a checkpoint; a
+        second one ends it at once. They are noted in the main thread only.
 
         Args:
             until: the step to stop at.
@@ -154,63 +173,98 @@ class Trainer:
             keep: how many of the newest checkpoints stay. That of the decay's beginning always does.
             tensorboard: write the metrics as TensorBoard events, too.
             progress: show a bar.
+            skip_non_finite: how many steps of the run, all in all, may be passed over because their loss or
+                gradient is not finite. Such a step changes nothing but the step number.
 
         Raises:
-            FileExistsError: the folder holds a later checkpoint than this run's step.
-            FloatingPointError: a loss or a gradient is not finite; weights and moments are as before that
-                step. Buffers that a module moves as it computes, such as the means of a BatchNorm, are not.
+            FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or
+                another program writes to it.
+            FloatingPointError: a loss or a gradient is not finite; the run is as it was before that step.
             ValueError: the batch of a step holds nothing to predict, or a shard is damaged; the run is as it
-                was before that step.
+                was before that step. Or a checkpoint could not bring the schedule back.
             OSError: a full disk; earlier checkpoints stand.
+            KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
         """
         until = self.schedule.total_steps if until is None else until
         require_positive_integer("checkpoint_every", checkpoint_every)
         require_positive_integer("keep", keep)
+        if skip_non_finite != 0:
+            require_positive_integer("skip_non_finite", skip_non_finite)
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
         if folder:
             schedule_facts(self.schedule)  # a checkpoint will need them
-        self._trouble = None  # what was reported before may have been mended
+        self._trouble = self._stop = None  # what was reported before may have been mended
+        self._interruption = Interruption()
         calm_threads()
+        cut_again(self.model)
         self.model.train()
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
-        with RunFolder(folder, self.step, keep, decay_start, tensorboard) if folder else nullcontext() as run:
+        with self._writing(folder, keep, decay_start, tensorboard) as run:
             for _ in bar:
-                metrics = self._update()
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+                metrics = self._update(skip_non_finite)
+                bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is None:
                     continue
                 try:
                     run.add(metrics)
                 except OSError as error:  # of the first process, of which the others hear in the next step
                     self._trouble = error
-                if self.step % checkpoint_every == 0 or self.step in (decay_start, until):
+                if self._stop or self.step % checkpoint_every == 0 or self.step in (decay_start, until):
                     self.save(folder)
                     run.prune()
+                if self._stop:
+                    raise self._stop
             raise_together(self._trouble)
 
-    def _update(self) -> dict:
-        """One update, and its metrics. Interrupted before its end, it leaves weights, moments and step."""
+    @contextmanager
+    def _writing(
+        self, folder: str | Path | None, keep: int, decay_start: int | None, tensorboard: bool
+    ) -> Iterator[RunFolder | None]:
+        """The open folder of the run, if it has one; then signals wait for the end of a step."""
+        if not folder:
+            yield None
+            return
+        past = (self.step, self._identity(), self.schedule, self._branched_at)
+        with self._interruption, RunFolder(folder, *past, keep, decay_start, tensorboard) as run:
+            yield run
+
+    def _update(self, skip_non_finite: int = 0) -> dict:
+        """One update, and its metrics. Interrupted before its end, it leaves the run as it was."""
         started = time.perf_counter()
-        batch, units, seen = self._read()
-        passes = split_batch(batch, self.layout.micro_batch)
+        passes, units, seen = self._read()
         model = self.model if self._rounded is None else self._rounded.refreshed()
-        loss, grad_norm = update(
-            self.step + 1,
-            self.schedule,
-            self.model,
-            self.optimizer,
-            self.config.max_grad_norm,
-            loss=lambda part: self._losses_of(model, part),
-            passes=[(part, self.objective.weight(part)) for part in passes],
-            units=units,
-            add_up=add_up,
-        )
+        self._reached.clear()
+        skipped = False
+        try:
+            with buffers_given_back(self.model):
+                loss, grad_norm = update(
+                    self.step + 1,
+                    self.schedule,
+                    self.model,
+                    self.optimizer,
+                    self.config.max_grad_norm,
+                    loss=lambda part: self._loss(model, batch_to(part, self._device)),
+                    passes=passes,
+                    units=units,
+                    add_up=self._add_up,
+                )
+        except NotFinite:
+            skipped = sum(map(math.isnan, self.losses)) < skip_non_finite
+            if not skipped:
+                raise
+            loss = grad_norm = math.nan
+        else:
+            if self._rounded:
+                self._rounded.hand_back()
         self.step += 1
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
         seconds = time.perf_counter() - started
-        metrics = {"step": self.step, "units": units, "loss": loss, "lr": self.schedule(self.step),
-                   "grad_norm": grad_norm, "data": seen, "seconds": round(seconds, 4)}  # fmt: skip
+        metrics = {"step": self.step, "units": units, "loss": None if skipped else loss,
+                   "lr": self.schedule(self.step), "grad_norm": None if skipped else grad_norm, "data": seen,
+                   "seconds": round(seconds, 4)}  # fmt: skip
+        if skipped:
+            metrics["skipped"] = True
         if isinstance(self.batches, WindowBatches):
             tokens = self.config.batch_tokens
             metrics |= {
@@ -219,30 +273,38 @@ class Trainer:
             }
         return metrics
 
-    def _losses_of(self, model: nn.Module, part: Batch) -> tuple[Tensor, Tensor]:
-        minimised, reported = self._loss(model, batch_to(part, self._device))
-        return minimised * world_size(), reported  # FSDP takes the mean of the processes' gradients
+    def _add_up(self, loss: Tensor) -> Tensor:
+        """The step's loss over all processes. With it travels whether one of them was told to stop."""
+        totals = add_up(torch.cat([loss[None], self._interruption.wishes().to(loss)]))
+        self._stop = Interruption.error(totals[1:])
+        return totals[0]
 
-    def _read(self) -> tuple[Batch, int, int]:
-        """This process's part of the step; of all parts, the units that count and a checksum."""
-        batch, units, seen, error = None, 0, 0, self._trouble
+    def _read(self) -> tuple[list[tuple[Batch, int]], int, int]:
+        """This process's passes, with the units of each; of all processes, the units and a checksum."""
+        passes, units, seen, error = [], 0, 0, self._trouble
         try:
             batch = part_of(self.batches, self.step, rank(), world_size())
-            units, seen = self.objective.weight(batch), checksum(batch, rank()) % 2**32
+            pieces = split_batch(batch, self.layout.micro_batch)
+            passes = [(part, self.objective.weight(part)) for part in pieces]
+            units, seen = sum(weight for _, weight in passes), checksum(batch, rank()) % 2**32
         except Exception as found:  # of any kind: raised below, in all processes
             error = found
         totals = torch.tensor([units, seen, error is not None], device=self._device)
         units, seen, failed = add_up(totals).tolist()
         if failed:
             raise_together(error)
-        return batch, units, seen % 2**32
+        return passes, units, seen % 2**32
 
     @torch.no_grad()
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
         """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
 
-        For decoders. What is read and not predicted does not count. In float32 whatever the training
-        precision. The model is left as it was, training or not.
+        For decoders. What is read and not predicted does not count. A whole model computes in float32
+        whatever the training precision; one that is cut computes in that precision, in which its weights are
+        gathered. The model is left as it was, training or not.
+
+        Raises:
+            ValueError: the stream is too short, or holds nothing that is predicted.
         """
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
@@ -253,11 +315,17 @@ class Trainer:
         windows = (
             torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device).long()
         )
+        count = predicted(windows).sum().item()
+        if not count:
+            raise ValueError("The held-out stream holds nothing that is to be predicted, so it has no loss.")
         training = self.model.training
         self.model.eval()
-        total = sum(token_losses(self.model, part).sum().item() for part in windows.split(batch_size))
-        self.model.train(training)
-        return total / predicted(windows).sum().item()
+        try:
+            total = sum(token_losses(self.model, part).sum().item() for part in windows.split(batch_size))
+        finally:
+            self.model.train(training)
+            cut_again(self.model)
+        return total / count
 
     def branch(
         self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Windows | Batches | None = None
@@ -265,7 +333,8 @@ class Trainer:
         """A copy of this run that goes on under another schedule; this one is left as it is.
 
         A stable run of WSD is decayed this way, as often as one likes, and on other data if some are given.
-        The step goes on, and with it the place in the data.
+        The step goes on, and with it the place in the data. The schedule may have another past, as that of a
+        fine-tuning has; so going back to the peak from a decay is allowed here, though it undoes the decay.
 
         Raises:
             ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint.
@@ -279,7 +348,7 @@ class Trainer:
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout
         )
-        other.step = self.step
+        other.step = other._branched_at = self.step
         other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
@@ -292,8 +361,10 @@ class Trainer:
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
+        cut_again(self.model)
         facts = {
             "step": self.step,
+            "branched_at": self._branched_at,
             "updates": updates_made(self.model, self.optimizer),
             "schedule": schedule_facts(self.schedule),
             "processes": world_size(),
@@ -334,18 +405,20 @@ class Trainer:
         identity = self._identity()
         del identity["text"]
         self._load(checkpoint, identity)
+        self._branched_at = self.step
 
     def _load(self, checkpoint: str | Path, identity: dict[str, dict]) -> None:
-        def check() -> tuple[int, dict[str, int]]:
+        def check() -> dict:
             facts = read_facts(checkpoint)
             require_same_run(checkpoint, facts, identity)
             require_same_past(checkpoint, facts, self.schedule)
             shapes = checkpoint_shapes(self.model, facts["updates"])
             shapes |= {name: torch.Size([facts["step"]]) for name in ("losses", "grad_norms")}
             require_whole(checkpoint, facts, shapes)
-            return facts["step"], facts["updates"]
+            return facts
 
-        step, updates = on_first(check)
+        facts = on_first(check)
+        step, updates = facts["step"], facts["updates"]
         moments = dict(self.optimizer.state)
         try:
             make_moments(self.model, self.optimizer, updates)
@@ -359,10 +432,11 @@ class Trainer:
             raise
         for name, tensor in kept.items():
             tensors[name].copy_(tensor)
-        self.step = step
+        self.step, self._branched_at = step, facts["branched_at"]
         self.losses, self.grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
 
     def _identity(self) -> dict[str, dict]:
+        cut_again(self.model)
         return run_identity(self.model, self.config, self.batches.identity(), self.objective.name)
 
     @property

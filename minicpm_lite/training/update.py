@@ -17,7 +17,11 @@ from torch.optim import Optimizer
 from .batches import Batch
 from .wsd import Schedule
 
-__all__ = ["update"]
+__all__ = ["NotFinite", "update"]
+
+
+class NotFinite(FloatingPointError):
+    """The loss or the gradient of a step is not finite; all processes raise it together."""
 
 
 def update(
@@ -49,7 +53,7 @@ def update(
 
     Raises:
         ValueError: the step has nothing to learn from.
-        FloatingPointError: loss or gradient is not finite.
+        NotFinite: loss or gradient.
     """
     units = sum(weight for _, weight in passes) if units is None else units
     if not units:
@@ -69,7 +73,7 @@ def update(
     norm_now = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss_now = add_up(total).item()
     if not (math.isfinite(norm_now) and math.isfinite(loss_now)):
-        raise FloatingPointError(
+        raise NotFinite(
             f"The gradient of step {step} is not finite (norm {norm_now:.3g}, loss {loss_now:.3g}). The "
             f"learning rate there is {schedule(step):.3g}; a lower peak or a longer warm-up usually cures it."
         )

@@ -1,5 +1,7 @@
 """A small run, made whole and made sharded, and its checkpoints."""
 
+import json
+import zlib
 from contextlib import nullcontext
 
 import pytest
@@ -24,6 +26,22 @@ def layout(request):
     """A program that starts no processes and keeps its model whole; and one process that cuts it."""
     with processes() if request.param else nullcontext():
         yield Layout(sharded=request.param)
+
+
+@pytest.fixture(scope="session")
+def reseal():
+    """Lets a checkpoint's facts say what its files hold now, and what of the facts is changed."""
+
+    def reseal(folder, **changes) -> None:
+        facts = json.loads((folder / "checkpoint.json").read_text()) | changes
+        del facts["checksum"]
+        files = sorted(folder.glob("*.safetensors"))
+        facts["files"] = {file.name: file.stat().st_size for file in files}
+        facts["checksums"] = {file.name: zlib.crc32(file.read_bytes()) for file in files}
+        facts["checksum"] = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+        (folder / "checkpoint.json").write_text(json.dumps(facts))
+
+    return reseal
 
 
 @pytest.fixture(scope="module")

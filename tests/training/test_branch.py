@@ -82,3 +82,36 @@ def test_a_schedule_made_from_a_half_life_comes_back(make, tmp_path):
     path = make(schedule=schedule).save(tmp_path)
     make(schedule=schedule).load(path)
     assert decay_schedule(path, 3, half_life=2).final_ratio == 0.5**1.5
+
+
+@dataclass(frozen=True)
+class Halving(Schedule):
+    peak_lr: float
+    half_life: float
+    total_steps: int = 10
+
+    def __call__(self, step):
+        return self.peak_lr * 0.5 ** (step / self.half_life)
+
+
+def test_fields_of_a_schedule_of_one_s_own_are_its_own(make, tmp_path):
+    """A half-life means to it what it likes; only WSD's decides a final ratio."""
+    run = make(schedule=Halving(0.01, 5.0))
+    run.train(2, progress=False)
+    make(schedule=Halving(0.01, 5.0)).load(run.save(tmp_path))
+
+
+@dataclass(frozen=True)
+class Odd(Steady):
+    field: object = None
+
+
+@pytest.mark.parametrize(
+    "field", [abs, float("nan"), (1, 2), {1: 2}, 1j, b"x", {"a"}, [Steady(1.0)]], ids=str
+)
+def test_fields_that_a_checkpoint_would_change_or_lose(make, tmp_path, field):
+    """Said before the first step, not at the first checkpoint."""
+    run = make(schedule=Odd(0.01, field=field))
+    with pytest.raises(ValueError, match="is a Odd, which a checkpoint could not bring back"):
+        run.train(folder=tmp_path / "run", progress=False)
+    assert run.step == 0 and not (tmp_path / "run").exists()

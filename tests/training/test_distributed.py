@@ -6,6 +6,7 @@ function of this file under torchrun.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,19 +16,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.scoring import context_only, next_token_loss, token_losses
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.distributed import initialise
 from minicpm_lite.training.objective import Objective
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights
+from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights, read_facts
+from minicpm_lite.training.state import updates_made
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -281,7 +285,7 @@ def test_frozen_weights_stay_and_resume(alone, tmp_path, frozen, precision):
     assert whole.losses == pytest.approx(trained(plain(**how)).losses, abs=1e-6)
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter.full_tensor(), start[name]) == frozen(name), name
-    with pytest.raises(ValueError, match="another choice of parameters: its .* is 'frozen', this run's is"):
+    with pytest.raises(ValueError, match="another choice of parameters: its .* is 'frozen in"):
         make(config=how["config"]).load(latest_checkpoint(tmp_path / "run"))
 
 
@@ -346,10 +350,149 @@ def test_any_module_with_its_own_weights_is_cut_as_it_is(alone, tmp_path, layout
 def test_what_cannot_be_cut(alone):
     with torch.device("meta"):
         module = Captioner()
-    with pytest.raises(ValueError, match="The Captioner is on the meta device, and only a decoder's weights"):
+    with pytest.raises(
+        ValueError, match="eye.weight of the Captioner is on the meta device, and only a decoder's own"
+    ):
         Trainer(module, Captions(), SCHEDULE, CONFIG, CAPTION, Layout(sharded=True))
     with pytest.raises(ValueError, match="cut over processes is not copied.*let it branch_from"):
         make().branch(SCHEDULE)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_read_or_written_after_a_forward_pass_alone(alone, tmp_path, precision):
+    """An evaluation, a loss that fails and a look from outside leave weights gathered."""
+    config, failing = replace(CONFIG, precision=precision), [True]
+
+    def loss(model, window):
+        both = BRIER.loss(model, window)
+        if failing[0]:
+            raise RuntimeError("in the loss")
+        return both
+
+    def once_failed():
+        run, failing[0] = make(config=config, objective=replace(BRIER, loss=loss)), False
+        trained(run, 3)
+        failing[0] = True
+        with pytest.raises(RuntimeError, match="in the loss"):
+            trained(run, 4)
+        failing[0] = False
+        return run
+
+    def evaluated():
+        run = trained(make(config=config, objective=BRIER), 3)
+        run.evaluate(TOKENS)
+        assert all(isinstance(parameter, DTensor) for parameter in run.model.parameters())
+        return run
+
+    def looked_at():
+        run = trained(make(config=config, objective=BRIER), 3)
+        with torch.no_grad():
+            run.model(TOKENS[None, :8])
+        return run
+
+    whole = trained(make(config=config, objective=BRIER), 6)
+    for number, run in enumerate((once_failed(), evaluated(), looked_at())):
+        path = run.save(tmp_path / str(number))
+        assert len(read_facts(path)["updates"]) == len(list(run.model.parameters()))
+        fresh, other = make(config=config, objective=BRIER), make(config=config, objective=BRIER)
+        other.evaluate(TOKENS)
+        for each in (fresh, other):
+            each.load(path)
+        for each in (run, fresh, other):
+            assert trained(each, 6).losses == whole.losses
+
+
+class Sighted(Captioner):
+    """Looks where there is an image, and has an ear that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ear = nn.Linear(6, 6)
+
+    def forward(self, image, text):
+        tokens = self.decoder.embed(text)
+        if image.any():
+            features = self.eye(image.to(self.eye.weight.dtype)).to(tokens.dtype)
+            seen = torch.where(image.any(dim=2, keepdim=True), features, 0)
+            tokens = torch.cat([tokens[:, :2] + seen, tokens[:, 2:]], dim=1)
+        return self.decoder.logits(self.decoder.states(tokens)[-1])
+
+
+class SomeCaptions(Captions):
+    """Every second step has no image, the others have some in their first half."""
+
+    def __getitem__(self, step):
+        batch = super().__getitem__(step)
+        batch["image"][0 if step % 2 else 2 :] = 0
+        return batch
+
+
+def sighted(layout=ALL_AT_ONCE, precision="float32") -> Trainer:
+    torch.manual_seed(0)
+    config = replace(CONFIG, precision=precision, weight_decay=0.5)
+    return Trainer(Sighted(), SomeCaptions(), SCHEDULE, config, CAPTION, layout)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, True)], ids=str)
+def test_what_a_step_does_not_reach_stays(alone, tmp_path, layout, precision):
+    """Neither weight decay nor old moments move it, cut or whole."""
+    whole, cut = sighted(layout, precision), sighted(replace(layout, sharded=True), precision)
+    for run in (whole, cut):
+        trained(run, 7)
+    assert cut.losses == pytest.approx(whole.losses, abs=1e-6)
+    facts = read_facts(cut.save(tmp_path))["updates"]
+    assert facts == read_facts(whole.save(tmp_path / "whole"))["updates"]
+    assert facts["eye.weight"] == 4 and facts["decoder.norm.weight"] == 7 and "ear.weight" not in facts
+    for name in ("ear.weight", "eye.weight"):
+        assert_close(cut.model.get_parameter(name).full_tensor(), whole.model.get_parameter(name))
+
+
+class LowRank(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.down = linear, nn.Parameter(torch.ones(2, linear.in_features))
+        self.up = nn.Parameter(torch.zeros(linear.out_features, 2))
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    @property
+    def weight(self):
+        return self.linear.weight + self.scale * self.up @ self.down
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * x @ self.down.T @ self.up.T
+
+
+def test_only_what_is_on_the_meta_device_is_drawn(alone):
+    with torch.device("meta"):
+        model = Decoder(MODEL)
+    replace_linears(model, lambda name, linear: LowRank(linear) if "q_proj" in name else linear)
+    run = Trainer(model, WINDOWS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+    adapter, plain_model = run.model.layers[0].self_attn.q_proj, plain().model
+    assert adapter.down.full_tensor().eq(1).all() and adapter.up.full_tensor().eq(0).all()
+    assert adapter.scale == 2 and adapter.linear.weight.full_tensor().std() > 0.01
+    assert torch.equal(run.model.norm.weight.full_tensor(), plain_model.norm.weight)
+    assert torch.equal(run.model.embed_tokens.weight.full_tensor(), plain_model.embed_tokens.weight)
+    trained(run, 2)
+
+
+@pytest.mark.parametrize("place", ["parameter", "buffer", "adapter"])
+def test_what_nobody_draws_is_refused(alone, place):
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    if place == "parameter":
+        model.layers[1].extra = nn.Parameter(torch.empty(3, device="meta"))
+    elif place == "buffer":
+        model.layers[1].register_buffer("extra", torch.empty(3, device="meta"))
+    else:
+        with torch.device("meta"):
+            model.layers[1].extra = nn.LayerNorm(3)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"layers.1.extra\S* of the Decoder is on the meta device, and only"):
+        Trainer(model, WINDOWS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+    assert all(
+        a is b or a.is_meta or torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True)
+    )
 
 
 # Weights.
@@ -513,6 +656,10 @@ def curves(folder) -> dict:
         "frozen": run(windows=MASKED, frozen=tables_and_norms),
         "bfloat16": run(windows=MASKED, config=replace(CONFIG, precision="bfloat16")),
         "captions": captions(folder),
+        "evaluated": evaluated(folder),
+        "sighted": somewhere_reached(folder),
+        "poisoned": poisoned(folder),
+        "signalled": signalled(folder),
     }
 
 
@@ -521,6 +668,65 @@ def captions(folder):
         captioner(Layout(1, True, sharded=True)), folder=folder / "captions", checkpoint_every=6, keep=9
     )
     return run.losses, run.grad_norms
+
+
+def evaluated(folder):
+    run = trained(make(), 3)
+    run.evaluate(TOKENS)
+    path = run.save(folder / "evaluated")
+    other = make()
+    other.evaluate(TOKENS)
+    other.load(path)
+    return trained(other).losses, trained(run).losses
+
+
+def somewhere_reached(folder):
+    run = trained(sighted(Layout(sharded=True)), 7)
+    run.save(folder / "sighted")
+    return run.losses, run.grad_norms
+
+
+class Poisoned(Masked):
+    """The second process reads windows of steps 3 and 5 that make its loss infinite: see `_burst`."""
+
+    def __getitem__(self, index):
+        window = WINDOWS[index]
+        return torch.full_like(window, 40) if index in (11, 19) else window
+
+
+def _burst(model, window):
+    loss = next_token_loss(model, window)
+    return loss / float(not (window == 40).all(dim=1).any()), loss.detach()
+
+
+def poisoned(folder):
+    run = make(windows=Poisoned(), objective=Objective("burst", _burst, lambda window: window[:, 1:].numel()))
+    run.train(folder=folder / "poisoned", progress=False, skip_non_finite=2)
+    return repr(run.losses), int(run.optimizer.state[run.model.norm.weight]["step"])
+
+
+def signalled(folder):
+    """One process is told to stop while it reads step 5; both have saved it, and both end."""
+
+    class Signalled(Masked):
+        def __getitem__(self, index):
+            if index == 18 and not told:
+                told.append(True)
+                signal.raise_signal(signal.SIGTERM)
+            return WINDOWS[index]
+
+        def identity(self):
+            return WINDOWS.identity()
+
+    told = []
+    run = make(windows=Signalled())
+    try:
+        trained(run, folder=folder / "signalled")
+    except SystemExit as end:
+        code = end.code
+    resumed = make()
+    resumed.load(latest_checkpoint(folder / "signalled"))
+    return code, run.step, trained(resumed).losses
 
 
 @pytest.mark.slow  # two processes start, about 15 s
@@ -543,6 +749,16 @@ def test_two_processes_train_as_one(tmp_path):
     assert one["bfloat16"][0] == pytest.approx(rounded, abs=0.01), (
         "a pass of two windows rounds other sums than one of four"
     )
+    assert one["evaluated"][0] == one["evaluated"][1] == one["dense"][0]
+    reached = trained(sighted(), 7)
+    assert one["sighted"][0] == pytest.approx(reached.losses, abs=1e-5)
+    assert one["sighted"][1] == pytest.approx(reached.grad_norms, abs=1e-4)
+    facts = read_facts(tmp_path / "sighted" / "step-00000007")["updates"]
+    assert facts == updates_made(reached.model, reached.optimizer)
+    losses, updates = one["poisoned"]
+    assert losses.count("nan") == 2 and updates == SCHEDULE.total_steps - 2
+    assert [line["step"] for line in lines(tmp_path / "poisoned") if line.get("skipped")] == [3, 5]
+    assert one["signalled"] == [143, 5, one["dense"][0]]
     balanced = trained(plain(MODELS["mixture"])).losses
     assert one["balanced"][0] == pytest.approx(balanced, abs=0.01), "the balance is that of each process"
 
@@ -594,8 +810,24 @@ def failures(folder) -> dict:
                 raise KeyError("no such image")
             return {name: part[: 4 - step] for name, part in super().__getitem__(step).items()}
 
+    class Unsent(Captions):
+        def __getitem__(self, step):
+            class Local(Exception):
+                pass
+
+            if step == 1 and rank == 1:
+                raise Local("picture 7 is truncated")
+            return super().__getitem__(step)
+
+    note("of a class of its own", lambda: trained(captioner(Layout(sharded=True), batches=Unsent())))
     note("odd batch", lambda: trained(captioner(Layout(sharded=True), batches=Odd())))
     note("absent", lambda: make().load(folder / "nowhere"))
+    note("foreign", lambda: trained(trained(make(objective=BRIER), 6), folder=folder / "run"))
+    if rank == 0:
+        shard = folder / "run" / "step-00000003" / "shard-00002-model-00001-of-00001.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    torch.distributed.barrier()
+    note("flipped", lambda: make().load(folder / "run" / "step-00000003"))
     return said
 
 
@@ -616,6 +848,9 @@ def test_an_error_of_one_process_is_everyone_s(tmp_path):
     assert "A step has 3 rows, which 2 processes cannot share evenly" in one["odd batch"]
     assert "2 processes were started, and the layout keeps the model whole in each" in one["whole"]
     assert "FileNotFoundError: There is no checkpoint at" in one["absent"]
+    assert one["of a class of its own"] == "RuntimeError: Local: picture 7 is truncated"
+    assert "FileExistsError" in one["foreign"] and "belongs to another objective" in one["foreign"]
+    assert "shard-00002-model-00001-of-00001.safetensors is damaged" in one["flipped"]
 
 
 def a_checkpoint(folder) -> dict:
@@ -626,7 +861,7 @@ def a_checkpoint(folder) -> dict:
 
 
 @pytest.mark.slow  # two processes start, about 15 s
-def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
+def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path, reseal):
     """41 ids over 2 processes: the parts are of different size."""
     with processes():
         whole = trained(make(MODELS["untied"])).losses
@@ -647,8 +882,6 @@ def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
     (two / gone).unlink()
     with pytest.raises(ValueError, match=f"{gone} is missing; it was written with"):
         load_weights(two)
-    facts = json.loads((two / "checkpoint.json").read_text())
-    del facts["files"][gone]
-    (two / "checkpoint.json").write_text(json.dumps(facts))
+    reseal(two)
     with pytest.raises(ValueError, match="holds 640 of the 1312 values of model.embed_tokens.weight"):
         load_weights(two)

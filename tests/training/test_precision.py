@@ -11,6 +11,7 @@ from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.training.objective import Objective
 from minicpm_lite.training.precision import RoundedCopy
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
@@ -194,3 +195,36 @@ def test_passes_and_recomputation_change_nothing_but_by_rounding():
         losses.append(run.losses)
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
     assert losses[2] == losses[0]
+
+
+class Follower(nn.Module):
+    """Subtracts a running mean, which it assigns anew in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        out = self.layer(x.to(self.layer.weight.dtype)).float()
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * out.detach().mean(dim=0)
+        return out - self.mean
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_buffer_that_is_assigned_anew_is_kept_and_resumed(tmp_path, precision):
+    def make():
+        torch.manual_seed(0)
+        config = replace(CONFIG, precision=precision)
+        return Trainer(Follower(), Ones(), SCHEDULE, config, Objective("down", Downhill.loss, len))
+
+    whole, run = make(), make()
+    whole.train(6, progress=False)
+    run.train(3, progress=False)
+    assert run.model.mean.abs() > 0.1
+    resumed = make()
+    resumed.load(run.save(tmp_path))
+    for each in (run, resumed):
+        each.train(6, progress=False)
+        assert each.losses == whole.losses and torch.equal(each.model.mean, whole.model.mean)

@@ -1,9 +1,12 @@
 """Processes: one alone needs no launcher, and errors of the first are everyone's."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch.distributed as dist
 
-from minicpm_lite.training.processes import on_first, processes, raise_together
+from minicpm_lite.training.processes import on_each, on_first, processes, raise_together
 
 
 def test_one_process_stands_alone_and_leaves_nothing():
@@ -41,3 +44,44 @@ def test_results_and_errors_come_through():
         raise_together(None)
         with pytest.raises(ValueError, match="mine"):
             raise_together(ValueError("mine"))
+
+
+@pytest.mark.parametrize("joined", [nullcontext, processes])
+def test_results_and_errors_of_each_come_through(joined):
+    with joined():
+        assert on_each(lambda: 3) == [3]
+        with pytest.raises(KeyError, match="mine"):
+            on_each(lambda: {}["mine"])
+
+
+class TwoWords(Exception):
+    def __init__(self, one, other):
+        super().__init__(f"{one} {other}")
+
+
+def local():
+    class Local(Exception):
+        pass
+
+    return Local("is damaged")
+
+
+def with_a_lock():
+    error = ValueError("is damaged")
+    error.lock = threading.Lock()
+    return error
+
+
+@pytest.mark.parametrize("make", [local, with_a_lock, lambda: TwoWords("is", "damaged")])
+def test_an_error_that_cannot_be_sent_is_everyone_s_by_its_text(make):
+    name = type(make()).__name__
+
+    def work():
+        raise make()
+
+    with processes():
+        for go in (lambda: raise_together(make()), lambda: on_first(work), lambda: on_each(work)):
+            with pytest.raises(RuntimeError, match=f"{name}: is damaged"):
+                go()
+    with pytest.raises(type(make()) if make is not local else Exception, match="is damaged"):
+        raise_together(make())

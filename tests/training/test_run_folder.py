@@ -1,11 +1,19 @@
 """The folder of a run: a line for each step, the checkpoints that stay, and errors before anything is changed."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
+from minicpm_lite.files import held
 from minicpm_lite.training import run_folder
-from minicpm_lite.training.sharded_checkpoint import latest_checkpoint
+from minicpm_lite.training.branch import decay_schedule
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.sharded_checkpoint import checkpoints, latest_checkpoint
+from minicpm_lite.training.wsd import WSD
+
+CONFIG = TrainerConfig(batch_size=2, sequence_length=8)
 
 
 def trained(trainer, until=None, **how):
@@ -84,3 +92,99 @@ def test_metrics_that_cannot_be_opened_are_everyone_s_error(make, tmp_path, monk
     with pytest.raises(FileNotFoundError, match="metrics.jsonl") as raised:
         trained(make(), folder=tmp_path)
     assert told == [raised.value]
+
+
+DAMAGES = ["{}", "[]", "7", "null", '{"step": "x"}', '{"step": null}', '{"step": 3', "\0\0\0}", "\x80}", "",
+           "[" * 100_000 + "}", '{"step": 9}']  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage[:12])
+@pytest.mark.parametrize("place", [0, 3, 5])
+def test_a_damaged_line_of_metrics_blocks_no_resume(make, saved, tmp_path, damage, place):
+    """It is dropped with those behind it, wherever it stands."""
+    shutil.copytree(saved / "step-00000006", tmp_path / "step-00000006")
+    whole = [json.dumps({"step": step}) for step in range(1, 7)]
+    whole[place] = damage
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(whole).encode("latin-1") + b"\n")
+    resumed = make()
+    resumed.load(tmp_path / "step-00000006")
+    trained(resumed, 7, folder=tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, place + 1), 7]
+
+
+def listing(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(config=replace(CONFIG, weight_decay=0.2)), "another trainer config: its weight_decay is 0.1"),
+        (dict(config=replace(CONFIG, seed=1)), "another text: its seed is 0|another trainer config: its seed is 0"),
+        (dict(schedule=WSD(0.02, 2, 4, 4)), "another schedule: its rate at step 1 was 0.005, this run's is 0.01"),
+    ],
+)  # fmt: skip
+def test_the_folder_of_another_run(make, tmp_path, changes, sentence):
+    trained(make(), 3, folder=tmp_path)
+    before = listing(tmp_path), (tmp_path / "metrics.jsonl").read_bytes()
+    other = trained(make(**changes), 4)
+    with pytest.raises(FileExistsError, match=f"{sentence}.*Choose another folder for this run"):
+        trained(other, folder=tmp_path, keep=1)
+    assert (listing(tmp_path), (tmp_path / "metrics.jsonl").read_bytes()) == before
+
+
+def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
+    """Whether it has just branched or is resumed, and whatever the trunk has pruned."""
+    trunk = make(schedule=WSD(0.01, 2, 100, 0))
+    trained(trunk, 6, folder=tmp_path / "trunk", checkpoint_every=2, keep=9)
+    start = tmp_path / "trunk" / "step-00000006"
+    decay = decay_schedule(start, 4)
+
+    def refused(run):
+        with pytest.raises(
+            FileExistsError, match="branched from another one at step 6. Choose another folder"
+        ):
+            trained(run, folder=tmp_path / "trunk", keep=1)
+        assert sorted(checkpoints(tmp_path / "trunk")) == [2, 4, 6]
+
+    branch = make(schedule=decay)
+    branch.branch_from(start)
+    refused(branch)
+    if not trunk.layout.sharded:
+        refused(trunk.branch(decay))
+    trained(branch, 8, folder=tmp_path / "decay")
+    resumed = make(schedule=decay)
+    resumed.load(tmp_path / "decay" / "step-00000008")
+    refused(resumed)
+    trained(resumed, folder=tmp_path / "decay")
+    assert sorted(checkpoints(tmp_path / "decay")) == [8, 10]
+    trained(trunk, 8, folder=tmp_path / "trunk", keep=9)
+    assert sorted(checkpoints(tmp_path / "trunk")) == [2, 4, 6, 8], "the trunk goes on"
+
+
+def test_two_programs_do_not_share_a_folder(make, tmp_path):
+    with (
+        held(tmp_path),
+        pytest.raises(FileExistsError, match="is being written by another program. Wait for"),
+    ):
+        trained(make(), folder=tmp_path)
+    assert listing(tmp_path) == []
+    trained(make(), 2, folder=tmp_path)
+    assert listing(tmp_path) == ["metrics.jsonl", "step-00000002"]
+
+
+def test_what_a_process_killed_as_it_pruned_left_is_no_checkpoint(make, tmp_path, monkeypatch):
+    trained(make(), 2, folder=tmp_path)
+    run = make()
+    run.load(tmp_path / "step-00000002")
+
+    def killed(path):
+        next(path.glob("*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.shutil, "rmtree", killed)
+        trained(run, 4, folder=tmp_path, keep=1)
+    assert sorted(checkpoints(tmp_path)) == [4]
+    trained(run, 6, folder=tmp_path)
+    assert listing(tmp_path) == ["metrics.jsonl", "step-00000004", "step-00000006"]

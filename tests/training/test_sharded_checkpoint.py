@@ -1,11 +1,14 @@
 """Sharded checkpoints: no pickle, nothing half-written, and what does not fit is refused before anything changes."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minicpm_lite import ModelConfig
@@ -180,9 +183,7 @@ def test_a_file_that_is_damaged(refused, folder):
     refused(folder, "A file of .* is damaged")
 
 
-def rewritten(folder, change):
-    from safetensors import safe_open
-
+def rewritten(folder, change, reseal):
     with safe_open(folder / SHARD, framework="pt") as file:
         metadata = file.metadata()
     sharding = json.loads(metadata["DCP_SHARDING_INFO"])
@@ -192,9 +193,7 @@ def rewritten(folder, change):
         {name: sharding.get(name, {"saved_offsets": [0] * tensor.ndim}) for name, tensor in tensors.items()}
     )
     save_file(tensors, folder / SHARD, metadata)
-    facts = json.loads((folder / "checkpoint.json").read_text())
-    facts["files"][SHARD] = (folder / SHARD).stat().st_size
-    (folder / "checkpoint.json").write_text(json.dumps(facts))
+    reseal(folder)
 
 
 def test_a_read_that_fails_on_the_way_changes_nothing(make, saved, monkeypatch):
@@ -218,20 +217,87 @@ def test_a_read_that_fails_on_the_way_changes_nothing(make, saved, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "optimizer.exp_avg.norm.weight", "losses"])
-def test_tensors_that_are_missing_extra_or_of_another_shape(refused, folder, name):
+def test_tensors_that_are_missing_extra_or_of_another_shape(refused, folder, name, reseal):
     for change in (
         lambda tensors: tensors.pop(name),
         lambda tensors: tensors.update({name + "x": torch.zeros(3), name: torch.zeros(16)}),
         lambda tensors: tensors.update({name: torch.zeros(3)}) or tensors.pop(name + "x"),
     ):
-        rewritten(folder, change)
+        rewritten(folder, change, reseal)
         refused(folder, f"does not fit this run: {name}")
 
 
-def test_a_piece_that_is_missing(refused, folder):
+def test_a_piece_that_is_missing(refused, folder, reseal):
     """As if the file of one of two processes were gone: the rest would be filled with what was there before."""
-    rewritten(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(15)}))
+    rewritten(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(15)}), reseal)
     refused(folder, "does not fit this run: model.norm.weight")
+
+
+def test_one_flipped_bit_anywhere_is_noticed(make, refused, folder):
+    """In values, headers and facts alike, whatever the file looks like afterwards."""
+    for file in (folder / SHARD, folder / "checkpoint.json"):
+        content = file.read_bytes()
+        for place in [*range(0, len(content), len(content) // 40), len(content) - 1]:
+            damaged = bytearray(content)
+            damaged[place] ^= 0x10
+            file.write_bytes(damaged)
+            refused(folder, "damaged|is not that of a checkpoint|does not fit this run|could not be read")
+        file.write_bytes(content)
+    make().load(folder)
+    file = folder / SHARD
+    file.write_bytes(file.read_bytes()[:-5] + b"\x00" + file.read_bytes()[-4:])
+    refused(folder, f"{SHARD} is damaged: it is not as it was written. Use an earlier checkpoint")
+    with pytest.raises(ValueError, match=f"{SHARD} is damaged"):
+        load_weights(folder)
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """One byte changed, a stretch cut out, doubled or overwritten, or the end lost."""
+    place, length = draw.randrange(len(content)), draw.choice((1, 8, 200))
+    stretch = content[place : place + length]
+    return draw.choice((
+        content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :],
+        content[:place] + content[place + length :],
+        content[:place] + stretch + content[place:],
+        content[:place] + draw.randbytes(len(stretch)) + content[place + length :],
+        content[:place],
+    ))  # fmt: skip
+
+
+@pytest.mark.slow  # about 10 s: 600 damaged checkpoints, twice
+def test_a_damaged_checkpoint_is_refused_or_is_the_same(make, folder):
+    """Always with a sentence, whatever is damaged; what loads nevertheless has the weights that were saved."""
+    weights, draw, refused = load_weights(folder).state_dict(), random.Random(0), 0
+    for file in (folder / SHARD, folder / "checkpoint.json"):
+        content = file.read_bytes()
+        for _ in range(300):
+            file.write_bytes(mutated(content, draw))
+            try:
+                found = load_weights(folder).state_dict()
+            except ValueError as error:
+                refused += 1
+                assert str(folder) in str(error)
+                continue
+            assert all(torch.equal(found[name], weights[name]) for name in weights)
+        file.write_bytes(content)
+    assert refused > 580
+
+
+def test_whoever_interrupts_a_read_or_a_write_is_heard(make, saved, tmp_path, monkeypatch):
+    def interrupted(*call, **how):
+        raise KeyboardInterrupt
+
+    trainer = make()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dcp.HuggingFaceStorageReader, "read_data", interrupted)
+        trainer.load(saved / "step-00000004")
+    assert trainer.step == 0 and not trainer.optimizer.state
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", interrupted)
+        trainer.save(tmp_path)
+    assert latest_checkpoint(tmp_path) is None
+    trainer.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "other", "version": 1}'])

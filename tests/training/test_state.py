@@ -11,6 +11,7 @@ from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.training.optimizer import adamw
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.state import (
+    buffers_given_back,
     checkpoint_shapes,
     checkpoint_tensors,
     make_moments,
@@ -69,15 +70,40 @@ def test_another_module_is_named_by_class_and_shapes():
     )
 
 
-def test_which_parameters_are_trained_belongs_to_it():
+def test_which_parameters_are_trained_and_in_which_numbers_belongs_to_it():
     free, frozen = Decoder(MODEL), Decoder(MODEL)
     frozen.norm.requires_grad_(False)
-    refused(
-        free, frozen, "another choice of parameters: its norm.weight is 'frozen', this run's is 'trained'"
+    sentence = (
+        "another choice of parameters: its norm.weight is '{} in float32', this run's is '{} in float32'"
     )
-    refused(
-        frozen, free, "another choice of parameters: its norm.weight is 'trained', this run's is 'frozen'"
-    )
+    refused(free, frozen, sentence.format("frozen", "trained"))
+    refused(frozen, free, sentence.format("trained", "frozen"))
+    for kind in (torch.float64, torch.bfloat16):
+        refused(free, Decoder(MODEL).to(kind), f"its .* is 'trained in {kind}'".replace("torch.", ""))
+    refused(Mixed(), Mixed().to(torch.float64), "its frozen.weight is 'frozen in float64'")
+    half = Mixed()
+    half.seen = half.seen.half()
+    refused(Mixed(), half, "its seen is 'a buffer in float16', this run's is 'a buffer in float32'")
+
+
+def test_buffers_are_given_back_after_an_error():
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("moved", torch.zeros(3))
+            self.register_buffer("anew", torch.zeros(3), persistent=False)
+            self.register_buffer("none", None)
+
+    model = nn.Sequential(Running())
+    moved = model[0].moved
+    with pytest.raises(KeyboardInterrupt), buffers_given_back(model):
+        model[0].moved += 1
+        model[0].anew = torch.ones(3)
+        raise KeyboardInterrupt
+    assert model[0].moved is moved and not moved.any() and not model[0].anew.any()
+    with buffers_given_back(model):
+        model[0].moved += 1
+    assert moved.all()
 
 
 def test_what_a_checkpoint_holds():

@@ -2,12 +2,15 @@
 
 import ast
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +28,9 @@ from minicpm_lite.language.scoring import context_only, next_token_loss, predict
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token
 from minicpm_lite.training.optimizer import mup_groups
+from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights, read_facts
+from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -34,6 +38,7 @@ MODEL = ModelConfig(32, 80, 2, 4, 40, num_key_value_heads=2, max_position_embedd
                     scale_depth=1.4, dim_model_base=32, init_std=0.1)  # fmt: skip
 CONFIG = TrainerConfig(batch_size=4, sequence_length=16)
 SCHEDULE = WSD(peak_lr=0.01, warmup_steps=5, stable_steps=25, decay_steps=10)
+ALL_AT_ONCE = Layout()
 TOKENS = (torch.arange(3000) * 7 // 3) % 40  # a pattern that can be learned
 
 
@@ -253,6 +258,31 @@ def test_evaluation_leaves_the_mode_as_it_was():
         run.model.train(mode)
         run.evaluate(TOKENS)
         assert run.model.training is mode
+
+
+def test_an_evaluation_that_fails_leaves_the_mode_as_it_was():
+    run = make()
+    for mode in (True, False):
+        run.model.train(mode)
+        with pytest.raises(IndexError):
+            run.evaluate(torch.full((50,), 99))
+        with pytest.raises(ValueError, match="holds nothing that is to be predicted"):
+            run.evaluate(context_only(TOKENS))
+        assert run.model.training is mode
+
+
+def test_a_model_without_weights():
+    with torch.device("meta"):
+        model = Decoder(MODEL)
+    with pytest.raises(
+        ValueError, match="The Decoder is on the meta device and has no weights.*sharded=True"
+    ):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG)
+
+
+def test_a_cut_needs_processes():
+    with pytest.raises(ValueError, match="none were joined. Make and train it within `with processes"):
+        Trainer(Decoder(MODEL), TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
 
 
 def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
@@ -576,7 +606,7 @@ def test_a_branch_of_any_module_leaves_its_trunk_alone():
     [
         (lambda: Trainer(Ranker(), Pairs(1), SCHEDULE, objective=PREFERENCE), "another text: its pairs is 0, this run's is 1"),
         (lambda: Trainer(Ranker().requires_grad_(True), Pairs(), SCHEDULE, objective=PREFERENCE),
-         "another choice of parameters: its table.weight is 'frozen', this run's is 'trained'"),
+         "another choice of parameters: its table.weight is 'frozen in float32', this run's is 'trained in float32'"),
         (lambda: Trainer(nn.Linear(8, 1), Pairs(), SCHEDULE, objective=PREFERENCE), "another model: its class is 'Ranker'"),
         (lambda: make(), "another model config"),
     ],
@@ -592,11 +622,10 @@ def test_a_checkpoint_of_another_module(tmp_path, other, sentence):
 
 
 @pytest.mark.parametrize("name", ["model.texts_read", "model.table.weight", "optimizer.exp_avg.mix.bias"])
-def test_a_checkpoint_that_lacks_a_buffer_a_frozen_weight_or_a_moment(tmp_path, name):
+def test_a_checkpoint_that_lacks_a_buffer_a_frozen_weight_or_a_moment(tmp_path, name, reseal):
     run = ranker()
     run.train(2, progress=False)
     path = run.save(tmp_path)
-    facts = read_facts(path)
     (file,) = path.glob("*.safetensors")
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -605,8 +634,7 @@ def test_a_checkpoint_that_lacks_a_buffer_a_frozen_weight_or_a_moment(tmp_path, 
     assert "model.scratch" not in tensors
     del tensors[name]
     save_file(tensors, file, metadata)
-    facts["files"][file.name] = file.stat().st_size
-    (path / "checkpoint.json").write_text(json.dumps(facts))
+    reseal(path)
     fresh = ranker()
     with pytest.raises(ValueError, match=f"does not fit this run: {name} is missing"):
         fresh.load(path)
@@ -668,3 +696,167 @@ def test_objectives_that_count_wrongly_are_seen_in_passes(wrong):
         run.train(1, progress=False)
         losses.append(run.losses[0])
     assert losses[0] != pytest.approx(losses[1], abs=1e-5)
+
+
+class Strided(nn.Module):
+    """Parameters and buffers of which memory holds the numbers in another order, or fewer of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(8, 3).t())
+        self.convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        self.register_buffer("repeated", torch.ones(1).expand(4))
+
+    def forward(self, ids):
+        image = (ids[:, :, None, None] * self.turned.t()[:5, :]).float().permute(0, 3, 1, 2) / 40
+        if self.training:
+            self.repeated += 0.5
+        return (self.convolution(image.contiguous()).mean(dim=(2, 3)) * self.repeated).mean(dim=1)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(sharded=True)], ids=["whole", "sharded"])
+def test_parameters_in_any_order_of_memory_are_saved_and_resumed(tmp_path, layout):
+    class Images(Pairs):
+        def __getitem__(self, step):
+            return {name: part[0][:, :, None] if isinstance(part, tuple) else part
+                    for name, part in super().__getitem__(step).items()}  # fmt: skip
+
+    def loss(model, batch):
+        minimised = F.softplus(model(batch["better"])).mean()
+        return minimised, minimised.detach()
+
+    def strided():
+        torch.manual_seed(0)
+        objective = Objective("images", loss, lambda batch: len(batch["better"]))
+        return Trainer(Strided(), Images(), SCHEDULE, CONFIG, objective, layout)
+
+    with processes() if layout.sharded else nullcontext():
+        whole, run = strided(), strided()
+        whole.train(6, progress=False)
+        run.train(3, progress=False)
+        resumed = strided()
+        resumed.load(run.save(tmp_path))
+        resumed.train(6, progress=False)
+        assert resumed.losses == whole.losses and resumed.model.repeated.tolist() == [4.0] * 4
+        for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+# Steps that are not finite.
+
+
+class Poisoned:
+    """Pairs of which single steps hold a number that is none, in one row."""
+
+    def __init__(self, *steps: int, row: int = 0, value: float = math.nan) -> None:
+        self.steps, self.row, self.value = steps, row, value
+
+    def __getitem__(self, step):
+        batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        if step + 1 in self.steps:
+            batch[self.row, 1] = self.value
+        return batch
+
+    def identity(self):
+        return {"poisoned": [*self.steps, self.row, str(self.value)]}
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False)
+
+    def forward(self, x):
+        return self.norm(self.layer(x.to(self.layer.weight.dtype)).float())
+
+
+def _spread(model, batch):
+    loss = (model(batch) - 1).square().mean()
+    return loss, loss.detach()
+
+
+def poisoned(*steps, precision="float32", layout=ALL_AT_ONCE, **how) -> Trainer:
+    torch.manual_seed(0)
+    config = replace(CONFIG, precision=precision)
+    return Trainer(
+        Normed(), Poisoned(*steps, **how), WSD(0.1, 2, 6, 2), config,
+        Objective("spread", _spread, len), layout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("step", [1, 2, 7, 10])
+def test_a_step_that_is_not_finite_changes_nothing(step, row, value):
+    """Refused, the run is as it was; skipped, weights, moments and buffers are."""
+    for layout in (ALL_AT_ONCE, Layout(2)):
+        before, refused = poisoned(layout=layout), poisoned(step, row=row, value=value, layout=layout)
+        before.train(step - 1, progress=False)
+        with pytest.raises(FloatingPointError, match=f"gradient of step {step} is not finite"):
+            refused.train(progress=False)
+        assert_all_the_same(refused, before)
+        refused.train(step, progress=False, skip_non_finite=1)
+        state = everything(refused)
+        assert all(torch.equal(value, state[name]) for name, value in everything(before).items())
+        assert refused.step == step and math.isnan(refused.losses[-1]) and math.isnan(refused.grad_norms[-1])
+        refused.train(progress=False, skip_non_finite=1)
+        assert refused.step == 10 and sum(map(math.isnan, refused.losses)) == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_skipped_steps_are_counted_said_and_replayed(tmp_path, precision):
+    steps = (3, 4, 8)
+    with pytest.raises(ValueError, match="skip_non_finite is -1"):
+        poisoned().train(progress=False, skip_non_finite=-1)
+    few = poisoned(*steps, precision=precision)
+    with pytest.raises(FloatingPointError, match="gradient of step 8 is not finite"):
+        few.train(folder=tmp_path / "few", progress=False, skip_non_finite=2)
+    assert few.step == 7
+    whole = poisoned(*steps, precision=precision)
+    whole.train(folder=tmp_path / "whole", progress=False, tensorboard=True, skip_non_finite=3)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [*steps]
+    for line, loss in zip(lines, whole.losses, strict=True):
+        nothing = line["loss"] is line["grad_norm"] is None
+        assert nothing == math.isnan(loss) == (line["step"] in steps)
+    for until in (2, 3, 6, 8):
+        run = poisoned(*steps, precision=precision)
+        run.train(until, progress=False, skip_non_finite=3)
+        resumed = poisoned(*steps, precision=precision)
+        resumed.load(run.save(tmp_path / "parts"))
+        resumed.train(progress=False, skip_non_finite=3)
+        assert repr(resumed.losses) == repr(whole.losses)
+        assert repr(resumed.grad_norms) == repr(whole.grad_norms)
+        mine, theirs = everything(resumed), everything(whole)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# Killed, and killed again.
+
+
+@pytest.mark.slow  # about 20 s: processes are killed until it has happened 25 times
+def test_killed_at_random_moments(tmp_path):
+    """Two programs at once in one folder, pruning, and a decay from the run: the curves are the unkilled run's."""
+    script = os.path.join(os.path.dirname(__file__), "killed_at_random.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kills, refusals, folders = json.loads(done.stdout.splitlines()[-1])
+    assert kills >= 25 and refusals >= 5
+    plain = make()
+    plain.train(progress=False)
+    for folder in folders:
+        trunk, decayed = Path(folder, "trunk"), Path(folder, "decay")
+        last = make()
+        last.load(latest_checkpoint(trunk))
+        assert_same(last, plain)
+        decay = decay_schedule(trunk / "step-00000030", 8)
+        branch, expected = make(schedule=decay), make(schedule=decay)
+        branch.load(latest_checkpoint(decayed))
+        expected.train(progress=False)
+        assert_same(branch, expected)
+        for place, run, first, stay in ((trunk, last, 1, [30, 39, 40]), (decayed, branch, 31, [37, 38])):
+            metrics = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in metrics] == list(range(first, run.step + 1))
+            assert [line["loss"] for line in metrics] == run.losses[first - 1 :]
+            names = {f"step-{step:08d}" for step in stay} | {"metrics.jsonl"}
+            assert {path.name for path in place.iterdir()} == names, "nothing of the killed is left"

@@ -1,0 +1,94 @@
+"""SIGTERM and SIGINT: the step is finished, a checkpoint is there, and the run goes on from it as if nothing was."""
+
+import signal
+import threading
+
+import pytest
+
+from minicpm_lite.training.interruption import Interruption
+from minicpm_lite.training.sharded_checkpoint import checkpoints
+
+
+class Signalled:
+    """Windows during whose reading signals arrive."""
+
+    def __init__(self, windows, at: int, *numbers: int) -> None:
+        self.windows, self.at, self.numbers, self.length = windows, at, numbers, windows.length
+
+    def __getitem__(self, index):
+        if index == self.at:
+            for number in self.numbers:
+                signal.raise_signal(number)
+        return self.windows[index]
+
+    def id_range(self):
+        return self.windows.id_range()
+
+    def identity(self):
+        return self.windows.identity()
+
+
+@pytest.fixture
+def signalled(make):
+    def signalled(at, *numbers):
+        run = make()
+        object.__setattr__(run.batches, "windows", Signalled(run.batches.windows, at, *numbers))
+        return run
+
+    return signalled
+
+
+HANDLERS = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+
+
+@pytest.mark.parametrize("number", ENDS)
+@pytest.mark.parametrize("step", [1, 5, 9])
+def test_the_step_is_finished_and_saved(make, signalled, tmp_path, number, step):
+    run = signalled(2 * step - 1, number)  # two windows a step
+    with pytest.raises(ENDS[number]) as ended:
+        run.train(folder=tmp_path, progress=False)
+    assert number != signal.SIGTERM or ended.value.code == 143
+    assert run.step == step and max(checkpoints(tmp_path)) == step
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS
+    resumed, whole = make(), make()
+    resumed.load(tmp_path / f"step-{step:08d}")
+    whole.train(progress=False)
+    for each in (resumed, run):  # a new program, or the same one
+        each.train(folder=tmp_path if each is resumed else None, progress=False)
+        assert (each.losses, each.grad_norms) == (whole.losses, whole.grad_norms)
+
+
+def test_in_the_last_step_too(signalled, tmp_path):
+    run = signalled(19, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == max(checkpoints(tmp_path)) == 10
+
+
+def test_a_second_signal_acts_at_once(signalled, tmp_path):
+    run = signalled(7, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == 3 and not checkpoints(tmp_path)
+
+
+def test_without_a_folder_there_is_nothing_to_wait_for(signalled):
+    run = signalled(7, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(progress=False)
+    assert run.step == 3
+
+
+def test_another_thread_notes_no_signals(make, tmp_path):
+    run = make()
+    thread = threading.Thread(target=run.train, args=(3, tmp_path), kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert run.step == 3 and 3 in checkpoints(tmp_path)
+
+
+def test_what_comes_after_the_last_step_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        signal.raise_signal(signal.SIGINT)
+    assert Interruption.error(Interruption().wishes()) is None
