@@ -11,7 +11,7 @@ From a text to a model of one's own that others can open:
 A file a command. Each loads what it needs when it is called, so that a listing does not wait for a trainer.
 
 What goes wrong is said in one sentence on the error output, once. Exit codes: 0 done, 2 refused or failed,
-130 interrupted. torchrun adds a report of its own; the sentence stands in it, too.
+130 interrupted, 143 ended by SIGTERM. torchrun adds a report of its own; the sentence stands in it, too.
 """
 
 import json

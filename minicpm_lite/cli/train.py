@@ -76,6 +76,12 @@ def train(
         typer.Option(metavar="N", help="newest checkpoints that stay, beside the stable one"),
     ] = 2,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard events, too")] = False,
+    skip_non_finite: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="steps that may be passed over if their gradient is not finite"
+        ),
+    ] = 0,
     until: Annotated[
         int | None,
         typer.Option(metavar="STEP", help="stop there; the schedule stays as it is", min=1),
@@ -147,7 +153,8 @@ def train(
           --data instructions:0.3 --out decayed \\
           --decay-from run/step-00100000 --decay 16000
 
-    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step.
+    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C and
+    SIGTERM end a run after its present step, with a checkpoint; a second one ends it at once.
     """
     from ..training.processes import on_first, processes, rank, world_size
     from ..training.settings import Layout
@@ -201,7 +208,8 @@ def train(
             (trainer.branch_from if start.decays else trainer.load)(start.checkpoint)
         first = trainer.step
         on_first(lambda: _keep_tokenizer(out, data))
-        trainer.train(until, out, checkpoint_every, keep, tensorboard, sys.stderr.isatty())
+        progress = sys.stderr.isatty()
+        trainer.train(until, out, checkpoint_every, keep, tensorboard, progress, skip_non_finite)
         if rank() == 0:
             stood = trainer.step == first
             made = "where it was to stop already" if stood else f"loss {trainer.losses[-1]:.4f}"
