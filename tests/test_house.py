@@ -196,10 +196,9 @@ def test_late_imports_are_seen(language, text, seen):
 def test_every_part_has_its_tests():
     for part in (p for p in LIBRARY.iterdir() if (p / "__init__.py").exists()):
         for module in part.glob("*.py"):
-            if part.name != "lab" and module.name != "__init__.py":
+            if part.name != "lab" and not module.name.startswith("__"):
                 test = ROOT / "tests" / part.name / f"test_{module.name}"
-                covered = test.exists() or module.stem == "checkpoint"  # held by the trainer's tests
-                assert covered, f"{module.relative_to(ROOT)} has no {test.relative_to(ROOT)}"
+                assert test.exists(), f"{module.relative_to(ROOT)} has no {test.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
