@@ -79,7 +79,8 @@ def _encode(tokenizer: Tokenizer, written: str, before: str = "", behind: str = 
     added = sorted(
         (token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True
     )
-    spelt = "|".join(re.escape(token) for token in added if len(token) > 1) or "(?!)"
+    # one that is a single letter or blank is text anyway
+    spelt = "|".join(re.escape(token) for token in added if len(token.strip()) > 1) or "(?!)"
     first, *rest = re.split(f"({spelt})", written)  # text, spelt token, text, spelt token, text
     parts = [before + first, *rest]
     parts[-1] += behind

@@ -334,9 +334,8 @@ class _Linker:
     """
 
     def __init__(self, sets: dict[int, UInt64[np.ndarray, " _"]], threshold: float) -> None:
-        known, counts = np.unique(
-            np.concatenate([*sets.values(), np.empty(0, np.uint64)]), return_counts=True
-        )
+        shingles = np.concatenate([np.empty(0, np.uint64), *sets.values()])
+        known, counts = np.unique(shingles, return_counts=True)
 
         @lru_cache(_COMPARISONS_REMEMBERED)
         def similar(a: int, b: int) -> bool:
