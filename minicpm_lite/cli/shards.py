@@ -1,7 +1,6 @@
 """``minicpm-lite shards``: cut texts into tokens, the data of ``train``."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +8,13 @@ import typer
 
 __all__ = ["shards"]
 
+_USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+
 
 def shards(
-    texts: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files")],
+    texts: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files, also with .gz")
+    ],
     tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="a tokenizer.json")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
     field: Annotated[str, typer.Option(help="of a .jsonl line")] = "text",
@@ -27,14 +30,15 @@ def shards(
 
     A .txt file is one document. A .jsonl file has one document in each line, under "text" unless --field
     names another. The tokenizer is a tokenizer.json as published with the models; texts are read whole,
-    whatever it says about cutting or padding them, and a special token that a text spells is text.
+    whatever it says about cutting or padding them, and a special token that a text spells is text. All cores
+    cut; the environment variable RAYON_NUM_THREADS may say how many.
 
     \b
       minicpm-lite shards novel.txt --tokenizer tokenizer.json --end "<|endoftext|>" --out shards
     """
     from tokenizers import Tokenizer
 
-    from ..data.documents import documents, require_texts
+    from ..data.documents import documents, encoded, require_texts
     from ..data.shards import write_shards
     from ..language.tokenizer import fast_tokenizer
 
@@ -46,19 +50,14 @@ def shards(
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{tokenizer} is not a tokenizer.json: {error}") from None
     cutter.encode_special_tokens = True  # as text
-    behind = []
-    if end is not None:
-        if cutter.token_to_id(end) is None:
-            raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
-        behind = [cutter.token_to_id(end)]
-
-    def ids() -> Iterator[list[int]]:
-        for path in texts:
-            for text in documents(path, field):
-                yield cutter.encode(text, add_special_tokens=False).ids + behind
-
-    written = write_shards(out, ids(), vocab_size or cutter.get_vocab_size(), cutter, shard_tokens)
+    end_id = None if end is None else cutter.token_to_id(end)
+    if end is not None and end_id is None:
+        raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
+    ids = encoded((text for path in texts for text in documents(path, field)), cutter, end_id)
+    written = write_shards(out, ids, vocab_size or cutter.get_vocab_size(), cutter, shard_tokens, end_id)
     print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
     if end is None:
-        print("Without --end nothing says where a document ends, and a model will not learn to stop.",
+        known = [token for token in _USUAL_ENDS if cutter.token_to_id(token) is not None]
+        hint = f' This tokenizer has a token for it: --end "{known[0]}".' if len(known) == 1 else ""
+        print("Without --end nothing says where a document ends, and a model will not learn to stop." + hint,
               file=sys.stderr)  # fmt: skip

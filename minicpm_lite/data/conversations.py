@@ -4,8 +4,12 @@
 into tokens; `ConversationWindows` packs such examples into windows, each whole and exactly once an epoch.
 
 Nothing separates the examples in a window: a question can attend to the example before it, as in prose.
+
+Trap: a question may spell a control token, as in "what does <AI> mean?", and a tokenizer would take it for
+one.
 """
 
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,11 +64,28 @@ class EncodedExample:
 
 
 def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -> EncodedExample:
-    """An example as tokens, in the template of the first MiniCPM models."""
-    encode = fast_tokenizer(tokenizer).encode
-    return EncodedExample(
-        *(tuple(encode(part, add_special_tokens=False).ids) for part in (example.asked, example.answered))
+    """An example as tokens, in the template of the first MiniCPM models.
+
+    A control token stands where the template puts it; one that question or answer spell is letters.
+    """
+    fast = fast_tokenizer(tokenizer)
+    before, behind = minicpm_chat([{"role": "user", "content": "|"}]).split("|")
+    question = example.asked.removeprefix(before).removesuffix(behind)
+    return EncodedExample(_encode(fast, question, before, behind), _encode(fast, example.answered))
+
+
+def _encode(tokenizer: Tokenizer, written: str, before: str = "", behind: str = "") -> tuple[int, ...]:
+    """The tokens of what somebody wrote between what a template puts before and behind it."""
+    added = sorted(
+        (token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True
     )
+    # one that is a single letter or blank is text anyway
+    spelt = "|".join(re.escape(token) for token in added if len(token.strip()) > 1) or "(?!)"
+    first, *rest = re.split(f"({spelt})", written)  # text, spelt token, text, spelt token, text
+    parts = [before + first, *rest]
+    parts[-1] += behind
+    pieces = [piece for place, part in enumerate(parts) for piece in (part if place % 2 else [part])]
+    return tuple(token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids)
 
 
 def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int[Tensor, "rows length"]:

@@ -50,7 +50,7 @@ def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
 
     >>> corpus = load_corpus(300, text="It is a truth universally acknowledged. " * 100)
     >>> corpus.tokenizer.decode(corpus.validation[:5].tolist())
-    't is a tr'
+    'It is a truth universally'
     """
     return _load_corpus(vocab_size, load_austen() if text is None else text)
 

@@ -12,14 +12,18 @@ here (runs of 5 words, 128 orders, J of 0.8) are common choices.
 Traps: a product of two 32-bit numbers fits into 64 bits, one of two 61-bit numbers does not and would wrap
 around unseen, so all hashes here have 32 bits. A multiplier must be odd, or the "order" maps two shingles to
 one place. A hundred copies of one document, or pages of one template, are nearly 5,000 pairs: exact copies
-are set aside first, and two documents that already hang together are not compared.
+are set aside first, two documents that already hang together are not compared, and of those that nearly
+reach the threshold a few of their rarest shingles tell it (prefix and positional filter: Bayardo et al. 2007,
+"Scaling up all pairs similarity search"; Xiao et al. 2008, PPJoin).
 """
 
+import math
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -43,13 +47,23 @@ __all__ = [
 ]
 
 _32_BITS = np.uint64(0xFFFFFFFF)
-_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]")
+_NO_SPACES = (  # scripts that put none between words
+    r"\u3400-\u9fff"  # Chinese
+    r"\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana
+    r"\u0e00-\u0eff"  # Thai, Lao
+    r"\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Burmese
+    r"\u1780-\u17ff"  # Khmer
+)
+_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|[^\w\s]")
 _NGRAM_FACTOR = 0x01000193  # odd; weights the words of a run by their place
 _SHINGLES_AT_A_TIME = 8192  # times 128 orders of 8 bytes: 8 MiB, about what a cache holds
+_COMPARISONS_REMEMBERED = 1 << 16  # the same pair may meet in several bands
+_ROUNDING = 1e-9  # of a bound, so that none is above what it bounds
+_EMPTY = 1 << 32  # what documents without a shingle share; no hash is it
 
 
 def words_of(text: str) -> list[str]:
-    """Words, single Chinese characters and punctuation marks, in order.
+    """Words and punctuation marks, in order; in scripts that put no spaces between words, single characters.
 
     >>> words_of("don't, 你好")
     ['don', "'", 't', ',', '你', '好']
@@ -299,26 +313,68 @@ def near_duplicates(
         clusters.link(first.setdefault(_checked(text), index), index)
     distinct = list(first.values())
     sets = {index: minhash.shingles(texts[index]) for index in distinct}
-
-    @cache
-    def similar(a: int, b: int) -> bool:
-        return threshold is None or jaccard(sets[a], sets[b]) >= threshold
-
+    link = _link_all if threshold is None else _Linker(sets, threshold)
     for bucket in _buckets(minhash.signatures_of_sets(sets.values()), bands):
-        groups: list[list[int]] = []  # documents of the bucket that hang together
-        for document in (distinct[place] for place in bucket):
-            mine, others = [document], []
-            for group in groups:
-                if clusters.root(group[0]) == clusters.root(document) or any(
-                    similar(other, document) for other in group
-                ):
-                    clusters.link(group[0], document)
-                    group.extend(mine)
-                    mine = group
-                else:
-                    others.append(group)
-            groups = [*others, mine]
+        link([distinct[place] for place in bucket], clusters)
     return clusters.labels()
+
+
+def _link_all(bucket: list[int], clusters: _Clusters) -> None:
+    for document in bucket:
+        clusters.link(bucket[0], document)
+
+
+class _Linker:
+    """Links the documents of a bucket whose Jaccard index reaches a threshold, and compares few others.
+
+    Put the shingles of all documents in one order, the rarest first. Two sets x and y with J >= t share at
+    least t/(1+t) (|x| + |y|) shingles, so the first one that they share comes early enough in both for so
+    many to follow. Pages of one template differ in rare shingles: what they share comes too late, and no two
+    of them are looked at. What is left is compared exactly, so no pair is missed.
+    """
+
+    def __init__(self, sets: dict[int, UInt64[np.ndarray, " _"]], threshold: float) -> None:
+        shingles = np.concatenate([np.empty(0, np.uint64), *sets.values()])
+        known, counts = np.unique(shingles, return_counts=True)
+
+        @lru_cache(_COMPARISONS_REMEMBERED)
+        def similar(a: int, b: int) -> bool:
+            return jaccard(sets[a], sets[b]) >= threshold
+
+        @cache
+        def rarest(document: int) -> list[int]:
+            """Of its shingles those one of which any set must share with it that is as similar."""
+            mine = sets[document]
+            order = np.lexsort((mine, counts[np.searchsorted(known, mine)]))
+            kept = len(mine) - math.ceil(threshold * len(mine) - _ROUNDING) + 1
+            return mine[order[:kept]].tolist() or [_EMPTY]
+
+        self._sizes = {document: len(shingles) for document, shingles in sets.items()}
+        self._share = threshold / (1 + threshold)
+        self._similar, self._rarest = similar, rarest
+
+    def __call__(self, bucket: list[int], clusters: _Clusters) -> None:
+        # for each shingle, and each size of a set and place in it: documents in groups that hang together
+        index: dict[int, dict[tuple[int, int], list[list[int]]]] = defaultdict(lambda: defaultdict(list))
+        for document in bucket:
+            size = self._sizes[document]
+            for place, shingle in enumerate(self._rarest(document)):
+                for (other_size, other_place), groups in index[shingle].items():
+                    most = min(size - place, other_size - other_place)  # shared, if this is the first
+                    if most >= self._share * (size + other_size) - _ROUNDING:
+                        self._meet(document, groups, clusters)
+                index[shingle][size, place].append([document])
+
+    def _meet(self, document: int, groups: list[list[int]], clusters: _Clusters) -> None:
+        """Link a document with the groups that hold one like it, and put together what hangs together now."""
+        together: dict[int, list[int]] = {}
+        for group in groups:
+            known = clusters.root(group[0]) == clusters.root(document)
+            if not known and any(self._similar(other, document) for other in group):
+                clusters.link(group[0], document)
+            if (first := together.setdefault(clusters.root(group[0]), group)) is not group:
+                first.extend(group)
+        groups[:] = together.values()
 
 
 def _checked(text: object) -> str:

@@ -1,6 +1,6 @@
 """Token shards: a corpus of any size as a folder of arrays, read where they lie, checked as they are read.
 
-    folder/shards.json          vocabulary, number format, tokens and checksums of every shard
+    folder/shards.json          vocabulary, end token, number format, tokens and checksums of every shard
     folder/tokens-00000.npy     one array of token ids each, uint16 or uint32
     ...
     folder/tokenizer.json       what made the ids, if it is known, so that a model trained on them can be used
@@ -15,15 +15,19 @@ Choices, and the traps behind them:
   from the vocabulary, and MiniCPM's vocabularies (73,440 ids and more) need uint32.
 - A checksum for each million tokens. A block is checked when it is first touched, so a damaged disk is
   noticed for the price of reading what is read anyway, not of the whole corpus at the start.
-- The folder is written beside its place and renamed: there is never half a corpus.
-- The stream knows no documents. A window may begin in one and end in another, and cross from shard to shard.
+- The folder is written beside its place and renamed: there is never half a corpus. Meanwhile the place is
+  locked: of two programs that would write one folder, one is refused.
+- The stream knows no documents, only the token that ends each, if there is one. A window may begin in one
+  document and end in another, and cross from shard to shard.
 """
 
+import fcntl
 import json
 import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +60,7 @@ def write_shards(
     vocab_size: int,
     tokenizer: Tokenizer | BytePairTokenizer | None = None,
     shard_tokens: int = 1 << 28,
+    end: int | None = None,
 ) -> "Shards":
     """Write token ids, document after document, as a folder of shards.
 
@@ -69,18 +74,16 @@ def write_shards(
         tokenizer: what made the ids; it is written beside them, and its checksum noted, so that no other one
             is mixed in.
         shard_tokens: tokens in a shard; the last one may hold fewer.
+        end: the id that closes each document in the arrays; it is noted. None: nothing does.
 
     Raises:
         ValueError: an id outside the vocabulary, something that is no array of whole numbers, no token, or a
             vocabulary smaller than the tokenizer's or larger than 32 bits hold.
-        FileExistsError: the folder already holds something.
+        FileExistsError: the folder already holds something, or another program is writing it.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
-    folder = Path(folder)
     require_positive_integer("vocab_size", vocab_size)
     require_positive_integer("shard_tokens", shard_tokens)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} already holds something. Shards are written into a new folder.")
     if tokenizer is not None and (ids := fast_tokenizer(tokenizer).get_vocab_size()) > vocab_size:
         raise ValueError(
             f"The tokenizer has {ids} ids and vocab_size is {vocab_size}; the model's table must have a row "
@@ -90,9 +93,12 @@ def write_shards(
         raise ValueError(
             f"vocab_size is {vocab_size}; ids are written with 32 bits, {1 << 32} different ones."
         )
+    if end is not None and end not in range(vocab_size):
+        raise ValueError(f"The end token is {end}; the vocabulary has ids from 0 to {vocab_size - 1}.")
+    place = Path(folder).resolve()  # a link to an empty folder stays, the folder is filled
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
-    with written_whole(folder.resolve()) as beside:  # a link to an empty folder stays, the folder is filled
+    with _held(place), written_whole(place) as beside:
         beside.mkdir(parents=True)
         for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
             if not shards or shards[-1]["tokens"] >= shard_tokens:
@@ -112,6 +118,7 @@ def write_shards(
         index = _FORMAT | {
             "vocab_size": vocab_size,
             "dtype": dtype.name,
+            "end": end,
             "tokenizer": None if tokenizer is None else tokenizer_checksum(tokenizer),
             "block_tokens": _BLOCK_TOKENS,
             "shards": shards,
@@ -120,6 +127,38 @@ def write_shards(
             (beside / TOKENIZER).write_text(fast_tokenizer(tokenizer).to_str(), encoding="utf-8")
         (beside / INDEX).write_text(json.dumps(index, indent=1))
     return Shards(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make a folder, or take an empty one, and keep other writers out by a lock on the folder itself.
+
+    The operating system takes the lock back when the program ends, however it ends.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is no folder. Shards are written into a new folder.")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{folder} is already being written by another program. Wait for its end, or choose another "
+                "folder."
+            ) from None
+        if any(folder.iterdir()):  # also what a writer put there while this one waited to ask
+            raise FileExistsError(f"{folder} already holds something. Shards are written into a new folder.")
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # it holds something
+                if is_new:
+                    folder.rmdir()
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _blocks(
@@ -183,6 +222,7 @@ class Shards:
         folder: where they lie.
         vocab_size: ids they were written for.
         tokenizer: checksum of what made them, or None where it was not noted.
+        end: the id that closes each document, or None where nothing does or it was not noted.
 
     Raises:
         FileNotFoundError: no folder, no index in it, or a shard is missing.
@@ -195,6 +235,7 @@ class Shards:
         index = _read_index(self.folder)
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer: int | None = index["tokenizer"]
+        self.end: int | None = index.get("end")  # older folders do not say
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise ValueError(
                 f"{self.folder} was written for a vocabulary of {self.vocab_size} ids; this model's has "
@@ -304,7 +345,9 @@ def _read_index(folder: Path) -> dict:
                 raise KeyError
         if index["dtype"] not in ("uint16", "uint32") or not index["shards"] or "tokenizer" not in index:
             raise KeyError
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if index.get("end") is not None and index["end"] not in range(index["vocab_size"]):
+            raise KeyError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"{folder / INDEX} is not an index of token shards, version {_FORMAT['version']}. Was it edited, "
             "or written by another program?"

@@ -1,5 +1,7 @@
 """Texts become shards, or a sentence says why not."""
 
+import gzip
+
 import pytest
 from shell import TEXT, says
 from tokenizers import Tokenizer
@@ -25,6 +27,37 @@ def test_documents_can_be_ended(at_home):
     argv = ["shards", "web.jsonl", "--tokenizer", "tokenizer.json", "--out", "ended", "--end", token]
     assert main(argv) == 0
     assert Shards("ended")[:][-1] == Tokenizer.from_file("tokenizer.json").token_to_id(token)
+    assert Shards("ended").end == Shards("ended")[:][-1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hint"),
+    [
+        ([], ""),
+        (["</s>"], ' This tokenizer has a token for it: --end "</s>".'),
+        (["<|endoftext|>", "<other>"], ' This tokenizer has a token for it: --end "<|endoftext|>".'),
+        (["</s>", "<eos>"], ""),
+    ],
+)
+def test_a_warning_where_nothing_ends_a_document(at_home, capsys, tokens, hint):
+    learned = train_tokenizer(TEXT, 290)
+    learned.add_special_tokens(tokens)
+    learned.save("with.json")
+    argv = ["shards", "novel.txt", "--tokenizer", "with.json", "--out", "made"]
+    assert main(argv) == 0
+    warning = "Without --end nothing says where a document ends, and a model will not learn to stop."
+    assert capsys.readouterr().err == f"{warning}{hint}\n"
+    assert Shards("made").end is None
+
+
+def test_gzipped_texts_make_the_same_shards(at_home):
+    for name in ("novel.txt", "web.jsonl"):
+        (at_home / f"{name}.gz").write_bytes(gzip.compress((at_home / name).read_bytes()))
+        argv = ["--tokenizer", "tokenizer.json", "--shard-tokens", "500", "--out"]
+        assert main(["shards", name, *argv, f"plain-{name}"]) == 0
+        assert main(["shards", f"{name}.gz", *argv, f"zipped-{name}"]) == 0
+        plain, zipped = (sorted((at_home / f"{kind}-{name}").iterdir()) for kind in ("plain", "zipped"))
+        assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in zipped]
 
 
 def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
@@ -54,6 +87,8 @@ def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
     ("change", "sentence"),
     [
         (["novel.pdf"], "novel.pdf is neither .txt nor .jsonl"),
+        (["novel.parquet"], "novel.parquet is a table, which is not read here"),
+        (["cut.jsonl.gz"], "cut.jsonl.gz is not a whole gzip file"),
         (["none.txt"], "There is no file none.txt"),
         (["novel.txt", "--tokenizer", "none.json"], "There is no tokenizer at none.json"),
         (["novel.txt", "--tokenizer", "tiny.yaml"], "tiny.yaml is not a tokenizer.json"),
@@ -77,6 +112,7 @@ def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
     (at_home / "latin.jsonl").write_bytes(good * 5000 + b'{"text": "bad \xff"}\n')
     (at_home / "half.jsonl").write_bytes(good + b'{"text": "cut emoji \\ud83d"}\n')
     (at_home / "deep.jsonl").write_text("[" * 100_000)
+    (at_home / "cut.jsonl.gz").write_bytes(gzip.compress(good * 5000)[:-20])
     (at_home / "number.jsonl").write_text('{"text": 5}')
     argv = ["shards", "--tokenizer", "tokenizer.json", "--out", "made"]
     says(capsys, [*argv, *change], sentence)

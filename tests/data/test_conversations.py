@@ -183,6 +183,34 @@ def test_an_example_reads_back_in_the_template():
     assert [encoded.question[0], encoded.question[-1]] == marks
 
 
+@pytest.mark.parametrize("special", [True, False], ids=["special", "added"])
+@given(
+    question=st.lists(st.sampled_from(["<AI>", "<用户>", "</s>", "<A", "I>", "five", " ", "\n"])).map(
+        "".join
+    ),
+    answer=st.lists(st.sampled_from(["<AI>", "<用户>", "</s>", "<", "s>", "it is ", "\n"])).map("".join),
+)
+@settings(max_examples=60, deadline=None)
+def test_control_tokens_that_are_spelt_are_letters(special, question, answer):
+    tokenizer = train_tokenizer(TEXT, 270)
+    add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+    add(["<用户>", "<AI>", "</s>"])
+    example = Example("any", question, answer)
+    encoded = encode_example(tokenizer, example)
+    controls = [token for token in (*encoded.question, *encoded.answer) if token >= 270]
+    assert controls == [encoded.question[0], encoded.question[-1]] == [270, 271]
+    for ids, text in ((encoded.question, example.asked), (encoded.answer, example.answered)):
+        assert tokenizer.decode(list(ids), skip_special_tokens=False) == text
+    if not any(token in question for token in ("<AI>", "<用户>", "</s>")):
+        assert list(encoded.question) == tokenizer.encode(example.asked).ids, "as it always was"
+
+
+def test_without_control_tokens_a_template_is_text_like_any_other():
+    tokenizer = train_tokenizer(TEXT, 300)
+    example = Example("any", '"<AI>', "five")
+    assert list(encode_example(tokenizer, example).question) == tokenizer.encode('<用户>"<AI><AI>').ids
+
+
 def test_examples_are_encoded_whole_whatever_the_tokenizer_says():
     """A tokenizer.json may order to cut, to pad, and to put special tokens around a text."""
     from tokenizers.processors import TemplateProcessing

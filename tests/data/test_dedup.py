@@ -50,6 +50,26 @@ def test_words_are_words_marks_and_single_chinese_characters():
     assert words_of("  \n\t ") == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "今天天气很好我们一起去公园散步然后回家吃饭",
+        "きょうはとてもいいてんきなのでコウエンマデさんぽに",
+        "วันนี้อากาศดีมากเราไปเดินเล่นในสวนสาธารณะด้วยกัน",
+        "ມື້ນີ້ອາກາດດີຫຼາຍພວກເຮົາໄປຍ່າງຫຼິ້ນຢູ່ສວນ",
+        "ថ្ងៃនេះអាកាសធាតុល្អណាស់យើងទៅដើរលេងនៅសួនច្បារ",
+        "ဒီနေ့ရာသီဥတုသာယာတယ်ပန်းခြံကိုသွားတယ်",
+    ],
+    ids=["Chinese", "Japanese", "Thai", "Lao", "Khmer", "Burmese"],
+)
+def test_where_no_spaces_stand_each_character_is_a_word(text):
+    """Else a page would be one word, and a copy that lacks a letter another page."""
+    assert words_of(text) == list(text) == words_of(" ".join(text))
+    assert words_of(f"see {text}!") == ["see", *text, "!"]
+    text = text * 3
+    assert near_duplicates([text, text[:-4], text[::-1]]).tolist() == [0, 0, 2]
+
+
 def test_a_run_has_the_same_hash_wherever_it_stands_and_another_when_reordered():
     words = ["a", "b", "c", "x", "a", "b", "c"]
     hashes = hashed_ngrams(words, 3)
@@ -243,6 +263,42 @@ def test_pages_of_one_template_are_not_compared_with_each_other(monkeypatch):
         calls.clear()
         assert set(near_duplicates([f"{page} item {number}" for number in range(pages)])) == {0}
         assert len(calls) < 3 * pages
+
+
+def template_pages(pages: int, more: int = 0) -> list[str]:
+    """120 words that all pages have and 18 that only one has, so J of about 0.73; sizes may differ, too."""
+    shared = " ".join(f"w{place}" for place in range(120))
+    return [shared + "".join(f" u{page}x{j}" for j in range(18 + page % (more + 1))) for page in range(pages)]
+
+
+@pytest.mark.parametrize("more", [0, 12])
+def test_pages_just_below_the_threshold_are_not_compared(monkeypatch, more):
+    """Each of 300 agrees with nearly all others in a band: 40,000 comparisons, were all of them looked at."""
+    calls = []
+    monkeypatch.setattr(dedup, "jaccard", lambda a, b: calls.append(1) or jaccard(a, b))
+    pages = template_pages(300, more)
+    shingles = [MinHash().shingles(page) for page in pages]
+    assert 0.6 < jaccard(shingles[0], shingles[-1]) < 0.8
+    assert near_duplicates(pages).tolist() == list(range(300))
+    assert len(calls) < 300
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 12)), max_size=20),
+    st.sampled_from([0.05, 0.3, 0.5, 0.75, 0.8, 0.9, 1.0]),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_pair_above_the_threshold_is_missed(stretches, threshold):
+    """Against all pairs: sets that overlap in every proportion, in one bucket."""
+    sets = {
+        number: np.unique(np.r_[start : start + length, 1000 + 20 * number : 1000 + 20 * number + own])
+        for number, (start, length, own) in enumerate(stretches)
+    }
+    sets = {number: each.astype(np.uint64) for number, each in sets.items()}
+    pairs = [(a, b) for a in sets for b in range(a) if jaccard(sets[a], sets[b]) >= threshold]
+    clusters = dedup._Clusters(len(sets))
+    dedup._Linker(sets, threshold)(list(sets), clusters)
+    assert clusters.labels().tolist() == clusters_of(len(sets), pairs).tolist()
 
 
 @given(

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import zlib
+from contextlib import chdir
 from fractions import Fraction
 from itertools import accumulate, pairwise, permutations
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from minicpm_lite.data.conversations import ConversationWindows, EncodedExample
 from minicpm_lite.data.mixtures import MixtureWindows, going_on
+from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import TokenWindows, Windows
 
 
@@ -217,6 +220,69 @@ def test_neither_names_nor_their_order_decide_what_is_read(first, second, switch
     plain, other = written(range(3), "abc"), written(order, ["./z", "y/", "/x"])
     assert drawn(plain) == drawn(other)
     assert plain.identity() == other.identity() == json.loads(json.dumps(plain.identity()))
+
+
+FOLDERS = ("web", "books", "chats")
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Three folders of shards, with links to them and copies of them."""
+    home = tmp_path_factory.mktemp("corpora")
+    (home / "elsewhere").mkdir()
+    for number, name in enumerate(FOLDERS):
+        tokens = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(number))
+        write_shards(home / name, [tokens], 50, shard_tokens=90)
+        (home / f"link-to-{name}").symlink_to(name)
+        (home / "elsewhere" / name).symlink_to(home / name)
+        shutil.copytree(home / name, home / "elsewhere" / f"copy-of-{name}")
+    return home
+
+
+@st.composite
+def spelt(draw, name):
+    """One of the ways to write a folder, as seen from the folder where all are."""
+    place = draw(
+        st.sampled_from([name, f"link-to-{name}", f"elsewhere/{name}", f"elsewhere/copy-of-{name}"])
+        | st.sampled_from([f"elsewhere/../{name}", f"web/../{name}", f"./././{name}", f"elsewhere/./{name}"])
+    )
+    before = draw(
+        st.sampled_from(["", "./", "../{home}/", "{parent}/{home}/", "{parent}/{home}/elsewhere/../"])
+    )
+    return before + place + draw(st.sampled_from(["", "/", "//", "/."]))
+
+
+spellings = st.tuples(*map(spelt, FOLDERS))
+weights_of_folders = st.just([1, 1, 1]) | st.lists(st.sampled_from([1, 2, 0.5, 0.3]), min_size=3, max_size=3)
+
+
+def read(names, weights, order=range(3), factor=1):
+    sources = {names[i]: TokenWindows(Shards(names[i], 50), length=8, seed=0) for i in order}
+    return MixtureWindows(sources, [(0, {names[i]: weights[i] * factor for i in order[::-1]})])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    names=spellings,
+    weights=weights_of_folders,
+    order=st.permutations(range(3)),
+    factor=st.sampled_from([1, 4]),
+)
+def test_no_order_or_spelling_of_folders_decides_what_is_read(corpora, names, weights, order, factor):
+    """Relative, absolute, through links, with a slash behind, a copy; also where equal weights tie."""
+    names = [name.format(parent=corpora.parent, home=corpora.name) for name in names]
+    with chdir(corpora):
+        plain, other = read(FOLDERS, weights), read(names, weights, order, factor)
+        assert drawn(plain) == drawn(other)
+        assert plain.identity() == other.identity()
+
+
+@settings(deadline=None, max_examples=60)
+@given(names=st.lists(spelt("web"), min_size=2, max_size=2, unique=True), order=st.permutations(range(3)))
+def test_one_folder_in_two_spellings_is_refused(corpora, names, order):
+    names = [name.format(parent=corpora.parent, home=corpora.name) for name in (*names, "books")]
+    with chdir(corpora), pytest.raises(ValueError, match="hold the same windows; give them once"):
+        read(names, [1, 1, 1], order)
 
 
 class ByPosition(MixtureWindows):  # ties in the order in which the sources are given

@@ -1,6 +1,9 @@
 """Shards: nothing is lost on the way to disk, and nothing damaged is read."""
 
 import json
+import subprocess
+import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -151,6 +154,63 @@ def test_what_a_killed_writer_left_is_no_corpus_and_in_no_ones_way(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
+@settings(max_examples=20, deadline=None)
+@given(turns=st.lists(st.integers(0, 2), max_size=12))
+def test_of_several_writers_of_one_folder_one_writes_it(tmp_path_factory, turns):
+    """In any order of their steps: the first to begin is not disturbed, whoever comes meanwhile is refused."""
+    folder = tmp_path_factory.mktemp("x") / "corpus"
+    steps, said = [threading.Semaphore(0) for _ in range(3)], [None] * 3
+    begun = [threading.Event() for _ in range(3)]
+
+    def write(writer):
+        def arrays():
+            for _ in range(4):
+                begun[writer].set()
+                steps[writer].acquire()
+                yield np.full(100, writer)
+
+        try:
+            said[writer] = write_shards(folder, arrays(), 1000, shard_tokens=150)
+        except FileExistsError as error:
+            said[writer] = error
+            begun[writer].set()
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
+    for writer in dict.fromkeys([*turns, 0, 1, 2]):
+        writers[writer].start()
+        begun[writer].wait(10)
+        for turn in turns:
+            if turn == writer:
+                steps[turn].release()
+    for writer in range(3):
+        steps[writer].release(10)
+        writers[writer].join(10)
+    assert sum(isinstance(each, Shards) for each in said) == 1
+    shards = Shards(folder)
+    shards.verify()
+    winner = next(writer for writer in range(3) if isinstance(said[writer], Shards))
+    assert set(shards[:].tolist()) == {winner} and len(shards) == 400
+    assert all("already" in str(each) for each in said if not isinstance(each, Shards))
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
+
+
+def test_a_writer_that_was_killed_locks_nothing(tmp_path):
+    program = (
+        "import os, sys\nfrom minicpm_lite.data.shards import write_shards\n"
+        "def arrays():\n    yield [1]\n    os._exit(9)\nwrite_shards(sys.argv[1], arrays(), 10)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, tmp_path / "corpus"]).returncode == 9
+    write_shards(tmp_path / "corpus", [TOKENS], 1000).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_file_in_the_folder_s_place_is_not_touched(tmp_path):
+    (tmp_path / "corpus").write_text("mine")
+    with pytest.raises(FileExistsError, match="corpus is no folder"):
+        write_shards(tmp_path / "corpus", [TOKENS], 1000)
+    assert (tmp_path / "corpus").read_text() == "mine"
+
+
 def test_an_error_of_the_source_stays_the_source_s(tmp_path):
     def arrays():
         yield [1]
@@ -186,6 +246,8 @@ def damaged(folder, what):
         index.unlink()
     elif what == "no JSON":
         index.write_text("{")
+    elif what == "deep JSON":
+        index.write_text("[" * 100_000)
     else:
         content = json.loads(index.read_text())
         if what == "foreign":
@@ -196,6 +258,8 @@ def damaged(folder, what):
             content["shards"][0]["checksums"].pop()
         elif what == "unknown type":
             content["dtype"] = "float32"
+        elif what == "an end that is no id":
+            content["end"] = 1000
         index.write_text(json.dumps(content))
 
 
@@ -213,6 +277,8 @@ def damaged(folder, what):
         ("archive", "tokens-00000.npy is not a whole .npy file"),
         ("no index", "There is no shards.json in"),
         ("no JSON", "shards.json is not an index of token shards, version 1"),
+        ("deep JSON", "shards.json is not an index of token shards, version 1"),
+        ("an end that is no id", "is not an index of token shards"),
         ("foreign", "is not an index of token shards"),
         ("later version", "is not an index of token shards"),
         ("a checksum less", "is not an index of token shards"),
@@ -259,6 +325,23 @@ def test_each_block_is_checked_once(folder, monkeypatch):
 def test_a_stretch_with_steps_is_refused(folder):
     with pytest.raises(ValueError, match="has a step of 2"):
         Shards(folder)[0:10:2]
+
+
+def test_the_end_token_is_noted(tmp_path, folder):
+    shards = write_shards(tmp_path / "x", [[5, 0], [6, 0]], 10, end=0)
+    assert shards.end == Shards(tmp_path / "x").end == 0
+    assert Shards(folder).end is None
+    plain = write_shards(tmp_path / "y", [[5, 0], [6, 0]], 10)
+    assert shards.identity() == plain.identity(), "what is read is the same"
+    with pytest.raises(ValueError, match="The end token is 10; the vocabulary has ids from 0 to 9"):
+        write_shards(tmp_path / "z", [[1]], 10, end=10)
+
+
+def test_folders_that_do_not_say_how_documents_end_are_read(folder):
+    index = json.loads((folder / "shards.json").read_text())
+    del index["end"]
+    (folder / "shards.json").write_text(json.dumps(index))
+    assert Shards(folder).end is None and Shards(folder)[:].tolist() == TOKENS.tolist()
 
 
 def test_the_tokenizer_is_noted(tmp_path):
