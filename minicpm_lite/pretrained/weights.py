@@ -146,10 +146,10 @@ def read_json(file: Path) -> dict:
     """The names and values of a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or something else than names with values.
+        ValueError: it is not JSON, something else than names with values, or a name stands there twice.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:  # of the encoding or of JSON
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -157,6 +157,15 @@ def read_json(file: Path) -> dict:
             f"{file} holds {type(content).__name__} {str(content)[:40]!r}; expected names with values."
         )
     return content
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the name {name!r} stands there twice.")
+        values[name] = value
+    return values
 
 
 def write_json(file: Path, values: Mapping[str, object]) -> None:

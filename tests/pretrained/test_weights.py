@@ -155,8 +155,9 @@ def test_a_disk_that_refuses_is_an_error_of_the_system(tmp_path, monkeypatch):
         (b"[" * 200_000, "is not valid JSON"),
         (b"[1]", r"holds list '\[1\]'; expected names with values"),
         (b"null", "holds NoneType 'None'"),
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "is not valid JSON: the name 'c' stands there twice"),
     ],
-    ids=["cut", "no text", "deep", "list", "null"],
+    ids=["cut", "no text", "deep", "list", "null", "twice"],
 )
 def test_json_that_is_none_is_refused(content, sentence, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
