@@ -16,8 +16,10 @@ from reprlib import repr as shown
 
 import yaml
 
+LARGEST_VOCABULARY = 2**24
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
-_LARGEST = {  # far beyond any model, and small enough that whatever is made of them can be counted and built
+_LARGEST = {  # far beyond any model, and small enough that what is made of them can be counted and built
+    "vocab_size": LARGEST_VOCABULARY,
     "num_hidden_layers": 1_000,
     "num_experts": 10_000,
     "num_attention_heads": 2**16,

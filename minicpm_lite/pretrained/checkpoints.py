@@ -28,7 +28,7 @@ from reprlib import repr as shown
 import torch
 from tokenizers import Tokenizer
 
-from ..config import ModelConfig, require_positive_integer
+from ..config import LARGEST_VOCABULARY, ModelConfig, require_positive_integer
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
@@ -92,6 +92,10 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
         raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {error}") from None
+    if (largest := _largest_id(tokenizer)) >= LARGEST_VOCABULARY:  # the package counts through all before it
+        raise ValueError(
+            f"{file} gives a token the id {largest:,}; expected less than {LARGEST_VOCABULARY:,}."
+        )
     return fast_tokenizer(tokenizer)
 
 
@@ -287,9 +291,12 @@ def _parts(model: Decoder) -> dict[str, str]:
     }
 
 
+def _largest_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values(), default=0)
+
+
 def _require_known_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= config.vocab_size:
+    if (largest := _largest_id(tokenizer)) >= config.vocab_size:
         raise ValueError(
             f"The tokenizer gives ids up to {largest}, and the model knows {config.vocab_size} ids. It is "
             "another model's tokenizer."

@@ -138,8 +138,9 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def few(names: list[str], shown: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    """The first names of a list, and how many more there are; one that does not print is quoted."""
+    first = [name if name.isprintable() else repr(name) for name in names[:shown]]
+    return ", ".join(first) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def read_json(file: Path) -> dict:

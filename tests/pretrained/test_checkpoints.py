@@ -724,6 +724,12 @@ def test_a_tokenizer_of_a_folder(saved):
         load_tokenizer(saved)
     Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(saved / "tokenizer.json"))
     assert load_tokenizer(saved).encode("a").ids == [0]
+    content = (saved / "tokenizer.json").read_text()
+    (saved / "tokenizer.json").write_text(
+        content.replace('"?":1', f'"?":{2**31}').replace('"?": 1', f'"?": {2**31}')
+    )
+    with pytest.raises(ValueError, match="tokenizer.json gives a token the id 2,147,483,648; expected less"):
+        load_tokenizer(saved)
     (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         load_tokenizer(saved)
