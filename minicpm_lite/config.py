@@ -406,12 +406,12 @@ class _YAMLLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         names = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in names:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
                 raise yaml.MarkedYAMLError(
                     problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark
                 )
-            names.add(str(key.value))
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -429,7 +429,8 @@ def _read_yaml(path: Path) -> object:
         raise ValueError(
             f"{path.name} is not valid YAML, line {error.problem_mark.line + 1}: {error.problem}."
         ) from None
-    except (yaml.YAMLError, ValueError) as error:  # of characters, of dates and of numbers without end
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # of characters, dates and numbers without end; the last two where a tag promises another type
         raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

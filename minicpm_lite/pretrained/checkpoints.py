@@ -57,8 +57,9 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
     """A model from a folder, a GGUF file, or the Hugging Face hub.
 
     Args:
-        path_or_id: a folder with ``config.json`` and safetensors; a file that ends in ``.gguf``; or, if there
-            is no such path, ``owner/name`` of a model on the hub, which is downloaded once.
+        path_or_id: a folder with ``config.json`` and safetensors; a file that ends in ``.gguf``, or any part
+            of one that was split; or, if there is no such path, ``owner/name`` of a model on the hub, which is
+            downloaded once.
         dtype: of the weights in memory; each tensor is converted as it is read.
 
     Raises:
@@ -91,7 +92,8 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {reason}") from None
     if (largest := _largest_id(tokenizer)) >= LARGEST_VOCABULARY:  # the package counts through all before it
         raise ValueError(
             f"{file} gives a token the id {largest:,}; expected less than {LARGEST_VOCABULARY:,}."

@@ -124,38 +124,40 @@ def read_gguf(path: str | Path) -> GGUFFile:
     return file if file.metadata.get("split.count", 1) in (0, 1) else _join(file)
 
 
-def _join(part: GGUFFile) -> GGUFFile:
-    """All parts of a file that was split, as if they were one."""
-    path, count = part.path, part.metadata["split.count"]
+def _join(file: GGUFFile) -> GGUFFile:
+    """All parts of a file that was split, as if they were one; ``file`` is any of them."""
+    path, count = file.path, file.metadata["split.count"]
     name = _PART.fullmatch(path.name)
     if name is None or count != int(name[3]):
         raise ValueError(
             f"{path} says that it is one of {shown(count)} parts; expected a name that ends in "
             "-00001-of-00003.gguf or the like, by which the others are found. Give it its name again."
         )
-    paths = [path.with_name(f"{name[1]}-{number:05}-of-{name[3]}{name[4]}") for number in range(1, count + 1)]
-    if missing := [path.name for path in paths if not path.is_file()]:
+    names = [f"{name[1]}-{number:05}-of-{name[3]}{name[4]}" for number in range(1, int(name[3]) + 1)]
+    if missing := [part for part in names if not path.with_name(part).is_file()]:
         raise FileNotFoundError(
-            f"{path} is one of {count} parts, {len(missing)} of them missing: {few(missing)}. Fetch them too."
+            f"{path} is one of {len(names)} parts, {len(missing)} of them missing: {few(missing)}. Fetch "
+            "them, too."
         )
-    parts = [_read_file(path) for path in paths]
+    parts = [_read_file(path.with_name(part)) for part in names]
     tensors: dict[str, GGUFTensor] = {}
     for number, part in enumerate(parts):
         said = part.metadata.get("split.no"), part.metadata.get("split.count")
-        if said != (number, count):
+        if said != (number, len(parts)):
             raise ValueError(
                 f"{part.path} says by split.no and split.count that it is {shown(said)}; expected "
-                f"{(number, count)}. Was it renamed?"
+                f"{(number, len(parts))}. Was it renamed?"
             )
         if twice := sorted(tensors.keys() & part.tensors.keys()):
             raise ValueError(f"{few(twice)} of {part.path} is in {tensors[twice[0]].path.name}, too.")
         tensors |= part.tensors
-    if len(tensors) != (total := parts[0].metadata.get("split.tensors.count")):
+    first = parts[0]
+    if len(tensors) != (total := first.metadata.get("split.tensors.count")):
         raise ValueError(
-            f"{paths[0]} and the other parts hold {len(tensors)} tensors, and split.tensors.count is "
+            f"{first.path} and the other parts hold {len(tensors)} tensors, and split.tensors.count is "
             f"{shown(total)}."
         )
-    return GGUFFile(paths[0], parts[0].metadata, tensors)
+    return GGUFFile(first.path, first.metadata, tensors)
 
 
 def _read_file(path: Path) -> GGUFFile:

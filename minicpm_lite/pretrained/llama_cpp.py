@@ -40,7 +40,7 @@ from .gguf import GGUFFile, read_gguf
 
 __all__ = ["half_split_rows", "load_gguf"]
 
-ARCHITECTURES = ("llama", "minicpm", "minicpm3", "granite")
+_ARCHITECTURES = ("llama", "minicpm", "minicpm3", "granite")
 _TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _BLOCK = {  # the decoder's names within a block: those of GGUF
     "input_layernorm": "attn_norm",
@@ -117,9 +117,9 @@ def half_split_rows(weight: Float[Tensor, "rows columns"], heads: int) -> Float[
 
 def _config(file: GGUFFile) -> ModelConfig:
     architecture = file.value("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in _ARCHITECTURES:
         raise ValueError(
-            f"{file.path} is of architecture {shown(architecture)}; read are {', '.join(ARCHITECTURES)}. "
+            f"{file.path} is of architecture {shown(architecture)}; read are {', '.join(_ARCHITECTURES)}. "
             "Another architecture computes something else."
         )
 

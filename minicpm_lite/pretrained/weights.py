@@ -14,9 +14,11 @@ Choices, and the traps behind them:
 
 import errno
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as shown
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +27,7 @@ from torch import Tensor
 __all__ = ["read_weights", "write_weights"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -114,8 +117,10 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         raise ValueError(f"{index} has no weight_map of names and files.")
     files: dict[Path, set[str]] = {}
     for name, file in promised.items():
-        if Path(file).name != file:
-            raise ValueError(f"{index} puts {name} in {file!r}; expected a file in the same folder.")
+        if not _FILE_NAME.fullmatch(file):
+            raise ValueError(
+                f"{index} puts {few([name])} in {shown(file)}; expected a file in the same folder."
+            )
         files.setdefault(folder / file, set()).add(name)
     if absent := sorted(file.name for file in files if not file.is_file()):
         raise FileNotFoundError(

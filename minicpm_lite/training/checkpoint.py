@@ -26,8 +26,12 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
     Tensors that share memory (tied embeddings) must be given once. One process writes a file at a time.
 
     Raises:
+        FileExistsError: the path is a folder, a pipe or a device, which are never replaced.
         OSError: the folder is missing or cannot be written, or the disk is full; the old file stands.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no file but a folder, a pipe or a device; give another name.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(facts)
     # `save_file` would spare the bytes, but hides what the operating system says, and leaves a file of its
@@ -57,7 +61,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             f"{path} is not a whole safetensors file ({error}). It may be truncated or of another format; "
             "use an earlier checkpoint."
         ) from None
-    if "minicpm_lite" not in metadata:
+    if "minicpm_lite" not in metadata or not metadata.keys() <= {"minicpm_lite", "crc32"}:
         raise ValueError(f"{path} is a safetensors file, but not a checkpoint of minicpm_lite's trainer.")
     text = metadata["minicpm_lite"]
     if "crc32" in metadata and metadata["crc32"] != json.dumps(_checksums(tensors, text)):

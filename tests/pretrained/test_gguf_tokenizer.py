@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
+from minicpm_lite import ModelConfig
 from minicpm_lite.data.corpora import load_austen
 from minicpm_lite.data.packages import smollm2_file
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.pretrained import gguf_tokenizer as module
-from minicpm_lite.pretrained.checkpoints import load_tokenizer
+from minicpm_lite.pretrained.checkpoints import load_tokenizer, save_pretrained
 from minicpm_lite.pretrained.gguf import GGUFFile, read_gguf
 from minicpm_lite.pretrained.gguf_tokenizer import gguf_tokenizer
 
@@ -202,6 +204,18 @@ def test_sentencepiece_is_that_of_transformers(keys, tmp_path):
         found = ours.encode(text, add_special_tokens=False).ids
         assert found == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(found) == theirs.decode(found, skip_special_tokens=True)
+
+
+def test_sentencepiece_written_anew_is_the_same_in_stock_transformers(keys, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
+    model = Decoder(ModelConfig(8, 8, 1, 2, len(keys["tokens"]), eos_token_id=2))
+    save_pretrained(model, tmp_path / "model", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in [*TEXTS, "<用户>the man<AI>and</s>"]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+        assert load_tokenizer(tmp_path / "model").encode(text).ids == tokenizer.encode(text).ids
 
 
 def test_sentencepiece_finds_special_tokens_first(keys, tmp_path):

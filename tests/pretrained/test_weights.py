@@ -114,6 +114,8 @@ def test_a_shard_that_is_missing_or_emptied_is_named(sharded):
         ("{}", "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "has no weight_map"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "expected a file in the same folder"),
+        ('{"weight_map": {"a": ".."}}', "expected a file in the same folder"),
+        ('{"weight_map": {"\\n": "%s"}}' % ("9" * 5_000), r"puts '\\n' in '99+\.\.\.9+'; expected a file in"),
     ],
 )
 def test_an_index_that_is_none_is_refused(sharded, content, sentence):

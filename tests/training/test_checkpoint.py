@@ -1,5 +1,7 @@
 """Checkpoint files: whole or not there, and the book's recorded ones load."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,24 @@ def test_a_number_that_changed_is_told(tmp_path):
     content[-3] ^= 0x40
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match="file is not what was written: its checksums differ"):
+        load_checkpoint(tmp_path / "file")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name} is no file but a folder, a pipe or a device"):
+            save_checkpoint(tmp_path / name, {}, {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "folder").is_dir()
+
+
+def test_checksums_that_are_hidden_are_not_passed_over(tmp_path):
+    """A flipped bit in the name "crc32" must not make an old file of a new one."""
+    save_checkpoint(tmp_path / "file", {"x": torch.ones(1)}, {})
+    content = (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(content.replace(b"crc32", b"crc22"))
+    with pytest.raises(ValueError, match="not a checkpoint of minicpm_lite's trainer"):
         load_checkpoint(tmp_path / "file")
 
 
