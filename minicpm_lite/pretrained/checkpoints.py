@@ -58,8 +58,8 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
 
     Args:
         path_or_id: a folder with ``config.json`` and safetensors; a file that ends in ``.gguf``, or any part
-            of one that was split; or, if there is no such path, ``owner/name`` of a model on the hub, which is
-            downloaded once.
+            of one that was split; or, if there is no such path, ``owner/name`` of a model on the hub, which
+            is downloaded once.
         dtype: of the weights in memory; each tensor is converted as it is read.
 
     Raises:
