@@ -8,13 +8,32 @@ there again.
 """
 
 import math
+import re
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import repr as shown
 
 import yaml
 
+LARGEST_VOCABULARY = 2**24
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+_LARGEST = {  # far beyond any model, and small enough that what is made of them can be counted and built
+    "vocab_size": LARGEST_VOCABULARY,
+    "num_hidden_layers": 1_000,
+    "num_experts": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "qk_nope_head_dim": 2**16,
+    "qk_rope_head_dim": 2**16,
+    "v_head_dim": 2**16,
+    "max_position_embeddings": 2**40,
+    "original_max_position_embeddings": 2**40,
+}
+_LARGEST_WIDTH = 2**24
+_MOST_EXPERTS = 100_000  # in all layers together
+_DEEPEST = 16  # levels of a YAML file; configs have three
 _CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -30,7 +49,7 @@ class LatentAttentionConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            require_positive_integer(field.name, getattr(self, field.name))
+            _require_size(field.name, getattr(self, field.name))
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ class MixtureConfig:
     balance_loss_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        require_positive_integer("num_experts", self.num_experts)
+        _require_size("num_experts", self.num_experts)
         require_positive_integer("num_experts_per_token", self.num_experts_per_token)
         if self.balance_loss_weight != 0:
             require_positive_number("balance_loss_weight", self.balance_loss_weight)
@@ -95,8 +114,10 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {', '.join(ROPE_TYPES)}.")
-        require_positive_integer("original_max_position_embeddings", self.original_max_position_embeddings)
+            raise ValueError(
+                f"rope_type is {shown(self.rope_type)}; expected one of {', '.join(ROPE_TYPES)}."
+            )
+        _require_size("original_max_position_embeddings", self.original_max_position_embeddings)
         for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             require_positive_number(name, getattr(self, name))
         if self.attention_factor is not None:
@@ -197,7 +218,7 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for size in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
-            require_positive_integer(size, getattr(self, size))
+            _require_size(size, getattr(self, size))
         for factor in ("rope_theta", "rms_norm_eps", "scale_emb", "init_std"):
             require_positive_number(factor, getattr(self, factor))
         for factor in ("scale_depth", "dim_model_base"):
@@ -216,7 +237,7 @@ class ModelConfig:
                     "attention heads. Choose a divisor for num_attention_heads, or give head_dim."
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        require_positive_integer("head_dim", self.head_dim)
+        _require_size("head_dim", self.head_dim)
         if self.rotary_dim % 2:
             raise ValueError(
                 f"The rotated part of a head is {self.rotary_dim} wide; pairs are rotated, so make it even."
@@ -228,15 +249,22 @@ class ModelConfig:
                         f"rope_scaling holds {len(factors)} factors; the rotated part of a head is "
                         f"{self.rotary_dim} wide and needs {self.rotary_dim // 2}, one for each pair."
                     )
+        if self.mixture and (experts := self.num_hidden_layers * self.mixture.num_experts) > _MOST_EXPERTS:
+            raise ValueError(
+                f"num_hidden_layers times num_experts is {experts:,}; at most {_MOST_EXPERTS:,} experts are "
+                "possible here."
+            )
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false.")
+            raise ValueError(
+                f"tie_word_embeddings is {shown(self.tie_word_embeddings)}; expected true or false."
+            )
         ends = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id or ()
         if not isinstance(ends, list | tuple) or not all(
             isinstance(end, int) and not isinstance(end, bool) and 0 <= end < self.vocab_size for end in ends
         ):
             raise ValueError(
-                f"eos_token_id is {self.eos_token_id!r}; expected ids of the vocabulary: whole numbers from "
-                f"0 to {self.vocab_size - 1}, one or a list."
+                f"eos_token_id is {shown(self.eos_token_id)}; expected ids of the vocabulary: whole numbers "
+                f"from 0 to {self.vocab_size - 1}, one or a list."
             )
         object.__setattr__(self, "eos_token_id", tuple(dict.fromkeys(ends)))
 
@@ -356,18 +384,59 @@ def _block(name: str | Path, block: str) -> dict:
         near = get_close_matches(str(name).lower(), list_configs(), n=3, cutoff=0.3)
         known = f"Did you mean {' or '.join(near)}?" if near else f"Known are: {', '.join(list_configs())}."
         raise ValueError(f"There is no config named {str(name)!r}. {known}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not valid YAML: {error}") from None
+    content = _read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get(block), dict):
         raise MissingBlockError(f"{path.name} has no {block!r} block, so there is none to load.")
     return {key: value for key, value in content[block].items() if key != "source"}
 
 
+class _YAMLLoader(yaml.SafeLoader):
+    """As PyYAML's, but 1e9 and 1e-5 are numbers, as in YAML 1.2; a name stands once, and depth has an end."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        names = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_YAMLLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    [*"-+.0123456789"],
+)
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _YAMLLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(
+            f"{path.name} is not valid YAML, line {error.problem_mark.line + 1}: {error.problem}."
+        ) from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # of characters, dates and numbers without end; the last two where a tag promises another type
+        raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _build(kind: type, values: dict, where: str):
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds {values!r}; expected names with values.")
+        raise ValueError(f"{where} holds {shown(values)}; expected names with values.")
     known = [field.name for field in fields(kind)]
     for key in values:
         if key not in known:
@@ -383,12 +452,17 @@ def _build(kind: type, values: dict, where: str):
 def require_positive_integer(name: str, value: object) -> None:
     """Refuse what is not a whole number of at least 1, with a sentence that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
+        raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least 1.")
+
+
+def _require_size(name: str, value: object) -> None:
+    """Refuse what is no size of a model: beside all else, what no machine could build."""
+    require_positive_integer(name, value)
+    if value > (largest := _LARGEST.get(name, _LARGEST_WIDTH)):
+        raise ValueError(f"{name} is {shown(value)}; at most {largest:,} is possible here.")
 
 
 def require_positive_number(name: str, value: object) -> None:
     """Refuse what is not a finite number above 0, with a sentence that names it."""
-    if isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; expected a number. (YAML reads 1e-5 as text: write 1.0e-5.)")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}; expected a number greater than 0.")
+        raise ValueError(f"{name} is {shown(value)}; expected a number greater than 0.")

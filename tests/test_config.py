@@ -2,14 +2,24 @@
 
 import json
 from dataclasses import FrozenInstanceError, asdict, fields
+from itertools import pairwise
 
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minicpm_lite import ModelConfig, list_configs, load_config
-from minicpm_lite.config import RopeScaling, load_recipe, model_config
+from minicpm_lite.config import (
+    LatentAttentionConfig,
+    MixtureConfig,
+    RopeScaling,
+    load_recipe,
+    model_config,
+)
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.parameters import count_parameters
 
 RELEASED = {  # non-embedding and total parameters; the first two are Table 2 of arXiv 2404.06395
     "minicpm-1.2b": (1_247_442_432, 1_360_246_272),
@@ -100,7 +110,12 @@ def test_recipe_that_was_not_published():
         (dict(rope_theta="high"), "rope_theta is 'high'; expected a number"),
         (dict(dim_model_base=float("nan")), "dim_model_base is nan"),
         (dict(rope_theta=float("inf")), "rope_theta is inf"),
-        (dict(rms_norm_eps="1e-5"), "YAML reads 1e-5 as text"),
+        (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; expected a number"),
+        (dict(hidden_size=2**62), r"hidden_size is 4\d+; at most 16,777,216 is possible"),
+        (dict(num_hidden_layers=3_000_000), "num_hidden_layers is 3000000; at most 1,000 is possible"),
+        (dict(vocab_size=10**21), "vocab_size is 10{21}; at most 16,777,216"),
+        (dict(num_attention_heads=10**6, head_dim=2), "num_attention_heads is 1000000; at most 65,536"),
+        (dict(max_position_embeddings=2**70), "max_position_embeddings is .*; at most"),
         (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; expected true or false"),
     ],
 )
@@ -170,6 +185,85 @@ def test_a_file_of_ones_own(tmp_path):
 def test_broken_files_are_named_with_their_fault(tmp_path, text, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model:\n  hidden_size: 64\n  hidden_size: 32\n", "line 3: 'hidden_size' stands there twice"),
+        ("model:\n  vocab_size: 9\nmodel:\n  vocab_size: 8\n", "line 3: 'model' stands there twice"),
+        ("model:\n  mixture: {a: 1, a: 1}\n", "line 2: 'a' stands there twice"),
+        ("model: " + "[" * 5_000 + "]" * 5_000, "line 1: more than 16 levels"),
+        ("model:\n" + "".join("  " * i + "a:\n" for i in range(1, 200)), "line 16: more than 16 levels"),
+        ("model:\n  a: b: c\n", "line 2: mapping values are not allowed here"),
+        ("model:\n  ? [1]\n  : 2\n", "line 2: found unhashable key"),
+        ("model: *a\n", "line 1: found undefined alias 'a'"),
+        ("model: &a [*a]\n", "has no 'model' block"),
+        ("model: {mixture: &a [*a]}\n", r"mixture, holds \[+\.\.\.\]+; expected"),
+        ("model: \0\n", "unacceptable character"),
+        ("model: !!bool a\n", "is not valid YAML: 'a'"),
+        ("model: !!int ''\n", "is not valid YAML: string index out of range"),
+        ("model: !!timestamp a\n", "is not valid YAML"),
+        ("model: !!python/object:os.system a\n", "line 1: could not determine a constructor"),
+        ("model: 2026-13-45\n", "month must be in 1..12"),
+        ("model: " + "9" * 5_000, "is not valid YAML: Exceeds the limit"),
+    ],
+)  # fmt: skip
+def test_broken_yaml_is_named_with_its_line(tmp_path, text, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        load_config(write(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_bomb_of_aliases_is_not_printed(tmp_path):
+    names = "abcdefghijklmnop"
+    bomb = [f"a: &a [{', '.join('xxxxxxxxxx')}]"]
+    bomb += [f"{new}: &{new} [{', '.join(['*' + old] * 10)}]" for old, new in pairwise(names)]
+    text = "model:\n" + "".join(f"  {line}\n" for line in bomb) + "  mixture: *p\n"
+    with pytest.raises(ValueError, match="mixture, holds .*expected names with values"):
+        load_config(write(tmp_path, text))
+
+
+@given(
+    number=st.floats(1e-30, 1e30) | st.integers(1, 10**12),
+    form=st.sampled_from(["{!r}", "{:e}", "{:g}", "{:G}"]),
+)
+def test_numbers_are_read_however_they_are_spelt(number, form, tmp_path_factory):
+    text = form.format(number)
+    lines = "\n".join(f"  {key}: {value}" for key, value in SMALL.items())
+    path = write(tmp_path_factory.getbasetemp(), f"model:\n{lines}\n  rope_theta: {text}\n")
+    assert load_config(path).rope_theta == float(text)
+
+
+@pytest.mark.parametrize("text", ["1e9", "1E9", "1.0e9", "1.0e+9", "1.e9", "+1e9", "1000000000", "10e8"])
+def test_a_billion_is_a_billion(text, tmp_path):
+    assert load_recipe(write(tmp_path, f"training:\n  tokens: {text}\n")).tokens == 1e9
+
+
+def test_experts_of_all_layers_together_are_bounded():
+    with pytest.raises(ValueError, match="num_hidden_layers times num_experts is 200,000; at most 100,000"):
+        ModelConfig(**SMALL | dict(num_hidden_layers=100), mixture=MixtureConfig(2_000, 2))
+
+
+LARGE = st.one_of(st.integers(1, 9), st.sampled_from([2**n for n in range(4, 71)]), st.integers(1, 10**30))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_whatever_size_is_taken_can_be_counted_and_built(data):
+    def size() -> int:
+        return data.draw(LARGE)
+
+    try:
+        config = ModelConfig(
+            size(), size(), data.draw(st.integers(1, 3)), size(), size(), head_dim=2 * size(), max_position_embeddings=size(),
+            latent_attention=data.draw(st.none() | st.builds(LatentAttentionConfig, LARGE, LARGE, LARGE, LARGE, LARGE)),
+        )  # fmt: skip
+    except ValueError as error:
+        assert "possible here" in str(error) or "make it even" in str(error)
+        return
+    with torch.device("meta"):
+        assert Decoder(config).num_parameters(embeddings=True) == count_parameters(config).total
 
 
 def test_no_file(tmp_path):

@@ -2,6 +2,7 @@
 
     load_pretrained(folder | file.gguf | "owner/name") -> Decoder
     load_tokenizer(the same) -> Tokenizer
+    load_chat_template(the same) -> str | None
     save_pretrained(model, folder, tokenizer)
 
 A checkpoint is a table of names and tensors, and a few numbers that say how to compute with them; `families`
@@ -13,6 +14,8 @@ Choices, and the traps behind them:
   in transformers' ``generate``; ``config.json`` is asked where there is none.
 - A tokenizer file may hold a length at which texts are cut or padded. Whoever encodes with it would lose
   text and not be told, so neither is kept, in reading or in writing.
+- A chat template stands in a file of its own, in older releases in ``tokenizer_config.json``. Where there are
+  both the file counts, as in transformers.
 - A folder is written beside its place and renamed. A folder that holds anything is never touched.
 """
 
@@ -20,23 +23,27 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shown
 
 import torch
 from tokenizers import Tokenizer
 
-from ..config import ModelConfig, require_positive_integer
+from ..config import LARGEST_VOCABULARY, ModelConfig, require_positive_integer
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..optional import require
 from .assemble import assemble, empty_decoder
 from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
-from .llama_cpp import gguf_tokenizer, load_gguf
-from .weights import read_json, read_weights, write_json, write_weights
+from .gguf import read_gguf
+from .gguf_tokenizer import gguf_tokenizer
+from .llama_cpp import load_gguf
+from .weights import few, read_json, read_weights, write_json, write_weights
 
-__all__ = ["load_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = ["load_chat_template", "load_pretrained", "load_tokenizer", "save_pretrained"]
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
+_CHAT_TEMPLATE = "chat_template.jinja"
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -50,8 +57,9 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
     """A model from a folder, a GGUF file, or the Hugging Face hub.
 
     Args:
-        path_or_id: a folder with ``config.json`` and safetensors; a file that ends in ``.gguf``; or, if there
-            is no such path, ``owner/name`` of a model on the hub, which is downloaded once.
+        path_or_id: a folder with ``config.json`` and safetensors; a file that ends in ``.gguf``, or any part
+            of one that was split; or, if there is no such path, ``owner/name`` of a model on the hub, which
+            is downloaded once.
         dtype: of the weights in memory; each tensor is converted as it is read.
 
     Raises:
@@ -84,8 +92,51 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {reason}") from None
+    if (largest := _largest_id(tokenizer)) >= LARGEST_VOCABULARY:  # the package counts through all before it
+        raise ValueError(
+            f"{file} gives a token the id {largest:,}; expected less than {LARGEST_VOCABULARY:,}."
+        )
     return fast_tokenizer(tokenizer)
+
+
+def load_chat_template(path_or_id: str | Path) -> str | None:
+    """How a model wants a conversation written: its own template, in Jinja; None if it has none.
+
+    It is a program of whoever released the model. Run it in a sandbox.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: a file is damaged, or holds several templates and none of them is the default.
+    """
+    path = _local(path_or_id, [_CHAT_TEMPLATE, "tokenizer_config.json"])
+    if _is_gguf(path):
+        source, template = (
+            f"{path}, tokenizer.chat_template,",
+            read_gguf(path).metadata.get("tokenizer.chat_template"),
+        )
+    elif (file := path / _CHAT_TEMPLATE).is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
+    elif (file := path / "tokenizer_config.json").is_file():
+        source, template = f"{file}, chat_template,", read_json(file).get("chat_template")
+    else:
+        return None
+    if isinstance(template, list):  # several, by name
+        named = {
+            one["name"]: one.get("template")
+            for one in template
+            if isinstance(one, dict) and isinstance(one.get("name"), str)
+        }
+        if "default" not in named:
+            raise ValueError(f"{source} holds templates named {few(sorted(named))}; none is the default.")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{source} holds {shown(template)}; expected a text.")
+    return template
 
 
 def save_pretrained(
@@ -93,6 +144,7 @@ def save_pretrained(
     path: str | Path,
     tokenizer: Tokenizer | BytePairTokenizer | None = None,
     *,
+    chat_template: str | None = None,
     model_type: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -106,6 +158,8 @@ def save_pretrained(
         path: a folder that does not exist yet, or is empty.
         tokenizer: of the model; written as ``tokenizer.json``, without lengths at which texts are cut or
             padded, with what transformers' ``AutoTokenizer`` asks for beside it. Left out: none is written.
+        chat_template: how the model wants a conversation written, in Jinja; written as
+            ``chat_template.jinja``. Left out: none is written.
         model_type: the family (see `families`). Left out: "minicpm3" with latent attention; with multipliers
             "granite", as which transformers opens a MiniCPM without code from elsewhere, or with experts,
             too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
@@ -144,6 +198,8 @@ def save_pretrained(
         if tokenizer is not None:
             (beside / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
             write_json(beside / "tokenizer_config.json", _tokenizer_settings(tokenizer, model.config))
+        if chat_template is not None:
+            (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
         named = {stored_name(name, family): tensor for name, tensor in weights.items()}
         write_weights(beside, named, max_shard_bytes)
 
@@ -237,9 +293,12 @@ def _parts(model: Decoder) -> dict[str, str]:
     }
 
 
+def _largest_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values(), default=0)
+
+
 def _require_known_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= config.vocab_size:
+    if (largest := _largest_id(tokenizer)) >= config.vocab_size:
         raise ValueError(
             f"The tokenizer gives ids up to {largest}, and the model knows {config.vocab_size} ids. It is "
             "another model's tokenizer."

@@ -5,16 +5,21 @@
     table:   name, sizes (innermost first), type, offset   for each tensor
     tensors: each at a multiple of the alignment, in blocks of quantised numbers
 
-What the keys mean, and how a model is made of the tensors, is the matter of `llama_cpp`.
+A large model is split into files ``name-00001-of-00003.gguf``. The keys stand in the first; each has the
+table of its own tensors, and three keys that say which part of what it is (split.no counts from 0).
+
+What the keys mean, and how a model is made of the tensors, is the matter of `llama_cpp` and `gguf_tokenizer`.
 
 Sources: ggml's gguf specification; gguf-py 0.19.0, which unpacks the blocks.
 
 Sizes are checked against the length of the file before anything of that size is read.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from types import ModuleType
 from typing import BinaryIO
 
@@ -24,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..optional import require
+from .weights import few
 
 __all__ = ["GGUFFile", "GGUFTensor", "read_gguf"]
 
@@ -31,6 +37,7 @@ _SCALARS = {  # GGUF's value types: struct's letter
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,14 @@ class GGUFTensor:
     """One entry of the table of tensors.
 
     Attributes:
+        path: the file that holds it.
         shape: as PyTorch orders it, the innermost size last.
         quantization: name of the type, e.g. "Q4_0".
         start: first byte in the file.
         nbytes: how many bytes.
     """
 
+    path: Path
     shape: tuple[int, ...]
     quantization: str
     start: int
@@ -52,10 +61,10 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What the head of a GGUF file says.
+    """What the head of a GGUF file says, or the heads of all its parts.
 
     Attributes:
-        path: the file.
+        path: the file, or its first part.
         metadata: keys with their values.
         tensors: names with their entries, in the order of the file.
     """
@@ -83,7 +92,7 @@ class GGUFFile:
         """
         gguf = _package()
         entry = self.tensors[name]
-        with self.path.open("rb") as file:
+        with entry.path.open("rb") as file:
             file.seek(entry.start)
             packed = np.frombuffer(file.read(entry.nbytes), dtype=np.uint8)
         kind = gguf.GGMLQuantizationType[entry.quantization]
@@ -91,7 +100,7 @@ class GGUFFile:
             numbers = gguf.dequantize(packed.reshape(*entry.shape[:-1], -1), kind)
         except NotImplementedError:
             raise ValueError(
-                f"{name} in {self.path} is stored as {entry.quantization}, which gguf cannot unpack. "
+                f"{name} in {entry.path} is stored as {entry.quantization}, which gguf cannot unpack. "
                 "Convert the model to another type, such as Q8_0."
             ) from None
         return torch.from_numpy(numbers.astype(np.float32)).view(entry.shape)  # a copy that may be written
@@ -100,15 +109,60 @@ class GGUFFile:
 def read_gguf(path: str | Path) -> GGUFFile:
     """The keys and the table of tensors of a GGUF file; no tensor is read.
 
+    Args:
+        path: the file, or any part of one that was split.
+
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or a part of it is missing.
         ValueError: the file is of another format or version, or ends too early; the message says where.
         ImportError: the package gguf is missing.
     """
-    gguf = _package()
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    file = _read_file(path)
+    return file if file.metadata.get("split.count", 1) in (0, 1) else _join(file)
+
+
+def _join(file: GGUFFile) -> GGUFFile:
+    """All parts of a file that was split, as if they were one; ``file`` is any of them."""
+    path, count = file.path, file.metadata["split.count"]
+    name = _PART.fullmatch(path.name)
+    if name is None or count != int(name[3]):
+        raise ValueError(
+            f"{path} says that it is one of {shown(count)} parts; expected a name that ends in "
+            "-00001-of-00003.gguf or the like, by which the others are found. Give it its name again."
+        )
+    names = [f"{name[1]}-{number:05}-of-{name[3]}{name[4]}" for number in range(1, int(name[3]) + 1)]
+    if missing := [part for part in names if not path.with_name(part).is_file()]:
+        raise FileNotFoundError(
+            f"{path} is one of {len(names)} parts, {len(missing)} of them missing: {few(missing)}. Fetch "
+            "them, too."
+        )
+    parts = [_read_file(path.with_name(part)) for part in names]
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        said = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if said != (number, len(parts)):
+            raise ValueError(
+                f"{part.path} says by split.no and split.count that it is {shown(said)}; expected "
+                f"{(number, len(parts))}. Was it renamed?"
+            )
+        if twice := sorted(tensors.keys() & part.tensors.keys()):
+            raise ValueError(f"{few(twice)} of {part.path} is in {tensors[twice[0]].path.name}, too.")
+        tensors |= part.tensors
+    first = parts[0]
+    if len(tensors) != (total := first.metadata.get("split.tensors.count")):
+        raise ValueError(
+            f"{first.path} and the other parts hold {len(tensors)} tensors, and split.tensors.count is "
+            f"{shown(total)}."
+        )
+    return GGUFFile(first.path, first.metadata, tensors)
+
+
+def _read_file(path: Path) -> GGUFFile:
+    """The keys and the table of one file."""
+    gguf = _package()
     with path.open("rb") as file:
         reader = _Reader(path, file)
         if reader.take(4) != b"GGUF":
@@ -122,13 +176,17 @@ def read_gguf(path: str | Path) -> GGUFFile:
         tensor_count, key_count = reader.number("Q"), reader.number("Q")
         metadata = {}
         for _ in range(key_count):
-            key = reader.text()
+            key = reader.name()
             reader.at = f"the key {key}"
+            if key in metadata:
+                raise ValueError(f"{path} holds the key {key} twice. Which of them counts, no one knows.")
             metadata[key] = reader.value(reader.number("I"))
         tensors = {}
         for _ in range(tensor_count):
-            name = reader.text()
+            name = reader.name()
             reader.at = f"the entry of {name}"
+            if name in tensors:
+                raise ValueError(f"{path} holds the tensor {name} twice. Which of them counts, no one knows.")
             dimensions = reader.number("I")
             if not 1 <= dimensions <= 4:
                 raise ValueError(f"{path} says that {name} has {dimensions} dimensions; 1 to 4 are possible.")
@@ -151,7 +209,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
                 f"blocks are {block}."
             )
         nbytes = int(np.prod(shape, dtype=object)) // block * block_bytes
-        entries[name] = GGUFTensor(shape, quantization.name, start + offset, nbytes)
+        entries[name] = GGUFTensor(path, shape, quantization.name, start + offset, nbytes)
         if start + offset + nbytes > reader.size:
             raise ValueError(
                 f"{path} ends at byte {reader.size:,}, and {name} should reach to byte "
@@ -180,6 +238,14 @@ class _Reader:
             return self.take(self.number("Q")).decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{self.path} holds text that is not UTF-8, near {self.at}.") from None
+
+    def name(self) -> str:
+        name = self.text()
+        if not name.isprintable():
+            raise ValueError(
+                f"{self.path} holds the name {name[:40]!r}, near {self.at}. The file is damaged."
+            )
+        return name
 
     def value(self, kind: int) -> object:
         if kind in _SCALARS:

@@ -1,12 +1,14 @@
-"""Models and tokenizers as llama.cpp stores them in GGUF files.
+"""Models as llama.cpp stores them in GGUF files: architectures llama, minicpm, minicpm3 and granite.
 
-Sources: llama.cpp's conversion, src/llama-model.cpp, src/llama-vocab.cpp and src/models.
+Sources: llama.cpp's conversion, src/llama-model.cpp and src/models.
 
 Choices, and the traps behind them:
 
 - llama.cpp turns neighbours (2i, 2i+1), this library turns (i, i + head_dim/2). So rows of the query and key
-  matrices lie in another order in architectures "llama" and "minicpm", and are put back here.
-- The multipliers of "minicpm" are three keys. Older files lack them; then llama.cpp's fallbacks hold.
+  matrices lie in another order, and are put back here; but not in "minicpm3", where llama.cpp turns as we do.
+- The multipliers of "minicpm" and "granite" are three keys. Older files lack them; then llama.cpp's fallbacks
+  hold. Those of "minicpm3" stand in llama.cpp's code alone, whatever the model was trained with.
+- llama.cpp norms the latents of "minicpm3" with the epsilon of all norms; we do with 1e-6, as it was trained.
 - A file without ``output.weight`` has tied tables.
 - Every frequency is divided by ``rope.scaling.factor``, or by the older ``rope.scale_linear``, unless the
   type is "none": a missing type means "linear". A missing ``attn_factor`` is 1, whatever LongRoPE's paper
@@ -15,29 +17,42 @@ Choices, and the traps behind them:
   tokens too, by how they are spelt; that is a guess, and not made here.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shown
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from ..config import ModelConfig, RopeScaling
+from ..config import (
+    LatentAttentionConfig,
+    ModelConfig,
+    RopeScaling,
+    require_positive_integer,
+    require_positive_number,
+)
 from ..language.decoder import Decoder
 from .assemble import assemble, empty_decoder
 from .gguf import GGUFFile, read_gguf
 
-__all__ = ["gguf_tokenizer", "half_split_rows", "load_gguf"]
+__all__ = ["half_split_rows", "load_gguf"]
 
+_ARCHITECTURES = ("llama", "minicpm", "minicpm3", "granite")
 _TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _BLOCK = {  # the decoder's names within a block: those of GGUF
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -45,14 +60,13 @@ _BLOCK = {  # the decoder's names within a block: those of GGUF
     "mlp.down_proj": "ffn_down",
 }
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-_CONTROL, _USER_DEFINED = 3, 4  # token types that are never split
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A decoder from a GGUF file of architecture "llama" or "minicpm", its weights unpacked.
+    """A decoder from a GGUF file, or from any part of one that was split, its weights unpacked.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or a part of it is missing.
         ValueError: the file is damaged, lacks a key, or holds another architecture or type of tensor.
         ImportError: the package gguf is missing.
     """
@@ -103,71 +117,120 @@ def half_split_rows(weight: Float[Tensor, "rows columns"], heads: int) -> Float[
 
 def _config(file: GGUFFile) -> ModelConfig:
     architecture = file.value("general.architecture")
-    if architecture not in ("llama", "minicpm"):
+    if architecture not in _ARCHITECTURES:
         raise ValueError(
-            f"{file.path} is of architecture {architecture!r}; llama and minicpm are read. Another "
-            "architecture computes something else."
+            f"{file.path} is of architecture {shown(architecture)}; read are {', '.join(_ARCHITECTURES)}. "
+            "Another architecture computes something else."
         )
 
-    def key(name: str, default: object = None):
-        return file.value(f"{architecture}.{name}", default)
-
-    def optional(name: str):
+    def optional(name: str) -> object:
         return file.metadata.get(f"{architecture}.{name}")
 
-    width, layers, heads = key("embedding_length"), key("block_count"), key("attention.head_count")
-    if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path} lacks token_embd.weight, the embedding table.")
     try:
+        width = _size(file, f"{architecture}.embedding_length")
+        layers = _size(file, f"{architecture}.block_count")
+        heads = _size(file, f"{architecture}.attention.head_count")
+        if "token_embd.weight" not in file.tensors:
+            raise ValueError("it lacks token_embd.weight, the embedding table.")
         config = ModelConfig(
             hidden_size=width,
-            intermediate_size=key("feed_forward_length"),
+            intermediate_size=_size(file, f"{architecture}.feed_forward_length"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=optional("attention.head_count_kv"),
             head_dim=optional("attention.key_length"),
             vocab_size=file.tensors["token_embd.weight"].shape[0],
-            max_position_embeddings=key("context_length"),
-            rope_theta=key("rope.freq_base", 10_000.0),
+            max_position_embeddings=_size(file, f"{architecture}.context_length"),
+            rope_theta=_factor(file, f"{architecture}.rope.freq_base", 10_000.0),
             rope_scaling=_rope_scaling(file, architecture),
-            rms_norm_eps=_shortest(key("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=_shortest(_factor(file, f"{architecture}.attention.layer_norm_rms_epsilon")),
             tie_word_embeddings="output.weight" not in file.tensors,
+            latent_attention=_latent_attention(file, width // heads) if architecture == "minicpm3" else None,
             eos_token_id=_ends(file),
+            **_multipliers(file, architecture, width, layers),
         )
-        if architecture == "minicpm":
-            config = replace(config, **_multipliers(file, width, layers))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except ValueError as error:
         sentence = str(error)
         raise ValueError(sentence if str(file.path) in sentence else f"{file.path}: {sentence}") from None
+    latent = config.latent_attention
     for name, expected in (
-        ("attention.value_length", config.head_dim),
-        ("rope.dimension_count", config.head_dim),
+        ("attention.head_count_kv", heads if latent else config.num_key_value_heads),
+        ("attention.value_length", latent.v_head_dim if latent else config.head_dim),
+        ("rope.dimension_count", config.rotary_dim),
         ("expert_count", 0),
         ("attention.sliding_window", 0),
     ):
         if optional(name) not in (None, expected):
             raise ValueError(
-                f"{file.path} says that {architecture}.{name} is {optional(name)}; only {expected} "
+                f"{file.path} says that {architecture}.{name} is {shown(optional(name))}; only {expected} "
                 "is read here."
             )
+    if architecture == "granite":
+        _refuse_other_granites(file, config)
     return config
 
 
-def _multipliers(file: GGUFFile, width: int, layers: int) -> dict[str, float]:
-    """The three multipliers; where a key is missing, llama.cpp's fallback."""
-    emb, residual, logit = (
-        file.metadata.get(f"minicpm.{name}", fallback)
-        for name, fallback in (
-            ("embedding_scale", 12.0),
-            ("residual_scale", 1.4 / layers**0.5),
-            ("logit_scale", width / 256),
-        )
+def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
+    value = file.value(key, default)
+    require_positive_integer(key, value)
+    return value
+
+
+def _factor(file: GGUFFile, key: str, default: float | None = None) -> float:
+    value = file.value(key, default)
+    require_positive_number(key, value)
+    return value
+
+
+def _latent_attention(file: GGUFFile, plain_head: int) -> LatentAttentionConfig:
+    rotated, whole = (
+        _size(file, f"minicpm3.{name}") for name in ("rope.dimension_count", "attention.key_length")
     )
+    if rotated >= whole:
+        raise ValueError(
+            f"minicpm3.rope.dimension_count is {rotated}; expected less than attention.key_length, {whole}, "
+            "which counts what is not rotated too."
+        )
+    return LatentAttentionConfig(
+        q_lora_rank=_size(file, "minicpm3.attention.q_lora_rank"),
+        kv_lora_rank=_size(file, "minicpm3.attention.kv_lora_rank"),
+        qk_nope_head_dim=whole - rotated,
+        qk_rope_head_dim=rotated,
+        v_head_dim=_size(file, "minicpm3.attention.value_length", plain_head),
+    )
+
+
+def _multipliers(file: GGUFFile, architecture: str, width: int, layers: int) -> dict[str, float]:
+    """The three multipliers; where a key is missing, llama.cpp's fallback."""
+    if architecture == "llama":
+        return {}
+    if architecture == "minicpm3":
+        return {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}
+    fallbacks = (12.0, 1.4 / layers**0.5, width / 256) if architecture == "minicpm" else (1.0, 1.0, None)
+    names = ("embedding_scale", "residual_scale", "logit_scale")
+    emb, residual, logit = (
+        _factor(file, f"{architecture}.{name}", fallback)
+        for name, fallback in zip(names, fallbacks, strict=True)
+    )
+    depth = _shortest(residual, lambda depth: depth / layers**0.5, residual * layers**0.5)
+    base = _shortest(logit, lambda base: width / base, width / logit)
     return {
         "scale_emb": _shortest(emb),
-        "scale_depth": _shortest(residual, lambda depth: depth / layers**0.5, residual * layers**0.5),
-        "dim_model_base": _shortest(logit, lambda base: width / base, width / logit),
+        "scale_depth": None if residual == 1 else depth,
+        "dim_model_base": None if logit == 1 else base,
     }
+
+
+def _refuse_other_granites(file: GGUFFile, config: ModelConfig) -> None:
+    """Refuse what only Granite has: another scale of the scores, and layers that know no positions."""
+    scale, own = file.metadata.get("granite.attention.scale") or config.head_dim**-0.5, config.head_dim**-0.5
+    if not isinstance(scale, float) or not math.isclose(scale, own, rel_tol=1e-6):
+        raise ValueError(
+            f"{file.path} multiplies scores by {shown(scale)} (granite.attention.scale); the decoder does by "
+            f"1/sqrt(head_dim), {own:.6g}."
+        )
+    if not file.metadata.get("granite.rope.scaling.finetuned", True):
+        raise ValueError(f"{file.path} rotates nothing (granite.rope.scaling.finetuned); the decoder does.")
 
 
 def _shortest(
@@ -181,7 +244,7 @@ def _shortest(
     value = stored if value is None else value
     for digits in range(1, 10):
         candidate = float(f"{value:.{digits}g}")
-        if np.float32(to_stored(candidate)) == np.float32(stored):
+        if candidate and np.float32(to_stored(candidate)) == np.float32(stored):
             return candidate
     return value
 
@@ -197,10 +260,13 @@ def _rope_scaling(file: GGUFFile, architecture: str) -> RopeScaling | None:
 
     kind = key("scaling.type", "linear")
     if kind not in ("none", "linear", "longrope"):
-        raise ValueError(f"{file.path} scales its rotary frequencies by {kind!r}, which is not read here.")
+        raise ValueError(
+            f"{file.path} scales its rotary frequencies by {shown(kind)}, which is not read here."
+        )
     factor = key("scaling.factor", key("scale_linear", 1.0)) or 1.0  # 0 means none, too
     if kind == "none":
         factor = 1.0
+    require_positive_number(f"{architecture}.rope.scaling.factor", factor)
     attention = key("scaling.attn_factor", 1.0)
     original = key("scaling.original_context_length", file.value(f"{architecture}.context_length"))
     stored = {name: file.read(name) for name in _ROPE_FACTORS if name in file.tensors}
@@ -218,73 +284,7 @@ def _rope_scaling(file: GGUFFile, architecture: str) -> RopeScaling | None:
         )
     if attention != 1:
         raise ValueError(
-            f"{file.path} multiplies cosine and sine by {attention} (rope.scaling.attn_factor) and stores no "
-            "factors of LongRoPE; that is not read here."
+            f"{file.path} multiplies cosine and sine by {shown(attention)} (rope.scaling.attn_factor) and "
+            "stores no factors of LongRoPE; that is not read here."
         )
     return None if factor == 1 else RopeScaling("linear", original, factor=factor)
-
-
-def gguf_tokenizer(path: str | Path) -> Tokenizer:
-    """The byte-level tokenizer that a GGUF file holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the tokenizer is of another kind, or splits text by rules that are not known here.
-    """
-    file = read_gguf(path)
-    kind = file.value("tokenizer.ggml.model")
-    rules = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2":
-        raise ValueError(
-            f"The tokenizer in {file.path} is of the kind {kind!r}; only byte-level ones ('gpt2') are "
-            "rebuilt. Take tokenizer.json from the model's folder."
-        )
-    if rules not in ("gpt-2", "gpt2", "smollm"):
-        raise ValueError(
-            f"{file.path} splits text by the rules {rules!r}; known are gpt-2 and smollm. With other rules "
-            "the same text gets other tokens. Take tokenizer.json from the model's folder."
-        )
-    tokens, merges = _texts(file, "tokens"), _texts(file, "merges")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    for pair in pairs:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            raise ValueError(
-                f"{file.path} joins {' and '.join(map(repr, pair))}; expected two tokens of its vocabulary "
-                "that together are a third. The file is damaged."
-            )
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=_flag(file, "add_space_prefix"))]
-    if rules == "smollm":  # each digit is a token
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = file.metadata.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind in (_CONTROL, _USER_DEFINED):
-            added = AddedToken(token, special=kind == _CONTROL, normalized=False)
-            (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
-    if _flag(file, "add_bos_token"):
-        begin = file.value("tokenizer.ggml.bos_token_id")
-        if begin not in range(len(tokens)):
-            raise ValueError(
-                f"{file.path} begins texts with the id {begin!r}; its vocabulary has {len(tokens)} tokens."
-            )
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]
-        )
-    return tokenizer
-
-
-def _flag(file: GGUFFile, key: str) -> bool:
-    flag = file.metadata.get(f"tokenizer.ggml.{key}", False)
-    if not isinstance(flag, bool):
-        raise ValueError(f"{file.path} gives tokenizer.ggml.{key} as {flag!r}; expected true or false.")
-    return flag
-
-
-def _texts(file: GGUFFile, key: str) -> list[str]:
-    texts = file.value(f"tokenizer.ggml.{key}")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{file.path} gives tokenizer.ggml.{key} as {str(texts)[:40]}; expected texts.")
-    return texts

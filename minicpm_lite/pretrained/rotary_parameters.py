@@ -16,8 +16,10 @@ Choices, and the traps behind them:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from reprlib import repr as shown
 
 from ..config import ModelConfig, RopeScaling
+from .weights import few
 
 __all__ = ["rotary_from_json", "rotary_to_json"]
 
@@ -56,20 +58,19 @@ def rotary_from_json(
     kind = given.pop("rope_type", old_spelling)
     for part in (given.pop("partial_rotary_factor", 1), values.get("partial_rotary_factor")):
         if part not in (1, None):
-            raise ValueError(f"partial_rotary_factor is {part}; the decoder rotates whole heads.")
+            raise ValueError(f"partial_rotary_factor is {shown(part)}; the decoder rotates whole heads.")
     original = given.pop("original_max_position_embeddings", None)
     original = values.get("original_max_position_embeddings") or original
     if kind == "default":
         if given:
             raise ValueError(
-                f"the rotary parameters hold {', '.join(sorted(given))} and no rope_type that reads them. "
-                "Add it."
+                f"the rotary parameters hold {few(sorted(given))} and no rope_type that reads them. Add it."
             )
         return {"rope_theta": theta}
     if kind == "yarn":
         given = _yarn(given, scores_too=family == "minicpm3")
     if kind in _READ and (unknown := sorted(given.keys() - _READ[kind])):
-        raise ValueError(f"the rotary parameters of type {kind!r} hold {', '.join(unknown)}, unknown here.")
+        raise ValueError(f"the rotary parameters of type {kind!r} hold {few(unknown)}, unknown here.")
     if original is None or kind in _ONE_CONTEXT:
         original = field("max_position_embeddings")
     return {
@@ -86,8 +87,8 @@ def _yarn(given: dict[str, object], scores_too: bool) -> dict[str, object]:
     fine, whole = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     if scores_too and whole:
         raise ValueError(
-            f'mscale_all_dim of "yarn" is {whole}; the released attention multiplies its scores by it, and '
-            "the decoder does not."
+            f'mscale_all_dim of "yarn" is {shown(whole)}; the released attention multiplies its scores by '
+            "it, and the decoder does not."
         )
     if fine and whole and "factor" in given:
         log = math.log(given["factor"])

@@ -14,9 +14,11 @@ Choices, and the traps behind them:
 
 import errno
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as shown
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +27,7 @@ from torch import Tensor
 __all__ = ["read_weights", "write_weights"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -114,8 +117,10 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         raise ValueError(f"{index} has no weight_map of names and files.")
     files: dict[Path, set[str]] = {}
     for name, file in promised.items():
-        if Path(file).name != file:
-            raise ValueError(f"{index} puts {name} in {file!r}; expected a file in the same folder.")
+        if not _FILE_NAME.fullmatch(file):
+            raise ValueError(
+                f"{index} puts {few([name])} in {shown(file)}; expected a file in the same folder."
+            )
         files.setdefault(folder / file, set()).add(name)
     if absent := sorted(file.name for file in files if not file.is_file()):
         raise FileNotFoundError(
@@ -138,18 +143,19 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def few(names: list[str], shown: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    """The first names of a list, and how many more there are; one that does not print is quoted."""
+    first = [name if name.isprintable() else repr(name) for name in names[:shown]]
+    return ", ".join(first) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def read_json(file: Path) -> dict:
     """The names and values of a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or something else than names with values.
+        ValueError: it is not JSON, something else than names with values, or a name stands there twice.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:  # of the encoding or of JSON
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -157,6 +163,15 @@ def read_json(file: Path) -> dict:
             f"{file} holds {type(content).__name__} {str(content)[:40]!r}; expected names with values."
         )
     return content
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the name {name!r} stands there twice.")
+        values[name] = value
+    return values
 
 
 def write_json(file: Path, values: Mapping[str, object]) -> None:

@@ -114,8 +114,8 @@ def test_a_model_that_holds_a_decoder_is_filled_too():
 @pytest.mark.parametrize(
     "config",
     [
-        replace(CONFIG, num_hidden_layers=10**9),
-        replace(CONFIG, mixture=MixtureConfig(10**9, 2)),
+        replace(CONFIG, num_hidden_layers=1_000),
+        replace(CONFIG, mixture=MixtureConfig(10**4, 2)),
     ],
     ids=["layers", "experts"],
 )

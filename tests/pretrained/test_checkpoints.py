@@ -17,11 +17,17 @@ from torch.testing import assert_close
 import minicpm_lite
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
+from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.decoder import Decoder, fold_to_llama
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
 from minicpm_lite.pretrained import checkpoints, weights
-from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
+from minicpm_lite.pretrained.checkpoints import (
+    load_chat_template,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
 
 SHAPE = dict(
     hidden_size=64,
@@ -310,9 +316,35 @@ def test_a_missing_file_is_named(saved, tmp_path):
 
 
 def test_a_config_of_more_layers_than_the_file_holds_is_refused_at_once(saved):
-    change_config(saved, num_hidden_layers=10**9)
+    change_config(saved, num_hidden_layers=1_000)
+    with pytest.raises(ValueError, match="holds 29 tensors, too few for the 1,000 layers of its config"):
+        load_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; at most 1,000 is possible"),
+        (
+            dict(model_type="mixtral", num_local_experts=10**9, num_experts_per_tok=1),
+            "num_experts is 1000000000",
+        ),
+        (dict(vocab_size=10**12), "vocab_size is 1000000000000; at most 16,777,216"),
+        (dict(hidden_size=2**62, head_dim=8), "hidden_size is 4611686018427387904; at most"),
+        (dict(intermediate_size=10**15), "intermediate_size is 1000000000000000; at most"),
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(change, sentence, saved):
+    change_config(saved, **change)
+    with pytest.raises(ValueError, match=f"config.json: {sentence}"):
+        load_pretrained(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_name_that_stands_twice_is_refused(file, saved):
+    (saved / file).write_text('{"eos_token_id": 1, "eos_token_id": 2}')
     with pytest.raises(
-        ValueError, match="holds 29 tensors, too few for the 1,000,000,000 layers of its config"
+        ValueError, match=f"{file} is not valid JSON: the name 'eos_token_id' stands there twice"
     ):
         load_pretrained(saved)
 
@@ -692,9 +724,86 @@ def test_a_tokenizer_of_a_folder(saved):
         load_tokenizer(saved)
     Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(saved / "tokenizer.json"))
     assert load_tokenizer(saved).encode("a").ids == [0]
+    content = (saved / "tokenizer.json").read_text()
+    (saved / "tokenizer.json").write_text(
+        content.replace('"?":1', f'"?":{2**31}').replace('"?": 1', f'"?": {2**31}')
+    )
+    with pytest.raises(ValueError, match="tokenizer.json gives a token the id 2,147,483,648; expected less"):
+        load_tokenizer(saved)
     (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         load_tokenizer(saved)
+
+
+# Chat templates.
+
+TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>\r\n{{ message.content }}\n{% endfor %} 帽"
+
+
+def test_a_chat_template_is_kept_and_is_transformers_own(tmp_path):
+    from transformers import AutoTokenizer
+
+    save_pretrained(wide_model("llama"), tmp_path / "model", make_tokenizer(), chat_template=TEMPLATE)
+    assert load_chat_template(tmp_path / "model").replace("\r\n", "\n") == TEMPLATE.replace("\r\n", "\n")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.chat_template == load_chat_template(tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load_chat_template(tmp_path / "theirs") == theirs.chat_template
+    save_pretrained(wide_model("llama"), tmp_path / "none", make_tokenizer())
+    assert load_chat_template(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"chat_template": None}, None),
+        ({"chat_template": "a {{ b }}"}, "a {{ b }}"),
+        (
+            {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]},
+            "d",
+        ),
+    ],
+)
+def test_a_chat_template_of_an_older_release(settings, expected, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_chat_template(tmp_path) == expected
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert load_chat_template(tmp_path) == TEMPLATE.replace("\r\n", "\n")  # the file counts
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ('{"chat_template": 1}', "chat_template, holds 1; expected a text"),
+        ('{"chat_template": []}', "holds templates named ; none is the default"),
+        ('{"chat_template": [{"name": "rag", "template": "t"}, 7]}', "named rag; none is the default"),
+        ('{"chat_template": [{"name": "default"}]}', None),
+        ('{"chat_template": [{"name": "default", "template": [1]}]}', r"holds \[1\]; expected a text"),
+        ('{"chat_template": "a", "chat_template": "b"}', "the name 'chat_template' stands there twice"),
+        ("[]", "expected names with values"),
+    ],
+)
+def test_a_damaged_chat_template_is_named(settings, sentence, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    if sentence is None:
+        assert load_chat_template(tmp_path) is None
+        return
+    with pytest.raises(ValueError, match=f"tokenizer_config.json.*{sentence}"):
+        load_chat_template(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text_or_nowhere(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8"):
+        load_chat_template(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder or file .*nowhere"):
+        load_chat_template(tmp_path / "nowhere")
+
+
+def test_a_chat_template_in_gguf():
+    template = load_chat_template(smollm2_file())
+    assert template.startswith("{% for message in messages %}") and "<|im_start|>" in template
 
 
 # The promised name.
@@ -732,7 +841,9 @@ def test_wrong_readers_are_told_apart(saved, name, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_wrong_multiplier_is_told_apart(saved):
+def test_a_wrong_multiplier_is_told_apart(tmp_path):
+    saved = tmp_path / "model"
+    save_pretrained(make_model(OURS["minicpm"]), saved, model_type="minicpm")
     right = load_pretrained(saved)(IDS)
     for change in (dict(scale_emb=1), dict(scale_depth=2.0), dict(dim_model_base=16)):
         values = json.loads((saved / "config.json").read_text())

@@ -17,9 +17,9 @@ from minicpm_lite.pretrained.gguf import read_gguf
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
-def write_file(path: Path) -> Path:
-    """A file with a key of every type and a tensor of every kind that gguf-py packs."""
-    writer = gguf.GGUFWriter(path, "llama")
+def write_file(path: Path, tensors_a_part: int = 0) -> Path:
+    """A file with a key of every type and a tensor of every kind that gguf-py packs; split, if asked for."""
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_a_part)
     for size in (8, 16, 32, 64):
         getattr(writer, f"add_uint{size}")(f"unsigned.{size}", 2**size - 3)
         getattr(writer, f"add_int{size}")(f"signed.{size}", 3 - 2 ** (size - 1))
@@ -96,6 +96,74 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
             read_gguf(path)
 
 
+# Files that were split.
+
+
+@pytest.fixture
+def parts(tmp_path) -> list[Path]:
+    write_file(tmp_path / "model.gguf", tensors_a_part=4)
+    return sorted(tmp_path.iterdir())
+
+
+def test_parts_are_read_as_one_whichever_is_given(parts, tmp_path):
+    assert [part.name for part in parts] == [f"model-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    whole = read_gguf(write_file(tmp_path / "whole.gguf"))
+    for part in parts:
+        joined = read_gguf(part)
+        assert joined.path == parts[0]
+        split = {key: joined.metadata[key] for key in joined.metadata if key.startswith("split.")}
+        assert split == {"split.no": 0, "split.count": 3, "split.tensors.count": 9}
+        assert joined.metadata == whole.metadata | split
+        assert list(joined.tensors) == list(whole.tensors)
+        for name in whole.tensors:
+            assert torch.equal(joined.read(name), whole.read(name))
+
+
+def test_parts_that_are_missing_are_named(parts):
+    parts[1].unlink()
+    with pytest.raises(
+        FileNotFoundError, match="is one of 3 parts, 1 of them missing: model-00002-of-00003.gguf. Fetch"
+    ):
+        read_gguf(parts[2])
+    parts[0].unlink()
+    with pytest.raises(FileNotFoundError, match="2 of them missing: model-00001-of-00003.gguf, model-00002"):
+        read_gguf(parts[2])
+
+
+def test_parts_that_do_not_belong_together_are_named(parts, tmp_path):
+    renamed = tmp_path / "first.gguf"
+    renamed.write_bytes(parts[0].read_bytes())
+    with pytest.raises(ValueError, match="first.gguf says that it is one of 3 parts; expected a name that"):
+        read_gguf(renamed)
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(
+        ValueError, match=r"00003-of-00003.gguf says by .* that it is \(1, 3\); expected \(2, 3\)"
+    ):
+        read_gguf(parts[0])
+
+
+def test_a_tensor_in_two_parts_is_named(parts):
+    twin = parts[1].read_bytes()
+    number = twin.index(b"split.no") + len(b"split.no") + 4
+    parts[2].write_bytes(twin[:number] + b"\2\0" + twin[number + 2 :])
+    with pytest.raises(
+        ValueError, match="blk.0.Q4_0, .* of .*00003-of-00003.gguf is in model-00002-of-00003.gguf"
+    ):
+        read_gguf(parts[0])
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_the_number_of_tensors_is_that_of_all_parts(count, parts):
+    content = parts[0].read_bytes()
+    number = content.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    parts[0].write_bytes(content[:number] + struct.pack("<i", count) + content[number + 4 :])
+    if count == 9:
+        assert len(read_gguf(parts[1]).tensors) == 9
+    else:
+        with pytest.raises(ValueError, match="hold 9 tensors, and split.tensors.count is 1"):
+            read_gguf(parts[1])
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_damaged_heads_are_refused_or_harmless(data, tmp_path_factory):
@@ -127,6 +195,9 @@ def test_damaged_heads_are_refused_or_harmless(data, tmp_path_factory):
         (b"GGUF" + struct.pack("<IQQQ1s", 3, 0, 1, 1, b"\xff"), "not UTF-8"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 32, 999, 0), "stores t as type 999"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 9, 32, 0, 0), "t has 9 dimensions"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * struct.pack("<Q1sII", 1, b"a", 4, 1), "holds the key a twice"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + 2 * struct.pack("<Q1sIQIQ", 1, b"t", 1, 1, 0, 0), "holds the tensor t twice"),
+        (b"GGUF" + struct.pack("<IQQQ2sII", 3, 0, 1, 2, b"a\n", 4, 1), r"holds the name 'a\\n', near its head"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 2, 0), "rows of 33 numbers in Q4_0, whose blocks are 32"),
     ],
 )  # fmt: skip
@@ -139,6 +210,7 @@ def test_heads_that_are_none_are_refused(content, sentence, tmp_path):
 
 
 def test_without_the_package_the_command_is_named(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
         ImportError, match=r'needed to read GGUF files.*pip install "minicpm_lite\[pretrained\]"'

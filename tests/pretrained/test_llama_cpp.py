@@ -1,5 +1,6 @@
 """Models in GGUF files: read as llama.cpp and transformers read them, put back as the decoder needs them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
-from minicpm_lite.config import RopeScaling
+from minicpm_lite.config import LatentAttentionConfig, RopeScaling
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
@@ -21,7 +22,7 @@ from minicpm_lite.language.generation import generate
 from minicpm_lite.pretrained import llama_cpp as module
 from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
 from minicpm_lite.pretrained.gguf import GGUFFile, read_gguf
-from minicpm_lite.pretrained.llama_cpp import gguf_tokenizer, half_split_rows, load_gguf, stored_name
+from minicpm_lite.pretrained.llama_cpp import half_split_rows, load_gguf, stored_name
 
 SHAPE = dict(
     hidden_size=64,
@@ -35,7 +36,12 @@ SHAPE = dict(
 CONFIGS = {
     "llama": ModelConfig(**SHAPE, rope_theta=500.0, tie_word_embeddings=False, init_std=0.1),
     "minicpm": ModelConfig(**SHAPE, scale_emb=12, scale_depth=1.4, dim_model_base=32, init_std=0.1),
-}
+    "minicpm3": ModelConfig(
+        **SHAPE | {"num_key_value_heads": 4}, head_dim=24, scale_emb=12, scale_depth=1.4, dim_model_base=256,
+        latent_attention=LatentAttentionConfig(24, 16, 16, 8, 12), init_std=0.1,
+    ),
+    "granite": ModelConfig(**SHAPE, scale_emb=7, scale_depth=0.7, dim_model_base=8, init_std=0.1),
+}  # fmt: skip
 IDS = torch.arange(34).view(2, 17)
 
 
@@ -60,6 +66,7 @@ def write_gguf(
     without: tuple[str, ...] = (),
     quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    tensors_a_part: int = 0,
     **keys: object,
 ) -> Path:
     """A file as llama.cpp's conversion writes it, by gguf-py."""
@@ -75,17 +82,32 @@ def write_gguf(
         "rope.freq_base": config.rope_theta,
         "rope.dimension_count": config.head_dim,
     }
-    if architecture == "minicpm":
+    if architecture in ("minicpm", "granite"):
         values |= {
             "embedding_scale": float(config.scale_emb),
             "residual_scale": config.residual_scale,
             "logit_scale": config.width_ratio,
         }
-    writer = gguf.GGUFWriter(path, architecture)
+    if architecture == "granite":
+        values["attention.scale"] = config.head_dim**-0.5
+    if latent := config.latent_attention:
+        values |= {
+            "attention.q_lora_rank": latent.q_lora_rank,
+            "attention.kv_lora_rank": latent.kv_lora_rank,
+            "attention.key_length": config.head_dim,
+            "attention.value_length": latent.v_head_dim,
+            "rope.dimension_count": latent.qk_rope_head_dim,
+        }
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_part)
     for name, value in (values | keys).items():
         if name in without:
             continue
-        kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            bool: writer.add_bool,
+        }
         whole = name if name.startswith("tokenizer.") else f"{architecture}.{name}"
         kinds[type(value)](whole, value)
     for name, tensor in model.state_dict().items():
@@ -128,9 +150,22 @@ def test_weights_are_those_that_transformers_reads(tmp_path):
         assert_close(load_gguf(path)(IDS), reference(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_that_was_split_is_the_model(tmp_path):
+    model = make_model(CONFIGS["minicpm"])
+    write_gguf(tmp_path / "model.gguf", model, "minicpm", tensors_a_part=9)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) == 4
+    for part in parts:
+        read = load_pretrained(part).state_dict()
+        assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+    parts[3].unlink()
+    with pytest.raises(FileNotFoundError, match="1 of them missing: model-00004-of-00004.gguf"):
+        load_pretrained(parts[0])
+
+
 def test_names_are_those_that_gguf_py_writes():
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MINICPM, n_blocks=3)
-    for config in CONFIGS.values():
+    for architecture, config in CONFIGS.items():
+        mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], n_blocks=3)
         for name, _ in Decoder(config).named_parameters():
             theirs = name if name == "lm_head.weight" else f"model.{name}"
             assert stored_name(name) == mapping.get_name(theirs, try_suffixes=(".weight",))
@@ -185,8 +220,12 @@ def test_multipliers_come_back_as_they_were(layers, emb, depth, base):
         },
         {},
     )
-    found = module._multipliers(file, 64, layers)
-    assert found == {"scale_emb": emb, "scale_depth": depth, "dim_model_base": base}
+    found = module._multipliers(file, "minicpm", 64, layers)
+    assert found == {
+        "scale_emb": emb,
+        "scale_depth": None if residual == 1 else depth,
+        "dim_model_base": None if logit == 1 else base,
+    }
 
 
 def test_missing_multipliers_are_llama_cpps(tmp_path):
@@ -204,7 +243,13 @@ def test_missing_multipliers_are_llama_cpps(tmp_path):
         (dict(without=("token_embd.weight",)), "lacks token_embd.weight, the embedding table"),
         (dict(without=("blk.1.attn_k.weight",)), "1 missing: blk.1.attn_k.weight"),
         (dict(feed_forward_length=32), "of another shape: blk.0.ffn_gate.weight"),
-        (dict(embedding_length="wide"), "hidden_size is 'wide'"),
+        (dict(embedding_length="wide"), "minicpm.embedding_length is 'wide'; expected a whole number"),
+        (dict(block_count=1.5), "minicpm.block_count is 1.5; expected a whole number"),
+        (dict(residual_scale="much"), "minicpm.residual_scale is 'much'; expected a number"),
+        (dict(logit_scale=-1.0), "minicpm.logit_scale is -1.0; expected a number"),
+        ({"attention.layer_norm_rms_epsilon": "small"}, "layer_norm_rms_epsilon is 'small'"),
+        ({"rope.freq_base": math.inf}, "rope.freq_base is inf"),
+        (dict(context_length=0), "minicpm.context_length is 0"),
         (dict(expert_count=8), "minicpm.expert_count is 8; only 0 is read"),
         ({"rope.dimension_count": 8}, "rope.dimension_count is 8; only 16"),
     ],
@@ -217,15 +262,72 @@ def test_what_does_not_fit_is_named(change, sentence, tmp_path):
 
 def test_another_architecture_is_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "qwen2")
-    with pytest.raises(ValueError, match="of architecture 'qwen2'; llama and minicpm are read"):
+    with pytest.raises(
+        ValueError, match="of architecture 'qwen2'; read are llama, minicpm, minicpm3, granite"
+    ):
         load_gguf(path)
 
 
-@pytest.mark.parametrize("count", [100_000, 2**32 - 1])
-def test_more_blocks_than_tensors_are_refused_at_once(count, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (1_000, "holds 30 tensors, too few for the 1,000 layers"),
+        (2**32 - 1, "num_hidden_layers is 4294967295; at most 1,000"),
+    ],
+)
+def test_more_blocks_than_tensors_are_refused_at_once(count, sentence, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["llama"]), "llama", block_count=count)
-    with pytest.raises(ValueError, match=f"holds 30 tensors, too few for the {count:,} layers"):
+    with pytest.raises(ValueError, match=sentence):
         load_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(without=("attention.q_lora_rank",)), "lacks the key minicpm3.attention.q_lora_rank"),
+        (dict(without=("attention.key_length",)), "lacks the key minicpm3.attention.key_length"),
+        (
+            {"attention.kv_lora_rank": "low"},
+            "minicpm3.attention.kv_lora_rank is 'low'; expected a whole number",
+        ),
+        (
+            {"rope.dimension_count": 24},
+            "rope.dimension_count is 24; expected less than attention.key_length, 24",
+        ),
+        ({"attention.head_count_kv": 2}, "attention.head_count_kv is 2; only 4 is read"),
+        (
+            {"attention.value_length": 16},
+            "of another shape: blk.0.attn_",
+        ),
+        (dict(without=("attention.value_length",)), "of another shape"),  # then it is width / heads, 16
+    ],
+)
+def test_latent_attention_that_does_not_fit_is_named(change, sentence, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["minicpm3"]), "minicpm3", **change)
+    with pytest.raises(ValueError, match=f"model.gguf.*{sentence}"):
+        load_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(without=("logit_scale",)), "lacks the key granite.logit_scale"),
+        ({"attention.scale": 0.5}, "multiplies scores by 0.5 .*; the decoder does by .*, 0.25"),
+        ({"attention.scale": "root"}, "multiplies scores by 'root'"),
+        ({"rope.scaling.finetuned": False}, "rotates nothing"),
+    ],
+)
+def test_other_granites_are_refused(change, sentence, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["granite"]), "granite", **change)
+    with pytest.raises(ValueError, match=f"model.gguf.*{sentence}"):
+        load_gguf(path)
+
+
+def test_missing_multipliers_of_granite_are_one(tmp_path):
+    keys = ("embedding_scale", "residual_scale", "attention.scale")
+    path = write_gguf(tmp_path / "model.gguf", make_model(CONFIGS["granite"]), "granite", without=keys)
+    config = load_gguf(path).config
+    assert (config.scale_emb, config.residual_scale, config.width_ratio) == (1, 1, 8)
 
 
 # Rotary frequencies.
@@ -273,7 +375,7 @@ def longrope(
         ({"scaling.type": "none", "scaling.factor": 2.0}, {"rope_freqs.weight": LONG}, longrope(LONG, LONG)),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ["llama", "minicpm"])
 def test_frequencies_are_divided_as_llama_cpp_divides_them(architecture, keys, tensors, expected, tmp_path):
     """As llama-model.cpp reads the keys: "linear" is the default, and the factor counts with every type but "none"."""
     keys = {f"rope.{name}": value for name, value in keys.items()}
@@ -320,92 +422,6 @@ def test_ids_that_end_a_text_are_those_of_the_three_keys(tmp_path):
         load_gguf(path)
 
 
-# Tokenizers made by hand.
-
-
-def write_tokenizer(path: Path, tokens: object = ("a", "b", "ab", "<s>"), merges: object = ("a b",), **keys: object) -> Path:  # fmt: skip
-    writer = gguf.GGUFWriter(path, "llama")
-    given = {
-        "model": "gpt2",
-        "pre": "gpt-2",
-        "tokens": tokens,
-        "merges": merges,
-        "token_type": [1, 1, 1, 3],
-    } | keys
-    for name, value in given.items():
-        name = f"tokenizer.ggml.{name}"
-        if isinstance(value, list | tuple):
-            writer.add_array(name, list(value))
-        else:
-            kinds = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
-            kinds[type(value)](name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def test_a_token_at_the_beginning_is_added_where_the_file_says_so(tmp_path):
-    for keys, expected in (
-        ({}, [2]),
-        ({"bos_token_id": 3}, [2]),
-        ({"bos_token_id": 3, "add_bos_token": False}, [2]),
-        ({"bos_token_id": 3, "add_bos_token": True}, [3, 2]),
-    ):
-        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a.GGUF", **keys))
-        assert tokenizer.encode("ab").ids == expected
-        assert tokenizer.encode("ab", add_special_tokens=False).ids == [2]
-
-
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        ({"merges": ["a b c"]}, "joins 'a' and 'b' and 'c'; expected two tokens"),
-        ({"merges": ["a"]}, "joins 'a'; expected two tokens"),
-        ({"merges": ["a z"]}, "joins 'a' and 'z'; expected two tokens"),
-        ({"tokens": ["a", "b"], "merges": ["a b"]}, "joins 'a' and 'b'; expected two tokens"),
-        ({"tokens": 1}, "gives tokenizer.ggml.tokens as 1; expected texts"),
-        ({"tokens": [1, 2]}, r"gives tokenizer.ggml.tokens as \[1, 2\]; expected texts"),
-        ({"merges": "a b"}, "gives tokenizer.ggml.merges as a b; expected texts"),
-        (
-            {"add_space_prefix": "yes"},
-            "gives tokenizer.ggml.add_space_prefix as 'yes'; expected true or false",
-        ),
-        ({"add_bos_token": 1}, "gives tokenizer.ggml.add_bos_token as 1; expected true or false"),
-        ({"add_bos_token": True}, "lacks the key tokenizer.ggml.bos_token_id"),
-        (
-            {"add_bos_token": True, "bos_token_id": 4},
-            "begins texts with the id 4; its vocabulary has 4 tokens",
-        ),
-        ({"add_bos_token": True, "bos_token_id": "a"}, "begins texts with the id 'a'"),
-    ],
-)
-def test_a_damaged_tokenizer_is_named(keys, sentence, tmp_path):
-    with pytest.raises(ValueError, match=f"a.gguf {sentence}"):
-        gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys))
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_damaged_files_are_refused_or_harmless(data, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    model, tokenizer = folder / "whole_model.gguf", folder / "whole_tokenizer.gguf"
-    if not model.exists():
-        keys = {"rope.scaling.type": "longrope", "tokenizer.ggml.eos_token_id": 5}
-        write_gguf(model, make_model(CONFIGS["minicpm"]), "minicpm", tensors=TABLES, **keys)
-        write_tokenizer(tokenizer, bos_token_id=3, add_bos_token=True)
-    for source, read, head in ((model, load_gguf, 2_900), (tokenizer, gguf_tokenizer, 440)):
-        content = bytearray(source.read_bytes())
-        for _ in range(data.draw(st.integers(1, 3))):
-            content[data.draw(st.integers(0, head))] = data.draw(st.integers(0, 255))
-        path = folder / "damaged.gguf"
-        path.write_bytes(content)
-        try:
-            read(path)
-        except ValueError as error:
-            assert "damaged.gguf" in str(error)
-
-
 # A real model.
 
 
@@ -417,65 +433,6 @@ def smollm2() -> Path:
 def test_its_ids_that_end_a_text(smollm2):
     file = read_gguf(smollm2)
     assert module._ends(file) == [2] and file.metadata["tokenizer.ggml.tokens"][2] == "<|im_end|>"
-
-
-TEXTS = [
-    "The Republic of 1984 had 12,345 citizens; it's said they'd all left by 3.30pm.",
-    "  def f(x):\n\treturn x ** 2  # naïve café\n\n\n",
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
-    "你好，世界。Ελληνικά, русский, 日本語 🙂",
-    "",
-]
-
-
-def test_the_tokenizer_is_that_of_transformers(smollm2):
-    from transformers import AutoTokenizer
-
-    from minicpm_lite.data.corpora import load_austen
-
-    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    ours = load_tokenizer(smollm2)
-    for text in [*TEXTS, load_austen()[:20_000]]:
-        ids = ours.encode(text).ids
-        assert ids == theirs(text)["input_ids"]
-        assert ours.decode(ids, skip_special_tokens=False) == text
-
-
-def test_text_is_split_by_the_rules_of_llama_cpp(smollm2):
-    import regex
-
-    # of LLAMA_VOCAB_PRE_TYPE_SMOLLM: one after the other
-    digits = regex.compile(r"\p{N}")
-    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)")
-
-    def cut(pattern, piece):
-        at = 0
-        for match in pattern.finditer(piece):
-            yield from (part for part in (piece[at : match.start()], match.group()) if part)
-            at = match.end()
-        if at < len(piece):
-            yield piece[at:]
-
-    splitter = gguf_tokenizer(smollm2).pre_tokenizer
-    for text in [*TEXTS, "١٢٣ ½ Ⅻ 9", "a\t\tb  c \r\n x"]:
-        expected = [text[slice(*span)] for _, span in splitter.pre_tokenize_str(text)]
-        assert expected == [part for piece in cut(digits, text) for part in cut(words, piece)]
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "sentence"),
-    [
-        ("tokenizer.ggml.model", "llama", "of the kind 'llama'; only byte-level ones"),
-        ("tokenizer.ggml.pre", "qwen2", "by the rules 'qwen2'; known are gpt-2 and smollm"),
-        ("tokenizer.ggml.merges", None, "lacks the key tokenizer.ggml.merges"),
-    ],
-)
-def test_tokenizers_of_other_kinds_are_refused(key, value, sentence, smollm2, monkeypatch):
-    head = read_gguf(smollm2)
-    changed = GGUFFile(head.path, head.metadata | {key: value}, head.tensors)
-    monkeypatch.setattr(module, "read_gguf", lambda path: changed)
-    with pytest.raises(ValueError, match=sentence):
-        gguf_tokenizer(head.path)
 
 
 PROMPTS = [

@@ -114,6 +114,8 @@ def test_a_shard_that_is_missing_or_emptied_is_named(sharded):
         ("{}", "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "has no weight_map"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "expected a file in the same folder"),
+        ('{"weight_map": {"a": ".."}}', "expected a file in the same folder"),
+        ('{"weight_map": {"\\n": "%s"}}' % ("9" * 5_000), r"puts '\\n' in '99+\.\.\.9+'; expected a file in"),
     ],
 )
 def test_an_index_that_is_none_is_refused(sharded, content, sentence):
@@ -155,8 +157,9 @@ def test_a_disk_that_refuses_is_an_error_of_the_system(tmp_path, monkeypatch):
         (b"[" * 200_000, "is not valid JSON"),
         (b"[1]", r"holds list '\[1\]'; expected names with values"),
         (b"null", "holds NoneType 'None'"),
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "is not valid JSON: the name 'c' stands there twice"),
     ],
-    ids=["cut", "no text", "deep", "list", "null"],
+    ids=["cut", "no text", "deep", "list", "null", "twice"],
 )
 def test_json_that_is_none_is_refused(content, sentence, tmp_path):
     (tmp_path / "a.json").write_bytes(content)

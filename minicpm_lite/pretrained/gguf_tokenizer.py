@@ -1,0 +1,157 @@
+"""Tokenizers as llama.cpp stores them in GGUF files: byte-level ones ("gpt2") and sentencepiece's ("llama").
+
+Both are BPE. A byte-level vocabulary comes with its merges; that of sentencepiece, as MiniCPM's, with a score
+for each piece: of all neighbours that are a piece together, those of the highest score are joined first. So
+every way to cut a piece into two pieces is a merge, and the score of the piece is its rank.
+
+Sources: llama.cpp's src/llama-vocab.cpp; the conversion of sentencepiece models in transformers 5.23.
+
+Choices, and the traps behind them:
+
+- Sentencepiece writes a space as "▁" and puts one before each text; llama.cpp does so after each control
+  token, too, and so it is done here. Where a text begins with a space there are two.
+- What no piece covers is written in bytes: the pieces <0x00> to <0xFF>. What they do not cover is unknown.
+- Some tokens are found in a text before it is cut: control and user-defined ones, and sentencepiece's unknown
+  one.
+- A sentencepiece tokenizer begins texts with its first token unless the file says otherwise; a byte-level one
+  does not unless the file says so.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+from reprlib import repr as shown
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from .gguf import GGUFFile, read_gguf
+
+__all__ = ["gguf_tokenizer"]
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
+_SPACE = "▁"
+
+
+def gguf_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that a GGUF file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the tokenizer is of another kind, splits text by rules that are not known here, or is
+            damaged; the key is named.
+    """
+    file = read_gguf(path)
+    kind = file.value("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(
+            f"The tokenizer in {file.path} is of the kind {shown(kind)}; byte-level ones ('gpt2') and "
+            "sentencepiece's ('llama') are rebuilt. Take tokenizer.json from the model's folder."
+        )
+    tokens = _list(file, "tokens", str)
+    if twice := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise ValueError(f"{file.path} holds the token {shown(twice[0])} twice in tokenizer.ggml.tokens.")
+    types = [_NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in file.metadata:
+        types = _list(file, "token_type", int, len(tokens))
+    sentencepiece = kind == "llama"
+    tokenizer = (_sentencepiece if sentencepiece else _byte_level)(file, tokens, types)
+    special = (_CONTROL, _UNKNOWN) if sentencepiece else (_CONTROL,)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in special:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    around = {
+        name: _id(file, f"{name}_token_id", tokens, default if sentencepiece else None)
+        for name, default in (("bos", 1), ("eos", 2))
+        if _flag(file, f"add_{name}_token", sentencepiece and name == "bos")
+    }
+    if around:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*(["bos"] if "bos" in around else []), "$A", *(["eos"] if "eos" in around else [])],
+            special_tokens=[
+                {"id": name, "ids": [index], "tokens": [tokens[index]]} for name, index in around.items()
+            ],
+        )
+    return tokenizer
+
+
+def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    rules = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if rules not in ("gpt-2", "gpt2", "smollm"):
+        raise ValueError(
+            f"{file.path} splits text by the rules {shown(rules)}; known are gpt-2 and smollm. With other "
+            "rules the same text gets other tokens. Take tokenizer.json from the model's folder."
+        )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in _list(file, "merges", str)]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise ValueError(
+                f"{file.path} joins {' and '.join(map(shown, pair[:3]))}; expected two tokens of its "
+                "vocabulary that together are a third. The file is damaged."
+            )
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=_flag(file, "add_space_prefix", False))]
+    if rules == "smollm":  # each digit is a token
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    scores = _list(file, "scores", float, len(tokens))
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"{file.path} gives in tokenizer.ggml.scores a number that is not finite.")
+    unknown = tokens[_id(file, "unknown_token_id", tokens, 0)]
+    pieces = {
+        token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL
+    }
+    cuts = [(piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece))]
+    merges = [(left, right) for left, right in cuts if left in pieces and right in pieces]
+    # of the ways to one piece, the longest beginning first, as transformers has it
+    merges.sort(key=lambda pair: (-pieces["".join(pair)], -len(pair[0]), -len(pair[1])))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    first = [normalizers.Prepend(_SPACE)] if _flag(file, "add_space_prefix", True) else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    last = [decoders.Strip(" ", 1, 0)] if first else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    return tokenizer
+
+
+def _flag(file: GGUFFile, key: str, default: bool) -> bool:
+    flag = file.metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(flag, bool):
+        raise ValueError(f"{file.path} gives tokenizer.ggml.{key} as {shown(flag)}; expected true or false.")
+    return flag
+
+
+def _id(file: GGUFFile, key: str, tokens: list[str], default: int | None) -> int:
+    index = file.value(f"tokenizer.ggml.{key}", default)
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise ValueError(
+            f"{file.path} gives tokenizer.ggml.{key} as {shown(index)}; expected an id of its vocabulary, "
+            f"which has {len(tokens)} tokens."
+        )
+    return index
+
+
+def _list(file: GGUFFile, key: str, kind: type, length: int | None = None) -> list:
+    values = file.value(f"tokenizer.ggml.{key}")
+    names = {str: "texts", int: "whole numbers", float: "numbers"}
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ValueError(
+            f"{file.path} gives tokenizer.ggml.{key} as {shown(values)}; expected a list of {names[kind]}."
+        )
+    if length is not None and len(values) != length:
+        raise ValueError(
+            f"{file.path} gives {len(values)} {names[kind]} in tokenizer.ggml.{key}; expected one for each "
+            f"of its {length} tokens."
+        )
+    return values

@@ -1,0 +1,332 @@
+"""Tokenizers in GGUF files: the ids of transformers and of llama.cpp, and every damaged key named."""
+
+import math
+import random
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, trainers
+
+from minicpm_lite import ModelConfig
+from minicpm_lite.data.corpora import load_austen
+from minicpm_lite.data.packages import smollm2_file
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.pretrained import gguf_tokenizer as module
+from minicpm_lite.pretrained.checkpoints import load_tokenizer, save_pretrained
+from minicpm_lite.pretrained.gguf import GGUFFile, read_gguf
+from minicpm_lite.pretrained.gguf_tokenizer import gguf_tokenizer
+
+# Tokenizers made by hand.
+
+
+def write_tokenizer(path: Path, tokens: object = ("a", "b", "ab", "<s>"), merges: object = ("a b",), **keys: object) -> Path:  # fmt: skip
+    writer = gguf.GGUFWriter(path, "llama")
+    given = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "merges": merges,
+        "token_type": [1, 1, 1, 3],
+    } | keys
+    for name, value in given.items():
+        if value is None:
+            continue
+        name = f"tokenizer.ggml.{name}"
+        if isinstance(value, list | tuple):
+            writer.add_array(name, list(value))
+        else:
+            kinds = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+            kinds[type(value)](name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_token_at_the_beginning_is_added_where_the_file_says_so(tmp_path):
+    for keys, expected in (
+        ({}, [2]),
+        ({"bos_token_id": 3}, [2]),
+        ({"bos_token_id": 3, "add_bos_token": False}, [2]),
+        ({"bos_token_id": 3, "add_bos_token": True}, [3, 2]),
+    ):
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a.GGUF", **keys))
+        assert tokenizer.encode("ab").ids == expected
+        assert tokenizer.encode("ab", add_special_tokens=False).ids == [2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"merges": ["a b c"]}, "joins 'a' and 'b' and 'c'; expected two tokens"),
+        ({"merges": ["a"]}, "joins 'a'; expected two tokens"),
+        ({"merges": ["a z"]}, "joins 'a' and 'z'; expected two tokens"),
+        ({"tokens": ["a", "b"], "token_type": [1, 1]}, "joins 'a' and 'b'; expected two tokens"),
+        ({"tokens": 1}, "gives tokenizer.ggml.tokens as 1; expected a list of texts"),
+        ({"tokens": [1, 2]}, r"gives tokenizer.ggml.tokens as \[1, 2\]; expected a list of texts"),
+        ({"merges": "a b"}, "gives tokenizer.ggml.merges as 'a b'; expected a list of texts"),
+        (
+            {"add_space_prefix": "yes"},
+            "gives tokenizer.ggml.add_space_prefix as 'yes'; expected true or false",
+        ),
+        ({"add_bos_token": 1}, "gives tokenizer.ggml.add_bos_token as 1; expected true or false"),
+        ({"add_bos_token": True}, "lacks the key tokenizer.ggml.bos_token_id"),
+        (
+            {"add_bos_token": True, "bos_token_id": 4},
+            "gives tokenizer.ggml.bos_token_id as 4; expected an id of its vocabulary, which has 4 tokens",
+        ),
+        ({"add_bos_token": True, "bos_token_id": "a"}, "gives tokenizer.ggml.bos_token_id as 'a'"),
+        ({"add_eos_token": True, "eos_token_id": True}, "gives tokenizer.ggml.eos_token_id as True"),
+        ({"tokens": ["a", "b", "ab", "b"]}, "holds the token 'b' twice in tokenizer.ggml.tokens"),
+        ({"token_type": 7}, "gives tokenizer.ggml.token_type as 7; expected a list of whole numbers"),
+        ({"token_type": "text"}, "gives tokenizer.ggml.token_type as 'text'; expected a list"),
+        ({"token_type": [1.0] * 4}, "gives tokenizer.ggml.token_type as .1.0, 1.0, .*; expected a list"),
+        (
+            {"token_type": [1, 1]},
+            "gives 2 whole numbers in tokenizer.ggml.token_type; expected one for each of",
+        ),
+        ({"model": 1}, "is of the kind 1; byte-level"),
+        ({"pre": ["gpt-2"]}, r"splits text by the rules \['gpt-2'\]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(keys, sentence, tmp_path):
+    with pytest.raises(ValueError, match=f"a.gguf {sentence}"):
+        gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys))
+
+
+def test_byte_level_texts_may_end_with_a_token(tmp_path):
+    keys = {"bos_token_id": 3, "eos_token_id": 0, "add_bos_token": True, "add_eos_token": True}
+    assert gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys)).encode("ab").ids == [3, 2, 0]
+    keys |= {"tokens": ["a", "b", "ab", "$x: y"]}  # its text means nothing to the template
+    assert gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys)).encode("ab").ids == [3, 2, 0]
+
+
+# Sentencepiece.
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<用户>", "<AI>"]
+SPECIAL_TYPES = [2, 3, 3, 4, 4]
+
+
+def sentencepiece_keys(**changes: object) -> dict[str, object]:
+    """A vocabulary as sentencepiece learns it by BPE: special tokens, bytes, pieces by rank, characters."""
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizers.Replace(" ", "▁")
+    learned.train_from_iterator(
+        [" " + line for line in load_austen()[:200_000].splitlines() if line],
+        trainers.BpeTrainer(vocab_size=500, show_progress=False, max_token_length=9),
+    )
+    by_id = sorted(learned.get_vocab(), key=learned.get_vocab().get)
+    pieces = [piece for piece in by_id if len(piece) > 1] + [piece for piece in by_id if len(piece) == 1]
+    tokens = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)] + pieces
+    scores = [0.0] * (len(SPECIAL) + 256) + [-float(rank) for rank in range(len(pieces))]
+    types = SPECIAL_TYPES + [6] * 256 + [1] * len(pieces)
+    return {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "bos_token_id": 1,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, object]:
+    return sentencepiece_keys()
+
+
+def as_llama_cpp_does(text: str, keys: dict[str, object], first: str = "▁") -> list[int]:
+    """The loop of llm_tokenizer_spm: join the neighbours of the highest score, the leftmost first."""
+    ids = {token: index for index, token in enumerate(keys["tokens"])}
+    symbols = list(first + text.replace(" ", "▁"))
+    while True:
+        pairs = [
+            (-keys["scores"][ids[left + right]], place)
+            for place, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
+            if left + right in ids
+        ]
+        if not pairs:
+            break
+        place = min(pairs)[1]
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    return [
+        index
+        for symbol in symbols
+        for index in (
+            [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        )
+    ]
+
+
+TEXTS = [
+    "The Republic of 1984 had 12,345 citizens; it's said they'd all left by 3.30pm.",
+    "  def f(x):\n\treturn x ** 2  # naïve café\n\n\n",
+    "你好，世界。Ελληνικά, русский, 日本語 🙂",
+    " a", "a ", "   ", "▁", "x\0y", "", "ﬁ e\u0301",
+]  # fmt: skip
+
+
+@given(
+    text=st.one_of(st.sampled_from(TEXTS), st.text(alphabet="aeth ▁sn.", max_size=40), st.text(max_size=20))
+)
+@settings(max_examples=200, deadline=None)
+def test_sentencepiece_joins_what_llama_cpp_joins(text, keys, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "sentencepiece.gguf"
+    if not path.exists():
+        write_tokenizer(path, **keys, merges=None, pre="default")
+    tokenizer = gguf_tokenizer(path)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids == (as_llama_cpp_does(text, keys) if text else [])
+    assert tokenizer.decode(ids) == text.replace("▁", " ")
+    assert tokenizer.encode(text).ids == [1, *ids]
+
+
+def test_sentencepiece_cuts_long_texts_as_llama_cpp_does(keys, tmp_path):
+    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
+    text, start = load_austen(), random.Random(0)
+    for at in (start.randrange(len(text) - 300) for _ in range(40)):
+        piece = text[at : at + 300]
+        assert tokenizer.encode(piece, add_special_tokens=False).ids == as_llama_cpp_does(piece, keys)
+
+
+def test_sentencepiece_is_that_of_transformers(keys, tmp_path):
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    ids = {token: index for index, token in enumerate(keys["tokens"])}
+    pieces = slice(len(SPECIAL) + 256, None)
+    merges = generate_merges(ids, dict(zip(keys["tokens"][pieces], keys["scores"][pieces], strict=True)))
+    theirs = LlamaTokenizer(vocab=ids, merges=merges)
+    ours = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
+    for text in [*(text for text in TEXTS if not text.startswith((" ", "▁"))), load_austen()[:20_000]]:
+        found = ours.encode(text, add_special_tokens=False).ids
+        assert found == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(found) == theirs.decode(found, skip_special_tokens=True)
+
+
+def test_sentencepiece_written_anew_is_the_same_in_stock_transformers(keys, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
+    model = Decoder(ModelConfig(8, 8, 1, 2, len(keys["tokens"]), eos_token_id=2))
+    save_pretrained(model, tmp_path / "model", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in [*TEXTS, "<用户>the man<AI>and</s>"]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+        assert load_tokenizer(tmp_path / "model").encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_sentencepiece_finds_special_tokens_first(keys, tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
+    one, other = (as_llama_cpp_does(text, keys) for text in ("the man", "and"))
+    assert tokenizer.encode("<用户>the man<AI>and</s>").ids == [1, 3, *one, 4, *other, 2]
+    assert tokenizer.decode([1, 3, *one, 4, *other, 2]) == "<用户> the man<AI> and"
+
+
+@pytest.mark.parametrize(
+    ("changes", "around", "first"),
+    [
+        ({}, ([1], []), True),
+        ({"add_bos_token": False}, ([], []), True),
+        ({"add_eos_token": True}, ([1], [2]), True),
+        ({"add_bos_token": False, "add_eos_token": True, "eos_token_id": 4}, ([], [4]), True),
+        ({"add_space_prefix": False}, ([1], []), False),
+    ],
+)
+def test_what_sentencepiece_puts_around_a_text(changes, around, first, keys, tmp_path):
+    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys | changes, merges=None))
+    before, after = around
+    expected = as_llama_cpp_does(" the  man", keys, "▁" if first else "")
+    assert tokenizer.encode(" the  man").ids == [*before, *expected, *after]
+    assert tokenizer.decode(expected) == " the  man"
+
+
+def test_without_bytes_the_unknown_token_stands_for_what_no_piece_covers(tmp_path):
+    keys = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "▁", "a", "▁a"], "scores": [0.0] * 3 + [-2.0, -3.0, -1.0], "token_type": [2, 3, 3, 1, 1, 1]}  # fmt: skip
+    tokenizer = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
+    assert tokenizer.encode("a帽帽a").tokens == ["<s>", "▁a", "<unk>", "a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scores": None}, "lacks the key tokenizer.ggml.scores"),
+        (
+            {"scores": [1.0]},
+            r"gives 1 numbers in tokenizer.ggml.scores; expected one for each of its \d+ tokens",
+        ),
+        ({"scores": "high"}, "gives tokenizer.ggml.scores as 'high'; expected a list of numbers"),
+        ({"unknown_token_id": 10_000}, "gives tokenizer.ggml.unknown_token_id as 10000; expected an id"),
+        ({"bos_token_id": "<s>"}, "gives tokenizer.ggml.bos_token_id as '<s>'; expected an id"),
+    ],
+)
+def test_damaged_sentencepiece_is_named(changes, sentence, keys, tmp_path):
+    with pytest.raises(ValueError, match=f"a.gguf {sentence}"):
+        gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys | changes, merges=None))
+
+
+def test_scores_are_finite(keys, tmp_path):
+    scores = [math.nan, *keys["scores"][1:]]
+    with pytest.raises(ValueError, match="tokenizer.ggml.scores a number that is not finite"):
+        gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys | {"scores": scores}, merges=None))
+
+
+# A real model.
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return smollm2_file()
+
+
+TALKS = ["<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n", *TEXTS]
+
+
+def test_the_tokenizer_is_that_of_transformers(smollm2):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    ours = load_tokenizer(smollm2)
+    for text in [*TALKS, load_austen()[:20_000]]:
+        ids = ours.encode(text).ids
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids, skip_special_tokens=False) == text
+
+
+def test_text_is_split_by_the_rules_of_llama_cpp(smollm2):
+    import regex
+
+    # of LLAMA_VOCAB_PRE_TYPE_SMOLLM: one after the other
+    digits = regex.compile(r"\p{N}")
+    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)")
+
+    def cut(pattern, piece):
+        at = 0
+        for match in pattern.finditer(piece):
+            yield from (part for part in (piece[at : match.start()], match.group()) if part)
+            at = match.end()
+        if at < len(piece):
+            yield piece[at:]
+
+    splitter = gguf_tokenizer(smollm2).pre_tokenizer
+    for text in [*TALKS, "١٢٣ ½ Ⅻ 9", "a\t\tb  c \r\n x"]:
+        expected = [text[slice(*span)] for _, span in splitter.pre_tokenize_str(text)]
+        assert expected == [part for piece in cut(digits, text) for part in cut(words, piece)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("tokenizer.ggml.model", "bert", "of the kind 'bert'; byte-level ones"),
+        ("tokenizer.ggml.pre", "qwen2", "by the rules 'qwen2'; known are gpt-2 and smollm"),
+        ("tokenizer.ggml.merges", None, "lacks the key tokenizer.ggml.merges"),
+    ],
+)
+def test_tokenizers_of_other_kinds_are_refused(key, value, sentence, smollm2, monkeypatch):
+    head = read_gguf(smollm2)
+    changed = GGUFFile(head.path, head.metadata | {key: value}, head.tensors)
+    monkeypatch.setattr(module, "read_gguf", lambda path: changed)
+    with pytest.raises(ValueError, match=sentence):
+        gguf_tokenizer(head.path)
