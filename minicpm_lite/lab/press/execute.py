@@ -62,11 +62,12 @@ def run(paths: Iterable[Path], force: bool = False) -> bool:
     for path in paths:
         try:
             notebook = Notebook.read(path)
-        except ValueError as error:
+            reason = why_stale(notebook) or ("asked for" if force else None)
+        except (OSError, ValueError) as error:
             good = False
             print(error, flush=True)
             continue
-        if reason := why_stale(notebook) or ("asked for" if force else None):
+        if reason:
             stale.append((notebook.record.get("seconds", math.inf), path, reason))
         else:
             print(f"{path}: up to date", flush=True)
