@@ -86,7 +86,8 @@ def parse_cell(source: str) -> ast.Module | None:
 def _code(notebook: Notebook) -> tuple[list[ast.Module], list[Path]]:
     """All code that is the notebook's own, as syntax trees, and the modules beside it that it imports."""
     cells = [tree for _, cell in notebook.code if (tree := parse_cell(cell.source))]
-    modules = sorted(_reached(cells, notebook.path.parent).values())
+    reached = _reached(cells, notebook.path.parent)
+    modules = sorted(path for name, path in reached.items() if name.split(".")[0] != LIBRARY.name)
     return [*cells, *(_parse(module.read_bytes()) for module in modules)], modules
 
 
