@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             return app(argv, prog_name="minicpm-lite", standalone_mode=False, obj=argv) or 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except _EXPECTED as error:
+    except Exception as error:
+        if not isinstance(error, _EXPECTED) and not _out_of_memory(error):
+            raise  # a fault of ours, which its traceback helps to find
         sentence = _sentence(error)
         if first:
             print(f"minicpm-lite: {sentence}", file=sys.stderr, flush=True)
@@ -66,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
+    if _out_of_memory(error):
+        return (
+            "There is not enough memory. In training, a smaller --micro-batch takes less, and --dry-run says "
+            "how much a run takes."
+        )
     if isinstance(error, UsageError):
         said = error.format_message()
         said = said if said.endswith((".", "?")) else f"{said}."
@@ -73,3 +80,11 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}."
     return str(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it; on a CPU only its allocator's name in a RuntimeError says so."""
+    torch = sys.modules.get("torch")  # without it, it cannot have raised
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or on_gpu or on_cpu

@@ -41,7 +41,7 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for key, head in _COLUMNS.items():
         table.add_column(head, justify="left" if key == "name" else "right", no_wrap=True)
     for row in rows:

@@ -10,13 +10,13 @@ __all__ = ["tokenizer"]
 
 
 def tokenizer(
-    texts: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files")],
+    texts: Annotated[list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
     vocab_size: Annotated[
         int, typer.Option(min=256, max=1 << 24, metavar="N", help="ids, of which 256 are the bytes")
     ] = 1024,
     end: Annotated[str, typer.Option(metavar="TOKEN", help="a token that ends a document")] = "<|endoftext|>",
-    field: Annotated[str, typer.Option(help="of a .jsonl line")] = "text",
+    field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",
 ) -> None:
     """Learn a vocabulary from texts: byte-level BPE, in which any text can be written.
 

@@ -128,7 +128,8 @@ def train(
     One process trains as it is. For several, torchrun starts this command once for each GPU:
 
     \b
-      torchrun --nproc-per-node 8 -m minicpm_lite.cli train --config minicpm-1.2b --data shards --out run
+      torchrun --nproc-per-node 8 -m minicpm_lite.cli train \\
+          --config minicpm-1.2b --data shards --out run
 
     On several machines, give each the same command with torchrun's --nnodes and --rdzv-endpoint.
 
@@ -142,7 +143,8 @@ def train(
     mixed in; each folder is read on where the stable stage left it, and the stable run may go on meanwhile:
 
     \b
-      minicpm-lite train --config minicpm-1.2b --data shards:0.7 --data instructions:0.3 --out decayed \\
+      minicpm-lite train --config minicpm-1.2b --data shards:0.7 \\
+          --data instructions:0.3 --out decayed \\
           --decay-from run/step-00100000 --decay 16000
 
     --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step.
@@ -161,6 +163,8 @@ def train(
         "precision": precision, "parametrization": parametrization,
     }  # fmt: skip
     asked = {name: value for name, value in asked.items() if value is not None}
+    if decay_from and decay == 0:
+        raise ValueError("--decay is 0, and --decay-from begins a decay; give it a step at least.")
 
     def layout(cuda: bool) -> Layout:
         again = cuda if activation_checkpointing is None else activation_checkpointing
@@ -187,6 +191,8 @@ def train(
         start = on_first(lambda: _start(out, resume, resume_from, decay_from))
         cuda = device.type == "cuda"
         plan = _plan(model, recipe, asked, layout(cuda), start, world_size(), cuda)
+        if until is not None and until > plan.steps:
+            raise ValueError(f"--until is {until}, and the schedule ends at step {plan.steps}.")
         windows = _windows(data, model, plan.trainer, start)
         with torch.device("meta"):
             decoder = Decoder(model)

@@ -8,7 +8,7 @@ import typer
 __all__ = ["verify"]
 
 
-def verify(folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="shards")]) -> None:
+def verify(folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="shards")]) -> None:
     """Read shards whole and compare their checksums, after a copy for instance.
 
     Training checks them, too, but only what it reads.

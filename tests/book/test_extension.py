@@ -169,7 +169,7 @@ def test_model_table_counts_the_published_parameters(built):
 
 def test_a_command_shows_what_it_prints(built):
     page = html(built)
-    assert "$ minicpm-lite train --help" in page and "usage: minicpm-lite train" in page
+    assert "$ minicpm-lite train --help" in page and "Usage: minicpm-lite train" in page
     assert "--decay-from CHECKPOINT" in page
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from shell import says
 
 from minicpm_lite.cli import main
@@ -46,6 +47,23 @@ def test_an_interrupted_command(monkeypatch):
 
     monkeypatch.setattr("minicpm_lite.cli.models.list_configs", interrupted)
     assert main(["models"]) == 130
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda: [0] * (1 << 62), lambda: torch.empty(1 << 60)], ids=["list", "tensor"]
+)
+def test_want_of_memory_is_one_sentence(monkeypatch, capsys, ask):
+    monkeypatch.setattr("minicpm_lite.cli.models.list_configs", ask)
+    says(capsys, ["models"], "There is not enough memory")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def faulty():
+        raise KeyError("ours")
+
+    monkeypatch.setattr("minicpm_lite.cli.models.list_configs", faulty)
+    with pytest.raises(KeyError):
+        main(["models"])
 
 
 def test_completion():

@@ -295,6 +295,10 @@ def test_another_schedule_is_not_taken_for_wsd(at_home, capsys):
         ),
         (["--data", "one", "--out", "novel.txt"], "novel.txt: File exists"),
         (["--data", "one", "--out", "x", "--steps", "5", "--warmup", "9"], "9 steps of warm-up"),
+        (["--data", "one", "--out", "x", "--until", "13"], "--until is 13, and the schedule ends at step 12"),
+        (["--data", "one", "--out", "x", "--until", "0"], "Invalid value for '--until'"),
+        (["--dry-run", "--resume"], "Give --out, the folder of the run that --resume goes on with"),
+        (["--data", "one", "--out", "x", "--resume", "--resume-from", "y"], "Give --resume for the newest"),
         (
             ["--data", "wide", "--out", "x"],
             "wide was written for a vocabulary of 999 ids; this model's has 300",
@@ -335,6 +339,27 @@ def test_the_dry_run_of_a_decay(at_home, capsys):
     assert "3 steps of warm-up" in said and "7 stable, 6 of decay" in said
     says(capsys, train("--decay-from", "nowhere", "--dry-run"), "There is no checkpoint at nowhere")
     says(capsys, train("--out", "nowhere", "--resume", "--dry-run"), "no checkpoint in nowhere to resume")
+
+
+def test_a_run_goes_on_from_a_named_step(at_home, capsys):
+    """In a folder of its own; the one it came from is left as it is, and refuses what is later."""
+    run = train("--data", "one", "--micro-batch", "4")
+    assert main([*run, *STEPS, "--out", "run"]) == 0
+    before = lines(at_home / "run")
+    named = [*run, "--resume-from", "run/step-00000010"]
+    assert main([*named, "--out", "again"]) == 0
+    assert order(at_home / "again") == order(at_home / "run")[10:]
+    assert curve(at_home / "again") == curve(at_home / "run")[10:]
+    says(capsys, [*named, "--out", "run"], "holds a checkpoint of step 12, and this run is at step 10")
+    assert lines(at_home / "run") == before
+    facts = json.loads((at_home / "again" / "step-00000012" / "checkpoint.json").read_text())
+    assert facts["schedule"]["decay_steps"] == 2
+
+
+def test_a_decay_of_no_step(at_home, capsys):
+    assert main(train("--data", "one", "--out", "run", *STEPS, "--until", "10")) == 0
+    argv = train("--data", "one", "--out", "x", "--decay-from", "run/step-00000010", "--decay", "0")
+    says(capsys, argv, "--decay is 0, and --decay-from begins a decay")
 
 
 def test_a_decay_from_nowhere(at_home, capsys):

@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from minicpm_lite.cli import main
 
-COLUMNS = 78  # argparse breaks its lines there, and a page on a laptop shows as many
+COLUMNS = 80  # click breaks its lines before, and a page on a laptop shows as many
 
 
 def printed(arguments: list[str]) -> str:
@@ -20,7 +20,7 @@ def printed(arguments: list[str]) -> str:
         ValueError: it ended with an error.
 
     >>> printed(["shards", "--help"]).splitlines()[0].split()[:3]
-    ['usage:', 'minicpm-lite', 'shards']
+    ['Usage:', 'minicpm-lite', 'shards']
     """
     output, code = StringIO(), 0
     with patch.dict(os.environ, {"COLUMNS": str(COLUMNS)}), redirect_stdout(output), suppress(SystemExit):
