@@ -121,9 +121,9 @@ def test_the_longest_begin_and_what_fails_stops_nothing(tmp_path, monkeypatch, c
 
 UNITS = st.sampled_from(["it", "B", "step", " tokens", "s", "k", "", "Läufe"])
 BAR = {
-    "n": st.integers(0, 10**9) | st.floats(0, 1e9),
+    "n": st.integers(0, 10**9) | st.floats(0.5, 1e9),
     "total": st.none() | st.integers(0, 10**9),
-    "elapsed": st.floats(0, 1e6),
+    "elapsed": st.just(0) | st.floats(1e-6, 1e6),
     "ncols": st.sampled_from([None, 0, 80, 120]),
     "prefix": st.sampled_from(["", "loss 2.31", "50%|", "[00:01"]),
     "ascii": st.sampled_from([False, True, " .oO0", " |"]),
