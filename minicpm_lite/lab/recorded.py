@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from ..files import written_whole
+from ..pretrained.weights import read_json
 
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
 
@@ -83,12 +84,7 @@ def load_results(script: str | Path) -> dict:
         return {"runs": {}}
     if not path.is_file():
         raise ValueError(f"{path} is a folder, a pipe or a device; expected a file with results.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_named_once)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Restore it, or remove it to run all again."
-        ) from None
+    return read_json(path)
 
 
 def tune_rates(
@@ -125,14 +121,6 @@ def tune_rates(
 
 def _results_of(script: Path) -> Path:
     return script.with_suffix(".json")
-
-
-def _named_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in named if names.count(name) > 1)!r} stands in it twice")
-    return named
 
 
 def _timed(work: Callable[[Job], dict], job: Job) -> dict:

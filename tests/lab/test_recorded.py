@@ -56,9 +56,12 @@ def test_iterators_are_read_once_for_all_cases():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"runs": {"a": {"loss": 1, "loss": 2}}}', "'loss' stands in it twice. Restore it, or remove it"),
-        ('{"runs": {}, "runs": {}}', "'runs' stands in it twice"),
-        ('{"runs": {', "cannot be read"),
+        (
+            '{"runs": {"a": {"loss": 1, "loss": 2}}}',
+            "squares.json is not valid JSON: the name 'loss' stands there twice",
+        ),
+        ('{"runs": {}, "runs": {}}', "'runs' stands there twice"),
+        ('{"runs": {', "is not valid JSON"),
     ],
 )
 def test_results_that_are_no_longer_whole_are_refused(tmp_path, content, says):

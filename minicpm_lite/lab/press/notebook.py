@@ -89,9 +89,12 @@ class Notebook:
         """Write the file, whole or not at all.
 
         Raises:
+            ValueError: a folder, a pipe or a device has this name.
             nbformat.ValidationError: the content is not a notebook.
         """
         nbformat.validate(self.nb)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is a folder, a pipe or a device; a notebook would replace it.")
         with written_whole(self.path) as beside:
             nbformat.write(self.nb, beside)
 

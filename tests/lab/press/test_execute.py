@@ -268,6 +268,13 @@ def test_checkpoints_are_not_notebooks(tmp_path, capsys):
     assert "0 notebooks" in capsys.readouterr().out
 
 
+def test_a_notebook_does_not_replace_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "topic.ipynb")
+    with pytest.raises(ValueError, match="is a folder, a pipe or a device"):
+        Notebook(tmp_path / "topic.ipynb", new_notebook()).write()
+    assert (tmp_path / "topic.ipynb").is_fifo()
+
+
 def test_a_notebook_is_written_whole_or_not_at_all(tmp_path):
     path = notebook(tmp_path / "topic.ipynb", "1")
     before = path.read_bytes()
