@@ -231,11 +231,11 @@ def _bound(tree: ast.Module | None) -> set[str]:
 
 @cache
 def _public_names(library: Path) -> dict[str, str]:
-    """Every name in an ``__all__`` of the library, but for lab's, with the module that holds it."""
+    """Every name in an ``__all__`` of the library, with its module; not those of lab and of the commands."""
     public = {}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library.parent).with_suffix("").parts
-        if "lab" in parts:
+        if parts[1] in ("lab", "cli"):
             continue
         for node in ast.parse(path.read_bytes()).body:
             if isinstance(node, ast.Assign) and any(

@@ -341,3 +341,10 @@ def _places(value, place=()):
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     ):
         yield from _places(inside, (*place, key))
+
+
+def test_names_of_commands_may_be_used(write):
+    """`minicpm_lite.cli.tokenizer` is a command, which no chapter imports."""
+    nb = chapter()
+    nb.cells[PICTURE].source += "\ntokenizer = models = shards = 1"
+    assert problems(write(nb)) == []
