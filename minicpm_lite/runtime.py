@@ -7,7 +7,6 @@ import platform
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -82,7 +81,12 @@ def _watch() -> None:
         before, waited = waited, _waited_for_a_core()
         crowded = waited - before > _CROWDED * _LOOK_EVERY
         if crowded and wake is None:
-            wake = _keep_teams_asleep()
+            try:
+                wake = _keep_teams_asleep()
+            except RuntimeError:
+                if threading.main_thread().is_alive():
+                    raise
+                return  # the program ends, and Python starts no thread any more
         elif not crowded and wake is not None:
             wake.set()
             wake = None
@@ -102,8 +106,11 @@ def _keep_teams_asleep() -> threading.Event | None:
 
     None where PyTorch computes with one thread: a team of one waits for nobody.
     """
-    with ThreadPoolExecutor(1) as fresh:  # a thread that has asked before gets the answer of then
-        helpers = fresh.submit(torch.get_num_threads).result() - 1  # each team adds as many
+    threads = []
+    fresh = threading.Thread(target=lambda: threads.append(torch.get_num_threads()), daemon=True)
+    fresh.start()  # a thread that has asked before gets the answer of then
+    fresh.join()
+    helpers = threads[0] - 1  # each team adds as many
     if not helpers:
         return None
     wake = threading.Event()

@@ -1,5 +1,6 @@
 """Seeds, threads, and optional packages."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from minicpm_lite import runtime
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.language import generation
 from minicpm_lite.language.decoder import Decoder
@@ -109,6 +111,25 @@ def test_who_has_decided_how_threads_wait_is_left_alone(monkeypatch, variable):
     before = threading.active_count()
     calm_threads.__wrapped__()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_watcher_ends_silently_with_the_program(monkeypatch, ends):
+    """Python refuses to start threads once the main one has ended; else such an error is a fault of ours."""
+
+    def refuse():
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    waited = itertools.count()
+    monkeypatch.setattr(runtime, "_waited_for_a_core", lambda: next(waited))
+    monkeypatch.setattr(runtime, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(runtime, "_keep_teams_asleep", refuse)
+    if ends:
+        monkeypatch.setattr(threading, "main_thread", threading.Thread)  # one that does not run
+        runtime._watch()
+    else:
+        with pytest.raises(RuntimeError, match="new thread"):
+            runtime._watch()
 
 
 def run_with_two_threads(script: str) -> str:

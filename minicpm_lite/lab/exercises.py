@@ -15,11 +15,17 @@ The check is a function of asserts, written in the notebook beside the exercise:
 import functools
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..optional import require
 from .display import inline_html, show
 from .style import THEME
+
+get_ipython = require(
+    "IPython", install="minicpm_lite[notebooks]", purpose="use the book's notebooks"
+).get_ipython
 
 _LOOKS = {  # icon, and colour as red, green, blue
     "unfinished": ("✎", "154,103,0"),
@@ -86,8 +92,9 @@ class Exercise:
             return Verdict("unfinished", _UNFINISHED)
         watched = _Watched(answer) if inspect.isroutine(answer) else None
         try:
-            self._check(watched.function if watched else answer)
-        except Exception as error:  # whatever a student's code does, the notebook goes on
+            with _no_exit():
+                self._check(watched.function if watched else answer)
+        except BaseException as error:  # whatever a student's code does, the notebook goes on
             verdict = Verdict("wrong", _explain(error, watched))
         else:
             verdict = Verdict("right", inspect.getdoc(self._check) or "All checks passed.")
@@ -116,13 +123,13 @@ class _Watched:
     def __init__(self, function: Callable) -> None:
         self.file = function.__code__.co_filename if hasattr(function, "__code__") else None
         self.returned_nothing = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
         @functools.wraps(function)
         def watched(*args: object, **kwargs: object) -> object:
             try:
                 result = function(*args, **kwargs)
-            except Exception as error:
+            except BaseException as error:
                 self.error = error
                 self.returned_nothing |= isinstance(error, NotImplementedError)
                 raise
@@ -132,12 +139,34 @@ class _Watched:
         self.function = watched
 
 
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """Let ``exit()`` and ``quit()`` raise SystemExit, where IPython's own would end the kernel."""
+
+    def ask_exit() -> None:
+        raise SystemExit
+
+    shell = get_ipython()
+    if shell is None:
+        yield
+        return
+    shell.ask_exit = ask_exit
+    try:
+        yield
+    finally:
+        del shell.ask_exit
+
+
 def _is_blank(answer: object) -> bool:
     parts = answer if isinstance(answer, tuple | list) else [answer]
     return answer is None or any(part is ... for part in parts)
 
 
-def _explain(error: Exception, watched: _Watched | None) -> str:
+def _explain(error: BaseException, watched: _Watched | None) -> str:
+    if isinstance(error, SystemExit):
+        return "Your code ended the program, as `exit()` does; let it return its result instead."
+    if isinstance(error, KeyboardInterrupt):
+        return "Your code was interrupted before it gave a result; perhaps a loop in it never ends."
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if watched and error is watched.error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from .display import inline_html
@@ -35,15 +35,15 @@ class Quiz:
        b) 6
     """
 
-    def __init__(self, questions: Sequence[tuple[str, Sequence[str], int, str]]) -> None:
-        for question, options, right, _ in questions:
+    def __init__(self, questions: Iterable[tuple[str, Iterable[str], int, str]]) -> None:
+        self.questions = [(question, list(options), *rest) for question, options, *rest in questions]
+        for question, options, right, _ in self.questions:
             if len(set(options)) < max(2, len(options)):
                 raise ValueError(f"The question {question!r} needs two or more options, all different.")
             if right not in range(len(options)):
                 raise ValueError(
                     f"The right option of {question!r} is {right}; expected 0 to {len(options) - 1}."
                 )
-        self.questions = questions
 
     def __repr__(self) -> str:
         lines = [f"Quiz: {len(self.questions)} question{'s' if len(self.questions) != 1 else ''}"]

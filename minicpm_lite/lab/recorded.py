@@ -7,7 +7,7 @@ does the rest. Results go to ``recorded/TOPIC.json`` after each job, so a stoppe
 import json
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from ..files import written_whole
+from ..pretrained.weights import read_json
 
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
 
@@ -73,14 +74,22 @@ def run_jobs(
 
 
 def load_results(script: str | Path) -> dict:
-    """What `run_jobs` wrote beside a script so far; with no ``runs`` yet, if it wrote nothing."""
+    """What `run_jobs` wrote beside a script so far; with no ``runs`` yet, if it wrote nothing.
+
+    Raises:
+        ValueError: the file is not JSON, gives a name twice, or is no regular file.
+    """
     path = _results_of(Path(script))
-    return json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    if not path.exists():
+        return {"runs": {}}
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, a pipe or a device; expected a file with results.")
+    return read_json(path)
 
 
 def tune_rates(
     cases: Iterable[Case],
-    first_rates: Sequence[float],
+    first_rates: Iterable[float],
     losses_of: Callable[[list[tuple[Case, float]]], Mapping[tuple[Case, float], float]],
 ) -> dict[Case, float]:
     """The learning rate of least loss for each case, so that each side of a comparison is tuned alike.
@@ -96,7 +105,8 @@ def tune_rates(
     >>> tune_rates(["valley"], [0.01, 0.02], lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs})
     {'valley': 0.08}
     """
-    rates = {case: list(first_rates) for case in cases}
+    first_rates = list(first_rates)
+    rates = {case: first_rates.copy() for case in cases}
     while True:
         losses = losses_of([(case, rate) for case in rates for rate in rates[case]])
         best = {case: min((losses[case, rate], rate) for rate in grid)[1] for case, grid in rates.items()}

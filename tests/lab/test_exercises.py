@@ -1,6 +1,10 @@
 """Unfinished, wrong and right answers, told apart; the check itself never raises."""
 
+import builtins
+import sys
+
 import pytest
+from IPython.core.autocall import ZMQExitAutocall
 
 from minicpm_lite.lab import exercise, exercises
 
@@ -75,6 +79,62 @@ def test_wrong_function(answer, hint):
 def test_wrong_value(answer, hint):
     verdict = check_bytes.judge(answer)
     assert verdict.state == "wrong" and hint in verdict.message
+
+
+def ends_with(how):
+    def answer(x):
+        how()
+        return 4
+
+    return answer
+
+
+def raises(error):
+    raise error
+
+
+class Shell:
+    """What a kernel's shell has to do with exit()."""
+
+    ended = False
+
+    def ask_exit(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("as_method", [False, True])
+@pytest.mark.parametrize(
+    ("how", "hint"),
+    [
+        (lambda: builtins.exit(), "ended the program"),
+        (lambda: builtins.quit(), "ended the program"),
+        (lambda: sys.exit(3), "ended the program"),
+        (lambda: raises(SystemExit), "ended the program"),
+        (lambda: raises(KeyboardInterrupt), "was interrupted"),
+        (lambda: raises(GeneratorExit), "GeneratorExit"),
+    ],
+)
+def test_an_answer_that_ends_the_program_is_wrong(monkeypatch, how, hint, as_method):
+    monkeypatch.setattr("sys.stdin", None)  # exit() closes it
+    answer = (
+        type("Answer", (), {"__call__": lambda self, x: ends_with(how)(x)})() if as_method else ends_with(how)
+    )
+    verdict = check_twice.judge(answer)
+    assert verdict.state == "wrong" and hint in verdict.message
+
+
+@pytest.mark.parametrize("shell", [Shell(), None])
+def test_exit_in_a_notebook_leaves_the_kernel_alive(monkeypatch, shell):
+    """There, exit() is IPython's: it raises nothing, and asks the kernel to end."""
+    monkeypatch.setattr(exercises, "get_ipython", lambda: shell)
+    leave = ZMQExitAutocall(shell) if shell else builtins.exit
+    monkeypatch.setattr("sys.stdin", None)
+    verdict = check_twice.judge(ends_with(leave))
+    assert verdict.state == "wrong" and "as `exit()` does; let it return" in verdict.message
+    if shell:
+        assert not shell.ended
+        leave()
+        assert shell.ended, "outside of answers, exit() ends the kernel as before"
 
 
 def test_right():

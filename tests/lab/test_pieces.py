@@ -132,6 +132,15 @@ def test_an_explorer_refuses(arguments, error, says):
         lab.Explorer(**usual | arguments)
 
 
+def test_a_quiz_of_generators():
+    questions = [("2 * 3?", ["5", "6"], 1, "Two threes."), ("1 + 1?", ["2", "3"], 0, "Two.")]
+    generated = lab.Quiz(
+        (question, (option for option in options), *rest) for question, options, *rest in questions
+    )
+    assert repr(generated) == repr(lab.Quiz(questions))
+    assert generated._repr_html_() == lab.Quiz(questions)._repr_html_()
+
+
 def test_a_quiz():
     page = lab.Quiz([("Is `1 < 2`?", ["yes", "no"], 0, 'It "is".')])._repr_html_()
     assert "<code>1 &lt; 2</code>" in page and 'data-right="0"' in page and "It &quot;is&quot;." in page

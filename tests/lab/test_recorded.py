@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -45,6 +46,35 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
     assert runs["square/2"]["square"] == "not computed again"
     assert runs["square/5"]["square"] == 25  # done before the failure, and kept
     assert list(script.parent.iterdir()) == [script.with_suffix(".json")]  # nothing half written
+
+
+def test_iterators_are_read_once_for_all_cases():
+    losses_of = lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs}  # noqa: E731
+    assert tune_rates(iter("ab"), iter([0.01, 0.02]), losses_of) == {"a": 0.08, "b": 0.08}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            '{"runs": {"a": {"loss": 1, "loss": 2}}}',
+            "squares.json is not valid JSON: the name 'loss' stands there twice",
+        ),
+        ('{"runs": {}, "runs": {}}', "'runs' stands there twice"),
+        ('{"runs": {', "is not valid JSON"),
+    ],
+)
+def test_results_that_are_no_longer_whole_are_refused(tmp_path, content, says):
+    (tmp_path / "squares.json").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        load_results(tmp_path / "squares.py")
+
+
+def test_a_pipe_is_neither_read_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "squares.json")
+    with pytest.raises(ValueError, match=r"squares\.json is a folder, a pipe or a device"):
+        run_jobs(tmp_path / "squares.py", [Square(2)], square, {}, workers=1)
+    assert (tmp_path / "squares.json").is_fifo()
 
 
 def test_rates_are_tuned_until_the_best_lies_inside_the_grid():

@@ -30,8 +30,14 @@ nbformat = require("nbformat", install=INSTALL, purpose="run notebooks")
 _manager = require("jupyter_client.manager", install=INSTALL, purpose="run notebooks")
 _kernelspec = require("ipykernel.kernelspec", install=INSTALL, purpose="run notebooks")
 
-# What tqdm writes: "40%|████      | 4/10 [00:01<00:01, 3.9it/s]", or without a total "4it [00:01, 3.9it/s]".
-PROGRESS_BAR = re.compile(r"\d+%\|[^|\n]*\| *\S+/\S+ \[[\d:]+<|\d+(?:it|B) \[[\d:]+, ")
+# What tqdm writes: "40%|████      | 4/10 [00:01<00:01, 3.90it/s]", without a total "4it [00:01, 3.90it/s]".
+# The unit, here "it", may be any word, or none.
+PROGRESS_BAR = re.compile(
+    r"""\d+%(?:\|.*\|)?\ *\S+/\S+\ \[[\d:]+<
+      | \d[\d.]{0,20}[kMGTPEZY]?(?P<unit>[^\[\n]{0,30})\ \[[\d:]+,
+        \ *(?:\?|\d[\d.]*[kMGTPEZY]?)(?:(?P=unit)/s|s/(?P=unit))""",
+    re.VERBOSE,
+)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,16}")
@@ -62,11 +68,12 @@ def run(paths: Iterable[Path], force: bool = False) -> bool:
     for path in paths:
         try:
             notebook = Notebook.read(path)
-        except ValueError as error:
+            reason = why_stale(notebook) or ("asked for" if force else None)
+        except (OSError, ValueError) as error:
             good = False
             print(error, flush=True)
             continue
-        if reason := why_stale(notebook) or ("asked for" if force else None):
+        if reason:
             stale.append((notebook.record.get("seconds", math.inf), path, reason))
         else:
             print(f"{path}: up to date", flush=True)
@@ -137,7 +144,7 @@ def normalise(nb: "nbformat.NotebookNode") -> None:
 
 def _normal(output: "nbformat.NotebookNode") -> "nbformat.NotebookNode | None":
     if output.output_type == "stream":
-        lines = [line for line in output.text.splitlines(keepends=True) if not PROGRESS_BAR.search(line)]
+        lines = [line for line in output.text.splitlines(keepends=True) if not _is_bar(line)]
         output.text = _ADDRESS.sub("at 0x...", "".join(lines))
         return output if output.name == "stdout" and output.text else None
     data = output.get("data", {})
@@ -146,6 +153,11 @@ def _normal(output: "nbformat.NotebookNode") -> "nbformat.NotebookNode | None":
     if "text/plain" in data:
         data["text/plain"] = _ADDRESS.sub("at 0x...", data["text/plain"])
     return None if PROGRESS_BAR.search(data.get("text/plain", "")) else output
+
+
+def _is_bar(line: str) -> bool:
+    """Whether a line is a progress bar, or the blanks that wiped one out."""
+    return bool(PROGRESS_BAR.search(line)) or (line.isspace() and line.endswith("\r"))
 
 
 def _settled(measured: int, earlier: int | None, slack: int) -> int:

@@ -29,9 +29,9 @@ def problems(path: Path) -> list[str]:
     """Everything that keeps a notebook from being committed, a sentence each; empty if nothing does."""
     try:
         notebook = Notebook.read(path)
-    except ValueError as error:
+        return [problem for gate in GATES for problem in gate(notebook)]
+    except (OSError, ValueError) as error:
         return [str(error)]
-    return [problem for gate in GATES for problem in gate(notebook)]
 
 
 def student_problems(path: Path) -> list[str]:
@@ -231,11 +231,11 @@ def _bound(tree: ast.Module | None) -> set[str]:
 
 @cache
 def _public_names(library: Path) -> dict[str, str]:
-    """Every name in an ``__all__`` of the library, but for lab's, with the module that holds it."""
+    """Every name in an ``__all__`` of the library, with its module; not those of lab and of the commands."""
     public = {}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library.parent).with_suffix("").parts
-        if "lab" in parts:
+        if parts[1] in ("lab", "cli"):
             continue
         for node in ast.parse(path.read_bytes()).body:
             if isinstance(node, ast.Assign) and any(
@@ -264,6 +264,9 @@ class _Elements(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        return self.parse_bogus_comment(i, report)  # as browsers do; the method of the class may raise
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attributes)))

@@ -9,8 +9,44 @@ from ...files import written_whole
 from ...optional import require
 
 nbformat = require("nbformat", install="minicpm_lite[notebooks]", purpose="read notebooks")
+jsonschema = require("jsonschema", install="minicpm_lite[notebooks]", purpose="read notebooks")
 
 KEY = "minicpm_lite"  # in the notebook's metadata: stamp, version, seconds, peak_memory_mb, device
+
+# The metadata that the modules of press read, and that the format of notebooks leaves open.
+_FIGURE, _TEXT = {"type": "integer"}, {"type": "string"}
+_METADATA = {
+    "properties": {
+        "metadata": {
+            "properties": {
+                KEY: {
+                    "type": "object",
+                    "properties": {
+                        "stamp": {"type": "object", "additionalProperties": _TEXT},
+                        "seconds": _FIGURE,
+                        "peak_memory_mb": _FIGURE,
+                    },
+                }
+            }
+        },
+        "cells": {
+            "items": {
+                "properties": {
+                    "metadata": {
+                        "properties": {
+                            "mystnb": {
+                                "type": "object",
+                                "properties": {
+                                    "image": {"type": "object", "properties": {"alt": _TEXT}},
+                                },
+                            }
+                        }
+                    }
+                }
+            }
+        },
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -26,24 +62,39 @@ class Notebook:
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it holds no notebook.
+            ValueError: it is no file, or holds no notebook, or one with metadata that we do not understand.
         """
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is not a notebook: it is a folder, a pipe, or a link that leads nowhere."
+            )
         try:
             nb = nbformat.read(path, as_version=4)
             nbformat.validate(nb)
         except OSError:
             raise
         except Exception as error:  # nbformat lets through whatever its steps stumble over
-            raise ValueError(f"{path} is not a notebook: {str(error).strip().splitlines()[0]}") from error
+            said = str(error).strip() or type(error).__name__
+            raise ValueError(f"{path} is not a notebook: {said.splitlines()[0]}") from error
+        try:
+            jsonschema.validate(nb, _METADATA)
+        except jsonschema.ValidationError as error:
+            place = error.json_path.removeprefix("$.")
+            raise ValueError(
+                f"{path} has metadata of another kind than ours: {place}: {error.message}."
+            ) from None
         return cls(path, nb)
 
     def write(self) -> None:
         """Write the file, whole or not at all.
 
         Raises:
+            ValueError: a folder, a pipe or a device has this name.
             nbformat.ValidationError: the content is not a notebook.
         """
         nbformat.validate(self.nb)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is a folder, a pipe or a device; a notebook would replace it.")
         with written_whole(self.path) as beside:
             nbformat.write(self.nb, beside)
 

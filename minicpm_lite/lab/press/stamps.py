@@ -1,22 +1,27 @@
-"""Stamps: do a notebook's stored outputs still belong to its code, the library and its recorded runs?
+"""Stamps: do a notebook's stored outputs still belong to its code, the library and the files it uses?
 
 A stamp holds three hashes, so that a stale one says why:
 
 - ``cells``: source and tags of the code cells. Not the prose, not the outputs.
-- ``library``: every module of minicpm_lite that the cells reach through imports, as syntax trees without
-  docstrings and comments; the configs they load; and the folder ``assets`` beside a module that names it.
-- ``recorded``: the recorded runs beside the notebook (``recorded/TOPIC*``), and others it names in its code.
+- ``library``: every module of minicpm_lite that the code reaches through imports, as syntax trees without
+  docstrings and comments; the configs it loads; and the folder ``assets`` beside a module that names it.
+- ``recorded``: the files beside the notebook that its code uses. These are its recorded runs
+  (``recorded/TOPIC*``), the modules it imports from its folder, and the files it names.
 
-Imports are followed by static analysis, and by name through a package's ``__init__``: ``from minicpm_lite
-import load_config`` reaches ``minicpm_lite.config``, not everything the package offers. Modules imported by
-computed names are not seen. A config counts if its name stands in a ``load_config("...")``; where the name is
-computed, all count.
+The code is that of the cells and of the modules beside the notebook. It is read, not run. Imports are
+followed by name through a package's ``__init__``: ``from minicpm_lite import load_config`` reaches
+``minicpm_lite.config``, not everything the package offers. A config counts if its name stands in a
+``load_config("...")``; where the name is computed, all count. A file counts if a string is its path, or fits
+it where it is computed in part (``f"recorded/{name}.json"``); in a folder that is named as one
+(``Path("pictures")`` or ``"pictures/"``) all files count. Names that are computed as a whole are not seen.
 """
 
 import ast
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from functools import cache
+from glob import glob
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -24,26 +29,29 @@ from IPython.core.inputtransformer2 import TransformerManager
 from .notebook import Notebook, tags
 
 LIBRARY = Path(__file__).parents[2]
-_READS_ONE_CONFIG = {"load_config", "load_recipe"}
+_READS_ONE_CONFIG = {"load_config", "load_recipe", "load_rope_scaling"}
 _READS_CONFIGS = {*_READS_ONE_CONFIG, "list_configs"}
 
 
 def stamp(notebook: Notebook, library: Path = LIBRARY) -> dict[str, str]:
     """The stamp that the notebook would get if it ran now."""
     cells = [(cell.source.rstrip(), sorted(tags(cell))) for _, cell in notebook.code]
-    trees = _trees(notebook)
-    modules = _reached(trees, library)
+    trees, beside = _code(notebook)
+    modules = _reached(trees, library.parent, library.name)
     code = {name: _meaning(path.read_bytes()) for name, path in sorted(modules.items())}
     readers = [
         _parse(path.read_bytes()) for name, path in modules.items() if name != f"{library.name}.config"
     ]
     files = {path.name: _hash(path.read_bytes()) for path in _configs([*trees, *readers], library)}
     files |= {str(path.relative_to(library)): _hash(path.read_bytes()) for path in _assets(modules.values())}
-    recorded = {path.name: _hash(path.read_bytes()) for path in recorded_files(notebook)}
+    used = {
+        os.path.relpath(path, notebook.path.parent / "recorded"): _hash(path.read_bytes())
+        for path in _used(notebook, trees, beside)
+    }
     return {
         "cells": _hash(repr(cells).encode()),
         "library": _hash(repr((code, files)).encode()),
-        "recorded": _hash(repr(recorded).encode()),
+        "recorded": _hash(repr(used).encode()),
     }
 
 
@@ -56,22 +64,15 @@ def why_stale(notebook: Notebook, library: Path = LIBRARY) -> str | None:
     reasons = {
         "cells": "its code cells changed",
         "library": "library modules or configs it uses changed",
-        "recorded": "its recorded runs changed",
+        "recorded": "recorded runs or other files beside it that it uses changed",
     }
     changed = [reason for part, reason in reasons.items() if stored.get(part) != now[part]]
     return ", and ".join(changed) or None
 
 
-def recorded_files(notebook: Notebook) -> list[Path]:
-    """The recorded runs a notebook reads: those of its own name, and those its code names ("…recorded/…")."""
-    folder, topic = notebook.path.parent, notebook.path.stem
-    named = [
-        folder / node.value
-        for tree in _trees(notebook)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "recorded/" in node.value
-    ]
-    return sorted({file for file in [*folder.glob(f"recorded/{topic}*"), *named] if file.is_file()})
+def used_files(notebook: Notebook) -> list[Path]:
+    """The files beside a notebook that it uses: its recorded runs, modules it imports, and files it names."""
+    return _used(notebook, *_code(notebook))
 
 
 def parse_cell(source: str) -> ast.Module | None:
@@ -82,8 +83,62 @@ def parse_cell(source: str) -> ast.Module | None:
         return None
 
 
-def _trees(notebook: Notebook) -> list[ast.Module]:
-    return [tree for _, cell in notebook.code if (tree := parse_cell(cell.source))]
+def _code(notebook: Notebook) -> tuple[list[ast.Module], list[Path]]:
+    """All code that is the notebook's own, as syntax trees, and the modules beside it that it imports."""
+    cells = [tree for _, cell in notebook.code if (tree := parse_cell(cell.source))]
+    reached = _reached(cells, notebook.path.parent)
+    modules = sorted(path for name, path in reached.items() if name.split(".")[0] != LIBRARY.name)
+    return [*cells, *(_parse(module.read_bytes()) for module in modules)], modules
+
+
+def _used(notebook: Notebook, trees: list[ast.Module], modules: list[Path]) -> list[Path]:
+    folder = notebook.path.parent
+    named = {file for tree in trees for pattern in _paths(tree) for file in _matching(pattern, folder)}
+    recorded = {file for file in folder.glob(f"recorded/{notebook.path.stem}*") if file.is_file()}
+    return sorted(recorded | {*modules} | named)
+
+
+def _paths(node: ast.AST) -> Iterator[str]:
+    """Strings of some code that may be paths, with ``*`` for what is computed and ``/`` after ``Path(...)``.
+
+    >>> list(_paths(ast.parse('open(f"runs/{name}.json"), Path("runs") / "a.txt", Path("runs").iterdir()')))
+    ['runs/*.json', 'runs/a.txt', 'runs/']
+    """
+    path = _path(node)
+    if path is not None:
+        yield path + "/" * isinstance(node, ast.Call)
+    for child in ast.iter_child_nodes(node):
+        if path is None or _path(child) is None:  # else it is a part of the path
+            yield from _paths(child)
+
+
+def _path(node: ast.AST) -> str | None:
+    """A string, an f-string, ``Path(...)`` or ``a / b``, as a path; None for other code."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_path(part) or "*" for part in node.values)
+    if isinstance(node, ast.Call) and _name(node.func, {}) == "Path" and node.args:
+        return "/".join(_path(part) or "*" for part in node.args)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        left, right = _path(node.left), _path(node.right)
+        return f"{left or '*'}/{right or '*'}" if left or right else None
+    return None
+
+
+def _matching(pattern: str, folder: Path) -> Iterator[Path]:
+    """The files that a path leads to from a notebook's folder, or all in the folder that it leads to.
+
+    Only those of the book's notebooks: in this folder, or in that of another part.
+    """
+    if os.path.isabs(pattern) or not pattern.isprintable() or not any(map(str.isalnum, pattern)):
+        return
+    for found in glob(pattern.rstrip("/"), root_dir=folder, recursive=True):
+        place = Path(os.path.normpath(folder / found))
+        for file in place.rglob("*") if place.is_dir() and "/" in pattern else [place]:
+            ours = file.absolute().is_relative_to(folder.absolute().parent)
+            if ours and file.is_file() and file.suffix != ".ipynb" and "__pycache__" not in file.parts:
+                yield file
 
 
 def _hash(content: bytes) -> str:
@@ -92,7 +147,11 @@ def _hash(content: bytes) -> str:
 
 @cache  # many notebooks reach the same modules
 def _parse(source: bytes) -> ast.Module:
-    return ast.parse(source)
+    """The syntax tree of a module, without anything if it is not Python."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError):  # the second for null bytes
+        return ast.Module([], [])
 
 
 @cache
@@ -118,36 +177,44 @@ def _skeleton(node: object) -> object:
     return (type(node).__name__, *((name, _skeleton(value)) for name, value in kept.items()))
 
 
-def _reached(trees: list[ast.Module], library: Path) -> dict[str, Path]:
-    """Every module of the library that some code reaches through imports, with its file."""
+def _reached(trees: list[ast.Module], home: Path, top: str | None = None) -> dict[str, Path]:
+    """Every module in a folder that some code reaches through imports, with its file.
+
+    Args:
+        home: the folder, from which Python imports.
+        top: the one package in it that counts; left out, all do.
+    """
     reached: dict[str, Path] = {}
-    waiting = [target for tree in trees for target in _imports(tree, "", library)]
+    waiting = [target for tree in trees for target in _imports(tree, "", top)]
     followed = set()
     while waiting:
         module, name = waiting.pop()
-        if (module, name) in followed or not (file := _file(module, library)):
+        if (module, name) in followed:
             continue
         followed.add((module, name))
         for parent in _parents(module):  # importing a module runs the packages above it
-            reached[parent] = _file(parent, library)
-        reached[module] = file
-        if name and _file(f"{module}.{name}", library):
+            if above := _file(parent, home):
+                reached[parent] = above
+        file = _file(module, home)
+        if file:
+            reached[module] = file
+        if name and _file(f"{module}.{name}", home):
             waiting.append((f"{module}.{name}", None))
-            continue
-        offered = _imports(_parse(file.read_bytes()), _package(module, file), library, bound=name)
-        if name and not offered:  # the module defines the name itself
-            offered = [(module, None)]
-        waiting += offered
+        elif file:
+            offered = _imports(_parse(file.read_bytes()), _package(module, file), top, bound=name)
+            # without an offer the module defines the name itself
+            waiting += [(module, None)] if name and not offered else offered
     return reached
 
 
 def _imports(
-    tree: ast.Module, package: str, library: Path, bound: str | None = None
+    tree: ast.Module, package: str, top: str | None, bound: str | None = None
 ) -> list[tuple[str, str | None]]:
-    """What some code imports from the library, as (module, name in it or None for all of it).
+    """What some code imports, as (module, name in it or None for all of it).
 
     Args:
         package: what relative imports are relative to.
+        top: look only for modules of this package.
         bound: look only for the import that binds this name.
     """
     found = []
@@ -160,11 +227,11 @@ def _imports(
             for alias in node.names:
                 if bound in (None, alias.asname or alias.name) or alias.name == "*":
                     found.append((module, bound if alias.name == "*" else alias.name))
-    return [(module, name) for module, name in found if module.split(".")[0] == library.name]
+    return [(module, name) for module, name in found if top in (None, module.split(".")[0])]
 
 
-def _file(module: str, library: Path) -> Path | None:
-    base = library.joinpath(*module.split(".")[1:])
+def _file(module: str, home: Path) -> Path | None:
+    base = home.joinpath(*module.split("."))
     candidates = (base / "__init__.py", base.with_name(base.name + ".py"))
     return next((file for file in candidates if file.is_file()), None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...optional import require
 from .notebook import KEY, Notebook
-from .stamps import recorded_files
+from .stamps import used_files
 
 _nbconvert = require(
     "nbconvert.preprocessors", install="minicpm_lite[notebooks]", purpose="make a student's copy"
@@ -38,22 +38,23 @@ def student_copy(notebook: Notebook, path: Path) -> Notebook:
 
 
 def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
-    """Write a copy of each notebook, and the recorded runs it reads, to `out`, in folders of the same names.
+    """Write copies of notebooks, and of the files beside them that they use, to folders in `out`.
 
     Raises:
-        FileExistsError: a copy would overwrite a file, perhaps a student's work.
+        FileExistsError: a copy would overwrite a file, perhaps a student's work; nothing was written.
+        OSError, ValueError: something cannot be read or is no notebook; nothing was written.
     """
-    written = []
+    copies = {}
     for path in paths:
         target = out / path.resolve().parent.name / path.name
         if target.exists():
             raise FileExistsError(f"{target} exists already; remove it, or give another folder.")
+        copies[target] = Notebook.read(path)
+    for target, notebook in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        notebook = Notebook.read(path)
         student_copy(notebook, target).write()
-        for file in recorded_files(notebook):
-            beside = target.parent / os.path.relpath(file, path.parent)
+        for file in used_files(notebook):
+            beside = target.parent / os.path.relpath(file, notebook.path.parent)
             beside.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, beside)
-        written.append(target)
-    return written
+    return list(copies)

@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import re
 import sys
 
 import nbformat
 import pytest
 from conftest import code
-from nbformat.v4 import new_notebook
+from hypothesis import given
+from hypothesis import strategies as st
+from nbformat.v4 import new_notebook, new_output
 from tqdm import tqdm
 
 from minicpm_lite.lab.press import execute
@@ -22,10 +25,13 @@ CELLS = [
     "display(ipywidgets.IntSlider()._repr_mimebundle_() | {'text/html': '<b>1</b>'}, raw=True)",
     "import torch\n\nmemory = bytearray(200_000_000)\n"
     f"print(sys.executable == {sys.executable!r}, torch.get_num_threads())",
+    "from minicpm_lite.lab import exercise\n\n"
+    "print(exercise('exits')(lambda answer: answer()).judge(lambda: exit()).state)",
 ]
 
 
 def notebook(path, *sources):
+    path.parent.mkdir(parents=True, exist_ok=True)
     cells = [code(source) for source in sources]
     for place, cell in enumerate(cells):
         cell.id = f"cell-{place}"
@@ -68,7 +74,8 @@ def test_a_run_keeps_what_is_the_same_and_drops_the_rest(after_a_run):
         {"text/html": "<b>1</b>", "text/plain": "IntSlider(value=0)"}
     ]
     assert [output.text for output in outputs[3]] == ["True 1\n"], "this interpreter, one thread"
-    assert [cell.execution_count for cell in nb.cells] == [1, 2, 3, 4]
+    assert [output.text for output in outputs[4]] == ["wrong\n"], "an answer that calls exit() ends nothing"
+    assert [cell.execution_count for cell in nb.cells] == [1, 2, 3, 4, 5]
     assert set(nb.metadata) == {"kernelspec", "language_info", KEY}
     record = nb.metadata[KEY]
     assert set(record) == {"stamp", "version", "seconds", "peak_memory_mb", "device"}
@@ -112,20 +119,64 @@ def test_the_longest_begin_and_what_fails_stops_nothing(tmp_path, monkeypatch, c
     assert after.keys() == before.keys() and unchanged == {"broken", "fails"}
 
 
+UNITS = st.sampled_from(["it", "B", "step", " tokens", "s", "k", "", "Läufe"])
+BAR = {
+    "n": st.integers(0, 10**9) | st.floats(0.5, 1e9),
+    "total": st.none() | st.integers(0, 10**9),
+    "elapsed": st.just(0) | st.floats(1e-6, 1e6),
+    "ncols": st.sampled_from([None, 0, 80, 120]),
+    "prefix": st.sampled_from(["", "loss 2.31", "50%|", "[00:01"]),
+    "ascii": st.sampled_from([False, True, " .oO0", " |"]),
+    "unit": UNITS,
+    "unit_scale": st.sampled_from([False, True]),
+    "unit_divisor": st.sampled_from([1000, 1024]),
+    "rate": st.none() | st.floats(1e-6, 1e9),
+    "postfix": st.sampled_from([None, "loss=2.3", "[1, 2]"]),
+    "colour": st.sampled_from([None, "green"]),
+}
+
+
+@given(st.fixed_dictionaries(BAR))
+def test_whatever_tqdm_writes_is_found(settings):
+    bar = tqdm.format_meter(**settings)
+    assert execute.PROGRESS_BAR.search(bar), bar
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"total": 9_000_000, "unit_scale": True}, {"total": None}, {"unit": "B"}]
+    "options",
+    [{}, {"total": 9_000_000, "unit_scale": True}, {"total": None, "unit": "step"}, {"leave": False}],
 )
-def test_bars_of_every_kind_are_found(options):
-    written = io.StringIO()
+def test_a_bar_goes_and_what_is_printed_around_it_stays(options):
+    written = io.StringIO("before\n")
+    written.seek(0, io.SEEK_END)
     for _ in tqdm(iter(range(3)), file=written, desc="loss 2.31", **{"total": 3} | options):
         pass
-    bars = [line for line in written.getvalue().split("\r") if line.strip()]
-    assert bars and all(map(execute.PROGRESS_BAR.search, bars)), bars
+    written.write("after\n")
+    assert printed(written.getvalue()) == "before\nafter\n"
+
+
+CELLS_OF_TABLES = st.sampled_from(
+    ["web", "50%", "7%", "1/2", "3 steps", "[sic]", "[00:10]", "3.9it/s", "5it [sic]", "9,970 step/s", "████"]
+)
+
+
+@given(st.lists(st.lists(CELLS_OF_TABLES, min_size=2), min_size=1), st.sampled_from(["|", " | ", "| ", "  "]))
+def test_tables_stay(rows, between):
+    table = "".join(f"| {between.join(row)} |\n" for row in rows)
+    assert printed(table) == table
 
 
 def test_printed_lines_that_look_like_bars_stay():
-    lines = ["| 50%| half of the steps |", "5it [sic]", "30%|70% split", "kept 50%| 1/2 of the pages"]
-    assert not any(map(execute.PROGRESS_BAR.search, lines))
+    lines = ["| 50%| half of the steps |", "5it [sic]", "30%|70% split", "kept 50%| 1/2 of the pages", " "]
+    assert printed("\n".join(lines)) == "\n".join(lines)
+
+
+def printed(text):
+    """What a notebook keeps of what a cell printed."""
+    cell = code("x")
+    cell.outputs = [new_output("stream", name="stdout", text=text)]
+    execute.normalise(new_notebook(cells=[cell]))
+    return "".join(output.text for output in cell.outputs)
 
 
 def test_measured_figures_settle():
@@ -152,11 +203,76 @@ def test_a_broken_notebook_does_not_end_the_check_of_the_others(tmp_path, capsys
     assert f"{tmp_path / 'topic.ipynb'}: The outputs are stale" in said
 
 
+@pytest.mark.parametrize("kind", ["link to nothing", "folder", "pipe"])
+def test_what_is_no_file_does_not_end_the_check_of_the_others(tmp_path, capsys, kind):
+    odd = tmp_path / "odd.ipynb"
+    make = {
+        "link to nothing": lambda: odd.symlink_to("nowhere"),
+        "folder": odd.mkdir,
+        "pipe": lambda: os.mkfifo(odd),
+    }
+    make[kind]()
+    notebook(tmp_path / "topic.ipynb", "1")
+    assert main(["check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{odd} is not a notebook: it is a folder, a pipe, or a link that leads nowhere." in said
+    assert f"{tmp_path / 'topic.ipynb'}: The outputs are stale" in said
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("metadata", {KEY: ["x"]}, "metadata.minicpm_lite: ['x'] is not of type 'object'"),
+        (
+            "metadata",
+            {KEY: {"seconds": "many"}},
+            "metadata.minicpm_lite.seconds: 'many' is not of type 'integer'",
+        ),
+        ("cell", {"mystnb": "x"}, "cells[0].metadata.mystnb: 'x' is not of type 'object'"),
+        (
+            "cell",
+            {"mystnb": {"image": {"alt": 3}}},
+            "cells[0].metadata.mystnb.image.alt: 3 is not of type 'string'",
+        ),
+    ],
+)
+def test_odd_metadata_is_named(tmp_path, where, value, says):
+    content = json.loads(notebook(tmp_path / "topic.ipynb", "1").read_text())
+    (content["cells"][0] if where == "cell" else content)["metadata"] = value
+    (tmp_path / "topic.ipynb").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=re.escape(f"topic.ipynb has metadata of another kind than ours: {says}.")
+    ):
+        Notebook.read(tmp_path / "topic.ipynb")
+
+
+def test_students_get_all_copies_or_none(tmp_path, capsys):
+    notebook(tmp_path / "book" / "a.ipynb", "import helper\nopen('data/x.csv')")
+    (tmp_path / "book" / "helper.py").write_text("")
+    (tmp_path / "book" / "data").mkdir()
+    (tmp_path / "book" / "data" / "x.csv").write_text("")
+    (tmp_path / "book" / "z.ipynb").write_text("{")
+    command = ["student", str(tmp_path / "out"), str(tmp_path / "book")]
+    assert main(command) == 2 and "z.ipynb is not a notebook" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "book" / "z.ipynb").unlink()
+    assert main(command) == 0
+    copied = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert copied == {"book/a.ipynb", "book/helper.py", "book/data/x.csv"}, "all that the copy runs with"
+
+
 def test_checkpoints_are_not_notebooks(tmp_path, capsys):
     (tmp_path / ".ipynb_checkpoints").mkdir()
     notebook(tmp_path / ".ipynb_checkpoints" / "topic-checkpoint.ipynb", "1")
     assert main(["check", str(tmp_path)]) == 0
     assert "0 notebooks" in capsys.readouterr().out
+
+
+def test_a_notebook_does_not_replace_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "topic.ipynb")
+    with pytest.raises(ValueError, match="is a folder, a pipe or a device"):
+        Notebook(tmp_path / "topic.ipynb", new_notebook()).write()
+    assert (tmp_path / "topic.ipynb").is_fifo()
 
 
 def test_a_notebook_is_written_whole_or_not_at_all(tmp_path):

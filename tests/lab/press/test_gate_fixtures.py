@@ -1,5 +1,9 @@
 """Each gate refuses the notebook it is there for, and no other gate does; the clean chapter passes all."""
 
+import copy
+import json
+import random
+
 import nbformat
 import pytest
 from conftest import (
@@ -14,6 +18,7 @@ from conftest import (
     WRONG,
     chapter,
     code,
+    sealed,
 )
 from nbformat.v4 import new_markdown_cell, new_output
 
@@ -288,3 +293,58 @@ def test_a_solution_left_in_a_students_copy_is_found(write, tmp_path, cell, says
     copy.write()
     [problem] = student_problems(copy.path)
     assert says in problem
+
+
+ODD = (
+    None,
+    True,
+    7,
+    -1.5,
+    float("nan"),
+    "x",
+    "",
+    [],
+    ["x"],
+    {},
+    {"x": 1},
+    [[1]],
+    "<![x[ <img",
+    "\ud800",
+    "\0",
+    "import (",
+)
+
+
+def test_no_value_in_a_notebook_ends_a_check(tmp_path):
+    """Any one or two values of the file are replaced by odd ones; problems are sentences, never errors."""
+    spoiled = chapter()
+    spoiled.cells[0].metadata["mystnb"] = {"image": {"alt": "x"}}
+    path = sealed(spoiled, tmp_path / "topic.ipynb")
+    good, chance = json.loads(path.read_text()), random.Random(0)
+    places = [place for place in _places(good) if place]
+    for _ in range(150):
+        content = copy.deepcopy(good)
+        for place in chance.sample(places, chance.choice([1, 2])):
+            *above, last = place
+            holder = content
+            for key in above:
+                holder = holder[key] if isinstance(holder, dict | list) else None
+            if isinstance(holder, dict | list):
+                holder[last] = chance.choice(ODD)
+        path.write_text(json.dumps(content))
+        assert all(isinstance(problem, str) for problem in problems(path))
+
+
+def _places(value, place=()):
+    yield place
+    for key, inside in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
+        yield from _places(inside, (*place, key))
+
+
+def test_names_of_commands_may_be_used(write):
+    """`minicpm_lite.cli.tokenizer` is a command, which no chapter imports."""
+    nb = chapter()
+    nb.cells[PICTURE].source += "\ntokenizer = models = shards = 1"
+    assert problems(write(nb)) == []

@@ -1,14 +1,21 @@
 """A stamp notices what can change an output, and nothing else."""
 
+import doctest
+import inspect
+import typing
+from pathlib import Path
+
 import pytest
 from conftest import PICTURE, START, chapter
 
+from minicpm_lite import config
+from minicpm_lite.lab.press import stamps
 from minicpm_lite.lab.press.notebook import Notebook
-from minicpm_lite.lab.press.stamps import recorded_files, stamp, why_stale
+from minicpm_lite.lab.press.stamps import stamp, used_files, why_stale
 
 MODULES = {
     "__init__.py": "from .config import load_config\n",
-    "config.py": "def load_config(name):\n    return open(name)\n",
+    "config.py": "def load_config(name):\n    return open(name)\n\n\nload_rope_scaling = load_config\n",
     "configs/small.yaml": "model: 1",
     "configs/large.yaml": "model: 2",
     "data/__init__.py": "",
@@ -87,6 +94,10 @@ def test_code_and_tags_count_but_prose_and_outputs_do_not(notebook):
         ("from minicpm_lite import load_config\nload_config(name)", {"config.py"} | CONFIGS),
         ("from minicpm_lite import load_config as lc\nlc('small')", {"config.py", "configs/small.yaml"}),
         ("from minicpm_lite import load_config as lc\nread = lc\nread('small')", {"config.py"} | CONFIGS),
+        (
+            "from minicpm_lite.config import load_rope_scaling\nload_rope_scaling('large')",
+            {"config.py", "configs/large.yaml"},
+        ),
         ("from minicpm_lite.data.texts import read", {"data/texts.py", "data/assets/novels/emma.txt"}),
     ],
 )
@@ -125,7 +136,7 @@ def test_recorded_runs_count(notebook, tmp_path):
     for file in ("recorded/topic.json", "recorded/stranger.json", "other/recorded/model.json"):
         (tmp_path / file).write_text("[1]")
     topic = notebook("x = 1", 'open("other/recorded/model.json")')
-    assert [file.name for file in recorded_files(topic)] == ["model.json", "topic.json"]
+    assert [file.name for file in used_files(topic)] == ["model.json", "topic.json"]
     before = stamp(topic)
     (tmp_path / "recorded" / "stranger.json").write_text("[2]")
     assert stamp(topic) == before
@@ -141,4 +152,98 @@ def test_a_stale_notebook_says_why(write, tmp_path):
     (tmp_path / "recorded").mkdir()
     (tmp_path / "recorded" / "topic.json").write_text("[]")
     topic.nb.cells[START].source += "\n1"
-    assert why_stale(topic) == "its code cells changed, and its recorded runs changed"
+    assert why_stale(topic) == (
+        "its code cells changed, and recorded runs or other files beside it that it uses changed"
+    )
+
+
+def test_the_example_holds():
+    assert doctest.testmod(stamps).failed == 0
+
+
+def test_every_reader_of_configs_is_known():
+    """Whatever takes the name of a config, or gives the names of all."""
+    public = {
+        name: function
+        for name, function in vars(config).items()
+        if inspect.isfunction(function) and function.__module__ == config.__name__ and name[0] != "_"
+    }
+    by_name = {
+        name for name, function in public.items() if typing.get_type_hints(function).get("name") == str | Path
+    }
+    assert by_name == stamps._READS_ONE_CONFIG
+    assert stamps._READS_CONFIGS - by_name == {"list_configs"}
+
+
+BESIDE = {
+    "helper.py": "import deeper\nx = 1\n",
+    "deeper.py": "from minicpm_lite.language.rope import turn\nopen('numbers.csv')\n",
+    "tools/__init__.py": "",
+    "tools/draw.py": "from . import colors\n",
+    "tools/colors.py": "red = 1\n",
+    "recorded/shared.py": "x = 1\n",
+    "numbers.csv": "1",
+    "pictures/a.txt": "1",
+    "pictures/deep/b.txt": "1",
+    "recorded/other.json": "1",
+    "recorded/another.json": "1",
+    "broken.py": "import (",
+}
+NUMBERS = {"deeper.py", "numbers.csv", "language/rope.py"}
+
+
+@pytest.mark.parametrize(
+    ("source", "used"),
+    [
+        ("import numpy, json", set()),
+        ("import helper", {"helper.py"} | NUMBERS),
+        ("from helper import x as y", {"helper.py"} | NUMBERS),
+        ("from tools.draw import *", {"tools/__init__.py", "tools/draw.py", "tools/colors.py"}),
+        ("from tools import colors", {"tools/__init__.py", "tools/colors.py"}),
+        ("from recorded.shared import x", {"recorded/shared.py"}),
+        ("from recorded import shared", {"recorded/shared.py"}),
+        ("import broken", {"broken.py"}),
+        ("%run helper.py", {"helper.py"}),
+        ("open('numbers.csv').read()", {"numbers.csv"}),
+        ("open('./pictures/../numbers.csv')", {"numbers.csv"}),
+        ("Path('pictures/a.txt').read_text()", {"pictures/a.txt"}),
+        ("Path('pictures') / 'a.txt'", {"pictures/a.txt"}),
+        ("Path('pictures', 'deep', name)", {"pictures/deep/b.txt"}),
+        ("folder / 'a.txt'", {"pictures/a.txt"}),
+        ("[*Path('pictures').rglob('*')]", {"pictures/a.txt", "pictures/deep/b.txt"}),
+        ("open(f'pictures/{name}.txt')", {"pictures/a.txt"}),
+        ("open(f'{folder}/other.json')", {"recorded/other.json"}),
+        ("glob('recorded/*.json')", {"recorded/other.json", "recorded/another.json"}),
+        ("say(f'{len(open(\"numbers.csv\").read()):,} bytes, {1 / 2} **x** {a}/{b} {c}')", {"numbers.csv"}),
+        ("plot(label='recorded', title='pictures', unit='tokens/s', marker='*', path='/', up='..')", set()),
+        ("say('Run recorded/shared.py, and look at\\nnumbers.csv')", set()),
+    ],
+)
+def test_what_stands_beside_a_notebook_counts_if_it_is_used(library, notebook, tmp_path, source, used):
+    here = tmp_path / "part"
+    for name, content in BESIDE.items():
+        file = here / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    (here / "topic.ipynb").write_text("{}")  # no notebook is a file that another one uses
+    topic = Notebook(here / "topic.ipynb", notebook(source).nb)
+    before = stamp(topic, library)
+    for file in [*(here / name for name in BESIDE), library / "language" / "rope.py"]:
+        content = file.read_text()
+        file.write_text(content + "\nadded = 1\n")
+        name = str(file.relative_to(library if file.is_relative_to(library) else here))
+        part = "library" if name == "language/rope.py" else "recorded"
+        assert changed(before, stamp(topic, library)) == ({part} if name in used else set()), name
+        file.write_text(content)
+    assert {str(file.relative_to(here)) for file in used_files(topic)} == used - {"language/rope.py"}
+
+
+def test_what_stands_outside_the_notebooks_is_no_file_of_theirs(notebook, tmp_path):
+    outside = tmp_path / "secret.txt"
+    outside.write_text("1")
+    (tmp_path / "book" / "part").mkdir(parents=True)
+    inside = tmp_path / "book" / "shared.txt"
+    inside.write_text("1")
+    sources = f"open({str(outside)!r}), open('../../secret.txt'), open('../shared.txt')"
+    topic = Notebook(tmp_path / "book" / "part" / "topic.ipynb", notebook(sources).nb)
+    assert used_files(topic) == [inside]
