@@ -202,7 +202,7 @@ def train(
             raise ValueError(f"--until is {until}, and the schedule ends at step {plan.steps}.")
         windows = _windows(data, model, plan.trainer, start)
         with torch.device("meta"):
-            decoder = Decoder(model)
+            decoder = Decoder(_ended(model, data, start))
         trainer = Trainer(decoder, windows, plan.schedule, plan.trainer, layout=plan.layout)
         if start is not None:
             (trainer.branch_from if start.decays else trainer.load)(start.checkpoint)
@@ -337,6 +337,19 @@ def _windows(data: list[str], model: ModelConfig, trainer: "TrainerConfig", star
     if begin:
         return going_on(text, begin, windows, weights)
     return MixtureWindows(windows, [(0, weights)]) if len(windows) > 1 else windows.popitem()[1]
+
+
+def _ended(model: ModelConfig, data: list[str], start: Start | None) -> ModelConfig:
+    """The shape, with the token that ends its texts: the checkpoint's, or that of all shards."""
+    from ..data.shards import Shards
+
+    if model.eos_token_id:
+        return model
+    if start is not None:
+        saved = start.facts.get("model config", {})  # of another module there are none, which `load` refuses
+        return replace(model, eos_token_id=tuple(saved.get("eos_token_id", ())))
+    ends = {Shards(folder).end for folder, _ in map(_weighted, data)}
+    return model if len(ends) > 1 or None in ends else replace(model, eos_token_id=tuple(ends))
 
 
 def _weighted(source: str) -> tuple[str, float]:

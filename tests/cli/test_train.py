@@ -21,6 +21,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.sharded_checkpoint import load_weights
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Cosine
 
@@ -339,6 +340,30 @@ def test_the_dry_run_of_a_decay(at_home, capsys):
     assert "3 steps of warm-up" in said and "7 stable, 6 of decay" in said
     says(capsys, train("--decay-from", "nowhere", "--dry-run"), "There is no checkpoint at nowhere")
     says(capsys, train("--out", "nowhere", "--resume", "--dry-run"), "no checkpoint in nowhere to resume")
+
+
+def test_a_model_knows_where_its_texts_end(at_home, capsys):
+    """If all of its shards say so in the same way."""
+    for name, end, ids in (
+        ("ended", 7, np.arange(300)),
+        ("too", 7, np.arange(299)),
+        ("other", 8, np.arange(298)),
+    ):
+        write_shards(name, [ids], 300, end=end)
+    short = [*STEP, "--steps", "2", "--warmup", "1", "--decay", "0"]
+    for number, (folders, end) in enumerate(
+        [
+            (["ended"], (7,)),
+            (["ended", "too"], (7,)),
+            (["ended", "other"], ()),
+            (["ended", "one"], ()),
+            (["one"], ()),
+        ]
+    ):
+        assert main(train(*data(*folders), *short, "--out", f"run{number}")) == 0
+        assert load_weights(at_home / f"run{number}" / "step-00000002").config.eos_token_id == end
+    decay = ["--decay-from", "run0/step-00000002", "--decay", "2", "--out", "decayed"]
+    assert main(train(*data("ended", "one"), *decay)) == 0, "what the model is does not change with its texts"
 
 
 def test_a_run_goes_on_from_a_named_step(at_home, capsys):
