@@ -1,18 +1,24 @@
 """Choosing the next token from its scores.
 
 Scores pass through the same steps in the same order as in `transformers`: repetition penalty, temperature,
-top-k, top-p, draw. Temperature 0 takes the best token and draws nothing.
+top-k, top-p, draw. Temperature 0 takes the best token and draws nothing. Of tokens with equal scores the one of
+the lowest id counts as the better one, so that top-k keeps exactly k; `transformers` keeps all that equal the
+k-th.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..config import require_positive_integer, require_positive_number
+from ..config import require_positive_integer
 
 __all__ = ["Sampling", "choose", "next_token_probabilities"]
+
+_SMALLEST = 1e-5  # what scores are divided by: below, a quotient may exceed the numbers that there are
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Sampling:
 
     Attributes:
         temperature: scores are divided by it before the softmax; 0 takes the best token.
-        top_k: only the k best tokens may be drawn.
+        top_k: only the k best tokens may be drawn; of equal ones those of the lowest ids.
         top_p: only the fewest tokens whose probabilities sum to at least this may be drawn (nucleus).
         repetition_penalty: scores of tokens that already occurred are divided by it if positive and
             multiplied by it if negative; 1 changes nothing. Source: Keskar et al. 2019, CTRL.
@@ -29,7 +35,7 @@ class Sampling:
     >>> Sampling(temperature=-1.0)
     Traceback (most recent call last):
         ...
-    ValueError: temperature is -1.0; expected 0 (always the best token) or a number greater than 0.
+    ValueError: temperature is -1.0; expected 0 (always the best token) or a number from 1e-05 on.
     """
 
     temperature: float = 0.0
@@ -38,19 +44,24 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature != 0:
-            try:
-                require_positive_number("temperature", self.temperature)
-            except ValueError:
-                raise ValueError(
-                    f"temperature is {self.temperature!r}; expected 0 (always the best token) or a number "
-                    "greater than 0."
-                ) from None
+        if self.temperature != 0 and not _is_divisor(self.temperature):
+            raise ValueError(
+                f"temperature is {self.temperature!r}; expected 0 (always the best token) or a number from "
+                f"{_SMALLEST} on."
+            )
         if self.top_k is not None:
             require_positive_integer("top_k", self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p is {self.top_p!r}; expected a probability above 0 and up to 1.")
-        require_positive_number("repetition_penalty", self.repetition_penalty)
+        if not _is_divisor(self.repetition_penalty):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty!r}; expected 1 (none) or another number from "
+                f"{_SMALLEST} on."
+            )
+
+
+def _is_divisor(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and _SMALLEST <= value < math.inf
 
 
 def choose(
@@ -101,11 +112,13 @@ def next_token_probabilities(
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         kth_best = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+        better, equal = logits > kth_best, logits == kth_best
+        places = sampling.top_k - better.sum(-1, keepdim=True)  # that are left for those equal to the k-th
+        logits = logits.masked_fill(~(better | equal & (equal.cumsum(-1) <= places)), -torch.inf)
     probabilities = logits.softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         best_first, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        enough_before = best_first.cumsum(-1) - best_first >= sampling.top_p
+        enough_before = F.pad(best_first.cumsum(-1)[:, :-1], (1, 0)) >= sampling.top_p
         dropped = torch.zeros_like(enough_before).scatter(-1, order, enough_before)
         probabilities = probabilities.masked_fill(dropped, 0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
