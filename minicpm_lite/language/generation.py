@@ -79,7 +79,7 @@ def stream(
     else:
         _refuse_other_text(context, ids, room, padding)
     calm_threads()
-    seen, newest = ids, ids[:, context.length :]
+    seen, newest = ids.long(), ids[:, context.length :]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
@@ -209,6 +209,11 @@ def _refuse_other_text(context: KVCache, ids: Tensor, room: int, padding: Tensor
         raise ValueError(
             f"The cache has read {context.length} tokens, and ids holds {ids.shape[1]}; give the whole text, "
             "of which the cache has read the beginning, or go back with its truncate."
+        )
+    if not context.has_read(ids):
+        raise ValueError(
+            "The cache has read another text than ids begins with; go back with its truncate to what they "
+            "have in common, or use another cache."
         )
     if room > context.room:
         raise ValueError(

@@ -1,9 +1,8 @@
 """Choosing the next token from its scores.
 
 Scores pass through the same steps in the same order as in `transformers`: repetition penalty, temperature,
-top-k, top-p, draw. Temperature 0 takes the best token and draws nothing. Of tokens with equal scores the one of
-the lowest id counts as the better one, so that top-k keeps exactly k; `transformers` keeps all that equal the
-k-th.
+top-k, top-p, draw. Temperature 0 takes the best token and draws nothing. Of equal scores that of the lowest
+id counts as the better one, so that top-k keeps exactly k; `transformers` keeps all that equal the k-th.
 """
 
 import math
@@ -55,8 +54,8 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p!r}; expected a probability above 0 and up to 1.")
         if not _is_divisor(self.repetition_penalty):
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty!r}; expected 1 (none) or another number from "
-                f"{_SMALLEST} on."
+                f"repetition_penalty is {self.repetition_penalty!r}; expected 1 (none) or another number "
+                f"from {_SMALLEST} on."
             )
 
 
@@ -81,12 +80,15 @@ def choose(
         generator: source of chance; left out, PyTorch's global one.
 
     Raises:
-        ValueError: a repetition penalty without the tokens so far.
+        ValueError: a repetition penalty without the tokens so far, or scores to draw by that are no numbers.
     """
     if sampling.temperature == 0:
         return _penalised(logits, sampling.repetition_penalty, seen, padding).argmax(-1)
     probabilities = next_token_probabilities(logits, sampling, seen, padding)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    try:
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    except RuntimeError as error:
+        raise ValueError(f"No token can be drawn by these scores; are all finite numbers? {error}") from None
 
 
 def next_token_probabilities(

@@ -336,8 +336,8 @@ class BytePairTokenizer:
 def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
     """A tokenizer of the `tokenizers` package that reads whole texts as they are, from either kind.
 
-    One that cuts or pads texts, leaves out merges by chance or puts tokens behind every text is copied without
-    these settings; the one that was given keeps them. Tokens that it puts in front stay.
+    One that cuts or pads texts, leaves out merges by chance or puts tokens behind every text is copied
+    without these settings; the one that was given keeps them. Tokens that it puts in front stay.
 
     Raises:
         TypeError: something else was given.
@@ -383,8 +383,8 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
     Raises:
         TypeError: the text is not a str.
-        ValueError: fewer entries than the 256 bytes that every vocabulary holds, or more than there can be; or
-            the text holds an unpaired surrogate.
+        ValueError: fewer entries than the 256 bytes that every vocabulary holds, or more than there can be;
+            or the text holds an unpaired surrogate.
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> tokenizer.decode(tokenizer.encode("the hat 帽").ids)
