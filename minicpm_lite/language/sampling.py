@@ -113,10 +113,13 @@ def next_token_probabilities(
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        kth_best = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        better, equal = logits > kth_best, logits == kth_best
-        places = sampling.top_k - better.sum(-1, keepdim=True)  # that are left for those equal to the k-th
-        logits = logits.masked_fill(~(better | equal & (equal.cumsum(-1) <= places)), -torch.inf)
+        best = logits.topk(sampling.top_k + 1, dim=-1).values
+        kth_best = best[:, -2:-1]
+        dropped = logits < kth_best
+        if bool((best[:, -1:] == kth_best).any()):  # more tokens equal the k-th than there are places for
+            equal, places = logits == kth_best, sampling.top_k - (logits > kth_best).sum(-1, keepdim=True)
+            dropped |= equal & (equal.cumsum(-1) > places)
+        logits = logits.masked_fill(dropped, -torch.inf)
     probabilities = logits.softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         best_first, order = probabilities.sort(dim=-1, descending=True, stable=True)
