@@ -75,10 +75,8 @@ class Chat:
         self.messages: list[Mapping[str, str]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
         self._controls = _Controls(self.tokenizer)
-        self._text, self._ids = (
-            "",
-            [],
-        )  # a marked text whose tokens are known: question, answer, question, ...
+        # a marked text whose tokens are known: question, answer, question, ...
+        self._text, self._ids = "", []
         self._fed: list[int] = []  # of which the cache has read the first
         self._asked = 0  # questions so far: an answer that is still open is closed by the next question
 
@@ -180,7 +178,7 @@ class _Controls:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = tokenizer.get_added_tokens_decoder()
-        names = {i: each.content for i, each in added.items() if len(each.content.strip()) > 1}
+        names = {i: t.content for i, t in added.items() if len(t.content) > 1 and not t.content.isspace()}
         self._tokenizer, self.ids = tokenizer, frozenset(names)
         longest_first = sorted(names.values(), key=len, reverse=True)
         self._spelt = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -213,12 +211,16 @@ class _Controls:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a marked text; what is marked is read letter by letter."""
-        first, *rest = _MARKED.split(text)
-        pieces = [piece for at, part in enumerate(rest) for piece in (part if at % 2 == 0 else [part])]
-        begin = self._tokenizer.encode(_MARK.sub("", first), add_special_tokens=add_special_tokens)
+        texts, spelt = _MARKED.split(text)[::2], _MARKED.findall(text)
+        pieces = [texts[0]]
+        for letters, following in zip(spelt, texts[1:], strict=True):
+            pieces += [*letters, following]
+        # a mark that a template left without the other marks nothing
+        first, *rest = (_MARK.sub("", piece) for piece in pieces)
+        begin = self._tokenizer.encode(first, add_special_tokens=add_special_tokens)
         ids = begin.ids[1:] if starts_twice(begin) else begin.ids
-        for piece in pieces:
-            ids += self._tokenizer.encode(_MARK.sub("", piece), add_special_tokens=False).ids
+        for piece in rest:
+            ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
         return ids
 
 

@@ -153,6 +153,7 @@ class KVCache(Context):
         self.length, self.guesses = 0, ()
         self._model: ref | None = None  # that filled it, and is not kept alive by it
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
+        self._told = False  # whether the call that begins has brought its ids
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self._angles: Tensor | None = None  # cosine and sine of every position there is room for
 
@@ -174,10 +175,11 @@ class KVCache(Context):
                 self._text = ids.new_full((len(ids), self.room), -1)
         if len(self._text) == len(ids) and self.length + ids.shape[1] <= self.room:  # else it is refused soon
             self._text.narrow(1, self.length, ids.shape[1]).copy_(ids)
+            self._told = True
 
     def has_read(self, ids: Int[Tensor, "batch tokens"]) -> bool:
         """Whether what the cache has read may be the beginning of these texts."""
-        if self._text is None or self.length == 0:
+        if self._text is None or len(self._text) != len(ids):  # of another batch, it is refused elsewhere
             return True
         read = self._text[:, : self.length]
         same = (read == ids[:, : self.length]) | (read < 0)
@@ -216,6 +218,9 @@ class KVCache(Context):
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
+        if self._text is not None and not self._told:
+            self._text[:, self.length : self.reach] = -1
+        self._told = False
 
     def hide_padding(self, mask: Bool[Tensor, "queries keys"]) -> Bool[Tensor, "batch 1 queries keys"]:
         """The mask for each row: what is no text is seen by none but itself."""
@@ -279,8 +284,6 @@ class KVCache(Context):
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"The cache cannot go back to {length} tokens; it holds {self.length}.")
-        if self._text is not None:
-            self._text[:, length:] = -1
         self.length, self.guesses = length, ()
 
     def select(self, rows: Sequence[int]) -> None:

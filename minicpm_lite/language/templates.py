@@ -58,9 +58,9 @@ def chat_template(source: str, variables: Mapping[str, object] | None = None) ->
 @cache
 def _environment():
     """Where templates run: a sandbox with what `transformers` gives them."""
-    sandbox, extensions, nodes = (
-        require(f"jinja2.{part}", install="minicpm_lite[pretrained]", purpose="use a model's chat template")
-        for part in ("sandbox", "ext", "nodes")
+    _, sandbox, extensions, nodes = (
+        require(name, install="minicpm_lite[pretrained]", purpose="use a model's own chat template")
+        for name in ("jinja2", "jinja2.sandbox", "jinja2.ext", "jinja2.nodes")
     )
 
     class Generation(extensions.Extension):

@@ -275,6 +275,7 @@ def test_features_in_the_place_of_tokens_are_no_other_text():
     assert not cache.has_read(ids.roll(1, dims=1))
     generate(model, ids, 3, context=cache)
     cache.truncate(2)
+    model(ids[:, :4], Tree(cache, [-1, 0, 1, 2]))  # guesses that are not taken
     model.states(torch.randn(1, 4, 32), cache)
     generate(model, torch.cat([ids[:, :2], ids[:, -7:]], dim=1), 3, context=cache)
 
