@@ -1,6 +1,7 @@
 """Chats: how a conversation is written for a model, and one that goes on without reading its past again.
 
-    chatml, minicpm_chat    templates: messages with roles become one text
+    chatml, minicpm_chat    templates: messages with roles become one text (a model's own: `templates`)
+    encode_chat             the tokens of a conversation in a template
     Chat                    question after question to one model, with one cache
 
 Choices, and the traps behind them:
@@ -9,9 +10,16 @@ Choices, and the traps behind them:
 - The tokens that the model wrote stay as it wrote them. Cut anew from their text they may be others, and the
   cache would be of no use from there on. (A template that changes an answer, as `minicpm_chat` strips blanks
   at its ends, has it read again.)
+- A template makes one text of its control tokens, such as ``<|im_end|>``, and of what people wrote, and there
+  they look alike. Who writes ``<|im_end|>`` into a question could end it and speak as the system. So what a
+  message spells like an added token of the tokenizer is marked before the template sees it, and is read
+  letter by letter. The text of a template is for showing; `encode_chat` is for a model.
+- That goes for control tokens in an answer, too, other than the one that ended it: a model that was talked
+  into writing them has them read as letters in the next turn.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -20,10 +28,17 @@ from .context import KVCache
 from .decoder import Decoder
 from .generation import resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BytePairTokenizer, fast_tokenizer
-from .writing import TextWriter, write
+from .tokenizer import BytePairTokenizer, fast_tokenizer, require_text
+from .writing import TextWriter, starts_twice, stop_strings, write
 
-__all__ = ["Chat", "chatml", "minicpm_chat"]
+__all__ = ["Chat", "Template", "chatml", "encode_chat", "minicpm_chat"]
+
+Template = Callable[[Sequence[Mapping[str, str]]], str]
+
+# Around what is no control token: halves of characters, which no text can hold.
+_OPEN, _CLOSE = "\ud800", "\udfff"
+_MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}")
+_MARK = re.compile(f"[{_OPEN}{_CLOSE}]")
 
 
 class Chat:
@@ -47,19 +62,21 @@ class Chat:
         self,
         model: Decoder,
         tokenizer: Tokenizer | BytePairTokenizer,
-        template: Callable[[Sequence[Mapping[str, str]]], str],
+        template: Template,
         sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
+        stop: Iterable[str] = (),
         stop_ids: Sequence[int] | None = None,
         room: int = 2048,
         generator: torch.Generator | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template = model, fast_tokenizer(tokenizer), template
-        self.sampling, self.stop, self.generator = sampling, stop, generator
+        self.sampling, self.stop, self.generator = sampling, stop_strings(stop), generator
         self.stop_ids = resolve_stop_ids(model, stop_ids)
         self.messages: list[Mapping[str, str]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
-        self._text, self._ids = "", []  # a text whose tokens are known: question, answer, question, ...
+        self._controls = _Controls(self.tokenizer)
+        # a marked text whose tokens are known: question, answer, question, ...
+        self._text, self._ids = "", []
         self._fed: list[int] = []  # of which the cache has read the first
         self._asked = 0  # questions so far: an answer that is still open is closed by the next question
 
@@ -73,7 +90,7 @@ class Chat:
         self._asked += 1
         mine = self._asked
         messages = [*self.messages, {"role": "user", "content": question}]
-        text = self.template(messages)
+        text = self.template(self._controls.mark_messages(messages))
         prompt = self._encode(text)
         if (needed := len(prompt) + max_new_tokens - 1) > self._cache.room:
             raise ValueError(
@@ -104,8 +121,9 @@ class Chat:
         self._refuse_if_left(mine)
         self.messages = [*messages, {"role": "assistant", "content": writer.text}]
         said = [token for token in self._fed[len(prompt) :] if token not in self.stop_ids]
-        if self.tokenizer.decode(said, skip_special_tokens=False) == writer.text:  # no stop string cut it
-            self._text, self._ids = text + writer.text, prompt + said
+        cut = writer.decode(said) != writer.text  # by a stop string
+        if not cut and self._controls.ids.isdisjoint(said):
+            self._text, self._ids = text + self._controls.mark(writer.text), prompt + said
 
     def _refuse_if_left(self, asked: int) -> None:
         if asked != self._asked:
@@ -114,17 +132,96 @@ class Chat:
             )
 
     def _encode(self, text: str) -> list[int]:
-        """The tokens of a text; of its beginning those that are known."""
+        """The tokens of a marked text; of its beginning those that are known."""
         if self._text and text.startswith(self._text):
-            rest = self.tokenizer.encode(text[len(self._text) :], add_special_tokens=False)
-            return self._ids + rest.ids
-        return self.tokenizer.encode(text).ids
+            return self._ids + self._controls.encode(text[len(self._text) :], add_special_tokens=False)
+        return self._controls.encode(text)
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     differs = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differs, min(len(one), len(other)))
+
+
+def encode_chat(
+    tokenizer: Tokenizer | BytePairTokenizer,
+    template: Template,
+    messages: Sequence[Mapping[str, str]],
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """The tokens of a conversation: a control token stands where the template puts it, and nowhere else.
+
+    What a message spells like one is read as the letters it is written with. Control tokens are the added
+    tokens of the tokenizer that have more than one character.
+
+    Args:
+        tokenizer: the model's.
+        template: the model's.
+        messages: as the template takes them.
+        add_special_tokens: begin with the start token where the tokenizer has one, and once if the template
+            writes it, too.
+
+    Raises:
+        TypeError, ValueError: as the template; or half a character in a message.
+    """
+    controls = _Controls(fast_tokenizer(tokenizer))
+    return controls.encode(template(controls.mark_messages(messages)), add_special_tokens)
+
+
+class _Controls:
+    """Keeps the control tokens of a template apart from what messages spell like them.
+
+    Attributes:
+        ids: of all control tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        names = {i: t.content for i, t in added.items() if len(t.content) > 1 and not t.content.isspace()}
+        self._tokenizer, self.ids = tokenizer, frozenset(names)
+        longest_first = sorted(names.values(), key=len, reverse=True)
+        self._spelt = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._begun = {name[:length] for name in names.values() for length in range(1, len(name))}
+
+    def mark_messages(self, messages: Sequence[Mapping]) -> list:
+        """Messages in which each text is marked; what is no message is left for the template to refuse."""
+        return [self._mark_all(each) if isinstance(each, Mapping) else each for each in messages]
+
+    def _mark_all(self, value: object) -> object:
+        match value:
+            case str():
+                return self.mark(value)
+            case Mapping():
+                return {key: self._mark_all(each) for key, each in value.items()}
+            case list():
+                return [self._mark_all(each) for each in value]
+        return value
+
+    def mark(self, text: str) -> str:
+        """The text with a mark around what spells a control token, or begins one at its end."""
+        require_text(text)
+        text = self._spelt.sub(lambda spelt: f"{_OPEN}{spelt[0]}{_CLOSE}", text)
+        end = len(text.rstrip())
+        longest = max(map(len, self._begun), default=0)
+        for start in range(max(end - longest, 0), end):
+            if text[start:end] in self._begun:
+                return f"{text[:start]}{_OPEN}{text[start:end]}{_CLOSE}{text[end:]}"
+        return text
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a marked text; what is marked is read letter by letter."""
+        texts, spelt = _MARKED.split(text)[::2], _MARKED.findall(text)
+        pieces = [texts[0]]
+        for letters, following in zip(spelt, texts[1:], strict=True):
+            pieces += [*letters, following]
+        # a mark that a template left without the other marks nothing
+        first, *rest = (_MARK.sub("", piece) for piece in pieces)
+        begin = self._tokenizer.encode(first, add_special_tokens=add_special_tokens)
+        ids = begin.ids[1:] if starts_twice(begin) else begin.ids
+        for piece in rest:
+            ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
 
 
 def chatml(

@@ -23,15 +23,18 @@ Choices, and the traps behind them:
 - The last query stands at the last key. `F.scaled_dot_product_attention` with ``is_causal`` puts the first
   query at the first key, which is another thing whenever there are more keys than queries.
 - Rotary frequencies may depend on the length of the text. A cache decides by its room, once.
+- What one model made of a text means nothing to another, and nothing in the numbers tells. So a cache knows
+  its model, and which tokens it has read.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .rotary import scaled_angles
@@ -89,6 +92,12 @@ class Context:
     reach: int = 0
     mask: Bool[Tensor, "*rows queries keys"] | None = None
 
+    def belong(self, model: nn.Module) -> None:
+        """The model whose call begins."""
+
+    def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
+        """The tokens of the call, where it brings tokens and not other features in their place."""
+
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the tokens of a call, of which ``x`` are the embeddings."""
         self.reach = x.shape[1]
@@ -142,8 +151,41 @@ class KVCache(Context):
             raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
         self.room, self.padding, self.dtype = room, padding, dtype
         self.length, self.guesses = 0, ()
+        self._model: ref | None = None  # that filled it, and is not kept alive by it
+        self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
+        self._told = False  # whether the call that begins has brought its ids
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self._angles: Tensor | None = None  # cosine and sine of every position there is room for
+
+    def belong(self, model: nn.Module) -> None:
+        """The model whose call begins.
+
+        Raises:
+            ValueError: another model has filled the cache.
+        """
+        if self.length == 0 or self._model is None:
+            self._model = ref(model)
+        elif self._model() is not model:
+            raise ValueError("The cache was filled by another model; use one cache for each model.")
+
+    def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
+        """The tokens of the call, where it brings tokens and not other features in their place."""
+        if self.length == 0 or self._text is None:
+            with torch.inference_mode(False):  # as in `_space`
+                self._text = ids.new_full((len(ids), self.room), -1)
+        if len(self._text) == len(ids) and self.length + ids.shape[1] <= self.room:  # else it is refused soon
+            self._text.narrow(1, self.length, ids.shape[1]).copy_(ids)
+            self._told = True
+
+    def has_read(self, ids: Int[Tensor, "batch tokens"]) -> bool:
+        """Whether what the cache has read may be the beginning of these texts."""
+        if self._text is None or len(self._text) != len(ids):  # of another batch, it is refused elsewhere
+            return True
+        read = self._text[:, : self.length]
+        same = (read == ids[:, : self.length]) | (read < 0)
+        if self.padding is not None:
+            same |= torch.arange(self.length, device=ids.device) < self.padding[:, None]
+        return bool(same.all())
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the tokens of a call.
@@ -176,6 +218,9 @@ class KVCache(Context):
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
+        if self._text is not None and not self._told:
+            self._text[:, self.length : self.reach] = -1
+        self._told = False
 
     def hide_padding(self, mask: Bool[Tensor, "queries keys"]) -> Bool[Tensor, "batch 1 queries keys"]:
         """The mask for each row: what is no text is seen by none but itself."""
@@ -249,6 +294,8 @@ class KVCache(Context):
         with torch.inference_mode(False):  # as in `_space`
             for layer, kept in self._layers.items():
                 self._layers[layer] = tuple(whole[list(rows)] for whole in kept)
+            if self._text is not None:
+                self._text = self._text[list(rows)]
         if self.padding is not None:
             self.padding = self.padding[list(rows)]
 
@@ -272,6 +319,8 @@ class KVCache(Context):
                 f"{list(self.guesses)}."
             )
         taken, stored = max(map(len, paths)), [whole for kept in self._layers.values() for whole in kept]
+        if self._text is not None:
+            stored.append(self._text[:, None, :, None])
         shifts = [taken - len(one) for one in paths]
         for row, (one, shift) in enumerate(zip(paths, shifts, strict=True)):
             first = 0 if shift else self.length  # the text itself stays in place unless it must move
@@ -361,6 +410,14 @@ class Tree(Context):
             if parent >= 0:
                 self.ancestors[place] |= self.ancestors[parent]
         self.depths, self.deepest = torch.tensor(depths), max(depths)
+
+    def belong(self, model: nn.Module) -> None:
+        """The model whose call begins, which must be that of the cache."""
+        self.cache.belong(model)
+
+    def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
+        """The guesses of the call."""
+        self.cache.read(ids)
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the guesses: as far behind the text as they have ancestors.

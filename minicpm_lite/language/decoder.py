@@ -91,9 +91,12 @@ class Decoder(nn.Module):
                 logits of all of it can take more memory than the model.
 
         Raises:
-            ValueError: no token, or more tokens than the context has room for or the model was made for.
+            ValueError: no token, more tokens than the context has room for or the model was made for, or a
+                cache that another model has filled.
         """
-        x = self.states(self.embed(ids), context)[-1]
+        context, x = Context() if context is None else context, self.embed(ids)
+        context.read(ids)
+        x = self.states(x, context)[-1]
         return self.logits(x[:, -1:] if last_only else x)
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
@@ -127,6 +130,7 @@ class Decoder(nn.Module):
         context, after = Context() if context is None else context, tuple(after)
         if not all(0 <= blocks <= len(self.layers) for blocks in after):
             raise ValueError(f"after is {after}; expected numbers of blocks from 0 to {len(self.layers)}.")
+        context.belong(self)
         positions = context.begin(x)
         if context.reach > self.config.max_position_embeddings:
             raise ValueError(

@@ -61,11 +61,14 @@ def stream(
         samples: rows that go on from each prompt, in the order of the prompts; they share its prefill.
 
     Raises:
-        ValueError: an empty prompt, or more tokens than the model was made for; before the first step.
+        ValueError: an empty prompt, more tokens than the model was made for, or a cache that another model
+            has filled; before the first step.
         FloatingPointError: scores that are no finite numbers.
     """
     require_positive_integer("max_new_tokens", max_new_tokens)
     require_positive_integer("samples", samples)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {sampling!r}; expected how to choose, e.g. Sampling(temperature=0.7).")
     stop_ids = resolve_stop_ids(model, stop_ids)
     _refuse_impossible_prompt(model, ids, max_new_tokens, padding)
     if padding is not None and not padding.any():
@@ -76,7 +79,7 @@ def stream(
     else:
         _refuse_other_text(context, ids, room, padding)
     calm_threads()
-    seen, newest = ids, ids[:, context.length :]
+    seen, newest = ids.long(), ids[:, context.length :]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
@@ -168,10 +171,11 @@ def resolve_stop_ids(model: Decoder, stop_ids: Iterable[int] | None) -> tuple[in
 def _refuse_impossible_prompt(
     model: Decoder, ids: Tensor, max_new_tokens: int, padding: Tensor | None
 ) -> None:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2 or not ids.numel():
+    kinds = (torch.int64, torch.int32)
+    if not isinstance(ids, Tensor) or ids.dtype not in kinds or ids.ndim != 2 or not ids.numel():
         raise ValueError(
             f"ids is {ids!r}; expected a tensor of token ids, (batch, tokens), with one token at least, such "
-            "as the start token. For one text: ids[None]; for lists of ids: pad_left."
+            "as the start token, in 64 or 32 bits. For one text: ids[None]; for lists of ids: pad_left."
         )
     limit, prompt = model.config.max_position_embeddings, ids.shape[1]
     if prompt + max_new_tokens - 1 > limit:  # the last token is not read
@@ -188,7 +192,7 @@ def _refuse_impossible_prompt(
         )
     if padding is not None and not (
         isinstance(padding, Tensor)
-        and padding.dtype in (torch.int64, torch.int32)
+        and padding.dtype in kinds
         and padding.shape == ids.shape[:1]
         and 0 <= int(padding.min()) <= int(padding.max()) < prompt
     ):
@@ -205,6 +209,11 @@ def _refuse_other_text(context: KVCache, ids: Tensor, room: int, padding: Tensor
         raise ValueError(
             f"The cache has read {context.length} tokens, and ids holds {ids.shape[1]}; give the whole text, "
             "of which the cache has read the beginning, or go back with its truncate."
+        )
+    if not context.has_read(ids):
+        raise ValueError(
+            "The cache has read another text than ids begins with; go back with its truncate to what they "
+            "have in common, or use another cache."
         )
     if room > context.room:
         raise ValueError(

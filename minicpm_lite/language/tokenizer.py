@@ -16,8 +16,11 @@ Choices and traps:
 - A merge lowers the counts of the pairs beside it. Old counts that stay in the heap must be looked up again.
 - The pattern asks Unicode what a letter is. Packages with tables of different age can differ on characters
   that were added after Unicode 14.
-- A ``tokenizer.json`` may order to cut or pad every text. That belongs to the batches it was made for, and a
-  long text loses its end without a word; so it is switched off.
+- A ``tokenizer.json`` may order to cut or pad every text, to leave out merges by chance, or to close every
+  text with an end token. That belongs to the training it was made for: a long text would lose its end without
+  a word, and a prompt would be over before its answer. So it is switched off. What is put in front stays.
+- Added tokens are text as they stand; the letters of ``đem`` are no stand-ins for bytes. (`tokenizers` reads
+  them as such, and so decodes them to something else.)
 """
 
 import json
@@ -30,9 +33,9 @@ from itertools import pairwise
 from operator import index
 
 import regex
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-__all__ = ["BytePairTokenizer", "fast_tokenizer", "split_words", "train_tokenizer"]
+__all__ = ["BytePairTokenizer", "fast_tokenizer", "require_text", "split_words", "train_tokenizer"]
 
 # A contraction; or letters, digits or other signs, each with one space before; or blank space, of which the
 # last sign is left for the word that follows.
@@ -46,7 +49,9 @@ _BYTES = [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
 _CHARACTERS = [chr(byte) for byte in _PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(_PRINTABLE))]
 _BYTE_OF = dict(zip(_CHARACTERS, _BYTES, strict=True))
 _CHARACTER_OF = dict(zip(_BYTES, _CHARACTERS, strict=True))
-_REMEMBERED_WORDS = 100_000
+_REMEMBERED_WORDS, _REMEMBERED_LETTERS = 100_000, 100  # a longer word hardly comes twice
+_MOST_ENTRIES = 1 << 24
+_ONE_TOKEN = Tokenizer(models.WordLevel({"a": 0}, "a")).encode("a")  # to see what is put around it
 
 
 def split_words(text: str, individual_digits: bool = False) -> list[str]:
@@ -203,11 +208,17 @@ class BytePairTokenizer:
                 f"The vocabulary has {len(ids)} tokens, but their ids are not 0 to {len(ids) - 1}; "
                 "close the gaps."
             )
+        added = tokenizer.get_added_tokens_decoder()
+        joined = {left + right for left, right in model["merges"]}
+        as_it_stands = {t.content for t in added.values()} - joined - _BYTE_OF.keys()
         return cls(
-            tuple(_token_bytes(token) for token in sorted(ids, key=ids.get)),
+            tuple(
+                token.encode() if token in as_it_stands else _token_bytes(token)
+                for token in sorted(ids, key=ids.get)
+            ),
             tuple((ids[left], ids[right]) for left, right in model["merges"]),
             splits_digits,
-            tokenizer.get_added_tokens_decoder(),
+            added,
         )
 
     @cached_property
@@ -257,9 +268,12 @@ class BytePairTokenizer:
             ValueError: it holds an unpaired surrogate, half a character of UTF-16, which has no bytes; or a
                 byte that the vocabulary lacks, as some released ones do (`tokenizers` drops it silently).
         """
-        _check_text(text)
+        require_text(text)
         ids = []
         for word in split_words(text, self.individual_digits):
+            if len(word) > _REMEMBERED_LETTERS:
+                ids += self._encode_word(word.encode())
+                continue
             if word not in self._encoded_words:
                 if len(self._encoded_words) >= _REMEMBERED_WORDS:
                     self._encoded_words.clear()
@@ -320,9 +334,10 @@ class BytePairTokenizer:
 
 
 def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
-    """A tokenizer of the `tokenizers` package that reads whole texts, from either kind.
+    """A tokenizer of the `tokenizers` package that reads whole texts as they are, from either kind.
 
-    One that orders to cut or pad texts is copied without these orders; the one that was given keeps them.
+    One that cuts or pads texts, leaves out merges by chance or puts tokens behind every text is copied
+    without these settings; the one that was given keeps them. Tokens that it puts in front stay.
 
     Raises:
         TypeError: something else was given.
@@ -339,11 +354,25 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
             f"The tokenizer is of type {type(tokenizer).__name__}; expected a BytePairTokenizer or a "
             "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
         )
-    if tokenizer.truncation is None and tokenizer.padding is None:
+    cuts = tokenizer.truncation is not None or tokenizer.padding is not None
+    by_chance = bool(getattr(tokenizer.model, "dropout", None))
+    around = tokenizer.post_processor.process(_ONE_TOKEN) if tokenizer.post_processor else _ONE_TOKEN
+    front = around.special_tokens_mask.index(0)
+    closes = len(around.ids) > front + 1
+    if not (cuts or by_chance or closes):
         return tokenizer
     whole = Tokenizer.from_str(tokenizer.to_str())
     whole.no_truncation()
     whole.no_padding()
+    if by_chance:
+        whole.model.dropout = None
+    if closes:
+        before = [
+            {"id": str(i), "ids": [i], "tokens": [token]}
+            for i, token in zip(around.ids[:front], around.tokens[:front], strict=True)
+        ]
+        single = [*(each["id"] for each in before), "$A"]
+        whole.post_processor = processors.TemplateProcessing(single, special_tokens=before)
     return whole
 
 
@@ -353,13 +382,16 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     It is trained on single lines, so a run of blank lines stays one token a line.
 
     Raises:
-        ValueError: fewer entries than the 256 bytes that every vocabulary holds.
+        TypeError: the text is not a str.
+        ValueError: fewer entries than the 256 bytes that every vocabulary holds, or more than there can be;
+            or the text holds an unpaired surrogate.
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> tokenizer.decode(tokenizer.encode("the hat 帽").ids)
     'the hat 帽'
     """
     _check_size(vocab_size)
+    require_text(text)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -375,7 +407,7 @@ def _count_words(texts: Iterable[str]) -> Counter[str]:
         raise TypeError("texts is one string; give a list of strings, such as [text].")
     counts: Counter[str] = Counter()
     for text in texts:
-        _check_text(text)
+        require_text(text)
         counts.update(split_words(text))
     if not counts:
         raise ValueError("The training texts are empty; there is nothing to learn a vocabulary from.")
@@ -405,9 +437,17 @@ def _token_bytes(token: str) -> bytes:
 def _check_size(vocab_size: int) -> None:
     if vocab_size < 256:
         raise ValueError(f"vocab_size is {vocab_size}; the 256 bytes alone take 256 entries.")
+    if vocab_size > _MOST_ENTRIES:  # for which `tokenizers` would ask for memory at once, and end the process
+        raise ValueError(f"vocab_size is {vocab_size}; expected at most {_MOST_ENTRIES} entries.")
 
 
-def _check_text(text: str) -> None:
+def require_text(text: str) -> None:
+    """Refuse what cannot be written as bytes, with a sentence.
+
+    Raises:
+        TypeError: not a str.
+        ValueError: an unpaired surrogate.
+    """
     if not isinstance(text, str):
         raise TypeError(f"The text is of type {type(text).__name__}; expected str. Decode bytes first.")
     try:

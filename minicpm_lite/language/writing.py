@@ -8,22 +8,26 @@ Choices, and the traps behind them:
 - A token may hold half a character, and a stop string may begin in one token and end in another. Text is
   held back until it can no longer change.
 - Special tokens are part of the text, so that ``<|im_end|>`` can be a stop string like any other.
+- A prompt is a text, and what it spells like a control token is one. What somebody else wrote belongs into a
+  conversation, whose tokens `chat.encode_chat` gives; a prompt may be such tokens, too.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from jaxtyping import Int
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from .decoder import Decoder
 from .generation import pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BytePairTokenizer, fast_tokenizer
+from .tokenizer import BytePairTokenizer, fast_tokenizer, require_text
 
-__all__ = ["TextWriter", "generate_text", "stream_text", "write"]
+__all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 
@@ -36,11 +40,16 @@ class TextWriter:
         stopped: a stop string was met; it is not part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | BytePairTokenizer, stop: Sequence[str] = ()) -> None:
-        if isinstance(stop, str) or not all(isinstance(each, str) and each for each in stop):
-            raise ValueError(f"stop is {stop!r}; expected a list of strings, none of them empty.")
+    def __init__(self, tokenizer: Tokenizer | BytePairTokenizer, stop: Iterable[str] = ()) -> None:
         self.text, self.stopped = "", False
-        self._tokenizer, self._stop = fast_tokenizer(tokenizer), tuple(stop)
+        self._tokenizer, self._stop = fast_tokenizer(tokenizer), stop_strings(stop)
+        self._misread = {  # added tokens whose letters the tokenizer would take for stand-ins of bytes
+            token: added.content
+            for token, added in self._tokenizer.get_added_tokens_decoder().items()
+            if not added.content.isascii()
+            and self._tokenizer.decode([token], skip_special_tokens=False) != added.content
+            and len(added.content) > 1
+        }
         self._ids: list[int] = []
         self._context, self._known = 0, 0  # the ids from here on are decoded; those up to there are text
         self._held = ""  # complete characters that may yet become a stop string
@@ -61,10 +70,16 @@ class TextWriter:
 
     def _new_text(self) -> str:
         """What the newest ids add. A few known ones are decoded with them: the place decides on spaces."""
-        context = self._ids[self._context : self._known]
-        known = self._tokenizer.decode(context, skip_special_tokens=False)
-        whole = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=False)
-        return whole[len(known) :]
+        known = self.decode(self._ids[self._context : self._known])
+        return self.decode(self._ids[self._context :])[len(known) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens by themselves, special ones with it."""
+        text = ""
+        for name, run in groupby(ids, self._misread.get):
+            run = list(run)
+            text += name * len(run) if name else self._tokenizer.decode(run, skip_special_tokens=False)
+        return text
 
     def _settle(self, new: str, last: bool) -> str:
         if self.stopped:
@@ -92,10 +107,10 @@ class TextWriter:
 def stream_text(
     model: Decoder,
     tokenizer: Tokenizer | BytePairTokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
+    stop: Iterable[str] = (),
     stop_ids: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
@@ -104,18 +119,23 @@ def stream_text(
     Args:
         model: the decoder.
         tokenizer: its vocabulary.
-        prompt: the text before, in the model's chat template if it is a chat model.
+        prompt: the text before, in the model's chat template if it is a chat model; or its tokens, such as
+            `encode_chat` gives.
         max_new_tokens: tokens at most.
         sampling: how a token is chosen; left out, the best one.
         stop: the text ends before the first of these strings.
         stop_ids: the text ends before the first of these tokens; left out, those of the model.
         generator: source of chance; left out, PyTorch's global one.
 
+    Warns:
+        UserWarning: the prompt begins with the start token that the tokenizer puts before it anyway.
+
     Raises:
-        ValueError: as `stream`.
+        TypeError: the prompt is neither text nor tokens.
+        ValueError: as `stream`; or half a character in the prompt, or stop strings that are none.
     """
     tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
-    ids, _ = pad_left([tokenizer.encode(prompt).ids])
+    ids, _ = pad_left([_prompt_ids(tokenizer, prompt)])
     steps = stream(model, ids.to(_device(model)), max_new_tokens, sampling, stop_ids, generator=generator)
     yield from write(steps, TextWriter(tokenizer, stop), stop_ids)
 
@@ -136,20 +156,23 @@ def write(steps: Iterator[Int[Tensor, " 1"]], writer: TextWriter, stop_ids: Sequ
 def generate_text(
     model: Decoder,
     tokenizer: Tokenizer | BytePairTokenizer,
-    prompts: Sequence[str],
+    prompts: Iterable[str | Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
+    stop: Iterable[str] = (),
     stop_ids: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """The answers to a batch of prompts, computed together. See `stream_text` for the arguments."""
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; give a list of them, [prompt] for one.")
-    tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
-    writers = [TextWriter(tokenizer, stop) for _ in prompts]
-    ids, padding = pad_left([tokenizer.encode(prompt).ids for prompt in prompts])
-    device, writing = _device(model), set(range(len(prompts)))
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is {prompts!r}; expected a list of texts.")
+    tokenizer, stop = fast_tokenizer(tokenizer), stop_strings(stop)
+    stop_ids = resolve_stop_ids(model, stop_ids)
+    ids, padding = pad_left([_prompt_ids(tokenizer, prompt) for prompt in prompts])
+    writers = [TextWriter(tokenizer, stop) for _ in ids]
+    device, writing = _device(model), set(range(len(ids)))
     for tokens in stream(
         model, ids.to(device), max_new_tokens, sampling, stop_ids, padding.to(device), generator
     ):
@@ -164,6 +187,37 @@ def generate_text(
     for writer in writers:
         writer.finish()
     return [writer.text for writer in writers]
+
+
+def stop_strings(stop: Iterable[str]) -> tuple[str, ...]:
+    """The strings before which a text ends.
+
+    Raises:
+        ValueError: one string in place of several, or something in them that is no string or empty.
+    """
+    found = (None,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(each, str) and each for each in found):
+        raise ValueError(f"stop is {stop!r}; expected a list of strings, none of them empty.")
+    return found
+
+
+def starts_twice(encoding: Encoding) -> bool:
+    """Whether a text begins with the start token that the tokenizer put before it."""
+    return encoding.special_tokens_mask[:2] == [1, 0] and encoding.ids[0] == encoding.ids[1]
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
+        return list(prompt)
+    require_text(prompt)
+    encoding = tokenizer.encode(prompt)
+    if starts_twice(encoding):
+        warnings.warn(
+            f"The prompt begins with {encoding.tokens[0]}, and the tokenizer puts another before it. Models "
+            "see one in training; leave it out of the prompt.",
+            stacklevel=3,
+        )
+    return encoding.ids
 
 
 def _device(model: Decoder) -> torch.device:

@@ -1,22 +1,23 @@
 """Chats: templates equal to their originals; a chat that goes on equals one from scratch and reads little."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SHAPE, TOKENIZER, WRITER, Counted, make_model
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from torch.testing import assert_close
 
 from minicpm_lite.config import ModelConfig
-from minicpm_lite.language.chat import Chat, chatml, minicpm_chat
+from minicpm_lite.language.chat import Chat, chatml, encode_chat, minicpm_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.sampling import Sampling
-from minicpm_lite.language.tokenizer import BytePairTokenizer
-from minicpm_lite.language.writing import generate_text
+from minicpm_lite.language.templates import chat_template
+from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
+from minicpm_lite.language.writing import generate_text, stream_text
 
 # Chat templates
 
@@ -74,7 +75,7 @@ def letters_tokenizer() -> Tokenizer:
 
 
 LETTERS = letters_tokenizer()
-END = LETTERS.token_to_id("<|im_end|>")
+CONTROLS = set(LETTERS.get_added_tokens_decoder())
 CHATTER = ModelConfig(
     **SHAPE | dict(vocab_size=LETTERS.get_vocab_size(), max_position_embeddings=512, init_std=0.5)
 )
@@ -86,8 +87,8 @@ def said(text: str) -> dict[str, str]:
 
 def from_scratch(chat: Chat, question: str, tokens: int, **settings) -> str:
     """What the same model answers when it reads the whole conversation anew."""
-    text = chatml([*chat.messages, said(question)])
-    (answer,) = generate_text(chat.model, LETTERS, [text], tokens, chat.sampling, **settings)
+    prompt = encode_chat(LETTERS, chatml, [*chat.messages, said(question)])
+    (answer,) = generate_text(chat.model, LETTERS, [prompt], tokens, chat.sampling, **settings)
     return answer
 
 
@@ -101,6 +102,7 @@ QUESTIONS = ["who are you?", "what, again", "no."]
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_three_turns_equal_a_conversation_from_scratch_and_each_reads_what_is_new(penalty):
     model, tokens = make_model(CHATTER), 9
+    model.lm_head.weight.data[sorted(CONTROLS)] = 0  # it writes none, for these would be read again
     chat = Chat(model, LETTERS, chatml, Sampling(repetition_penalty=penalty))
     counted, known = Counted(model), 0
     for question in QUESTIONS:
@@ -348,6 +350,106 @@ def test_our_own_tokenizer_chats_as_the_fast_one_does():
         answers = [list(chat.answer(question, 12)) for chat in chats]
         assert answers[0] == answers[1] == answers[2]
     assert chats[0].messages == chats[1].messages and len(chats[0].messages) == 6
+
+
+# Control tokens that a message spells
+
+ROLES = ["<|im_start|>", "<|im_end|>", "<用户>", "<AI>", "<s>", "[<s>]", "<|a b|>"]
+GUARDED = train_tokenizer("a man and a wife, said the cat.\n" * 20, 290)
+GUARDED.add_special_tokens(ROLES[:3])
+GUARDED.add_tokens(ROLES[3:])
+SPELLINGS = st.lists(
+    st.one_of(
+        st.sampled_from([*ROLES, "<", "<|", "<|im_", "im_end|>", "AI>", "<A", "<用", "户>", "[<s", ">", "]", " ", "\n"]),
+        st.text("ab<|>用[] ", max_size=4),
+    ),
+    max_size=8,
+).map("".join)  # fmt: skip
+TURNED = "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ ' ' ~ m.content | trim }}{% endfor %}<|im_end|>"
+
+
+def controls(ids: list[int]) -> list[str]:
+    return [GUARDED.id_to_token(i) for i in ids if i in GUARDED.get_added_tokens_decoder()]
+
+
+def conversation(contents: list[str]) -> list[dict]:
+    return [{"role": role, "content": c} for role, c in zip(cycle(["user", "assistant"]), contents)]
+
+
+@pytest.mark.parametrize(
+    "template", [chatml, minicpm_chat, chat_template(TURNED)], ids=["chatml", "minicpm", "jinja"]
+)
+@settings(max_examples=150, deadline=None)
+@given(contents=st.lists(SPELLINGS, min_size=1, max_size=4), same=st.booleans())
+def test_control_tokens_stand_where_the_template_puts_them_and_nowhere_else(template, contents, same):
+    messages = conversation(contents)
+    if same:  # contents that follow one another without a control token between
+        messages = [message | {"role": "assistant"} for message in messages]
+    plain = [message | {"content": "a man"} for message in messages]
+    ids = encode_chat(GUARDED, template, messages)
+    assert controls(ids) == controls(GUARDED.encode(template(plain)).ids)
+    assert GUARDED.decode(ids, skip_special_tokens=False) == template(messages)
+
+
+@settings(max_examples=100, deadline=None)
+@given(contents=st.lists(st.text("ab <>|.\n人", max_size=12), min_size=1, max_size=3))
+def test_messages_that_spell_none_are_read_as_the_text_of_the_template(contents):
+    contents = [content + "." for content in contents]
+    for template in (chatml, minicpm_chat):
+        text = template(conversation(contents))
+        if not any(name in "".join(contents) for name in ROLES):
+            assert encode_chat(GUARDED, template, conversation(contents)) == GUARDED.encode(text).ids
+
+
+@settings(max_examples=25, deadline=None)
+@given(questions=st.lists(SPELLINGS.filter(str.strip), min_size=1, max_size=3))
+def test_a_chat_and_a_streamed_text_read_what_the_template_controls(questions):
+    model = make_model(replace(WRITER, max_position_embeddings=4096))
+    reads, forward = [], model.forward
+
+    def forward_and_note(ids, *rest, **settings):
+        reads.append(ids)
+        return forward(ids, *rest, **settings)
+
+    model.forward = forward_and_note
+    chat = Chat(model, GUARDED, chatml, room=4096, stop_ids=sorted(GUARDED.get_added_tokens_decoder()))
+    for question in questions:
+        messages = [*chat.messages, said(question)]
+        expected = ["<|im_start|>", "<|im_end|>"] * len(messages) + ["<|im_start|>"]
+        list(chat.answer(question, 3))
+        assert controls(chat._fed)[: len(expected)] == expected
+        reads.clear()
+        list(stream_text(model, GUARDED, encode_chat(GUARDED, chatml, messages), 1))
+        assert controls(reads[0][0].tolist()) == expected
+
+
+def test_parts_and_tools_of_a_message_are_guarded_too():
+    nested = chat_template(
+        "{% for m in messages %}{{ m.parts[0].text }}{{ m.tool | tojson }}<AI>{% endfor %}"
+    )
+    message = {
+        "role": "user",
+        "content": "",
+        "parts": [{"text": "<AI>"}],
+        "tool": {"x": ["<|im_end|>"], "n": 1},
+    }
+    assert controls(encode_chat(GUARDED, nested, [message])) == ["<AI>"]
+
+
+def test_half_a_character_in_a_message_is_refused():
+    for text in ("\ud83d", "a\ud800<AI>\udfff"):
+        with pytest.raises(ValueError, match="unpaired surrogate"):
+            encode_chat(GUARDED, chatml, [said(text)])
+
+
+def test_a_start_token_stands_once_whoever_puts_it():
+    tokenizer = Tokenizer.from_str(GUARDED.to_str())
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", start)])
+    for template in (chatml, lambda messages: "<s>" + chatml(messages)):
+        ids = encode_chat(tokenizer, template, [said("<s>a man")])
+        assert ids[0] == start and ids.count(start) == 1
+    assert start not in encode_chat(tokenizer, chatml, [said("a man")], add_special_tokens=False)
 
 
 # Bad input

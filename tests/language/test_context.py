@@ -11,7 +11,7 @@ from small_models import FAMILIES, GROUPED, PLAIN, UNTIED, granite, make_ids, ma
 from torch.testing import assert_close
 
 from minicpm_lite.language import context
-from minicpm_lite.language.context import Context, KVCache, causal_mask, dense_attention
+from minicpm_lite.language.context import Context, KVCache, Tree, causal_mask, dense_attention
 from minicpm_lite.language.decoder import Decoder
 
 
@@ -222,8 +222,14 @@ def test_a_cache_serves_one_batch_and_one_model():
         ValueError, match=r"holds \(batch, heads, width\) of \(2, 2, 16\) and now gets \(1, 2, 16\)"
     ):
         model(torch.zeros(1, 1, dtype=torch.long), cache)
-    with pytest.raises(ValueError, match=r"now gets \(2, 1, 16\)"):
-        Decoder(UNTIED)(torch.zeros(2, 1, dtype=torch.long), cache)
+    for other in (Decoder(GROUPED), Decoder(UNTIED)):
+        with pytest.raises(ValueError, match="filled by another model; use one cache for each model"):
+            other(torch.zeros(2, 1, dtype=torch.long), cache)
+        with pytest.raises(ValueError, match="filled by another model"):
+            other(torch.zeros(2, 1, dtype=torch.long), Tree(cache, [-1]))
+    model(torch.zeros(2, 1, dtype=torch.long), cache)
+    cache.truncate(0)
+    other(torch.zeros(2, 1, dtype=torch.long), cache)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,5 +1,6 @@
 """Generation: cached equals uncached, batched equals alone, greedy equal to transformers, nothing read twice."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from small_models import WRITER, WRITERS, Counted, make_ids, make_model
 
 from minicpm_lite.config import RopeScaling
-from minicpm_lite.language.context import KVCache
+from minicpm_lite.language.context import Int8Cache, KVCache, Tree
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate, pad_left, resolve_stop_ids, stream
 from minicpm_lite.language.sampling import Sampling
@@ -229,6 +230,69 @@ def test_a_cache_with_padding_reads_a_padded_batch_in_two_parts():
     assert torch.equal(generate(model, ids, 12, repetition_penalty=1.3, context=cache), expected)
 
 
+@pytest.mark.parametrize("change", ["first", "last", "another row", "padded"])
+@torch.no_grad()
+def test_a_cache_goes_on_with_no_other_text_than_it_has_read(change):
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 9)
+    padding = torch.tensor([0, 3]) if change == "padded" else None
+    cache = KVCache(40, padding)
+    model(ids[:, :6], cache)
+    other = ids.clone()
+    row, place = {"first": (0, 0), "last": (1, 5), "another row": (1, 2), "padded": (1, 3)}[change]
+    other[row, place] = (other[row, place] + 1) % 300
+    with pytest.raises(
+        ValueError, match="has read another text than ids begins with; go back with its truncate"
+    ):
+        generate(model, other, 4, context=cache)
+    other[1, :3] = ids[1, :3] if padding is None else 7  # what is no text may be any token
+    cache.truncate(place)
+    assert cache.length == place and generate(model, other, 4, context=cache).shape == (2, 13)
+
+
+@torch.no_grad()
+def test_what_a_cache_has_read_moves_with_it():
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 6)
+    cache = KVCache(40)
+    model(ids, cache)
+    cache.select([1, 0, 1])
+    ids = ids[[1, 0, 1]]
+    guesses = make_ids(WRITER, 3, 4)
+    model(guesses, Tree(cache, [-1, 0, 0, 2]))
+    cache.take([0, 2, 3])
+    text = torch.cat([ids, guesses[:, [0, 2, 3]], guesses[:, :1]], dim=1)
+    assert cache.has_read(text) and not cache.has_read(torch.cat([ids, guesses], dim=1))
+    assert torch.equal(generate(model, text, 5, context=cache), generate(model, text, 5))
+
+
+@torch.no_grad()
+def test_features_in_the_place_of_tokens_are_no_other_text():
+    """An image has no ids: whatever stands for it in the text is right."""
+    model, ids, cache = make_model(WRITER), make_ids(WRITER, 1, 9), KVCache(40)
+    model(ids[:, :3], cache)
+    model.states(torch.randn(1, 2, 32), cache)
+    model(ids[:, 5:7], cache)
+    assert cache.has_read(torch.cat([ids[:, :3], make_ids(WRITER, 1, 2), ids[:, 5:]], dim=1))
+    assert not cache.has_read(ids.roll(1, dims=1))
+    generate(model, ids, 3, context=cache)
+    cache.truncate(2)
+    model(ids[:, :4], Tree(cache, [-1, 0, 1, 2]))  # guesses that are not taken
+    model.states(torch.randn(1, 4, 32), cache)
+    generate(model, torch.cat([ids[:, :2], ids[:, -7:]], dim=1), 3, context=cache)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_with_no_other_model():
+    model, other, ids = make_model(WRITER), make_model(WRITER), make_ids(WRITER, 2, 9)
+    for kind in (KVCache, Int8Cache):
+        cache = kind(40)
+        model(ids[:, :6], cache)
+        with pytest.raises(ValueError, match="filled by another model; use one cache for each model"):
+            generate(other, ids, 4, context=cache)
+        generate(model, ids, 4, context=copy.deepcopy(cache))
+        cache.truncate(0)
+        generate(other, ids, 4, context=cache)
+
+
 # Samples
 
 
@@ -258,6 +322,14 @@ def test_samples_of_padded_prompts_stand_in_the_order_of_the_prompts(penalty):
     together = generate(model, ids, 12, **settings, padding=padding, generator=seeded(), samples=4)
     assert torch.equal(together, expected)
     assert counted.since() == 27 + 12 * (together.shape[1] - 9 - 1)
+
+
+@torch.no_grad()
+def test_ids_in_32_bits():
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 7)
+    for penalty in (1.0, 1.3):
+        found = generate(model, ids.int(), 9, repetition_penalty=penalty)
+        assert torch.equal(found, generate(model, ids, 9, repetition_penalty=penalty))
 
 
 @torch.no_grad()
@@ -340,6 +412,9 @@ def test_the_last_token_is_not_read():
         (lambda m: generate(m, make_ids(WRITER, 1, 90), 10), "90 tokens and max_new_tokens is 10; the model was made to read 96.*Set max_new_tokens to 7"),
         (lambda m: generate(m, make_ids(WRITER, 1, 97), 1), "97 tokens.*made to read 96.*Shorten the prompt"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5) + 300, 5), "the model knows 0 to 299. Was it cut"),
+        *((lambda m, kind=kind: generate(m, make_ids(WRITER, 1, 5).to(kind), 5), "expected a tensor of token ids|ids")
+          for kind in (torch.int16, torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float32)),
+        (lambda m: list(stream(m, make_ids(WRITER, 1, 5), 5, 0.7)), "sampling"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 0), "max_new_tokens is 0"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, temperature=-0.5), "temperature is -0.5; expected 0"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, temperature=float("nan")), "temperature is nan"),

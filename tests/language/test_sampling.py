@@ -1,8 +1,12 @@
 """Sampling: probabilities equal to the processors of transformers, and draws that follow them."""
 
+import math
+from fractions import Fraction
+from itertools import accumulate
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_models import WRITER, make_ids, make_model
 from torch.testing import assert_close
@@ -41,6 +45,75 @@ def test_probabilities_equal_the_processors_of_transformers(sampling):
         steps.append(TopPLogitsWarper(sampling.top_p))
     expected = steps(seen, logits.clone()).softmax(-1)
     assert_close(next_token_probabilities(logits, sampling, seen), expected, atol=1e-6, rtol=1e-5)
+
+
+# Every rule by hand: sort, count, add up
+
+
+def by_hand(scores: list[float], top_k: int | None, top_p: float | None) -> list[float]:
+    """Probabilities of numbers whose powers of two are exact; of equal ones the lowest id is the better."""
+    best_first = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[:top_k]
+    weights = {token: Fraction(2) ** int(scores[token]) for token in best_first}
+    whole, kept = sum(weights.values()), []
+    for token in best_first:
+        if top_p is not None and sum(weights[each] for each in kept) >= Fraction(top_p) * whole:
+            break
+        kept.append(token)
+    total = sum(weights[each] for each in kept)
+    return [float(weights[token] / total) if token in kept else 0.0 for token in range(len(scores))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=1, max_size=3)
+    ),
+    top_k=st.none() | st.integers(1, 14),
+    top_p=st.none() | st.sampled_from([0.01, 0.3, 0.55, 0.77, 0.9, 0.99, 1.0]),
+)
+def test_what_may_be_drawn_is_what_counting_by_hand_leaves(rows, top_k, top_p):
+    """With many ties, and sums that a limit is not close to."""
+    for row in rows:
+        kept = sorted((Fraction(2) ** each for each in row), reverse=True)[:top_k]
+        sums = [float(each / sum(kept)) for each in accumulate(kept)]
+        assume(top_p is None or all(abs(each - top_p) > 1e-6 for each in sums if each < 1))
+    logits = torch.tensor(rows, dtype=torch.float32) * math.log(2)
+    found = next_token_probabilities(logits, Sampling(1.0, top_k, top_p))
+    expected = torch.tensor([by_hand(row, top_k, top_p) for row in rows])
+    assert torch.equal(found > 0, expected > 0)
+    assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "top_p", "kept"),
+    [
+        ([0.3, 0.1, 0.1, 0.5], 0.8, 2),
+        ([0.25, 0.25, 0.25, 0.25], 0.5, 2),
+        ([0.25, 0.25, 0.25, 0.25], 0.75, 3),
+        ([0.5, 0.25, 0.125, 0.125], 0.75, 2),
+        ([0.5, 0.25, 0.125, 0.125], 0.5, 1),
+        ([0.5, 0.25, 0.125, 0.125], 0.50001, 2),
+        ([0.5, 0.25, 0.125, 0.125], 0.875, 3),
+    ],
+)
+def test_top_p_at_an_exact_sum_keeps_the_fewest(shares, top_p, kept):
+    from transformers import TopPLogitsWarper
+
+    logits = torch.tensor([shares]).log()
+    found = next_token_probabilities(logits, Sampling(1.0, top_p=top_p))[0] > 0
+    assert int(found.sum()) == kept == int(torch.isfinite(TopPLogitsWarper(top_p)(None, logits)).sum())
+    assert found.nonzero()[:, 0].tolist() == sorted(
+        sorted(range(4), key=lambda token: (-shares[token], token))[:kept]
+    )
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_top_k_keeps_k_of_equal_scores_those_of_the_lowest_ids(k):
+    scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 3.0, 0.0], [2.0] * 6])
+    kept = next_token_probabilities(scores, Sampling(1.0, top_k=k)) > 0
+    best = [1, 4, 0, 2, 3, 5]
+    assert kept[0].nonzero()[:, 0].tolist() == sorted(best[:k])
+    assert kept[1].nonzero()[:, 0].tolist() == list(range(k))
 
 
 # Wrong samplers that people really write; each must be told apart from the right one.
@@ -156,6 +229,15 @@ def test_without_a_generator_the_global_one_is_used():
     [
         (lambda: Sampling(temperature=-0.5), "temperature is -0.5; expected 0"),
         (lambda: Sampling(temperature=float("nan")), "temperature is nan"),
+        (lambda: Sampling(temperature=1e-40), "temperature is 1e-40; expected 0 .* from 1e-05 on"),
+        (lambda: Sampling(temperature="0.9"), "temperature is '0.9'|temperature"),
+        (lambda: Sampling(top_p="0.9"), "top_p is '0.9'; expected a probability|top_p"),
+        (lambda: Sampling(repetition_penalty=1e-40), "repetition_penalty is 1e-40; expected 1"),
+        (lambda: Sampling(top_k=True), "top_k is True"),
+        (
+            lambda: choose(torch.tensor([[0.0, math.nan]]), Sampling(1.0)),
+            "No token can be drawn by these scores",
+        ),
         (lambda: Sampling(top_k=0), "top_k is 0"),
         (lambda: Sampling(top_p=1.5), "top_p is 1.5; expected a probability"),
         (lambda: Sampling(top_p=0.0), "top_p is 0.0"),
@@ -171,5 +253,7 @@ def test_without_a_generator_the_global_one_is_used():
     ],
 )
 def test_bad_input_gets_a_sentence(call, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(
+        (ValueError, TypeError), match=sentence
+    ):  # the type check of the tests sees some first
         call()

@@ -10,7 +10,16 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.packages import smollm2_file
@@ -20,6 +29,7 @@ from minicpm_lite.language.tokenizer import (
     split_words,
     train_tokenizer,
 )
+from minicpm_lite.language.writing import TextWriter
 
 TEXTS = [load_austen()[:100_000], load_chinese_classics()[:20_000]]
 FAST = train_tokenizer(load_austen()[:100_000], vocab_size=400)
@@ -335,6 +345,120 @@ def test_special_tokens_of_an_ordered_tokenizer_are_kept():
     assert fast_tokenizer(ordered).encode("the hat<|end|>").ids[-1] == ordered.token_to_id("<|end|>") == 800
 
 
+def with_settings(*changes) -> Tokenizer:
+    """The reference with a start and an end token, changed as its file could be."""
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|x:y|>"])
+    for change in changes:
+        change(tokenizer)
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def around(single: str):
+    def change(tokenizer: Tokenizer) -> None:
+        special = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=special)
+
+    return change
+
+
+SETTINGS = {
+    "truncation": (lambda t: t.enable_truncation(3), 0),
+    "padding": (lambda t: t.enable_padding(length=50), 0),
+    "dropout": (lambda t: setattr(t.model, "dropout", 0.9), 0),
+    "start": (around("<s> $A"), 1),
+    "two in front": (around("<s> <s> $A"), 2),
+    "end": (around("$A </s>"), 0),
+    "both": (around("<s> $A </s>"), 1),
+    "two behind": (around("<s> $A </s> </s>"), 1),
+    "bert": (lambda t: setattr(t, "post_processor", processors.BertProcessing(("</s>", 801), ("<s>", 800))), 1),
+    "roberta": (lambda t: setattr(t, "post_processor", processors.RobertaProcessing(("</s>", 801), ("<s>", 800))), 1),
+    "byte level": (lambda t: setattr(t, "post_processor", processors.ByteLevel(trim_offsets=True)), 0),
+    "in a row": (
+        lambda t: setattr(
+            t, "post_processor",
+            processors.Sequence([
+                processors.ByteLevel(),
+                processors.TemplateProcessing("start $A </s>", special_tokens=[
+                    {"id": "start", "ids": [802], "tokens": ["<|x:y|>"]}, ("</s>", 801)]),
+            ]),
+        ), 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=20, deadline=None)
+@given(text=PROSE, cut=st.booleans(), pad=st.booleans(), chance=st.booleans())
+def test_of_all_settings_of_a_file_only_what_stands_in_front_acts(name, text, cut, pad, chance):
+    change, front = SETTINGS[name]
+    others = [
+        SETTINGS[each][0] for each, on in (("truncation", cut), ("padding", pad), ("dropout", chance)) if on
+    ]
+    tokenizer = with_settings(change, *others)
+    before, whole = tokenizer.to_str(), fast_tokenizer(tokenizer)
+    expected = REFERENCE.encode(text).ids
+    for _ in range(2):
+        ids = whole.encode(text).ids
+        assert ids[front:] == expected == whole.encode(text, add_special_tokens=False).ids
+        assert [each.ids for each in whole.encode_batch([text, "x"])] == [ids, whole.encode("x").ids]
+    assert len(ids[:front]) == front and set(ids[:front]) <= {800, 802}
+    assert tokenizer.to_str() == before  # which was given keeps them
+    again = Tokenizer.from_str(whole.to_str())
+    assert fast_tokenizer(again) is again and again.encode(text).ids == ids
+
+
+def test_what_decides_how_a_text_is_cut_is_kept():
+    lowered = with_settings(
+        lambda t: setattr(t, "normalizer", normalizers.Lowercase()), lambda t: t.enable_truncation(2)
+    )
+    assert fast_tokenizer(lowered).encode("The HAT").ids == REFERENCE.encode("the hat").ids
+    plain = with_settings(around("<s> $A"))
+    assert fast_tokenizer(plain) is plain
+
+
+STAND_INS = st.text("éđ¡ĠĊabê<|>用", min_size=2, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(names=st.lists(STAND_INS, min_size=1, max_size=4, unique=True), data=st.data())
+def test_added_tokens_are_text_as_they_stand(names, data):
+    """Though their letters may be those with which GPT-2 writes bytes."""
+    names = [name for name in names if name not in REFERENCE.get_vocab()]
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    mine = BytePairTokenizer.from_tokenizers(tokenizer)
+    ids = data.draw(st.lists(st.integers(0, 799 + len(names)), max_size=8))
+    runs, text = [b""], ""
+    for i in ids:
+        runs[-1] += names[i - 800].encode() if i >= 800 else MINE.vocabulary[i]
+    assert mine.decode(ids) == runs[0].decode("utf-8", "replace")
+    for i, name in enumerate(names, start=800):
+        assert mine.decode([i]) == name
+        writer = TextWriter(tokenizer, stop=[name])
+        text = "".join(writer.push(each) for each in [*REFERENCE.encode("the ").ids, i, i])
+        assert writer.stopped and text == "the "
+        writer = TextWriter(mine)
+        pushed = [writer.push(each) for each in [i, *REFERENCE.encode("the").ids, i, i]] + [writer.finish()]
+        assert "".join(pushed) == f"{name}the{name}{name}" == writer.text
+    assert BytePairTokenizer.from_tokenizers(mine.fast) == mine
+
+
+def test_an_added_token_that_bytes_or_a_merge_make_stays_what_they_make():
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_tokens(["é", "Ġthe"])
+    assert tokenizer.get_vocab_size() == 800
+    assert BytePairTokenizer.from_tokenizers(tokenizer).vocabulary == MINE.vocabulary
+
+
+def test_long_words_are_not_remembered():
+    tokenizer = MINE.first(400)
+    text = "etaoin" * 1000
+    for _ in range(2):
+        assert tokenizer.decode(tokenizer.encode(text + " the " + text)) == text + " the " + text
+    assert all(len(word) <= 100 for word in tokenizer._encoded_words)
+
+
 # Wrong implementations that the tests above must reject
 
 
@@ -426,6 +550,8 @@ def test_long_words_stay_fast():
     ("call", "error", "sentence"),
     [
         (lambda: train_tokenizer("abc", 100), ValueError, "vocab_size is 100; the 256 bytes alone take 256"),
+        (lambda: train_tokenizer("abc", 10**12), ValueError, "vocab_size is 1000000000000; expected at most 16777216"),
+        (lambda: train_tokenizer("a\ud800", 300), ValueError, r"U\+D800, at 1: half a character"),
         (lambda: BytePairTokenizer.train(["abc"], 255), ValueError, "vocab_size is 255; the 256 bytes alone"),
         (lambda: BytePairTokenizer.train([], 300), ValueError, "training texts are empty; there is nothing"),
         (lambda: BytePairTokenizer.train(["", ""], 300), ValueError, "training texts are empty"),

@@ -1,5 +1,8 @@
 """Text as it is written: pieces add up, no character is cut, stop strings are found wherever tokens are cut."""
 
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import TEXT, TOKENIZER, WRITER, Says, make_model
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling
@@ -152,6 +155,45 @@ def test_stop_tokens_from_an_iterator_stop_every_row():
     )
 
 
+@pytest.mark.parametrize(
+    "kind", [list, tuple, set, iter, lambda stop: (each for each in stop), dict.fromkeys]
+)
+def test_stop_strings_and_prompts_may_be_anything_that_yields_them(kind):
+    """An iterator is empty after it was read once, and what was meant to stop must stop all the same."""
+    answer = TOKENIZER.encode("man. wife, that").ids
+    assert generate_text(Says(answer, answer), TOKENIZER, ["x", "y"], 9, stop=kind(["."])) == ["man", "man"]
+    assert generate_text(Says(answer, answer), TOKENIZER, iter(["x", "y"]), 9, stop=["."]) == ["man", "man"]
+    assert "".join(stream_text(Says(answer), TOKENIZER, "x", 9, stop=kind(["."]))) == "man"
+    writer = TextWriter(TOKENIZER, kind(["."]))
+    assert "".join(writer.push(token) for token in answer) == "man" and writer.stopped
+
+
+def test_a_prompt_may_be_its_tokens():
+    model, prompt = make_model(WRITER), "It is a truth"
+    ids = TOKENIZER.encode(prompt).ids
+    assert generate_text(model, TOKENIZER, [ids, "man"], 9) == generate_text(
+        model, TOKENIZER, [prompt, "man"], 9
+    )
+    assert list(stream_text(model, TOKENIZER, ids, 9)) == list(stream_text(model, TOKENIZER, prompt, 9))
+
+
+def test_a_start_token_that_would_stand_twice_is_warned_of():
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.add_special_tokens(["<s>"])
+    start = [("<s>", 300)]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=start)
+    model = make_model(replace(WRITER, vocab_size=301))
+    with pytest.warns(UserWarning, match="begins with <s>, and the tokenizer puts another before it"):
+        list(stream_text(model, tokenizer, "<s>man", 1))
+    with pytest.warns(UserWarning, match="begins with <s>"):
+        generate_text(model, tokenizer, ["man", "<s>man"], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate_text(model, tokenizer, ["man", "a man<s>", ""], 1)
+        tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=start)
+        generate_text(model, tokenizer, ["<s>man", "<s><s>man"], 1)
+
+
 # Either kind of tokenizer
 
 
@@ -213,6 +255,12 @@ def test_orders_to_cut_or_pad_are_not_followed():
         (lambda m: generate_text(m, TOKENIZER, ["a", ""], 5), "Prompt 1 is empty"),
         (lambda m: generate_text(m, TOKENIZER, [], 5), "There is no prompt"),
         (lambda m: generate_text(m, TOKENIZER, "a", 5), "prompts is one string"),
+        (lambda m: generate_text(m, TOKENIZER, None, 5), "prompts"),
+        (lambda m: generate_text(m, TOKENIZER, [b"a"], 5), "Expected type|type bytes; expected str"),
+        (lambda m: list(stream_text(m, TOKENIZER, None, 5)), "prompt|type NoneType; expected str"),
+        (lambda m: list(stream_text(m, TOKENIZER, "a\ud83d", 5)), r"unpaired surrogate, U\+D83D, at 1"),
+        (lambda m: list(stream_text(m, TOKENIZER, "a", 5, 0.7)), "sampling"),
+        (lambda m: list(stream_text(m, TOKENIZER, "a", 5, stop=None)), "stop"),
         (lambda m: TextWriter(TOKENIZER, ["a", ""]), "none of them empty"),
         (lambda m: TextWriter(TOKENIZER, "ab"), "stop is 'ab'; expected a list of strings"),
         (lambda m: list(stream_text(m, TOKENIZER, "a", 5, stop_ids=["a"])), "stop_ids"),
@@ -227,3 +275,44 @@ def test_bad_input_gets_a_sentence(call, sentence):
         (ValueError, TypeError), match=sentence
     ):  # the type check of the tests sees some first
         call(make_model(WRITER))
+
+
+def test_other_types_are_refused_with_a_sentence_where_nothing_checks_them_before():
+    """In a process of its own: here the annotations are checked first, with a message of their own."""
+    script = """
+import torch
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.generation import generate
+from minicpm_lite.language.sampling import Sampling
+from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.language.writing import generate_text, stream_text
+model, tokenizer = Decoder(ModelConfig(16, 24, 1, 2, 300)), train_tokenizer("a man", 260)
+calls = (
+    lambda: list(stream_text(model, tokenizer, "a", 2, 0.7)),
+    lambda: list(stream_text(model, tokenizer, "a", 2, stop=None)),
+    lambda: list(stream_text(model, tokenizer, None, 2)),
+    lambda: generate_text(model, tokenizer, [b"a"], 2),
+    lambda: generate_text(model, tokenizer, None, 2),
+    lambda: generate(model, torch.tensor([[1.5]]), 2),
+    lambda: generate(model, [[5]], 2),
+    lambda: Sampling(temperature="0.9"),
+    lambda: Sampling(temperature=1.0, top_p="0.9"),
+    lambda: Sampling(repetition_penalty=None),
+)
+for call in calls:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        print(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    beginnings = [
+        "sampling is 0.7; expected", "stop is None; expected", "The text is of type NoneType; expected",
+        "The text is of type bytes; expected", "prompts is None; expected", "ids is tensor([[1.5000]]); expected",
+        "ids is [[5]]; expected", "temperature is '0.9'; expected", "top_p is '0.9'; expected",
+        "repetition_penalty is None; expected",
+    ]  # fmt: skip
+    assert all(line.startswith(each) for line, each in zip(shown.splitlines(), beginnings, strict=True)), (
+        shown
+    )
