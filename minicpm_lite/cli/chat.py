@@ -21,29 +21,23 @@ def chat(
 ) -> None:
     """Talk with a chat model; an empty line or end of input ends it.
 
-    Each question is asked in ChatML, the template of MiniCPM3, 4 and 4.1.
+    Questions are asked in the model's own template, or else in ChatML. What you write is text, also where it
+    spells a control token.
 
     \b
       minicpm-lite chat openbmb/MiniCPM4-0.5B
     """
-    from functools import partial
-
     import torch
 
-    from ..language.chat import Chat, chatml
+    from ..language.chat import Chat
     from ..language.sampling import Sampling
     from .model import open_model
 
     sampling = Sampling(temperature, top_k, top_p)
-    decoder, tokenizer = open_model(model)
-    talk = Chat(
-        decoder,
-        tokenizer,
-        partial(chatml, system=system),
-        sampling,
-        room=room,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    opened, chance = open_model(model), torch.Generator().manual_seed(seed)
+    talk = Chat(opened.decoder, opened.tokenizer, opened.template, sampling, room=room, generator=chance)
+    if system is not None:
+        talk.messages = [{"role": "system", "content": system}]
     while question := _asked():
         for piece in talk.answer(question, max_new_tokens):
             print(piece, end="", flush=True)

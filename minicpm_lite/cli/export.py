@@ -29,6 +29,8 @@ def export(
     from ..pretrained.checkpoints import save_pretrained
     from .model import open_model
 
-    decoder, tokenizer = open_model(model)
-    save_pretrained(decoder, out, tokenizer, model_type=family)
-    print(f"{out}: {decoder.num_parameters(True):,} parameters, with tokenizer.json.")
+    opened = open_model(model)
+    save_pretrained(
+        opened.decoder, out, opened.tokenizer, chat_template=opened.template_source, model_type=family
+    )
+    print(f"{out}: {opened.decoder.num_parameters(True):,} parameters, with tokenizer.json.")

@@ -45,9 +45,9 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p)
     text = sys.stdin.read() if prompt == "-" else prompt
-    decoder, tokenizer = open_model(model)
+    opened = open_model(model)
     pieces = stream_text(
-        decoder, tokenizer, text, max_new_tokens, sampling, stop or (),
+        opened.decoder, opened.tokenizer, text, max_new_tokens, sampling, stop or (),
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     if as_json:

@@ -1,18 +1,48 @@
-"""The model and the tokenizer that a command is given: a run, a checkpoint, a folder, a file, a name."""
+"""The model that a command is given, with what belongs to it: a run, a folder, a file or a name."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ..language.chat import Template, chatml
 from ..language.decoder import Decoder
-from ..pretrained.checkpoints import load_pretrained, load_tokenizer
+from ..language.templates import chat_template
+from ..pretrained.checkpoints import (
+    load_chat_template,
+    load_pretrained,
+    load_special_tokens,
+    load_tokenizer,
+)
 from ..training.sharded_checkpoint import is_checkpoint, latest_checkpoint, load_weights
 
-__all__ = ["open_model"]
+__all__ = ["OpenModel", "open_model"]
 
 
-def open_model(place: str) -> tuple[Decoder, Tokenizer]:
-    """Load a model and its tokenizer.
+@dataclass(frozen=True)
+class OpenModel:
+    """A model, ready to be used.
+
+    Attributes:
+        decoder: its weights.
+        tokenizer: its vocabulary.
+        template_source: its own chat template, in Jinja, if it has one.
+        special_tokens: what that may name.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    template_source: str | None = None
+    special_tokens: dict[str, str] | None = None
+
+    @property
+    def template(self) -> Template:
+        """How it wants a conversation written: its own template, or ChatML."""
+        return chat_template(self.template_source, self.special_tokens) if self.template_source else chatml
+
+
+def open_model(place: str) -> OpenModel:
+    """Load a model and what belongs to it.
 
     Args:
         place: the folder of a run of ours, of which the newest checkpoint is taken; one of its checkpoints; a
@@ -24,7 +54,7 @@ def open_model(place: str) -> tuple[Decoder, Tokenizer]:
     """
     path = Path(place)
     checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
-    if checkpoint is None:
-        return load_pretrained(place).eval(), load_tokenizer(place)
-    model = load_weights(checkpoint)
-    return model, load_tokenizer(checkpoint.parent)
+    if checkpoint is not None:
+        return OpenModel(load_weights(checkpoint), load_tokenizer(checkpoint.parent))
+    decoder = load_pretrained(place).eval()
+    return OpenModel(decoder, load_tokenizer(place), load_chat_template(place), load_special_tokens(place))

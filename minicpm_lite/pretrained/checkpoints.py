@@ -40,7 +40,13 @@ from .gguf_tokenizer import gguf_tokenizer
 from .llama_cpp import load_gguf
 from .weights import few, read_json, read_weights, write_json, write_weights
 
-__all__ = ["load_chat_template", "load_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = [
+    "load_chat_template",
+    "load_pretrained",
+    "load_special_tokens",
+    "load_tokenizer",
+    "save_pretrained",
+]
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
 _CHAT_TEMPLATE = "chat_template.jinja"
@@ -137,6 +143,26 @@ def load_chat_template(path_or_id: str | Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{source} holds {shown(template)}; expected a text.")
     return template
+
+
+def load_special_tokens(path_or_id: str | Path) -> dict[str, str]:
+    """The tokens that a model's chat template may name: ``bos_token``, ``eos_token`` and others it has.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: a file is damaged.
+    """
+    path = _local(path_or_id, ["tokenizer_config.json"])
+    if _is_gguf(path):
+        values = read_gguf(path).metadata
+        tokens = values.get("tokenizer.ggml.tokens", ())
+        ids = {name: values.get(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
+        return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+    file = path / "tokenizer_config.json"
+    values = read_json(file) if file.is_file() else {}
+    named = {name: value for name, value in values.items() if name.endswith("_token")}
+    texts = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def save_pretrained(

@@ -1,11 +1,14 @@
 """Whatever a command is given as a model: a run, a checkpoint, a folder, a file."""
 
+import json
+
 import pytest
 import torch
 from shell import SHAPE
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.cli.model import open_model
+from minicpm_lite.language.chat import chatml
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import save_pretrained
@@ -32,20 +35,25 @@ def same(one: Decoder, other: Decoder) -> bool:
 
 def test_a_run_is_its_newest_checkpoint(run):
     folder, model = run
-    opened, tokenizer = open_model(str(folder))
-    assert same(opened, model) and not opened.training
-    assert tokenizer.decode(tokenizer.encode("the hat").ids) == "the hat"
-    newest, _ = open_model(str(folder / "step-00000004"))
-    older, _ = open_model(str(folder / "step-00000003"))
+    opened = open_model(str(folder))
+    assert same(opened.decoder, model) and not opened.decoder.training
+    assert opened.tokenizer.decode(opened.tokenizer.encode("the hat").ids) == "the hat"
+    newest, older = (open_model(str(folder / f"step-0000000{step}")).decoder for step in (4, 3))
     assert same(newest, model) and not same(older, model)
+    assert opened.template is chatml
 
 
 def test_a_folder_that_others_write(run, tmp_path):
     folder, model = run
-    opened, tokenizer = open_model(str(folder))
-    save_pretrained(opened, tmp_path / "saved", tokenizer)
-    again, read = open_model(str(tmp_path / "saved"))
-    assert same(again, model) and not again.training and read.to_str() == tokenizer.to_str()
+    opened = open_model(str(folder))
+    source = "{{ bos_token }}{% for message in messages %}{{ message.content }}!{% endfor %}"
+    save_pretrained(opened.decoder, tmp_path / "saved", opened.tokenizer, chat_template=source)
+    settings = tmp_path / "saved" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": {"content": "<s>"}}))
+    again = open_model(str(tmp_path / "saved"))
+    assert same(again.decoder, model) and not again.decoder.training
+    assert again.tokenizer.to_str() == opened.tokenizer.to_str() and again.template_source == source
+    assert again.template([{"role": "user", "content": "hat"}]) == "<s>hat!"
 
 
 def test_what_is_no_model(run, tmp_path):

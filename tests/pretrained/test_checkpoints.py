@@ -25,6 +25,7 @@ from minicpm_lite.pretrained import checkpoints, weights
 from minicpm_lite.pretrained.checkpoints import (
     load_chat_template,
     load_pretrained,
+    load_special_tokens,
     load_tokenizer,
     save_pretrained,
 )
@@ -852,3 +853,18 @@ def test_a_wrong_multiplier_is_told_apart(tmp_path):
         (saved / "config.json").write_text(json.dumps(values))
         assert (wrong(IDS) - right).abs().max() > 1e-2
         assert wrong.config == replace(OURS["minicpm"], **change)
+
+
+def test_special_tokens_that_a_template_may_name(tmp_path):
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None,
+                "model_max_length": 9, "added_token": 3}  # fmt: skip
+    assert load_special_tokens(tmp_path) == {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_special_tokens(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json"):
+        load_special_tokens(tmp_path)
+
+
+def test_special_tokens_of_a_gguf_file():
+    assert load_special_tokens(smollm2_file()) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
