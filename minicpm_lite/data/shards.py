@@ -29,6 +29,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -256,7 +257,7 @@ class Shards:
             raise FileNotFoundError(f"{path} is missing; {INDEX} says it holds {shard['tokens']:,} tokens.")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, TokenError) as error:
             raise ValueError(
                 f"{path} is not a whole .npy file ({error}). It may be truncated; copy or write it again."
             ) from None
@@ -335,21 +336,30 @@ def _read_index(folder: Path) -> dict:
         )
     try:
         index = json.loads((folder / INDEX).read_text())
-        if {key: index[key] for key in _FORMAT} != _FORMAT:
-            raise KeyError
-        for key in ("vocab_size", "block_tokens"):
-            require_positive_integer(key, index[key])
-        for shard in index["shards"]:
-            blocks = -(-shard["tokens"] // index["block_tokens"])
-            if len(shard["checksums"]) != blocks or not {"file", "smallest", "largest"} <= shard.keys():
-                raise KeyError
-        if index["dtype"] not in ("uint16", "uint32") or not index["shards"] or "tokenizer" not in index:
-            raise KeyError
-        if index.get("end") is not None and index["end"] not in range(index["vocab_size"]):
-            raise KeyError
+        if not _is_index(index):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"{folder / INDEX} is not an index of token shards, version {_FORMAT['version']}. Was it edited, "
             "or written by another program?"
         ) from None
     return index
+
+
+def _is_index(index: dict) -> bool:
+    """Whether what was read has every field, each of its kind."""
+    shards, end = index["shards"], index.get("end")
+    counts = [index["vocab_size"], index["block_tokens"], *(shard["tokens"] for shard in shards)]
+    numbers = [number for shard in shards for number in (shard["smallest"], shard["largest"])]
+    numbers += [checksum for shard in shards for checksum in shard["checksums"]]
+    numbers += [number for number in (index["tokenizer"], end) if number is not None]
+    return (
+        {key: index[key] for key in _FORMAT} == _FORMAT
+        and index["dtype"] in ("uint16", "uint32")
+        and len(shards) > 0
+        and all(isinstance(shard["file"], str) for shard in shards)
+        and all(type(number) is int for number in (*counts, *numbers))  # True is none
+        and min(counts) > 0
+        and all(len(s["checksums"]) == -(-s["tokens"] // index["block_tokens"]) for s in shards)
+        and (end is None or 0 <= end < index["vocab_size"])
+    )

@@ -34,6 +34,14 @@ def folder(tmp_path):
     return tmp_path / "corpus"
 
 
+@pytest.fixture(scope="module")
+def folder_of_all(tmp_path_factory):
+    """One for all examples of a test, which leaves it as it was."""
+    folder = tmp_path_factory.mktemp("x") / "corpus"
+    write_shards(folder, [TOKENS], vocab_size=1000, shard_tokens=300)
+    return folder
+
+
 @settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(0, 1000), max_size=8), shard=st.integers(1, 1200), stretch=st.slices(1000))
 def test_what_is_written_is_read(tmp_path_factory, cuts, shard, stretch):
@@ -290,6 +298,56 @@ def test_damage_that_is_seen_at_once(folder, what, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
         Shards(folder)
     assert "\n" not in str(caught.value)
+
+
+ODD = [None, True, 0, -1, 1.5, 2**70, "x", "../x", "\0", [], {}, [1], "tokens-00001.npy", float("nan"), 64]
+
+
+def places_of(value, place=()):
+    """Every place in what JSON gave, as the keys that lead there."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    yield place
+    for key, each in inside:
+        yield from places_of(each, (*place, key))
+
+
+def read_or_refused(folder):
+    """The right tokens, or one sentence."""
+    try:
+        shards = Shards(folder)
+        shards.id_range(), shards.identity(), shards.verify()
+        assert shards[:].tolist() == TOKENS.tolist()
+    except (ValueError, FileNotFoundError) as error:
+        assert str(error).endswith((".", "?")) and "\n" not in str(error)
+
+
+def test_an_index_with_any_value_exchanged_is_read_or_refused(folder):
+    whole = (folder / "shards.json").read_text()
+    for place in places_of(json.loads(whole)):
+        for odd in ODD:
+            index = box = {"index": json.loads(whole)}
+            *path, last = ("index", *place)
+            for key in path:
+                box = box[key]
+            box[last] = odd
+            (folder / "shards.json").write_text(json.dumps(index["index"]))
+            read_or_refused(folder)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(["shards.json", "tokens-00000.npy"]),
+    place=st.integers(0, 700),
+    new=st.binary(max_size=3) | st.sampled_from([b"{", b"[", b"(", b'"', b"1", b"\n"]),
+    gone=st.integers(0, 9),
+)
+def test_files_with_some_bytes_exchanged_are_read_or_refused(folder_of_all, name, place, new, gone):
+    whole = (folder_of_all / name).read_bytes()
+    try:
+        (folder_of_all / name).write_bytes(whole[:place] + new + whole[place + gone :])
+        read_or_refused(folder_of_all)
+    finally:
+        (folder_of_all / name).write_bytes(whole)
 
 
 def test_another_vocabulary(folder):
