@@ -223,7 +223,8 @@ def _multipliers(file: GGUFFile, architecture: str, width: int, layers: int) -> 
 
 def _refuse_other_granites(file: GGUFFile, config: ModelConfig) -> None:
     """Refuse what only Granite has: another scale of the scores, and layers that know no positions."""
-    scale, own = file.metadata.get("granite.attention.scale") or config.head_dim**-0.5, config.head_dim**-0.5
+    own = config.head_dim**-0.5
+    scale = file.metadata.get("granite.attention.scale") or own  # 0 means this one, too
     if not isinstance(scale, float) or not math.isclose(scale, own, rel_tol=1e-6):
         raise ValueError(
             f"{file.path} multiplies scores by {shown(scale)} (granite.attention.scale); the decoder does by "

@@ -7,12 +7,16 @@ longer search:
 """
 
 import json
+import math
 import random
 import re
 import shutil
 import signal
 import struct
 import sys
+import tempfile
+import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -157,7 +161,53 @@ def change_word(content: bytes, chance: random.Random) -> bytes:
     return "".join(words).encode("utf-8", "surrogatepass")
 
 
-WITHIN = {".json": change_value, ".yaml": change_word, ".jinja": change_word}
+def typed(kind: int, letter: str, *values: float) -> bytes:
+    """A value of a key as GGUF spells it; several are a list."""
+    head = struct.pack("<I", kind) if len(values) == 1 else struct.pack("<IIQ", 9, kind, len(values))
+    return head + struct.pack(f"<{len(values)}{letter}", *values)
+
+
+def texts(*values: str) -> bytes:
+    head = struct.pack("<I", 8) if len(values) == 1 else struct.pack("<IIQ", 9, 8, len(values))
+    return head + b"".join(struct.pack("<Q", len(value.encode())) + value.encode() for value in values)
+
+
+ODD_KEYS = [
+    *(typed(4, "I", number % 2**32) for number in ODD_NUMBERS),
+    *(typed(10, "Q", number) for number in ODD_NUMBERS),
+    *(typed(6, "f", number) for number in (0.0, -1.0, 0.5, 3.0, 1e-45, math.nan, math.inf)),
+    typed(5, "i", -1), typed(12, "d", 1e308), typed(12, "d", 1e-320), typed(7, "?", True), typed(7, "?", False),
+    *(texts(text) for text in ("", "a", "llama", "gpt2", "granite", "yarn", "a\nb", "9" * 5_000)),
+    typed(5, "i"), typed(5, "i", 1, 2), typed(5, "i", *[3] * 11), typed(6, "f", *[math.nan] * 11), texts("a", "a"), texts("", "a b"),
+]  # fmt: skip
+
+
+def change_key(content: bytes, chance: random.Random) -> bytes:
+    """A key of a GGUF file gets another value, of any type, or another name; all else stays in its place."""
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        file.write(content)
+        file.flush()
+        reader = gguf.GGUFReader(file.name)
+        names = [name for name in reader.fields if not name.startswith("GGUF.")]
+        field = reader.fields[name := chance.choice(names)]
+        end = field.offset + sum(part.nbytes for part in field.parts)
+        last = reader.tensors[-1].field
+        table_end, data = last.offset + sum(part.nbytes for part in last.parts), reader.data_offset
+    start = field.offset + 8 + len(name)
+    value = chance.choice([*ODD_KEYS, content[start:end]])
+    if value == content[start:end]:
+        name = chance.choice(["unheard.of", chance.choice(names), ""])
+    head = (
+        content[: field.offset]
+        + struct.pack("<Q", len(name))
+        + name.encode()
+        + value
+        + content[end:table_end]
+    )
+    return head + bytes(-len(head) % 32) + content[data:]
+
+
+WITHIN = {".json": change_value, ".yaml": change_word, ".jinja": change_word, ".gguf": change_key}
 
 
 # Files of every kind, and who reads them.
@@ -305,10 +355,6 @@ def test_whole_files_are_read(files):
 
 
 if __name__ == "__main__":
-    import tempfile
-    import time
-    import traceback
-
     place = Path(tempfile.mkdtemp())
     write_all(place)
     for kind in READERS if len(sys.argv) < 4 else sys.argv[3:]:
