@@ -35,7 +35,14 @@ from operator import index
 import regex
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-__all__ = ["BytePairTokenizer", "fast_tokenizer", "require_text", "split_words", "train_tokenizer"]
+__all__ = [
+    "BytePairTokenizer",
+    "fast_tokenizer",
+    "misread_tokens",
+    "require_text",
+    "split_words",
+    "train_tokenizer",
+]
 
 # A contraction; or letters, digits or other signs, each with one space before; or blank space, of which the
 # last sign is left for the word that follows.
@@ -374,6 +381,18 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
         single = [*(each["id"] for each in before), "$A"]
         whole.post_processor = processors.TemplateProcessing(single, special_tokens=before)
     return whole
+
+
+def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """By id, the added tokens whose letters `tokenizers` would take for bytes when it decodes them."""
+    added = {token: each.content for token, each in tokenizer.get_added_tokens_decoder().items()}
+    return {
+        token: name
+        for token, name in added.items()
+        if len(name) > 1
+        and all(character in _BYTE_OF for character in name)
+        and tokenizer.decode([token], skip_special_tokens=False) != name
+    }
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:

@@ -25,7 +25,7 @@ from torch import Tensor
 from .decoder import Decoder
 from .generation import pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BytePairTokenizer, fast_tokenizer, require_text
+from .tokenizer import BytePairTokenizer, fast_tokenizer, misread_tokens, require_text
 
 __all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
 
@@ -43,13 +43,7 @@ class TextWriter:
     def __init__(self, tokenizer: Tokenizer | BytePairTokenizer, stop: Iterable[str] = ()) -> None:
         self.text, self.stopped = "", False
         self._tokenizer, self._stop = fast_tokenizer(tokenizer), stop_strings(stop)
-        self._misread = {  # added tokens whose letters the tokenizer would take for stand-ins of bytes
-            token: added.content
-            for token, added in self._tokenizer.get_added_tokens_decoder().items()
-            if not added.content.isascii()
-            and self._tokenizer.decode([token], skip_special_tokens=False) != added.content
-            and len(added.content) > 1
-        }
+        self._misread = misread_tokens(self._tokenizer)
         self._ids: list[int] = []
         self._context, self._known = 0, 0  # the ids from here on are decoded; those up to there are text
         self._held = ""  # complete characters that may yet become a stop string

@@ -88,6 +88,14 @@ def test_byte_tokens_are_put_together_as_the_tokenizer_does(tokens):
     assert "".join([writer.push(token) for token in tokens] + [writer.finish()]) == tokenizer.decode(tokens)
 
 
+def test_an_added_token_of_a_sentencepiece_vocabulary_is_decoded_as_the_tokenizer_does():
+    tokenizer = byte_fallback_tokenizer()
+    tokenizer.add_special_tokens(["\u2581<PRE>", "<é>"])
+    ids = [tokenizer.token_to_id(token) for token in ("\u2581a", "\u2581<PRE>", "<é>", "c")]
+    writer = TextWriter(tokenizer)
+    assert "".join([writer.push(token) for token in ids] + [writer.finish()]) == "a <PRE><é>c"
+
+
 # A model that writes
 
 
