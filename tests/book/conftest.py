@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "book" / "_ext"))
 
 
 class _Quiet(SimpleHTTPRequestHandler):

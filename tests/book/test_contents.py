@@ -1,11 +1,12 @@
 """The table of contents, the pages and the notebooks name each other completely."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
+ROOT = Path(__file__).parents[2]
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
 
 

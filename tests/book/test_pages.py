@@ -3,10 +3,12 @@
 The book is built by `make book`; these tests open what it wrote into `_build/html`.
 """
 
+from pathlib import Path
+
 import pytest
-from conftest import ROOT
 from page_checks import broken_links, inspect
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.pages
 SITE = ROOT / "_build" / "html"
 SOURCES = [

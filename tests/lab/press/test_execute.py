@@ -8,10 +8,10 @@ import sys
 
 import nbformat
 import pytest
-from conftest import code
 from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_notebook, new_output
+from small_chapter import code
 from tqdm import tqdm
 
 from minicpm_lite.lab.press import execute

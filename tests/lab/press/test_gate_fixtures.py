@@ -6,7 +6,8 @@ import random
 
 import nbformat
 import pytest
-from conftest import (
+from nbformat.v4 import new_markdown_cell, new_output
+from small_chapter import (
     BLANK,
     CHECK,
     PICTURE,
@@ -20,7 +21,6 @@ from conftest import (
     code,
     sealed,
 )
-from nbformat.v4 import new_markdown_cell, new_output
 
 from minicpm_lite.lab.press.__main__ import main
 from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, problems, student_problems

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import PICTURE, START, chapter
+from small_chapter import PICTURE, START, chapter
 
 from minicpm_lite import config
 from minicpm_lite.lab.press import stamps

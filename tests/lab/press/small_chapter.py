@@ -1,0 +1,69 @@
+"""A small chapter that passes every gate, made without a kernel, for the tests to spoil."""
+
+from pathlib import Path
+
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from minicpm_lite.lab.press.notebook import KEY, Notebook
+from minicpm_lite.lab.press.stamps import stamp
+
+
+def code(source: str, text: str | None = None, tags: tuple[str, ...] = (), **metadata):
+    """A code cell with a plain text output."""
+    outputs = [new_output("display_data", {"text/plain": text})] if text else []
+    metadata |= {"tags": list(tags)} if tags else {}
+    return new_code_cell(source, outputs=outputs, metadata=metadata)
+
+
+START, PICTURE, PROMPT, BLANK, CHECK, SOLUTION_START, SOLUTION, SOLUTION_END, WRONG = range(1, 10)
+
+
+def chapter():
+    """The cells; the names above are their places."""
+    picture = code(
+        "import numpy as np\n\nplot(np.arange(3));",
+        mystnb={"image": {"alt": "A line that rises from 0 to 2."}},
+    )
+    picture.outputs = [
+        new_output("display_data", {"image/png": "aGk=", "text/plain": "<Figure size 600x300>"})
+    ]
+    start = "```{exercise-start} Twice\n:label: ex-twice\n```\nWrite `twice`.\n\n```{exercise-end}\n```"
+    cells = [
+        new_markdown_cell("# A topic\n\nSee [the paper](https://arxiv.org/abs/2404.06395)."),
+        code('from minicpm_lite import lab\n\nlab.start(library="0.2", seed=0)'),
+        picture,
+        new_markdown_cell(start),
+        code("def twice(x):\n    ...", tags=("exercise",)),
+        code(
+            '@lab.exercise("twice")\ndef check_twice(answer):\n    assert answer(2) == 4, "Twice 2 is 4."\n'
+            "check_twice(twice)",
+            "✎ Unfinished (twice): There is no answer yet.",
+            ("check",),
+        ),
+        new_markdown_cell("```{solution-start} ex-twice\n:class: dropdown\n```"),
+        code("check_twice.accepts(lambda x: 2 * x)", "✓ Right (twice): All checks passed.", ("solution",)),
+        new_markdown_cell("```{solution-end}\n```"),
+        code("check_twice.rejects(lambda x: x, lambda x: x**3)", tags=("wrong", "remove-cell")),
+    ]
+    nb = new_notebook(cells=cells)
+    for place, cell in enumerate(nb.cells):
+        cell.id = f"cell-{place}"
+    return nb
+
+
+def sealed(nb, path: Path) -> Path:
+    """Write a notebook as if it had just run."""
+    count = 0
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+    nb.metadata[KEY] = {
+        "stamp": stamp(Notebook(path, nb)),
+        "version": "0.2.0",
+        "seconds": 10,
+        "peak_memory_mb": 500,
+        "device": "CPU, 2 cores",
+    }
+    Notebook(path, nb).write()
+    return path
