@@ -17,7 +17,7 @@ def shards(
     ],
     tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="a tokenizer.json")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
-    field: Annotated[str, typer.Option(help="of a .jsonl line")] = "text",
+    field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",
     end: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="put this token behind each document, such as </s>")
     ] = None,
@@ -34,7 +34,8 @@ def shards(
     cut; the environment variable RAYON_NUM_THREADS may say how many.
 
     \b
-      minicpm-lite shards novel.txt --tokenizer tokenizer.json --end "<|endoftext|>" --out shards
+      minicpm-lite shards novel.txt --tokenizer tokenizer.json \\
+          --end "<|endoftext|>" --out shards
     """
     from tokenizers import Tokenizer
 

@@ -10,7 +10,7 @@ __all__ = ["tokenizer"]
 
 
 def tokenizer(
-    texts: Annotated[list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files")],
+    texts: Annotated[list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files, also .gz")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
     vocab_size: Annotated[
         int, typer.Option(min=256, max=1 << 24, metavar="N", help="ids, of which 256 are the bytes")
