@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import typer
@@ -49,9 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"  # as `processes` sees it
     try:
-        with nullcontext() if first else redirect_stderr(None):
-            argv = sys.argv[1:] if argv is None else argv
-            return app(argv, prog_name="minicpm-lite", standalone_mode=False, obj=argv) or 0
+        argv = sys.argv[1:] if argv is None else argv
+        return app(argv, prog_name="minicpm-lite", standalone_mode=False, obj=argv) or 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
