@@ -6,7 +6,7 @@ A folder is another matter, because Python cannot exchange two: the old one must
 takes its name. In that moment a reader finds nothing under the name. If the power fails just then, the old
 folder stands whole beside it, as ``.name.replaced``, until the next writer puts it back.
 
-A folder that is written to for hours, as a run's, is `held` by one program at a time.
+A folder that is written to for long, as a run's, is `locked` by one program at a time.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["held", "written_whole"]
+__all__ = ["locked", "written_whole"]
 
 
 @contextmanager
@@ -28,6 +28,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     process writes a path at a time.
 
     Raises:
+        FileExistsError: a pipe or a device has this name; such are never replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -38,6 +39,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     'hello'
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:
@@ -64,30 +67,26 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[None]:
-    """Hold a folder against other programs that would hold it, by a lock on the file ``.lock`` in it.
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other programs that lock it, too, out of a folder, by a lock on the folder itself.
 
-    The operating system takes the lock back when the program ends, however it ends. A killed program leaves
-    the file, which holds nothing then.
+    The operating system takes the lock back when the program ends, however it ends.
 
     Raises:
         FileExistsError: another program holds it.
-        OSError: the folder is missing or cannot be written.
+        OSError: there is no such folder.
     """
-    path = Path(folder) / ".lock"
-    with path.open("w") as lock:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError  # whoever held it has just removed it, and a third may hold a new one
-        except (BlockingIOError, FileNotFoundError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise FileExistsError(
                 f"{folder} is being written by another program. Wait for its end, or choose another folder."
             ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _put_back(old: Path, path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_lite.files import held, written_whole
+from minicpm_lite.files import locked, written_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -86,7 +86,7 @@ def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from minicpm_lite.files import held, written_whole
+from minicpm_lite.files import locked, written_whole
 with written_whole(sys.argv[1]) as beside:
     beside.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -104,29 +104,25 @@ def test_what_a_killed_process_left_is_taken_away_by_the_next(tmp_path):
     assert path.read_text() == "new" and names(tmp_path) == ["file"]
 
 
-def test_a_folder_is_held_by_one_at_a_time(tmp_path):
-    with held(tmp_path):
-        with (
-            pytest.raises(FileExistsError, match=f"{tmp_path} is being written by another program"),
-            held(tmp_path),
-        ):
-            raise AssertionError("held twice")
-        assert names(tmp_path) == [".lock"], "the one that was refused left the other's lock alone"
-    assert names(tmp_path) == []
-    with pytest.raises(RuntimeError, match="mine"), held(tmp_path):
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
+    taken = pytest.raises(FileExistsError, match=f"{tmp_path} is being written by another program")
+    with locked(tmp_path), taken, locked(tmp_path):
+        raise AssertionError("locked twice")
+    with locked(tmp_path):  # it is free again
+        assert names(tmp_path) == []
+    with pytest.raises(RuntimeError, match="mine"), locked(tmp_path):
         raise RuntimeError("mine")
-    (tmp_path / ".lock").touch()  # as a killed program leaves it
-    with held(tmp_path):
+    with locked(tmp_path):
         pass
-    with pytest.raises(FileNotFoundError), held(tmp_path / "nowhere"):
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere"):
         pass
 
 
 HOLD = """
 import sys, time
-from minicpm_lite.files import held
-with held({folder!r}):
-    print("held", flush=True)
+from minicpm_lite.files import locked
+with locked({folder!r}):
+    print("locked", flush=True)
     time.sleep(60)
 """
 
@@ -136,10 +132,10 @@ def test_the_lock_of_a_killed_program_is_none(tmp_path):
         [sys.executable, "-c", HOLD.format(folder=str(tmp_path))], stdout=subprocess.PIPE
     )
     other.stdout.readline()
-    with pytest.raises(FileExistsError), held(tmp_path):
+    with pytest.raises(FileExistsError), locked(tmp_path):
         pass
     other.kill()
     other.wait()
-    with held(tmp_path):
+    with locked(tmp_path):
         pass
     assert names(tmp_path) == []

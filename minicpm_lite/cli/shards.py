@@ -39,7 +39,7 @@ def shards(
     """
     from tokenizers import Tokenizer
 
-    from ..data.documents import documents, encoded, require_texts
+    from ..data.documents import encoded, read_documents, require_texts
     from ..data.shards import write_shards
     from ..language.tokenizer import fast_tokenizer
 
@@ -54,7 +54,7 @@ def shards(
     end_id = None if end is None else cutter.token_to_id(end)
     if end is not None and end_id is None:
         raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
-    ids = encoded((text for path in texts for text in documents(path, field)), cutter, end_id)
+    ids = encoded((text for path in texts for text in read_documents(path, field)), cutter, end_id)
     written = write_shards(out, ids, vocab_size or cutter.get_vocab_size(), cutter, shard_tokens, end_id)
     print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
     if end is None:

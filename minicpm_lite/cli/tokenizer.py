@@ -25,14 +25,14 @@ def tokenizer(
     \b
       minicpm-lite tokenizer novel.txt --out tokenizer.json
     """
-    from ..data.documents import documents, require_texts
+    from ..data.documents import read_documents, require_texts
     from ..files import written_whole
     from ..language.tokenizer import train_tokenizer
 
     require_texts(texts)
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is overwritten. Give another place, or remove it.")
-    read = "\n".join(text for path in texts for text in documents(path, field))
+    read = "\n".join(text for path in texts for text in read_documents(path, field))
     if not read.strip():
         raise ValueError(f"{' and '.join(map(str, texts))} holds no text to learn from.")
     learned = train_tokenizer(read, vocab_size - 1)

@@ -1,6 +1,6 @@
 """The documents of text files: a .txt file is one, a .jsonl file has one in each line; either may be gzipped.
 
-`documents` reads them, `encoded` cuts them into tokens.
+`read_documents` reads them, `encoded` cuts them into tokens.
 """
 
 import gzip
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-__all__ = ["documents", "encoded", "require_texts"]
+__all__ = ["encoded", "read_documents", "require_texts"]
 
 _KINDS = (".txt", ".jsonl")
 _BATCH_CHARACTERS = 1 << 22  # of text that is cut at a time
@@ -40,7 +40,7 @@ def require_texts(paths: list[Path]) -> None:
             raise FileNotFoundError(f"There is no file {path}.")
 
 
-def documents(path: Path, field: str) -> Iterator[str]:
+def read_documents(path: Path, field: str) -> Iterator[str]:
     """The texts of a file; its byte order mark, and blank lines between the others, are none.
 
     Raises:

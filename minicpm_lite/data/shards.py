@@ -21,7 +21,6 @@ Choices, and the traps behind them:
   document and end in another, and cross from shard to shard.
 """
 
-import fcntl
 import json
 import os
 import zlib
@@ -38,7 +37,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import require_positive_integer
-from ..files import written_whole
+from ..files import locked, written_whole
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 
 __all__ = ["TOKENIZER", "Shards", "tokenizer_checksum", "write_shards"]
@@ -99,7 +98,7 @@ def write_shards(
     place = Path(folder).resolve()  # a link to an empty folder stays, the folder is filled
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
-    with _held(place), written_whole(place) as beside:
+    with _new_folder(place), written_whole(place) as beside:
         beside.mkdir(parents=True)
         for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
             if not shards or shards[-1]["tokens"] >= shard_tokens:
@@ -131,24 +130,13 @@ def write_shards(
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Make a folder, or take an empty one, and keep other writers out by a lock on the folder itself.
-
-    The operating system takes the lock back when the program ends, however it ends.
-    """
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, or take an empty one, and keep other writers out."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is no folder. Shards are written into a new folder.")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"{folder} is already being written by another program. Wait for its end, or choose another "
-                "folder."
-            ) from None
+    with locked(folder):
         if any(folder.iterdir()):  # also what a writer put there while this one waited to ask
             raise FileExistsError(f"{folder} already holds something. Shards are written into a new folder.")
         try:
@@ -158,8 +146,6 @@ def _held(folder: Path) -> Iterator[None]:
                 if is_new:
                     folder.rmdir()
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _blocks(

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Self
 
-from ..files import held, written_whole
+from ..files import locked, written_whole
 from ..optional import require
 from .branch import require_same_past
 from .processes import on_first, rank
@@ -81,7 +81,7 @@ class RunFolder:
         if self._tensorboard:
             _writer()  # before anything is changed
         self.path.mkdir(parents=True, exist_ok=True)
-        self._hold.enter_context(held(self.path))
+        self._hold.enter_context(locked(self.path))
         found = checkpoints(self.path)
         if found and max(found) > step:
             raise FileExistsError(

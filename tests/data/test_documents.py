@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite.data import documents as module
-from minicpm_lite.data.documents import documents, encoded, require_texts
+from minicpm_lite.data.documents import encoded, read_documents, require_texts
 from minicpm_lite.language.tokenizer import train_tokenizer
 
 TEXT = "It is a truth universally acknowledged. " * 3
@@ -19,15 +19,15 @@ def test_marks_and_blank_lines_are_no_text(tmp_path):
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode().replace(b" ", b"\r\n"))
     rows = [json.dumps({"text": TEXT}).encode(), b"", b"  ", json.dumps({"text": "\ufeff"}).encode()]
     (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))
-    found = [list(documents(tmp_path / name, "text")) for name in ("mark.txt", "mark.jsonl")]
+    found = [list(read_documents(tmp_path / name, "text")) for name in ("mark.txt", "mark.jsonl")]
     assert found == [[TEXT.replace(" ", "\n")], [TEXT, "\ufeff"]]
 
 
 def test_another_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}')
-    assert list(documents(tmp_path / "a.jsonl", "content")) == ["one", "two"]
+    assert list(read_documents(tmp_path / "a.jsonl", "content")) == ["one", "two"]
     with pytest.raises(ValueError, match="Line 1 of .*a.jsonl is no JSON object with a text under 'text'"):
-        list(documents(tmp_path / "a.jsonl", "text"))
+        list(read_documents(tmp_path / "a.jsonl", "text"))
 
 
 def test_files_are_asked_for_before_any_is_read(tmp_path):
@@ -60,7 +60,7 @@ def test_gzipped_files_are_read_as_what_was_zipped(tmp_path, name, kind):
 
     def said(path):
         try:
-            return list(documents(path, "text"))
+            return list(read_documents(path, "text"))
         except ValueError as error:
             return str(error).replace(str(path), "PATH")
 
@@ -79,7 +79,7 @@ def test_damaged_gzip_is_a_sentence(tmp_path_factory, kept, flipped):
     path = tmp_path_factory.mktemp("x") / "a.jsonl.gz"
     path.write_bytes(damaged)
     try:
-        found = list(documents(path, "text"))
+        found = list(read_documents(path, "text"))
     except ValueError as error:
         assert "is not a whole gzip file" in str(error) or str(error).startswith(
             ("Line ", f"{path} is not UTF")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -274,6 +275,19 @@ def test_the_fast_twin_is_the_tokenizer_that_the_vocabulary_came_from():
     assert fast_tokenizer(MINE) is fast  # built once
 
 
+@cache
+def original_and_twin(digits: bool) -> tuple[Tokenizer, BytePairTokenizer]:
+    """A tokenizer with added tokens of every kind, and ours made from it."""
+    original = Tokenizer.from_str((DIGITS if digits else MINE).fast.to_str())
+    kinds = {"<|im_start|>": {}, "<|end|>": {"lstrip": True}, "<é>": {"rstrip": True}, "<a b>": {}}
+    original.add_special_tokens([AddedToken(token, normalized=False, **how) for token, how in kinds.items()])
+    original.add_tokens([AddedToken("<|user|>", special=False), AddedToken("ab", single_word=True)])
+    mine = BytePairTokenizer.from_tokenizers(Tokenizer.from_str(original.to_str()))
+    assert mine.fast.get_added_tokens_decoder() == original.get_added_tokens_decoder() == mine.added
+    assert BytePairTokenizer.from_tokenizers(mine.fast) == mine
+    return original, mine
+
+
 @pytest.mark.parametrize("digits", [False, True])
 @settings(max_examples=100, deadline=None)
 @given(
@@ -283,21 +297,14 @@ def test_the_fast_twin_is_the_tokenizer_that_the_vocabulary_came_from():
 )
 def test_the_fast_twin_finds_the_added_tokens_of_the_original(digits, parts):
     """`encode` does not: text is text."""
-    original = Tokenizer.from_str((DIGITS if digits else MINE).fast.to_str())
-    kinds = {"<|im_start|>": {}, "<|end|>": {"lstrip": True}, "<é>": {"rstrip": True}, "<a b>": {}}
-    original.add_special_tokens([AddedToken(token, normalized=False, **how) for token, how in kinds.items()])
-    original.add_tokens([AddedToken("<|user|>", special=False), AddedToken("ab", single_word=True)])
-    mine = BytePairTokenizer.from_tokenizers(Tokenizer.from_str(original.to_str()))
-    text = "".join(parts)
+    (original, mine), text = original_and_twin(digits), "".join(parts)
     ids = original.encode(text).ids
     assert mine.fast.encode(text).ids == ids
     for skip in (False, True):
         assert mine.fast.decode(ids, skip_special_tokens=skip) == original.decode(
             ids, skip_special_tokens=skip
         )
-    assert mine.fast.get_added_tokens_decoder() == original.get_added_tokens_decoder() == mine.added
     assert mine.encode(text) == (DIGITS if digits else MINE).encode(text)
-    assert BytePairTokenizer.from_tokenizers(mine.fast) == mine
 
 
 def test_digits_that_are_words_of_their_own_stay_so():

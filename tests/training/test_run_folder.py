@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from minicpm_lite.files import held
+from minicpm_lite.files import locked
 from minicpm_lite.training import run_folder
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.settings import TrainerConfig
@@ -164,7 +164,7 @@ def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
 
 def test_two_programs_do_not_share_a_folder(make, tmp_path):
     with (
-        held(tmp_path),
+        locked(tmp_path),
         pytest.raises(FileExistsError, match="is being written by another program. Wait for"),
     ):
         trained(make(), folder=tmp_path)
