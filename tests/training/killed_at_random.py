@@ -1,6 +1,6 @@
 """Run by test_trainer: trains in processes that are killed at random moments, until it is done often enough.
 
-Each process is forked, so that none has to import torch again.
+Each process is forked, so that none has to import torch again, nor its compiler, which the first update loads.
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from test_trainer import make
 
 from minicpm_lite.training.branch import decay_schedule
