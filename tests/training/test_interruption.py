@@ -38,8 +38,16 @@ def signalled(make):
     return signalled
 
 
-HANDLERS = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+HANDLERS = signal.default_int_handler, signal.getsignal(signal.SIGTERM)
 ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_foreground():
+    """A program that is begun in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", ENDS)
