@@ -29,14 +29,13 @@ Choices and traps:
   `lite-1m` takes 1.06 times as long (windows of 512, one CPU core).
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .context import Context, causal_mask
 from .decoder import Decoder
-from .scoring import predicted, readable
+from .scoring import next_token_loss, readable
 
 __all__ = ["DocumentContext", "loss_within_documents"]
 
@@ -48,6 +47,7 @@ class DocumentContext(Context):
         ids: the tokens of the call.
         end: the id that ends a document; what follows the last one is a document, too.
 
+    >>> import torch
     >>> context = DocumentContext(torch.tensor([[5, 9, 6, 7]]), end=9)
     >>> context.begin(torch.zeros(1, 4, 8))
     tensor([[[0, 1, 0, 1]]])
@@ -82,9 +82,4 @@ class DocumentContext(Context):
 
 def loss_within_documents(model: Decoder, window: Int[Tensor, "batch window"], end: int) -> Float[Tensor, ""]:
     """`minicpm_lite.language.scoring.next_token_loss` where no token sees another document; nats a token."""
-    ids = readable(window)[:, :-1]
-    logits = model(ids, DocumentContext(ids, end))  # (batch, length, vocab)
-    wanted = predicted(window)
-    targets = torch.where(wanted, window[:, 1:], -1)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-    return losses / wanted.sum().clamp(min=1)
+    return next_token_loss(model, window, DocumentContext(readable(window)[:, :-1], end))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .context import Context
 from .decoder import Decoder
 
 __all__ = ["context_only", "next_token_loss", "predicted", "readable", "token_losses"]
@@ -40,17 +41,26 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
     return window[..., 1:] >= 0
 
 
-def token_losses(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[Tensor, "batch length"]:
+def token_losses(
+    model: Decoder, window: Int[Tensor, "batch window"], context: Context | None = None
+) -> Float[Tensor, "batch length"]:
     """Cross entropy of each token of a window but the first, given those before it, in nats.
 
     0 for a token that is read and not predicted.
+
+    Args:
+        model: a decoder.
+        window: ids, some of which may be marked as read only.
+        context: what the tokens may look at; left out, each window is a text of its own.
     """
-    logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
+    logits = model(readable(window)[:, :-1], context)  # (batch, length, vocab)
     targets = torch.where(predicted(window), window[:, 1:], -1)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return losses.view_as(targets)
 
 
-def next_token_loss(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:
+def next_token_loss(
+    model: Decoder, window: Int[Tensor, "batch window"], context: Context | None = None
+) -> Float[Tensor, ""]:
     """Mean of `token_losses` over the tokens that are predicted; nats a token, 0 if none is predicted."""
-    return token_losses(model, window).sum() / predicted(window).sum().clamp(min=1)
+    return token_losses(model, window, context).sum() / predicted(window).sum().clamp(min=1)
