@@ -9,7 +9,6 @@ Trap: a question may spell a control token, as in "what does <AI> mean?", and a 
 one.
 """
 
-import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import require_positive_integer
-from ..language.chat import minicpm_chat
+from ..language.chat import encode_chat, encode_text, minicpm_chat
 from ..language.scoring import context_only, predicted, readable
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..language.tokenizer import BytePairTokenizer
 
 __all__ = ["ConversationWindows", "EncodedExample", "Example", "encode_example", "packed_windows"]
 
@@ -68,24 +67,9 @@ def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -
 
     A control token stands where the template puts it; one that question or answer spell is letters.
     """
-    fast = fast_tokenizer(tokenizer)
-    before, behind = minicpm_chat([{"role": "user", "content": "|"}]).split("|")
-    question = example.asked.removeprefix(before).removesuffix(behind)
-    return EncodedExample(_encode(fast, question, before, behind), _encode(fast, example.answered))
-
-
-def _encode(tokenizer: Tokenizer, written: str, before: str = "", behind: str = "") -> tuple[int, ...]:
-    """The tokens of what somebody wrote between what a template puts before and behind it."""
-    added = sorted(
-        (token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True
-    )
-    # one that is a single letter or blank is text anyway
-    spelt = "|".join(re.escape(token) for token in added if len(token.strip()) > 1) or "(?!)"
-    first, *rest = re.split(f"({spelt})", written)  # text, spelt token, text, spelt token, text
-    parts = [before + first, *rest]
-    parts[-1] += behind
-    pieces = [piece for place, part in enumerate(parts) for piece in (part if place % 2 else [part])]
-    return tuple(token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids)
+    asked = [{"role": "user", "content": example.question}]
+    question = encode_chat(tokenizer, minicpm_chat, asked, add_special_tokens=False)
+    return EncodedExample(tuple(question), tuple(encode_text(tokenizer, example.answered)))
 
 
 def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int[Tensor, "rows length"]:

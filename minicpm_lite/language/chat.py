@@ -20,6 +20,7 @@ Choices, and the traps behind them:
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from tokenizers import Tokenizer
@@ -31,7 +32,7 @@ from .sampling import Sampling
 from .tokenizer import BytePairTokenizer, fast_tokenizer, require_text
 from .writing import TextWriter, starts_twice, stop_strings, write
 
-__all__ = ["Chat", "Template", "chatml", "encode_chat", "minicpm_chat"]
+__all__ = ["Chat", "Template", "chatml", "encode_chat", "encode_text", "minicpm_chat"]
 
 Template = Callable[[Sequence[Mapping[str, str]]], str]
 
@@ -169,6 +170,20 @@ def encode_chat(
     return controls.encode(template(controls.mark_messages(messages)), add_special_tokens)
 
 
+def encode_text(tokenizer: Tokenizer | BytePairTokenizer, text: str) -> list[int]:
+    """The tokens of what somebody wrote, by itself: what it spells like a control token is letters."""
+    controls = _Controls(fast_tokenizer(tokenizer))
+    return controls.encode(controls.mark(text), add_special_tokens=False)
+
+
+@cache  # corpora are encoded text by text with one tokenizer
+def _spellings(names: tuple[str, ...]) -> tuple[re.Pattern, frozenset[str]]:
+    """What finds these names in a text, longer ones first; and all beginnings of them."""
+    longest_first = sorted(names, key=len, reverse=True)
+    found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return found, frozenset(name[:length] for name in names for length in range(1, len(name)))
+
+
 class _Controls:
     """Keeps the control tokens of a template apart from what messages spell like them.
 
@@ -180,9 +195,7 @@ class _Controls:
         added = tokenizer.get_added_tokens_decoder()
         names = {i: t.content for i, t in added.items() if len(t.content) > 1 and not t.content.isspace()}
         self._tokenizer, self.ids = tokenizer, frozenset(names)
-        longest_first = sorted(names.values(), key=len, reverse=True)
-        self._spelt = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._begun = {name[:length] for name in names.values() for length in range(1, len(name))}
+        self._spelt, self._begun = _spellings(tuple(names.values()))
 
     def mark_messages(self, messages: Sequence[Mapping]) -> list:
         """Messages in which each text is marked; what is no message is left for the template to refuse."""
