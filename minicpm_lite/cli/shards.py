@@ -37,19 +37,14 @@ def shards(
       minicpm-lite shards novel.txt --tokenizer tokenizer.json \\
           --end "<|endoftext|>" --out shards
     """
-    from tokenizers import Tokenizer
-
     from ..data.documents import encoded, read_documents, require_texts
     from ..data.shards import write_shards
-    from ..language.tokenizer import fast_tokenizer
+    from ..pretrained.checkpoints import read_tokenizer
 
     require_texts(texts)
     if not tokenizer.is_file():
         raise FileNotFoundError(f"There is no tokenizer at {tokenizer}.")
-    try:
-        cutter = fast_tokenizer(Tokenizer.from_file(str(tokenizer)))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{tokenizer} is not a tokenizer.json: {error}") from None
+    cutter = read_tokenizer(tokenizer)
     cutter.encode_special_tokens = True  # as text
     end_id = None if end is None else cutter.token_to_id(end)
     if end is not None and end_id is None:

@@ -45,6 +45,7 @@ __all__ = [
     "load_pretrained",
     "load_special_tokens",
     "load_tokenizer",
+    "read_tokenizer",
     "save_pretrained",
 ]
 
@@ -95,11 +96,20 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             f"{path} holds no tokenizer.json. Older releases ship tokenizer.model (sentencepiece) only; "
             "transformers' AutoTokenizer reads it, and its save_pretrained writes tokenizer.json."
         )
+    return read_tokenizer(file)
+
+
+def read_tokenizer(file: str | Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, under whatever name; as `load_tokenizer` gives it.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not a tokenizer of the tokenizers package: {reason}") from None
+        raise ValueError(f"{file} is not a tokenizer.json of the tokenizers package: {reason}") from None
     if (largest := _largest_id(tokenizer)) >= LARGEST_VOCABULARY:  # the package counts through all before it
         raise ValueError(
             f"{file} gives a token the id {largest:,}; expected less than {LARGEST_VOCABULARY:,}."
