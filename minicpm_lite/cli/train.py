@@ -14,6 +14,7 @@ import typer
 from ..config import MissingBlockError, ModelConfig, TrainingRecipe, load_config, load_recipe
 
 if TYPE_CHECKING:
+    from ..data.shards import Shards
     from ..data.windows import Windows
     from ..training.plan import TrainingPlan
     from ..training.settings import TrainerConfig
@@ -200,14 +201,15 @@ def train(
         plan = _plan(model, recipe, asked, layout(cuda), start, world_size(), cuda)
         if until is not None and until > plan.steps:
             raise ValueError(f"--until is {until}, and the schedule ends at step {plan.steps}.")
-        windows = _windows(data, model, plan.trainer, start)
+        shards, weights = _sources(data, model)
+        windows = _windows(shards, weights, plan.trainer, start)
         with torch.device("meta"):
-            decoder = Decoder(_ended(model, data, start))
+            decoder = Decoder(_ended(model, shards, start))
         trainer = Trainer(decoder, windows, plan.schedule, plan.trainer, layout=plan.layout)
         if start is not None:
             (trainer.branch_from if start.decays else trainer.load)(start.checkpoint)
         first = trainer.step
-        on_first(lambda: _keep_tokenizer(out, data))
+        on_first(lambda: _keep_tokenizer(out, shards))
         progress = sys.stderr.isatty()
         trainer.train(until, out, checkpoint_every, keep, tensorboard, progress, skip_non_finite)
         if rank() == 0:
@@ -309,20 +311,29 @@ def _with(settings, other, *names: str):
     return replace(settings, **{name: getattr(other, name) for name in names})
 
 
-def _windows(data: list[str], model: ModelConfig, trainer: "TrainerConfig", start: Start | None) -> "Windows":
-    """Shards, or a mixture of several by weight; in a decay each goes on where the stable stage left it."""
-    from ..data.mixtures import MixtureWindows, going_on
+def _sources(data: list[str], model: ModelConfig) -> tuple[dict[str, "Shards"], dict[str, float]]:
+    """The shards that are read, and the weight of each, by their folders."""
     from ..data.shards import Shards
+
+    shards, weights = {}, {}
+    for folder, weight in map(_weighted, data):
+        if folder in shards:
+            raise ValueError(f"--data names {folder} twice.")
+        shards[folder], weights[folder] = Shards(folder, model.vocab_size), weight
+    return shards, weights
+
+
+def _windows(
+    shards: dict[str, "Shards"], weights: dict[str, float], trainer: "TrainerConfig", start: Start | None
+) -> "Windows":
+    """One folder's, or a mixture by weight; in a decay each goes on where the stable stage left it."""
+    from ..data.mixtures import MixtureWindows, going_on
     from ..data.windows import TokenWindows
 
-    windows, weights = {}, {}
-    for folder, weight in map(_weighted, data):
-        if folder in windows:
-            raise ValueError(f"--data names {folder} twice.")
-        shards = Shards(folder, model.vocab_size)
-        windows[folder] = TokenWindows(shards, trainer.sequence_length, trainer.seed)
-        weights[folder] = weight
-    made_by = {folder: each.tokens.tokenizer for folder, each in windows.items()}
+    windows = {
+        folder: TokenWindows(each, trainer.sequence_length, trainer.seed) for folder, each in shards.items()
+    }
+    made_by = {folder: each.tokenizer for folder, each in shards.items()}
     text, begin = {}, 0  # what was read in other proportions before, and how many windows of it
     if start is not None and start.decays:
         text, begin = start.facts["text"], start.facts["step"] * trainer.batch_size
@@ -339,16 +350,14 @@ def _windows(data: list[str], model: ModelConfig, trainer: "TrainerConfig", star
     return MixtureWindows(windows, [(0, weights)]) if len(windows) > 1 else windows.popitem()[1]
 
 
-def _ended(model: ModelConfig, data: list[str], start: Start | None) -> ModelConfig:
+def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:
     """The shape, with the token that ends its texts: the checkpoint's, or that of all shards."""
-    from ..data.shards import Shards
-
     if model.eos_token_id:
         return model
     if start is not None:
         saved = start.facts.get("model config", {})  # of another module there are none, which `load` refuses
         return replace(model, eos_token_id=tuple(saved.get("eos_token_id", ())))
-    ends = {Shards(folder).end for folder, _ in map(_weighted, data)}
+    ends = {each.end for each in shards.values()}
     return model if len(ends) > 1 or None in ends else replace(model, eos_token_id=tuple(ends))
 
 
@@ -367,11 +376,11 @@ def _weighted(source: str) -> tuple[str, float]:
     return folder if colon else source, weight
 
 
-def _keep_tokenizer(out: Path, data: list[str]) -> None:
+def _keep_tokenizer(out: Path, shards: dict[str, "Shards"]) -> None:
     """Copy the tokenizer of the shards to the run, so that `generate` and `export` have it."""
     from ..data.shards import TOKENIZER
 
-    held = [file for folder, _ in map(_weighted, data) if (file := Path(folder) / TOKENIZER).is_file()]
+    held = [file for each in shards.values() if (file := each.folder / TOKENIZER).is_file()]
     if held and not (out / TOKENIZER).exists():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(held[0], out / TOKENIZER)
