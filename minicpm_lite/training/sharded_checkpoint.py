@@ -183,7 +183,7 @@ def load_weights(checkpoint: str | Path) -> Decoder:
     model.to_empty(device="cpu")
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     require_whole(checkpoint, facts, {name: tensor.shape for name, tensor in state.items()}, extra=True)
-    read_tensors(checkpoint, state, alone=True)
+    read_tensors(checkpoint, facts, state, alone=True)
     return model.eval()
 
 
@@ -239,18 +239,19 @@ def require_whole(
             )
 
 
-def read_tensors(checkpoint: str | Path, state: dict[str, Tensor], alone: bool = False) -> None:
+def read_tensors(checkpoint: str | Path, facts: dict, state: dict[str, Tensor], alone: bool = False) -> None:
     """Fill tensors from a checkpoint, in place; of a sharded one, every process its part.
 
     Args:
         checkpoint: its folder.
+        facts: what `read_facts` gave.
         state: the tensors, by name.
         alone: this process reads, and others do not take part.
 
     Raises:
         ValueError: a file cannot be read, or is not as it was written; then nothing was read.
     """
-    checksums = read_facts(checkpoint)["checksums"]
+    checksums = facts["checksums"]
     if alone:
         _require_unchanged(checkpoint, checksums)
     else:

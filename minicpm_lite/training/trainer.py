@@ -425,7 +425,7 @@ class Trainer:
             tensors = checkpoint_tensors(self.model, self.optimizer)
             kept = {name: torch.empty_like(tensors[name]) for name in tensors if name.startswith("model.")}
             curves = {name: torch.empty(step, dtype=torch.float64) for name in ("losses", "grad_norms")}
-            read_tensors(checkpoint, tensors | kept | curves)  # which may fail, so what is kept waits
+            read_tensors(checkpoint, facts, tensors | kept | curves)  # which may fail, so what is kept waits
         except BaseException:
             self.optimizer.state.clear()
             self.optimizer.state.update(moments)

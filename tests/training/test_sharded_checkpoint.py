@@ -202,7 +202,7 @@ def test_a_read_that_fails_on_the_way_changes_nothing(make, saved, monkeypatch):
     for each in (trainer, untouched):
         each.train(2, progress=False)
 
-    def broken(checkpoint, state):
+    def broken(checkpoint, facts, state):
         for tensor in state.values():
             tensor.fill_(7.0)
         raise ValueError("a file could not be read")
