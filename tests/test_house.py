@@ -2,7 +2,10 @@
 
 import ast
 import re
+import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -191,6 +194,46 @@ def test_circles_are_seen(language):
 def test_late_imports_are_seen(language, text, seen):
     (language / "one.py").write_text(text)
     assert late_imports(language / "one.py") == seen
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WHO_IMPORTS = {"lab": {"notebooks", "book"}}  # a part's modules may import these extras at their top
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+", each)[0].lower().replace("_", "-") for each in requirements}
+
+
+def imported_packages(path: Path) -> dict[str, str | None]:
+    """The packages from elsewhere that a file imports, each with the extra that it tells people to install."""
+    tree, found = ast.parse(path.read_text()), {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import():
+                found |= dict.fromkeys(alias.name for alias in node.names)
+            case ast.ImportFrom(level=0):
+                found[node.module] = None
+            case ast.Call(func=ast.Name(id="require"), args=[ast.Constant(name), *_]):
+                install = next((k.value for k in node.keywords if k.arg == "install"), None)
+                found[name] = install.value if isinstance(install, ast.Constant) else "another"
+    return {name.split(".")[0]: extra for name, extra in found.items()
+            if name.split(".")[0] not in sys.stdlib_module_names | {"minicpm_lite"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(LIBRARY.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_imported_is_installed_with_the_library(path):
+    """By `pip install` of the library, or of the extra that the sentence about a missing package names."""
+    owners = packages_distributions()
+    always = distributions(PROJECT["dependencies"])
+    for extra in WHO_IMPORTS.get(part_of(path), ()):
+        always |= distributions(PROJECT["optional-dependencies"][extra])
+    for name, install in imported_packages(path).items():
+        owner = owners[name][0].lower().replace("_", "-")
+        if install is None:
+            assert owner in always, f"{name} is not in the dependencies"
+        elif extra := re.fullmatch(r"minicpm_lite\[(\w+)\]", install):
+            named = PROJECT["optional-dependencies"][extra[1]]
+            assert owner in distributions(named), f"pip install {install} does not bring {name}"
 
 
 def test_every_part_has_its_tests():

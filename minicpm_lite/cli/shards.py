@@ -13,11 +13,13 @@ _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 def shards(
     texts: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files, also with .gz")
+        list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files, also with .gz; .parquet")
     ],
     tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="a tokenizer.json")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
-    field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",
+    field: Annotated[
+        str, typer.Option(metavar="NAME", help="of the text in a .jsonl line or a table")
+    ] = "text",
     end: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="put this token behind each document, such as </s>")
     ] = None,
@@ -28,10 +30,10 @@ def shards(
 ) -> None:
     """Cut texts into tokens and write them as shards, the data of `minicpm-lite train`.
 
-    A .txt file is one document. A .jsonl file has one document in each line, under "text" unless --field
-    names another. The tokenizer is a tokenizer.json as published with the models; texts are read whole,
-    whatever it says about cutting or padding them, and a special token that a text spells is text. All cores
-    cut; the environment variable RAYON_NUM_THREADS may say how many.
+    A .txt file is one document. A .jsonl file has one document in each line, and a .parquet file in each row,
+    under "text" unless --field names another. The tokenizer is a tokenizer.json as published with the models;
+    texts are read whole, whatever it says about cutting or padding them, and a special token that a text
+    spells is text. All cores cut; the environment variable RAYON_NUM_THREADS may say how many.
 
     \b
       minicpm-lite shards novel.txt --tokenizer tokenizer.json \\

@@ -16,6 +16,7 @@ from ..config import MissingBlockError, ModelConfig, TrainingRecipe, load_config
 if TYPE_CHECKING:
     from ..data.shards import Shards
     from ..data.windows import Windows
+    from ..training.objective import Objective
     from ..training.plan import TrainingPlan
     from ..training.settings import TrainerConfig
     from ..training.wsd import WSD
@@ -83,6 +84,13 @@ def train(
             min=0, metavar="N", help="steps that may be passed over if their gradient is not finite"
         ),
     ] = 0,
+    within_documents: Annotated[
+        bool,
+        typer.Option(
+            "--within-documents",
+            help="no token sees another document of its window; a run that began so goes on so",
+        ),
+    ] = False,
     until: Annotated[
         int | None,
         typer.Option(metavar="STEP", help="stop there; the schedule stays as it is", min=1),
@@ -203,9 +211,10 @@ def train(
             raise ValueError(f"--until is {until}, and the schedule ends at step {plan.steps}.")
         shards, weights = _sources(data, model)
         windows = _windows(shards, weights, plan.trainer, start)
+        objective = _objective(shards, within_documents, start)
         with torch.device("meta"):
             decoder = Decoder(_ended(model, shards, start))
-        trainer = Trainer(decoder, windows, plan.schedule, plan.trainer, layout=plan.layout)
+        trainer = Trainer(decoder, windows, plan.schedule, plan.trainer, objective, plan.layout)
         if start is not None:
             (trainer.branch_from if start.decays else trainer.load)(start.checkpoint)
         first = trainer.step
@@ -333,21 +342,33 @@ def _windows(
     windows = {
         folder: TokenWindows(each, trainer.sequence_length, trainer.seed) for folder, each in shards.items()
     }
-    made_by = {folder: each.tokenizer for folder, each in shards.items()}
     text, begin = {}, 0  # what was read in other proportions before, and how many windows of it
     if start is not None and start.decays:
         text, begin = start.facts["text"], start.facts["step"] * trainer.batch_size
-        for source in text.get("sources", [text]):
-            made_by["what the stable stage read"] = source.get("tokenizer")
     elif start is not None:
         text = start.facts["text"]
         begin = text["stages"][-1][0] if "stages" in text else 0
-    known = {name: tokenizer for name, tokenizer in made_by.items() if tokenizer is not None}
-    if len(set(known.values())) > 1:
-        raise ValueError(f"{' and '.join(known)} were cut with different tokenizers; one model knows one.")
     if begin:
         return going_on(text, begin, windows, weights)
     return MixtureWindows(windows, [(0, weights)]) if len(windows) > 1 else windows.popitem()[1]
+
+
+def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start | None) -> "Objective":
+    """The next token, given what stands before it: in its document, if that is asked for or was so before."""
+    from ..training import objective
+
+    ends = {each.end for each in shards.values()}
+    end = ends.pop() if len(ends) == 1 else None
+    if end is not None:
+        apart = objective.within_documents(end)
+        began_so = start is not None and start.facts["objective"]["name"] == apart.name
+        return apart if within_documents or began_so else objective.next_token
+    if within_documents:
+        raise ValueError(
+            f"--within-documents needs one token that ends each document, and {' and '.join(shards)} "
+            f"{'note different ones' if ends else 'notes none'}. Write shards with --end."
+        )
+    return objective.next_token
 
 
 def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:

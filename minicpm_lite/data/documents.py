@@ -1,6 +1,6 @@
-"""The documents of text files: a .txt file is one, a .jsonl file has one in each line; either may be gzipped.
+"""The documents of files: a .txt file is one, a .jsonl file has one in each line, a .parquet file in each row.
 
-`read_documents` reads them, `encoded` cuts them into tokens.
+The first two may be gzipped. `read_documents` reads them, `encoded` cuts them into tokens.
 """
 
 import gzip
@@ -8,12 +8,16 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from tokenizers import Tokenizer
 
+from ..optional import require
+
 __all__ = ["encoded", "read_documents", "require_texts"]
 
-_KINDS = (".txt", ".jsonl")
+_KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
+_ROWS = 1024  # of a table that are held at a time
 _BATCH_CHARACTERS = 1 << 22  # of text that is cut at a time
 
 
@@ -23,19 +27,16 @@ def require_texts(paths: list[Path]) -> None:
     Raises:
         ValueError: a file of a kind whose documents cannot be told apart.
         FileNotFoundError: there is no such file.
+        ImportError: a table needs a package that is not installed.
     """
     for path in paths:
+        if not path.name.endswith(_KINDS):
+            raise ValueError(
+                f"{path} is neither .txt nor .jsonl (nor one of them with .gz) nor .parquet, so its "
+                "documents cannot be told apart."
+            )
         if path.suffix == ".parquet":
-            raise ValueError(
-                f"{path} is a table, which is not read here. Write its rows as lines of JSON first, for "
-                f"instance with pandas: read_parquet({path.name!r}).to_json('{path.stem}.jsonl', "
-                "orient='records', lines=True)."
-            )
-        if _kind(path) not in _KINDS:
-            raise ValueError(
-                f"{path} is neither .txt nor .jsonl (nor one of them with .gz), so its documents cannot be "
-                "told apart."
-            )
+            _arrow("pyarrow")
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
 
@@ -43,10 +44,20 @@ def require_texts(paths: list[Path]) -> None:
 def read_documents(path: Path, field: str) -> Iterator[str]:
     """The texts of a file; its byte order mark, and blank lines between the others, are none.
 
+    Args:
+        path: the file.
+        field: of a .jsonl line, or the column of a table, that holds the text.
+
     Raises:
-        ValueError: what is no UTF-8, no whole gzip file, or no JSON object with such a text; the sentence
-            names line or byte (in a gzipped file, of what was zipped).
+        ValueError: what is no UTF-8, no whole gzip or parquet file, or no JSON object or row with such a
+            text; the sentence names line, row or byte (in a gzipped file, of what was zipped).
+        ImportError: a table needs a package that is not installed.
     """
+    return _rows(path, field) if path.suffix == ".parquet" else _written(path, field)
+
+
+def _written(path: Path, field: str) -> Iterator[str]:
+    """The texts of a .txt or .jsonl file."""
     before = 0  # bytes
     for number, line in enumerate(_lines(path), start=1):
         try:
@@ -100,6 +111,32 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise ValueError(
             f"{path} is not a whole gzip file ({error}). It may be truncated; copy or write it again."
         ) from None
+
+
+def _rows(path: Path, field: str) -> Iterator[str]:
+    """The texts of a table, some rows at a time."""
+    number = 0
+    try:
+        with _arrow("pyarrow.parquet").ParquetFile(path) as table:
+            if field not in (columns := table.schema_arrow.names):
+                raise ValueError(f"{path} has no column {field!r}; it has {', '.join(columns)}.")
+            for batch in table.iter_batches(_ROWS, columns=[field]):
+                for text in batch[field].to_pylist():
+                    number += 1
+                    if not isinstance(text, str):
+                        raise ValueError(f"Row {number} of {path} has no text under {field!r}.")
+                    yield text
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text in one of the rows behind row {number}.") from None
+    except (_arrow("pyarrow").ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole parquet file ({' '.join(str(error).split())}). It may be truncated; copy "
+            "or write it again."
+        ) from None
+
+
+def _arrow(module: str) -> ModuleType:
+    return require(module, install="minicpm_lite[parquet]", purpose="read parquet files")
 
 
 def _text_in(line: str, field: str, place: str) -> str:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .windows import Windows
 
-__all__ = ["MixtureWindows", "going_on"]
+__all__ = ["MixtureWindows", "going_on", "require_one_tokenizer"]
 
 _LONGEST_PERIOD = 100_000
 
@@ -54,9 +54,10 @@ class MixtureWindows:
             Decimal numbers are taken as they are written: 0.1 is a tenth.
 
     Raises:
-        ValueError: no source, sources of different window length, two that hold the same windows, no stage,
-            stages out of order, a weight that is negative, not finite or of an unknown source, no positive
-            weight, or weights so odd that they repeat only after more than 100,000 windows.
+        ValueError: no source, sources of different window length or cut with different tokenizers, two that
+            hold the same windows, no stage, stages out of order, a weight that is negative, not finite or of
+            an unknown source, no positive weight, or weights so odd that they repeat only after more than
+            100,000 windows.
 
     >>> import torch
     >>> from minicpm_lite.data.windows import TokenWindows
@@ -83,6 +84,10 @@ class MixtureWindows:
             raise ValueError(
                 f"The sources have windows of different length ({lengths}); cut all of them to one length."
             )
+        gone = {name for name, source in self.sources.items() if isinstance(source, _Gone)}
+        read = {"sources": [self.sources[name].identity() for name in gone]}
+        given = {name: self.sources[name].identity() for name in self.sources if name not in gone}
+        require_one_tokenizer(given | {"what was read before": read})
         names: dict[str, str] = {}
         for name, content in self._contents.items():
             if names.setdefault(content, name) != name:
@@ -187,6 +192,30 @@ def going_on(text: Mapping, start: int, sources: Mapping[str, Windows], weights:
     gone = {name: _Gone(known, length) for name, known in read.items() if name not in sources}
     before = [(begin, dict(zip(read, shares, strict=True))) for begin, shares in stages if begin < start]
     return MixtureWindows({**sources, **gone}, [*before, (start, weights)])
+
+
+def require_one_tokenizer(identities: Mapping[str, Mapping]) -> None:
+    """Refuse windows of tokens that different tokenizers made, where it was noted: one model knows one.
+
+    Args:
+        identities: of windows, or of mixtures of them, each with the name that the sentence gives it.
+
+    Raises:
+        ValueError: a sentence with the names.
+
+    >>> require_one_tokenizer({"novels": {"tokenizer": 7}, "chats": {}, "tales": {"tokenizer": 8}})
+    Traceback (most recent call last):
+    ValueError: novels and tales were cut with different tokenizers; one model knows one.
+    """
+    names: dict[int, str] = {}
+    for name, identity in identities.items():
+        for source in identity.get("sources", [identity]):
+            if isinstance(source, Mapping) and source.get("tokenizer") is not None:
+                names.setdefault(source["tokenizer"], name)
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(names.values())} were cut with different tokenizers; one model knows one."
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ Choices, and the traps behind them:
   they look alike. Who writes ``<|im_end|>`` into a question could end it and speak as the system. So what a
   message spells like an added token of the tokenizer is marked before the template sees it, and is read
   letter by letter. The text of a template is for showing; `encode_chat` is for a model.
+- A normaliser can make a control token of what does not look like one: where it writes small letters,
+  ``<END>`` is read as ``<end>``. So the tokenizer is asked, too, what it would read as one.
 - That goes for control tokens in an answer, too, other than the one that ended it: a model that was talked
   into writing them has them read as letters in the next turn.
 """
@@ -164,7 +166,8 @@ def encode_chat(
             writes it, too.
 
     Raises:
-        TypeError, ValueError: as the template; or half a character in a message.
+        TypeError, ValueError: as the template; or half a character in a message, or messages that are nested
+            too deeply.
     """
     controls = _Controls(fast_tokenizer(tokenizer))
     return controls.encode(template(controls.mark_messages(messages)), add_special_tokens)
@@ -195,11 +198,15 @@ class _Controls:
         added = tokenizer.get_added_tokens_decoder()
         names = {i: t.content for i, t in added.items() if len(t.content) > 1 and not t.content.isspace()}
         self._tokenizer, self.ids = tokenizer, frozenset(names)
+        self._normalised = tokenizer.normalizer is not None and any(added[i].normalized for i in names)
         self._spelt, self._begun = _spellings(tuple(names.values()))
 
     def mark_messages(self, messages: Sequence[Mapping]) -> list:
         """Messages in which each text is marked; what is no message is left for the template to refuse."""
-        return [self._mark_all(each) if isinstance(each, Mapping) else each for each in messages]
+        try:
+            return [self._mark_all(each) if isinstance(each, Mapping) else each for each in messages]
+        except RecursionError:
+            raise ValueError("The messages hold lists or tables that are nested too deeply.") from None
 
     def _mark_all(self, value: object) -> object:
         match value:
@@ -214,13 +221,21 @@ class _Controls:
     def mark(self, text: str) -> str:
         """The text with a mark around what spells a control token, or begins one at its end."""
         require_text(text)
-        text = self._spelt.sub(lambda spelt: f"{_OPEN}{spelt[0]}{_CLOSE}", text)
+        places = [spelt.span() for spelt in self._spelt.finditer(text)]
+        if self._normalised:
+            read = self._tokenizer.encode(text, add_special_tokens=False)
+            places += [place for place, i in zip(read.offsets, read.ids, strict=True) if i in self.ids]
         end = len(text.rstrip())
         longest = max(map(len, self._begun), default=0)
-        for start in range(max(end - longest, 0), end):
-            if text[start:end] in self._begun:
-                return f"{text[:start]}{_OPEN}{text[start:end]}{_CLOSE}{text[end:]}"
-        return text
+        begun = (start for start in range(max(end - longest, 0), end) if text[start:end] in self._begun)
+        places += [(start, end) for start in begun][:1]
+        marked, done = "", 0
+        for start, stop in sorted(places):
+            if stop > done:
+                start = max(start, done)
+                marked += f"{text[done:start]}{_OPEN}{text[start:stop]}{_CLOSE}"
+                done = stop
+        return marked + text[done:]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a marked text; what is marked is read letter by letter."""

@@ -10,14 +10,7 @@ end token cuts them off. `DocumentContext` cuts them off itself, as in the train
 al. 2024, 3.2). Nothing but the end token says where a document begins: a window needs no second tensor, and
 shards note the token (`minicpm_lite.data.shards.Shards.end`).
 
-To train so, minimise `loss_within_documents` in place of the next token's loss; both are means over the same
-tokens:
-
-    def loss(model, window):
-        minimised = loss_within_documents(model, window, shards.end)
-        return minimised, minimised.detach()
-
-    objective = Objective("next token within documents", loss, next_token.weight)
+`minicpm_lite.training.objective.within_documents` trains so, and ``minicpm-lite train --within-documents``.
 
 Choices and traps:
 

@@ -4,7 +4,8 @@ A cluster that takes a machine back sends SIGTERM and waits some seconds; a pers
 Either may come in the middle of a step, and to one process of many. So it is noted only. With the loss of the
 step it is added up over the processes; then all of them save, and all of them end.
 
-A second signal acts at once, as it would have acted without us.
+A second signal acts at once, as it would have acted without us. One that the program ignores, as a program
+begun in the background ignores SIGINT, stays ignored.
 """
 
 import signal
@@ -39,7 +40,8 @@ class Interruption:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for each in (signal.SIGINT, signal.SIGTERM):
-                self._before[each] = signal.signal(each, self._note)
+                if signal.getsignal(each) is not signal.SIG_IGN:
+                    self._before[each] = signal.signal(each, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:

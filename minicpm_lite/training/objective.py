@@ -15,11 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..language.decoder import Decoder
+from ..language.documents import loss_within_documents
 from ..language.scoring import next_token_loss, predicted
 from ..language.upcycling import balance_loss
 from .batches import Batch
 
-__all__ = ["Objective", "next_token"]
+__all__ = ["Objective", "next_token", "within_documents"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Objective:
 def _next_token_loss(
     model: Decoder, window: Int[Tensor, "batch window"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    loss = next_token_loss(model, window)
+    return _balanced(model, next_token_loss(model, window))
+
+
+def _balanced(model: Decoder, loss: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """What is minimised, with the balance loss of a mixture in training, and what is reported."""
     mixture = model.config.mixture
     if mixture is None or mixture.balance_loss_weight == 0 or not model.training:
         return loss, loss.detach()
@@ -59,3 +64,18 @@ next_token = Objective("next token", _next_token_loss, _predicted_tokens)
 
 With experts, what is minimised in training mode holds their balance loss, too: that of each pass, by its
 share."""
+
+
+def within_documents(end: int) -> Objective:
+    """As `next_token`, and no token sees another document of its window.
+
+    Args:
+        end: the id that ends a document, as `minicpm_lite.data.shards.Shards.end` notes it.
+    """
+
+    def loss(
+        model: Decoder, window: Int[Tensor, "batch window"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        return _balanced(model, loss_within_documents(model, window, end))
+
+    return Objective(f"next token within documents that end with {end}", loss, _predicted_tokens)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import require_positive_integer
+from ..data.mixtures import require_one_tokenizer
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
 from ..language.scoring import predicted, token_losses
@@ -399,11 +400,18 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it was taken in the warm-up or the decay, or does not fit as `load` says.
+            ValueError: it was taken in the warm-up or the decay, its text was cut with another tokenizer, or
+                it does not fit as `load` says.
         """
-        on_first(lambda: stable_schedule(checkpoint))
         identity = self._identity()
-        del identity["text"]
+        text = identity.pop("text")
+
+        def check() -> None:
+            stable_schedule(checkpoint)
+            before = read_facts(checkpoint).get("text", {})
+            require_one_tokenizer({"the data of this run": text, f"what {checkpoint} read": before})
+
+        on_first(check)
         self._load(checkpoint, identity)
         self._branched_at = self.step
 

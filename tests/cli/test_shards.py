@@ -1,7 +1,10 @@
 """Texts become shards, or a sentence says why not."""
 
 import gzip
+import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shell import TEXT, says
 from tokenizers import Tokenizer
@@ -60,6 +63,15 @@ def test_gzipped_texts_make_the_same_shards(at_home):
         assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in zipped]
 
 
+def test_a_table_makes_the_same_shards(at_home):
+    texts = [json.loads(line)["text"] for line in (at_home / "web.jsonl").read_text().splitlines()]
+    pq.write_table(pa.table({"content": texts}), "web.parquet")
+    argv = ["--tokenizer", "tokenizer.json", "--out"]
+    assert main(["shards", "web.jsonl", *argv, "lines"]) == 0
+    assert main(["shards", "web.parquet", "--field", "content", *argv, "rows"]) == 0
+    assert Shards("rows").identity() == Shards("lines").identity()
+
+
 def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
     """What a tokenizer.json orders beside cutting words does not act; a document's end is where one ends."""
     plain = train_tokenizer(TEXT, 290)
@@ -87,7 +99,9 @@ def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
     ("change", "sentence"),
     [
         (["novel.pdf"], "novel.pdf is neither .txt nor .jsonl"),
-        (["novel.parquet"], "novel.parquet is a table, which is not read here"),
+        (["novel.parquet"], "There is no file novel.parquet"),
+        (["cut.parquet"], "cut.parquet is not a whole parquet file"),
+        (["rows.parquet"], "rows.parquet has no column 'text'; it has content"),
         (["cut.jsonl.gz"], "cut.jsonl.gz is not a whole gzip file"),
         (["none.txt"], "There is no file none.txt"),
         (["novel.txt", "--tokenizer", "none.json"], "There is no tokenizer at none.json"),
@@ -113,6 +127,8 @@ def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
     (at_home / "half.jsonl").write_bytes(good + b'{"text": "cut emoji \\ud83d"}\n')
     (at_home / "deep.jsonl").write_text("[" * 100_000)
     (at_home / "cut.jsonl.gz").write_bytes(gzip.compress(good * 5000)[:-20])
+    pq.write_table(pa.table({"content": [TEXT]}), "rows.parquet")
+    (at_home / "cut.parquet").write_bytes((at_home / "rows.parquet").read_bytes()[:-20])
     (at_home / "number.jsonl").write_text('{"text": 5}')
     argv = ["shards", "--tokenizer", "tokenizer.json", "--out", "made"]
     says(capsys, [*argv, *change], sentence)

@@ -21,7 +21,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training.settings import TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import load_weights
+from minicpm_lite.training.sharded_checkpoint import load_weights, read_facts
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Cosine
 
@@ -327,9 +327,40 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     stable = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0"]
     assert main(train("--data", "text", *stable, "--out", "run")) == 0
     decay = ["--decay", "4", "--decay-from", "run/step-00000006", "--out", "decayed"]
-    sentence = "other and what the stable stage read were cut with different tokenizers"
+    sentence = "other and what was read before were cut with different tokenizers"
     says(capsys, train("--data", "other", *decay), sentence)
     assert not (at_home / "decayed").exists()
+
+
+def test_documents_are_kept_apart_if_asked_for(at_home, capsys):
+    """In a run that goes on so, too, and in its decay; what does not end documents is refused."""
+    documents = [np.arange(start, start + 9) % 290 for start in range(60)]
+    for name, end in (("ended", 299), ("other", 298), ("open", None)):
+        write_shards(name, [[*ids, *([end] if end else [])] for ids in documents], 300, end=end)
+    short = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0", "--checkpoint-every", "2", "--keep", "9"]
+    apart = ["--data", "ended", *short, "--within-documents"]
+    assert main(train("--data", "ended", *short, "--out", "plain")) == 0
+    assert main(train(*apart, "--out", "whole")) == 0
+    assert main(train(*apart, "--until", "3", "--out", "apart")) == 0
+    assert main(train("--data", "ended", "--out", "apart", "--resume")) == 0
+    assert curve(at_home / "apart") == curve(at_home / "whole")
+    assert order(at_home / "plain") == order(at_home / "whole")
+    assert curve(at_home / "plain") != curve(at_home / "whole")
+    decay = ["--decay-from", "whole/step-00000004", "--decay", "2", "--out", "decayed"]
+    assert main(train("--data", "ended", *decay)) == 0
+    facts = read_facts("decayed/step-00000006")
+    assert facts["objective"]["name"] == "next token within documents that end with 299"
+    says(capsys, train("--data", "ended", "--out", "plain", "--resume", "--within-documents"), "objective")
+    asked = [*short, "--within-documents", "--out", "none"]
+    says(
+        capsys,
+        train("--data", "open", *asked),
+        "documents needs one token that ends each document, and open notes none",
+    )
+    says(
+        capsys, train("--data", "ended", "--data", "other", *asked), "and ended and other note different ones"
+    )
+    assert not (at_home / "none").exists()
 
 
 def test_the_dry_run_of_a_decay(at_home, capsys):

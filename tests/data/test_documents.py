@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import sys
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,14 +38,9 @@ def test_files_are_asked_for_before_any_is_read(tmp_path):
     require_texts([tmp_path / "a.txt"])
     with pytest.raises(FileNotFoundError, match="There is no file .*b.txt"):
         require_texts([tmp_path / "a.txt", tmp_path / "b.txt"])
-    with pytest.raises(ValueError, match="c.pdf is neither .txt nor .jsonl"):
-        require_texts([tmp_path / "c.pdf"])
-    with pytest.raises(ValueError, match="d.gz is neither .txt nor .jsonl"):
-        require_texts([tmp_path / "d.gz"])
-    with pytest.raises(
-        ValueError, match="e.parquet is a table, which is not read here. Write its rows as lines"
-    ):
-        require_texts([tmp_path / "e.parquet"])
+    for name in ("c.pdf", "d.gz", "e.parquet.gz"):
+        with pytest.raises(ValueError, match=f"{name} is neither .txt nor .jsonl"):
+            require_texts([tmp_path / name])
 
 
 PLACES = dict(
@@ -106,3 +104,85 @@ def test_a_corpus_is_not_held_in_memory(monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert tokens > 50_000 and peak < 500_000
+
+
+# Tables
+
+
+def table(path, texts, kind=None, **options) -> None:
+    texts = pa.array(texts, kind or pa.string())
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, **options)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=30), max_size=20),
+    kind=st.sampled_from([pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]),
+    rows=st.integers(1, 20),
+    compression=st.sampled_from(["NONE", "SNAPPY", "ZSTD"]),
+)
+def test_a_table_has_a_document_in_each_row(tmp_path_factory, texts, kind, rows, compression):
+    path = tmp_path_factory.mktemp("x") / "a.parquet"
+    table(path, texts, kind, row_group_size=rows, compression=compression)
+    require_texts([path])
+    assert list(read_documents(path, "text")) == texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "field", "sentence"),
+    [
+        (["one", None, "three"], pa.string(), "text", "Row 2 of .*a.parquet has no text under 'text'"),
+        ([1, 2], pa.int64(), "text", "Row 1 of .*a.parquet has no text under 'text'"),
+        ([["one"]], pa.list_(pa.string()), "text", "Row 1 of .*a.parquet has no text under 'text'"),
+        ([b"one"], pa.binary(), "text", "Row 1 of .*a.parquet has no text under 'text'"),
+        (["one"], pa.string(), "content", "a.parquet has no column 'content'; it has id, text"),
+    ],
+)
+def test_rows_without_a_text(tmp_path, texts, kind, field, sentence):
+    table(tmp_path / "a.parquet", texts, kind)
+    with pytest.raises(ValueError, match=sentence):
+        list(read_documents(tmp_path / "a.parquet", field))
+
+
+def test_bytes_of_a_table_that_are_no_text(tmp_path):
+    wrong = pa.array(["one", "tw\xf6"], pa.string()).to_pylist()
+    raw = pa.array([text.encode("latin-1") for text in wrong], pa.binary())
+    pq.write_table(
+        pa.table({"text": pa.Array.from_buffers(pa.string(), 2, raw.buffers())}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match="a.parquet is not UTF-8 text in one of the rows behind row 0"):
+        list(read_documents(tmp_path / "a.parquet", "text"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(kept=st.integers(0, 500), flipped=st.none() | st.integers(0, 10_000))
+def test_a_damaged_table_is_a_sentence(tmp_path_factory, kept, flipped):
+    path = tmp_path_factory.mktemp("x") / "a.parquet"
+    table(path, [f"{i * 7919}" for i in range(99)], write_page_checksum=True)
+    whole = path.read_bytes()
+    damaged = bytearray(whole[: len(whole) - kept])
+    if flipped is not None:
+        damaged = bytearray(whole)
+        damaged[flipped % len(whole)] ^= 1
+    path.write_bytes(damaged)
+    try:
+        found = list(read_documents(path, "text"))
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert found == [f"{i * 7919}" for i in range(99)] or flipped is not None
+
+
+def test_a_table_is_not_held_in_memory(tmp_path):
+    table(tmp_path / "a.parquet", [f"{i}" * 2000 for i in range(5000)], row_group_size=1000)
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() - before for _ in read_documents(tmp_path / "a.parquet", "text"))
+    assert most < 30_000_000, "of more than 35 million bytes"
+
+
+def test_without_the_package_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        ImportError, match=r"'pyarrow' is needed to read parquet files.*minicpm_lite\[parquet\]"
+    ):
+        require_texts([tmp_path / "a.parquet"])

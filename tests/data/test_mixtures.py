@@ -42,6 +42,31 @@ def mixture(*stages, sources=None):
     return MixtureWindows({name: Numbered(i) for i, name in enumerate(names)}, stages)
 
 
+class Cut(Numbered):
+    """Windows that say who made their tokens."""
+
+    def __init__(self, number: int, tokenizer: int | None):
+        super().__init__(number)
+        self.tokenizer = tokenizer
+
+    def identity(self):
+        return super().identity() | {"tokenizer": self.tokenizer}
+
+
+def test_one_model_knows_one_tokenizer():
+    sources = {"a": Cut(0, 7), "b": Cut(1, None), "c": Cut(2, 7), "d": Numbered(3), "e": Cut(4, 8)}
+    known = {name: source for name, source in sources.items() if name != "e"}
+    data = MixtureWindows(known, [(0, dict.fromkeys(known, 1))])
+    with pytest.raises(
+        ValueError, match="^a and e were cut with different tokenizers; one model knows one.$"
+    ):
+        MixtureWindows(sources, [(0, {"a": 1})])
+    going_on(data.identity(), 4, {"b": sources["b"]}, {"b": 1})
+    for others in ({"e": sources["e"]}, {"b": sources["b"], "e": sources["e"]}):
+        with pytest.raises(ValueError, match="^e and what was read before were cut with different"):
+            going_on(data.identity(), 4, others, {"e": 1})
+
+
 # The mixture: within 1 of its share all along, each source in order, any index by look-up.
 
 

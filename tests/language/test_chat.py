@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SHAPE, TOKENIZER, WRITER, Counted, make_model
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch.testing import assert_close
 
 from minicpm_lite.config import ModelConfig
@@ -434,6 +434,34 @@ def test_parts_and_tools_of_a_message_are_guarded_too():
         "tool": {"x": ["<|im_end|>"], "n": 1},
     }
     assert controls(encode_chat(GUARDED, nested, [message])) == ["<AI>"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    content=SPELLINGS.map(str.swapcase) | SPELLINGS,
+    form=st.sampled_from([normalizers.Lowercase(), normalizers.NFKC()]),
+)
+def test_what_a_normaliser_makes_a_control_token_is_guarded_too(content, form):
+    tokenizer = Tokenizer.from_str(GUARDED.to_str())
+    tokenizer.normalizer = form
+    tokenizer.add_tokens(["<note>", "fi--"])  # which "<NOTE>" and "ﬁ--" become
+    for spelt in (content, f"a {content}<NOTE>{content}", f"{content}ﬁ--, ＜note＞"):
+        ids = encode_chat(tokenizer, lambda messages: f"{messages[0]['content']} <AI>", [said(spelt)])
+        assert [tokenizer.id_to_token(i) for i in ids if i in tokenizer.get_added_tokens_decoder()] == [
+            "<AI>"
+        ]
+        assert (
+            tokenizer.decode(ids, skip_special_tokens=False).strip()
+            == form.normalize_str(f"{spelt} <AI>").strip()
+        )
+
+
+def test_messages_that_are_nested_too_deeply():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        encode_chat(GUARDED, chatml, [said("a man") | {"tools": deep}])
 
 
 def test_half_a_character_in_a_message_is_refused():

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from minicpm_lite.data.mixtures import MixtureWindows
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.wsd import WSD, Cosine, Schedule
 
@@ -31,6 +33,42 @@ def test_a_decay_does_not_begin_elsewhere(make, saved, step, sentence):
     with pytest.raises(ValueError, match=sentence):
         trainer.branch_from(path)
     assert trainer.step == 0
+
+
+class Cut(TokenWindows):
+    """Windows that say who made their tokens, as those of shards do."""
+
+    def __init__(self, windows: TokenWindows, tokenizer: int | None):
+        super().__init__(windows.tokens, windows.length, windows.seed)
+        object.__setattr__(self, "tokenizer", tokenizer)
+
+    def identity(self):
+        return super().identity() | {"tokenizer": self.tokenizer}
+
+
+@pytest.mark.parametrize(("before", "after"), [(7, 7), (None, 7), (7, None), (7, 8)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_branch_reads_what_the_same_tokenizer_cut(make, tmp_path, before, after, mixed):
+    def run(tokenizer):
+        trainer = make()
+        plain = trainer.batches.windows
+        cut = Cut(plain, tokenizer)
+        mixture = MixtureWindows({"plain": plain, "cut": cut}, [(0, {"plain": 1, "cut": 1})])
+        object.__setattr__(trainer.batches, "windows", mixture if mixed else cut)
+        return trainer
+
+    stable = run(before)
+    stable.train(4, progress=False)
+    path, branch = stable.save(tmp_path), run(after)
+    if (before, after) == (7, 8):
+        with pytest.raises(
+            ValueError, match="the data of this run and what .*step-00000004 read were cut with different"
+        ):
+            branch.branch_from(path)
+        assert branch.step == 0
+    else:
+        branch.branch_from(path)
+        assert branch.step == 4
 
 
 def test_a_cosine_has_no_stable_stage(make, tmp_path):

@@ -81,6 +81,18 @@ def test_a_second_signal_acts_at_once(signalled, tmp_path):
     assert run.step == 3 and not checkpoints(tmp_path)
 
 
+def test_what_the_program_ignores_stays_ignored(signalled, tmp_path):
+    """As SIGINT of a program that was begun in the background, which a Ctrl-C in its terminal is not for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = signalled(7, signal.SIGINT, signal.SIGINT)
+    run.train(folder=tmp_path, progress=False)
+    assert run.step == 10 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    run = signalled(7, signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run.train(folder=tmp_path / "other", progress=False)
+    assert run.step == max(checkpoints(tmp_path / "other")) == 4
+
+
 def test_without_a_folder_there_is_nothing_to_wait_for(signalled):
     run = signalled(7, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from minicpm_lite.config import MixtureConfig
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import context_only
 from minicpm_lite.language.upcycling import balance_loss
-from minicpm_lite.training.objective import next_token
+from minicpm_lite.training.objective import next_token, within_documents
 
 MODEL = ModelConfig(32, 80, 2, 4, 40, num_key_value_heads=2, max_position_embeddings=64, init_std=0.1)
 WINDOW = ((torch.arange(34) * 7 // 3) % 40).view(2, 17)
@@ -58,11 +58,30 @@ def test_a_batch_without_a_unit_is_zero_and_moves_nothing():
     assert not any(g.any() for g in torch.autograd.grad(minimised, model.parameters()))
 
 
+def test_documents_are_kept_apart():
+    """As if each were a window of its own; units are the same tokens."""
+    model, end = Decoder(MODEL), int(WINDOW[0, 6])
+    apart = within_documents(end)
+    documents = [WINDOW[:1, :7], WINDOW[:1, 7:]]
+    counts = [6, 9]  # and the first token of the second, which its end token alone predicts
+    assert end not in WINDOW[0, 7:16] and end not in WINDOW[0, :6]
+    alone = [next_token.loss(model, document)[0] * n for document, n in zip(documents, counts, strict=True)]
+    logits = model(WINDOW[:1, :7])[0, -1]
+    alone.append(F.cross_entropy(logits, WINDOW[0, 7]))
+    minimised, reported = apart.loss(model, WINDOW[:1])
+    assert_close(minimised, sum(alone) / 16)
+    assert_close(reported, minimised) and not reported.requires_grad
+    assert abs(minimised - next_token.loss(model, WINDOW[:1])[0]) > 1e-5
+    assert apart.weight(MASKED) == next_token.weight(MASKED)
+    assert len({apart.name, within_documents(end + 1).name, next_token.name}) == 3
+
+
+@pytest.mark.parametrize("objective", [next_token, within_documents(3)], ids=["plain", "documents"])
 @pytest.mark.parametrize("weight", [0.0, 0.01])
-def test_the_balance_loss_is_minimised_and_not_reported(weight):
+def test_the_balance_loss_is_minimised_and_not_reported(weight, objective):
     torch.manual_seed(0)
     model = Decoder(replace(MODEL, mixture=MixtureConfig(4, 2, balance_loss_weight=weight))).train()
-    minimised, reported = next_token.loss(model, WINDOW)
+    minimised, reported = objective.loss(model, WINDOW)
     assert_close(minimised - reported, weight * balance_loss(model))
 
 
