@@ -1,4 +1,4 @@
-"""The documents of files: a .txt file is one, a .jsonl file has one in each line, a .parquet file in each row.
+"""The documents of files: of .txt one each, of .jsonl one in each line, of .parquet one in each row.
 
 The first two may be gzipped. `read_documents` reads them, `encoded` cuts them into tokens.
 """
