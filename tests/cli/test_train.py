@@ -336,7 +336,7 @@ def test_documents_are_kept_apart_if_asked_for(at_home, capsys):
     """In a run that goes on so, too, and in its decay; what does not end documents is refused."""
     documents = [np.arange(start, start + 9) % 290 for start in range(60)]
     for name, end in (("ended", 299), ("other", 298), ("open", None)):
-        write_shards(name, [[*ids, *([end] if end else [])] for ids in documents], 300, end=end)
+        write_shards(name, [[*ids.tolist(), *([end] if end else [])] for ids in documents], 300, end=end)
     short = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0", "--checkpoint-every", "2", "--keep", "9"]
     apart = ["--data", "ended", *short, "--within-documents"]
     assert main(train("--data", "ended", *short, "--out", "plain")) == 0
