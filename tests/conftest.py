@@ -4,21 +4,38 @@
 first, so that none is idle at the end: a notebook, whose cells need one kernel; a file, whose tests share what
 they prepare; or a page of the book. Without workers the same tests run in the same order.
 
-Every tensor function of the model and the data is checked against its annotated shapes while the tests run.
+Every tensor function of the model and the data is checked against its annotated shapes while their own tests
+run. (The checks take as long as the functions; in the tests of other parts they would find nothing new.)
 """
 
 import os
 from collections import Counter
+from pathlib import Path
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
 
 # For torch, which is imported later, and for every program that a test starts.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-install_import_hook(["minicpm_lite.language", "minicpm_lite.data"], "beartype.beartype")
+ROOT = Path(__file__).parents[1]
+WITH_SHAPES = ("language", "data")
+SHAPED = [
+    f"minicpm_lite.{part}.{file.stem}"
+    for part in WITH_SHAPES
+    for file in (ROOT / "minicpm_lite" / part).glob("*.py")
+    if "from jaxtyping import" in file.read_text(encoding="utf-8")
+]
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 PAGES = "tests/book/test_pages.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_are_checked(request: pytest.FixtureRequest) -> None:
+    """In the tests of these two parts."""
+    of_them = request.path.is_relative_to(ROOT / "tests") and request.path.parent.name in WITH_SHAPES
+    jaxtyping.config.update("jaxtyping_disable", not of_them)
 
 
 class Groups(LoadScopeScheduling):

@@ -12,7 +12,7 @@ from minicpm_lite.language.context import Int8Cache, KVCache, Tree
 from minicpm_lite.language.decoder import Decoder
 
 SHAPE = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=50,
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
     max_position_embeddings=40, scale_emb=4.0, scale_depth=1.4, dim_model_base=16, init_std=0.3,
 )  # fmt: skip
 CONFIGS = {
