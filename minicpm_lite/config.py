@@ -145,6 +145,11 @@ class RopeScaling:
             object.__setattr__(self, name, tuple(factors))
             for factor in factors:
                 require_positive_number(f"each {name}", factor)
+        if self.rope_type == "longrope" and self.original_max_position_embeddings == 1:
+            raise ValueError(
+                'original_max_position_embeddings is 1; rope_type "longrope" divides by its logarithm, so '
+                "give at least 2."
+            )
         if self.rope_type != "longrope" and self.factor is None:
             raise ValueError(f'rope_type "{self.rope_type}" needs a factor: how many times longer.')
         if self.factor is not None:
@@ -242,7 +247,18 @@ class ModelConfig:
             raise ValueError(
                 f"The rotated part of a head is {self.rotary_dim} wide; pairs are rotated, so make it even."
             )
-        if self.rope_scaling and self.rope_scaling.rope_type == "longrope":
+        scaling = self.rope_scaling.rope_type if self.rope_scaling else None
+        if scaling == "dynamic" and self.rotary_dim == 2:
+            raise ValueError(
+                'rope_type "dynamic" raises rope_theta, on which the one pair of a rotated part of 2 does '
+                "not depend; use another type, or wider heads."
+            )
+        if scaling == "yarn" and self.rope_theta <= 1:
+            raise ValueError(
+                f"rope_theta is {self.rope_theta}, with which no pair turns slower than the first; rope_type "
+                '"yarn" tells fast pairs from slow ones, so give more than 1.'
+            )
+        if scaling == "longrope":
             for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor):
                 if len(factors) != self.rotary_dim // 2:
                     raise ValueError(

@@ -31,6 +31,11 @@ def export(
 
     opened = open_model(model)
     save_pretrained(
-        opened.decoder, out, opened.tokenizer, chat_template=opened.template_source, model_type=family
+        opened.decoder,
+        out,
+        opened.tokenizer,
+        chat_template=opened.template_source,
+        special_tokens=opened.special_tokens,
+        model_type=family,
     )
     print(f"{out}: {opened.decoder.num_parameters(True):,} parameters, with tokenizer.json.")

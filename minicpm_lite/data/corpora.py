@@ -8,7 +8,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..language.tokenizer import train_tokenizer
+from ..language.tokenizer import require_text, train_tokenizer
 from .assets import load_austen
 
 __all__ = ["BLOCK_CHARACTERS", "Corpus", "block_is_held_out", "load_corpus", "split_novels"]
@@ -46,13 +46,16 @@ def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
         text: left out: Jane Austen's novels.
 
     Raises:
-        ValueError: the text has fewer than a thousand characters.
+        TypeError: the text is not a str.
+        ValueError: the text has fewer than a thousand characters, or holds half a character.
 
     >>> corpus = load_corpus(300, text="It is a truth universally acknowledged. " * 100)
     >>> corpus.tokenizer.decode(corpus.validation[:5].tolist())
     'It is a truth universally'
     """
-    return _load_corpus(vocab_size, load_austen() if text is None else text)
+    text = load_austen() if text is None else text
+    require_text(text)
+    return _load_corpus(vocab_size, text)
 
 
 @cache

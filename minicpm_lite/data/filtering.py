@@ -25,13 +25,13 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer, decoders
 
 from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.scoring import token_losses
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, require_text
 from ..optional import require
 from .dedup import MinHash, first_of_each, hashed_ngrams, near_duplicates, words_of
 
@@ -47,6 +47,7 @@ __all__ = [
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"[^\S\n\t\r]+")
 _FORMAT = "minicpm_lite quality classifier 1"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 _UNKNOWN = "und"  # ISO 639-2: undetermined
 
 
@@ -250,25 +251,43 @@ def bits_per_byte(
     """How badly a language model predicts each document: the score of a perplexity filter.
 
     Per byte and not per token, so that models with different vocabularies can be compared. The first token
-    has no context and is not predicted. A document of fewer than two tokens cannot be judged and gets nan.
+    has no context and is not predicted; its bytes do not count. A document of fewer than two tokens cannot be
+    judged and gets nan. All of a document is text, also what is spelt as a control token.
 
     Args:
         model: what good text looks like is what it was trained on.
         tokenizer: the model's.
         texts: as found.
         max_tokens: read at most this much of each document.
+
+    Raises:
+        TypeError: a document that is no string.
+        ValueError: a document with half a character.
     """
     require_positive_integer("max_tokens", max_tokens)
-    tokenizer, bits = fast_tokenizer(tokenizer), []
+    tokenizer = Tokenizer.from_str(fast_tokenizer(tokenizer).to_str())
+    tokenizer.encode_special_tokens = True
+    byte_level, bits = isinstance(tokenizer.decoder, decoders.ByteLevel), []
     for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids[:max_tokens]
-        size = len(tokenizer.decode(ids[1:]).encode("utf-8", "replace"))
-        if size:
-            nats = token_losses(model, torch.tensor([ids])).sum().item()
+        require_text(text)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        encoding.truncate(max_tokens)
+        if size := sum(_sizes(text, encoding, byte_level)[1:]):
+            nats = token_losses(model, torch.tensor([encoding.ids])).sum().item()
             bits.append(nats / math.log(2) / size)
         else:
             bits.append(math.nan)
     return np.array(bits, float)
+
+
+def _sizes(text: str, encoding: Encoding, byte_level: bool) -> list[int]:
+    """How many bytes of the text each token stands for."""
+    if byte_level:  # one letter for each byte
+        return [len(token) for token in encoding.tokens]
+    return [
+        1 if _BYTE_TOKEN.fullmatch(token) else len(text[start:end].encode())
+        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
+    ]
 
 
 def area_under_roc(good: Iterable, bad: Iterable) -> float:
@@ -276,12 +295,20 @@ def area_under_roc(good: Iterable, bad: Iterable) -> float:
 
     1 separates perfectly, 0.5 is a coin, 0 separates the wrong way round.
 
+    Raises:
+        ValueError: a side is empty, or holds a score that is not a number and so neither higher nor lower.
+
     >>> area_under_roc([3, 2], [1, 2])
     0.875
     """
     good, bad = np.fromiter(good, float), np.fromiter(bad, float)
     if not (len(good) and len(bad)):
         raise ValueError("The area under the curve compares good with bad documents; one side is empty.")
+    if unjudged := int(np.isnan(good).sum() + np.isnan(bad).sum()):
+        raise ValueError(
+            f"{unjudged} of the scores are nan, which is neither higher nor lower than another. Leave these "
+            "documents out, or give them a score."
+        )
     above = (good[:, None] > bad).mean() + 0.5 * (good[:, None] == bad).mean()
     return float(above)
 
@@ -292,11 +319,26 @@ def require_probability(threshold: float) -> None:
         raise ValueError(f"The threshold is {threshold}; it is compared with a probability, from 0 to 1.")
 
 
+def language_codes(languages: str | Iterable[str]) -> tuple[str, ...]:
+    """The languages to keep, as a tuple; one may stand alone.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> language_codes("en")
+    ('en',)
+    """
+    codes = (languages,) if isinstance(languages, str) else tuple(languages)
+    if not codes:
+        raise ValueError('No language is to be kept, so no document would be; name one, such as "en".')
+    return codes
+
+
 def drop_reasons(
     texts: Iterable[str],
     classifier: QualityClassifier,
     threshold: float = 0.5,
-    languages: Iterable[str] = ("en",),
+    languages: str | Iterable[str] = ("en",),
     minhash: MinHash | None = None,
 ) -> list[str | None]:
     """The whole pipeline: for each document None if it is kept, else the stage that dropped it.
@@ -309,10 +351,7 @@ def drop_reasons(
         TypeError: a document that is no string.
     """
     require_probability(threshold)
-    texts = tuple(texts)
-    languages = {languages} if isinstance(languages, str) else set(languages)
-    if not languages:
-        raise ValueError('No language is to be kept, so no document would be; name one, such as "en".')
+    texts, languages = tuple(texts), language_codes(languages)
     normal = [normalise(text) for text in texts]
     reasons: list[str | None] = [None] * len(texts)
 

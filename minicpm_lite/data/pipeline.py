@@ -18,6 +18,7 @@ documents. So the folder notes these, too, and one of another run is refused.
 
 import json
 import zlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import numpy as np
 from ..files import written_whole
 from ..optional import require
 from .dedup import MinHash, rows_of_band, words_of
-from .filtering import QualityClassifier, identify_languages, normalise, require_probability
+from .filtering import QualityClassifier, identify_languages, language_codes, normalise, require_probability
 
 _NEED = {"install": "minicpm_lite[data]", "purpose": "run the pipeline on datatrove"}
 _minhash = require("datatrove.pipeline.dedup.minhash", **_NEED)
@@ -46,9 +47,9 @@ class LanguageBlock(_base_filter.BaseFilter):
 
     name = "language"
 
-    def __init__(self, languages: tuple[str, ...] = ("en",), exclusion_writer=None) -> None:
+    def __init__(self, languages: str | Iterable[str] = ("en",), exclusion_writer=None) -> None:
         super().__init__(exclusion_writer)
-        self.languages = tuple(languages)
+        self.languages = language_codes(languages)
 
     def filter(self, doc) -> bool | tuple[bool, str]:
         """True to keep the document, else False and the language."""

@@ -2,15 +2,18 @@
 
 A script ``recorded/TOPIC.py`` beside the chapter says what its jobs are and what one job does; `run_jobs`
 does the rest. Results go to ``recorded/TOPIC.json`` after each job, so a stopped script goes on where it was.
+With them stand the facts that hold for all of them, so results under other facts are not added.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Protocol, TypeVar
 
 import torch
@@ -45,15 +48,21 @@ def run_jobs(
         script: the script's own ``__file__``; results stand beside it with the ending ``.json``.
         jobs: what to run. Longest first keeps all workers busy to the end.
         work: a function at the top level of the script; what it returns must fit into JSON.
-        facts: what a reader must know to read the results: model, seeds, batch.
+        facts: what a reader must know to read the results: model, seeds, batch. A later call may add some,
+            such as a rate that the first jobs tuned.
         workers: processes at a time; left out, one for each core.
 
     Numbers are kept to six digits after the point. Beside the facts stand the command, the device, torch's
     version, and the minutes that all runs together took with this number of workers.
+
+    Raises:
+        ValueError: the results that are there were made under other facts.
+        Exception: what the first job raised that failed; the others were run, and their results are kept.
     """
     script, workers = Path(script), workers or os.cpu_count() or 1
-    results = load_results(script)
-    runs = results["runs"]
+    noted, failures = load_results(script), []
+    runs, minutes = noted.pop("runs"), noted.pop("minutes", 0.0)
+    _require_same_facts(_results_of(script), noted, json.loads(json.dumps(_rounded(dict(facts)))))
     todo = [job for job in jobs if job.name not in runs]
     about = dict(facts) | {
         "command": f"python {script.resolve().relative_to(Path.cwd())}",
@@ -63,13 +72,19 @@ def run_jobs(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_timed, work, job): job.name for job in todo}
         for future in as_completed(futures):
-            name, run = futures[future], future.result()
-            runs[name] = run
-            minutes = results.get("minutes", 0.0) + run["seconds"] / 60 / workers
-            results = about | {"minutes": minutes, "runs": runs}
+            name = futures[future]
+            if error := future.exception():
+                failures.append(error)
+                print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
+                continue
+            runs[name] = run = future.result()
+            minutes += run["seconds"] / 60 / workers
+            results = noted | about | {"minutes": minutes, "runs": runs}
             with written_whole(_results_of(script)) as beside:
                 beside.write_text(json.dumps(_rounded(results)))
             print(f"{name}: {run['seconds']:.0f} s", flush=True)
+    if failures:
+        raise failures[0]
     return load_results(script)["runs"]
 
 
@@ -94,13 +109,17 @@ def tune_rates(
 ) -> dict[Case, float]:
     """The learning rate of least loss for each case, so that each side of a comparison is tuned alike.
 
-    A grid is extended by factors of 2 while the best rate lies at its edge.
+    A grid is extended by factors of 2 while the best rate lies at its edge. A run that diverged, to a loss
+    that is not finite, is worse than any other.
 
     Args:
         cases: what is compared.
         first_rates: the grid to begin with, at least two rates.
         losses_of: from all pairs of a case and a rate to the loss of each; pairs it was asked for before are
             among them, so it should remember them, as `run_jobs` does.
+
+    Raises:
+        ValueError: all runs of a case diverged, so nothing says where its best rate lies.
 
     >>> tune_rates(["valley"], [0.01, 0.02], lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs})
     {'valley': 0.08}
@@ -109,7 +128,14 @@ def tune_rates(
     rates = {case: first_rates.copy() for case in cases}
     while True:
         losses = losses_of([(case, rate) for case in rates for rate in rates[case]])
-        best = {case: min((losses[case, rate], rate) for rate in grid)[1] for case, grid in rates.items()}
+        best = {}
+        for case, grid in rates.items():
+            finite = [(losses[case, rate], rate) for rate in grid if math.isfinite(losses[case, rate])]
+            if not finite:
+                raise ValueError(
+                    f"All runs of {case!r} diverged, with the rates {grid}. Begin with smaller ones."
+                )
+            best[case] = min(finite)[1]
         if all(min(rates[case]) < best[case] < max(rates[case]) for case in rates):
             return best
         for case, rate in best.items():
@@ -121,6 +147,22 @@ def tune_rates(
 
 def _results_of(script: Path) -> Path:
     return script.with_suffix(".json")
+
+
+def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[str, object]) -> None:
+    """Refuse facts of which one is another than was noted; a name that only one side has is no contradiction.
+
+    A fact may be the fields of a config, and a config may have more fields than when the facts were noted.
+    """
+    for name in sorted(noted.keys() & facts.keys()):
+        before, now = noted[name], facts[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            _require_same_facts(file, before, now)
+        elif before != now:
+            raise ValueError(
+                f"{file} holds results of {name} {shown(before)}; now it is {shown(now)}. Results of two "
+                "kinds are not put into one file: move it away, or take the change back."
+            )
 
 
 def _timed(work: Callable[[Job], dict], job: Job) -> dict:

@@ -42,8 +42,8 @@ def extend_context(
             nothing changes. See `search_factors`, or `load_rope_scaling` for released ones.
 
     Raises:
-        ValueError: an unknown method, a factor below 1, factors that are missing or not wanted, or a config
-            that was extended before.
+        ValueError: an unknown method, a factor below 1, factors that are missing or not wanted, a config that
+            was extended before, or one that the method cannot change.
 
     >>> from minicpm_lite import load_config
     >>> extend_context(load_config("minicpm-2.4b"), "ntk", 8.0).max_position_embeddings
@@ -66,6 +66,11 @@ def extend_context(
     longer = replace(config, max_position_embeddings=int(factor * original))
     match method:
         case "ntk":
+            if config.rotary_dim == 2:
+                raise ValueError(
+                    'Method "ntk" raises rope_theta, on which the one pair of a rotated part of 2 does not '
+                    "depend; use another method, or wider heads."
+                )
             return replace(longer, rope_theta=ntk_theta(config.rope_theta, factor, config.rotary_dim))
         case "dynamic":  # theta follows the text, so that at the full length this is "ntk"
             scaling = RopeScaling("dynamic", original, factor=1.0)

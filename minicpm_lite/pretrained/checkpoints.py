@@ -16,11 +16,15 @@ Choices, and the traps behind them:
   text and not be told, so neither is kept, in reading or in writing.
 - A chat template stands in a file of its own, in older releases in ``tokenizer_config.json``. Where there are
   both the file counts, as in transformers.
-- A folder is written beside its place and renamed. A folder that holds anything is never touched.
+- A folder is written beside its place and renamed. A folder that holds anything is never touched, nor one
+  that another program writes.
+- A chat template names tokens that stand in ``tokenizer_config.json``; without them it writes other prompts.
 """
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shown
@@ -29,14 +33,14 @@ import torch
 from tokenizers import Tokenizer
 
 from ..config import LARGEST_VOCABULARY, ModelConfig, require_positive_integer
-from ..files import written_whole
+from ..files import locked, written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..optional import require
 from .assemble import assemble, empty_decoder
 from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
 from .gguf import read_gguf
-from .gguf_tokenizer import gguf_tokenizer
+from .gguf_tokenizer import gguf_tokenizer, special_id
 from .llama_cpp import load_gguf
 from .weights import few, read_json, read_weights, write_json, write_weights
 
@@ -164,9 +168,9 @@ def load_special_tokens(path_or_id: str | Path) -> dict[str, str]:
     """
     path = _local(path_or_id, ["tokenizer_config.json"])
     if _is_gguf(path):
-        values = read_gguf(path).metadata
-        tokens = values.get("tokenizer.ggml.tokens", ())
-        ids = {name: values.get(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
+        file = read_gguf(path)
+        tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+        ids = {f"{name}_token": special_id(file, name) for name in ("bos", "eos")}
         return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     file = path / "tokenizer_config.json"
     values = read_json(file) if file.is_file() else {}
@@ -181,13 +185,14 @@ def save_pretrained(
     tokenizer: Tokenizer | BytePairTokenizer | None = None,
     *,
     chat_template: str | None = None,
+    special_tokens: Mapping[str, str] | None = None,
     model_type: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a model as a folder that `load_pretrained`, transformers, vLLM and others read.
 
     All files are written to a folder beside the place and renamed at the end, so the place holds either a
-    whole checkpoint or nothing. Nothing is ever overwritten.
+    whole checkpoint or nothing; an empty folder keeps it until then. Nothing is ever overwritten.
 
     Args:
         model: the model to write. The ids that end a text are those of its config.
@@ -196,13 +201,15 @@ def save_pretrained(
             padded, with what transformers' ``AutoTokenizer`` asks for beside it. Left out: none is written.
         chat_template: how the model wants a conversation written, in Jinja; written as
             ``chat_template.jinja``. Left out: none is written.
+        special_tokens: what that may name, as `load_special_tokens` gives it; written with the tokenizer.
+            Left out: the ``eos_token`` is the first id that ends a text, if that is a special token.
         model_type: the family (see `families`). Left out: "minicpm3" with latent attention; with multipliers
             "granite", as which transformers opens a MiniCPM without code from elsewhere, or with experts,
             too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
         max_shard_bytes: the weights are split into files of about this size; a tensor is never split.
 
     Raises:
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder holds something, or another program writes it.
         ValueError: the family computes something else than the model, the model was changed inside, or the
             tokenizer gives ids that the model does not know.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing is left.
@@ -213,10 +220,6 @@ def save_pretrained(
         raise FileNotFoundError(
             f"There is no folder {path.parent} to write {path.name} into; create it first."
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(
-            f"{path} exists and holds something; nothing is overwritten. Give another folder, or remove it."
-        )
     require_positive_integer("max_shard_bytes", max_shard_bytes)
     family = model_type or own_family(model.config)
     values = config_to_json(model.config, family)
@@ -225,7 +228,7 @@ def save_pretrained(
     if tokenizer is not None:
         tokenizer = fast_tokenizer(tokenizer)
         _require_known_ids(tokenizer, model.config)
-    with written_whole(path) as beside:
+    with _new_folder(path), written_whole(path) as beside:
         beside.mkdir()
         write_json(beside / "config.json", values)
         if model.config.eos_token_id:
@@ -233,7 +236,10 @@ def save_pretrained(
             write_json(beside / "generation_config.json", ends)
         if tokenizer is not None:
             (beside / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-            write_json(beside / "tokenizer_config.json", _tokenizer_settings(tokenizer, model.config))
+            write_json(
+                beside / "tokenizer_config.json",
+                _tokenizer_settings(tokenizer, model.config, special_tokens or {}),
+            )
         if chat_template is not None:
             (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
         named = {stored_name(name, family): tensor for name, tensor in weights.items()}
@@ -293,6 +299,28 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Decoder:
     )
 
 
+@contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Make a folder, or take an empty one, and keep other writers out."""
+    occupied = FileExistsError(
+        f"{path} exists and holds something; nothing is overwritten. Give another folder, or remove it."
+    )
+    is_new = not path.exists()
+    if not is_new and not path.is_dir():
+        raise occupied
+    path.mkdir(exist_ok=True)
+    with locked(path):
+        if any(path.iterdir()):  # also what another program put there meanwhile
+            raise occupied
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                with suppress(OSError):  # it holds something
+                    path.rmdir()
+            raise
+
+
 def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
     """The weights by name, if they are those of a plain decoder, each with numbers of its own."""
     with torch.device("meta"):
@@ -341,7 +369,9 @@ def _require_known_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def _tokenizer_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, object]:
+def _tokenizer_settings(
+    tokenizer: Tokenizer, config: ModelConfig, special_tokens: Mapping[str, str]
+) -> dict[str, object]:
     """What ``tokenizer_config.json`` must say, so that AutoTokenizer gives the same ids."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -349,7 +379,7 @@ def _tokenizer_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, 
         "clean_up_tokenization_spaces": False,
     }
     added = tokenizer.get_added_tokens_decoder()
-    # Only a special token is named: transformers would make one of any other, and texts split differently.
+    # Only a special end is named: transformers would make one of any other, and texts split differently.
     if ends := [added[end].content for end in config.eos_token_id if end in added and added[end].special]:
         settings["eos_token"] = ends[0]
-    return settings
+    return settings | special_tokens

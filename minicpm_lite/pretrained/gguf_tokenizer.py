@@ -13,11 +13,13 @@ Choices, and the traps behind them:
 - What no piece covers is written in bytes: the pieces <0x00> to <0xFF>. What they do not cover is unknown.
 - Some tokens are found in a text before it is cut: control and user-defined ones, and sentencepiece's unknown
   one.
-- A sentencepiece tokenizer begins texts with its first token unless the file says otherwise; a byte-level one
-  does not unless the file says so.
+- A sentencepiece tokenizer begins texts with its start token unless the file says otherwise; a byte-level one
+  does not unless the file says so. A sentencepiece file may leave out which tokens are the unknown one, start
+  and end: then they are 0, 1 and 2.
 """
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
 from reprlib import repr as shown
@@ -26,10 +28,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from .gguf import GGUFFile, read_gguf
 
-__all__ = ["gguf_tokenizer"]
+__all__ = ["gguf_tokenizer", "special_id"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
 _SPACE = "▁"
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # where a file does not say; those of Llama 2
 
 
 def gguf_tokenizer(path: str | Path) -> Tokenizer:
@@ -62,8 +65,8 @@ def gguf_tokenizer(path: str | Path) -> Tokenizer:
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     around = {
-        name: _id(file, f"{name}_token_id", tokens, default if sentencepiece else None)
-        for name, default in (("bos", 1), ("eos", 2))
+        name: _id(file, name, tokens)
+        for name in ("bos", "eos")
         if _flag(file, f"add_{name}_token", sentencepiece and name == "bos")
     }
     if around:
@@ -74,6 +77,13 @@ def gguf_tokenizer(path: str | Path) -> Tokenizer:
             ],
         )
     return tokenizer
+
+
+def special_id(file: GGUFFile, name: str) -> object:
+    """What a file gives as the id of its "bos", "eos", "eot" or other special token; None if it has none."""
+    sentencepiece = file.metadata.get("tokenizer.ggml.model") == "llama"
+    default = _SENTENCEPIECE_IDS.get(name) if sentencepiece else None
+    return file.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
 
 
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
@@ -104,11 +114,14 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
     scores = _list(file, "scores", float, len(tokens))
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"{file.path} gives in tokenizer.ggml.scores a number that is not finite.")
-    unknown = tokens[_id(file, "unknown_token_id", tokens, 0)]
+    unknown = tokens[_id(file, "unknown", tokens)]
     pieces = {
         token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL
     }
-    cuts = [(piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece))]
+    lengths = sorted({len(piece) for piece in pieces if piece})  # a piece may be long, and few are as long
+    cuts = (
+        (piece[:at], piece[at:]) for piece in pieces for at in lengths[: bisect_left(lengths, len(piece))]
+    )
     merges = [(left, right) for left, right in cuts if left in pieces and right in pieces]
     # of the ways to one piece, the longest beginning first, as transformers has it
     merges.sort(key=lambda pair: (-pieces["".join(pair)], -len(pair[0]), -len(pair[1])))
@@ -132,12 +145,14 @@ def _flag(file: GGUFFile, key: str, default: bool) -> bool:
     return flag
 
 
-def _id(file: GGUFFile, key: str, tokens: list[str], default: int | None) -> int:
-    index = file.value(f"tokenizer.ggml.{key}", default)
+def _id(file: GGUFFile, name: str, tokens: list[str]) -> int:
+    index = special_id(file, name)
+    if index is None:
+        raise ValueError(f"{file.path} lacks the key tokenizer.ggml.{name}_token_id.")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(tokens):
         raise ValueError(
-            f"{file.path} gives tokenizer.ggml.{key} as {shown(index)}; expected an id of its vocabulary, "
-            f"which has {len(tokens)} tokens."
+            f"{file.path} gives tokenizer.ggml.{name}_token_id as {shown(index)}; expected an id of its "
+            f"vocabulary, which has {len(tokens)} tokens."
         )
     return index
 

@@ -13,8 +13,9 @@ Choices, and the traps behind them:
 - Every frequency is divided by ``rope.scaling.factor``, or by the older ``rope.scale_linear``, unless the
   type is "none": a missing type means "linear". A missing ``attn_factor`` is 1, whatever LongRoPE's paper
   says.
-- Three keys name ids that end a text: eos, eot (of a turn) and eom (of a message). llama.cpp stops at other
-  tokens too, by how they are spelt; that is a guess, and not made here.
+- Three keys name ids that end a text: eos, eot (of a turn) and eom (of a message). Without the first,
+  sentencepiece's is 2. llama.cpp stops at other tokens too, by how they are spelt; that is a guess, and not
+  made here.
 """
 
 import math
@@ -37,6 +38,7 @@ from ..config import (
 from ..language.decoder import Decoder
 from .assemble import assemble, empty_decoder
 from .gguf import GGUFFile, read_gguf
+from .gguf_tokenizer import special_id
 
 __all__ = ["half_split_rows", "load_gguf"]
 
@@ -251,8 +253,8 @@ def _shortest(
 
 
 def _ends(file: GGUFFile) -> list[object]:
-    keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
-    return [file.metadata[key] for key in keys if key in file.metadata]
+    ids = (special_id(file, name) for name in ("eos", "eot", "eom"))
+    return [end for end in ids if end is not None]
 
 
 def _rope_scaling(file: GGUFFile, architecture: str) -> RopeScaling | None:

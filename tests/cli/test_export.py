@@ -5,9 +5,12 @@ import torch
 from shell import TEXT, says
 from torch.testing import assert_close
 
+from minicpm_lite import ModelConfig
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import write_shards
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.pretrained.checkpoints import load_chat_template, load_special_tokens, save_pretrained
 from minicpm_lite.training.sharded_checkpoint import load_weights
 
 
@@ -44,6 +47,16 @@ def test_transformers_opens_what_was_exported(run, at_home, capsys):
         assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)
     assert tokenizer.decode(ids[0]) == "It is a truth"
     assert "parameters, with tokenizer.json" in capsys.readouterr().out
+
+
+def test_a_template_finds_the_tokens_that_it_names(at_home):
+    tokenizer = train_tokenizer(TEXT, 290)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    template, named = "{{ bos_token }}{{ eos_token }}", {"bos_token": "<s>", "eos_token": "</s>"}
+    model = Decoder(ModelConfig(16, 16, 1, 2, 300))
+    save_pretrained(model, "a", tokenizer, chat_template=template, special_tokens=named)
+    assert main(["export", "a", "--out", "b"]) == 0
+    assert load_special_tokens("b") == named and load_chat_template("b") == template
 
 
 def test_what_cannot_be_exported(run, at_home, capsys):

@@ -37,3 +37,10 @@ def test_blocks_fall_on_one_side():
 
 def test_the_corpus_is_made_once():
     assert load_corpus() is load_corpus(1024)
+
+
+@pytest.mark.parametrize("place", [0, 1150])  # in the part to train on, and in the held-out one
+def test_half_a_character_is_one_sentence(place):
+    text = "plain words " * 100
+    with pytest.raises(ValueError, match=f"The text holds an unpaired surrogate, U\\+D800, at {place}"):
+        load_corpus(300, text[:place] + "\ud800" + text[place:])

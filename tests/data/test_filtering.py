@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from minicpm_lite import optional
 from minicpm_lite.config import ModelConfig
@@ -21,6 +22,7 @@ from minicpm_lite.data.filtering import (
     normalise,
 )
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.scoring import token_losses
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
 
 PROSE = normalise(load_austen()[20_000:320_000])
@@ -246,6 +248,77 @@ def test_bits_per_byte_takes_the_tokenizer_from_scratch():
     assert bits_per_byte(model, tokenizer, PIECES[:3]).tolist() == (
         bits_per_byte(model, tokenizer.fast, PIECES[:3]).tolist()
     )
+
+
+CONTROL = "<|endoftext|>"
+SPELT = ["a man ", CONTROL, "帽子", "🙂", "é", " ", "\n", "of a truth"]
+
+
+def byte_level() -> tuple[Tokenizer, list[int]]:
+    """A vocabulary that knows a control token, and how many bytes each of its tokens has."""
+    plain = BytePairTokenizer.train(["It was a truth of a man " * 9], 270)
+    plain.fast.add_special_tokens([CONTROL])
+    return plain.fast, [len(token) for token in plain.vocabulary]
+
+
+def sentencepiece() -> tuple[Tokenizer, list[int]]:
+    """The same of a vocabulary with "▁" for a space, and bytes for what it lacks."""
+    letters = ["▁", *"aetuhmnrof", *"<|endxof|>"]
+    names = list(dict.fromkeys(["<unk>", *letters, *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "an"]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            {name: i for i, name in enumerate(names)},
+            [("▁", "a"), ("a", "n")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", CONTROL])
+    return tokenizer, [1 if name.startswith("<0x") else len(name.replace("▁", " ")) for name in names]
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece])
+def test_bits_per_byte_reads_every_byte_of_a_text_as_text(kind):
+    """Also what is spelt as a control token, and characters that are cut into several tokens."""
+    tokenizer, sizes = kind()
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
+    reader = Tokenizer.from_str(tokenizer.to_str())
+    reader.encode_special_tokens = True
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.lists(st.sampled_from(SPELT), min_size=1, max_size=8).map("".join), st.integers(2, 40))
+    def check(text, max_tokens):
+        ids = reader.encode(text).ids[:max_tokens]
+        assert tokenizer.token_to_id(CONTROL) not in ids
+        size = sum(sizes[token] for token in ids[1:])
+        if len(ids) < max_tokens and kind is byte_level:
+            assert size == len(text.encode()) - sizes[ids[0]]
+        found = bits_per_byte(model, tokenizer, [text], max_tokens)[0]
+        if len(ids) < 2:
+            return np.testing.assert_equal(found, np.nan)
+        with torch.no_grad():
+            nats = token_losses(model, torch.tensor([ids])).sum().item()
+        np.testing.assert_allclose(found, nats / np.log(2) / size)
+
+    check()
+    assert tokenizer.encode(CONTROL).ids == [tokenizer.token_to_id(CONTROL)], "as it was"
+
+
+def test_half_a_character_is_one_sentence():
+    tokenizer, _ = byte_level()
+    model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
+    with pytest.raises(ValueError, match="The text holds an unpaired surrogate"):
+        bits_per_byte(model, tokenizer, ["a b \ud800"])
+
+
+@pytest.mark.parametrize("sides", [([3, np.nan], [1, 2]), ([3, 2], [np.nan]), ([np.nan], [np.nan])])
+def test_scores_that_are_none_are_not_compared(sides):
+    with pytest.raises(ValueError, match=r"[12] of the scores are nan"):
+        area_under_roc(*sides)
 
 
 @settings(deadline=None)

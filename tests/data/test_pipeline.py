@@ -11,7 +11,7 @@ pytest.importorskip("orjson", reason="datatrove reads JSON lines with it")
 
 from minicpm_lite.data.dedup import MinHash, first_of_each, near_duplicates
 from minicpm_lite.data.filtering import QualityClassifier, identify_languages, normalise
-from minicpm_lite.data.pipeline import SignatureBlock, filtering_stages
+from minicpm_lite.data.pipeline import LanguageBlock, SignatureBlock, filtering_stages
 from minicpm_lite.data.web_pool import build_pool
 
 
@@ -71,6 +71,12 @@ def test_signatures_are_ours_cut_into_bands(tmp_path):
     assert [len(band) for band in bands] == [8] * 4
     assert sum(bands, []) == expected.tolist()
     assert block.get_shingles("").size == 0
+
+
+def test_one_language_may_stand_alone():
+    assert LanguageBlock("de").languages == LanguageBlock(iter(["de"])).languages == ("de",)
+    with pytest.raises(ValueError, match="No language is to be kept"):
+        LanguageBlock(())
 
 
 def test_a_folder_of_other_work_is_refused(tmp_path):

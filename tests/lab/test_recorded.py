@@ -5,6 +5,8 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -41,11 +43,64 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
     kept["runs"]["square/2"]["square"] = "not computed again"
     script.with_suffix(".json").write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="thirteen"):
-        run_jobs(script, [Square(2), Square(5), Square(13)], square, {"what": "squares"}, workers=1)
+        run_jobs(script, [Square(2), Square(13), Square(5)], square, {"what": "squares"}, workers=1)
     runs = load_results(script)["runs"]
     assert runs["square/2"]["square"] == "not computed again"
-    assert runs["square/5"]["square"] == 25  # done before the failure, and kept
+    assert runs["square/5"]["square"] == 25  # run after the failure, and kept
     assert list(script.parent.iterdir()) == [script.with_suffix(".json")]  # nothing half written
+
+
+def noted(folder, facts: dict) -> Path:
+    """A script beside which the result of one job stands, with these facts."""
+    (folder / "squares.json").write_text(
+        json.dumps(facts | {"minutes": 1, "runs": {"square/2": {"square": 4}}})
+    )
+    return folder / "squares.py"
+
+
+@pytest.mark.parametrize(
+    "facts", [{"batch": 16}, {"batch": 8, "model": {"width": 64}}, {"batch": 8, "budgets": (200, 400, 800)}]
+)
+def test_results_of_other_facts_are_not_put_beside_new_ones(tmp_path, monkeypatch, facts):
+    monkeypatch.chdir(tmp_path)
+    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400]})
+    before = script.with_suffix(".json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"squares\.json holds results of (batch 8|width 32|budgets \[200, 400\]);"
+    ):
+        run_jobs(script, [Square(2), Square(3)], square, facts, workers=1)
+    assert script.with_suffix(".json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"batch": 8, "rate": 2 / 3, "budgets": (200, 400)},  # as they were, though JSON wrote them otherwise
+        {"batch": 8, "peak_lr": 0.01},  # tuned by the first jobs
+        {"model": {"width": 32, "rope_scaling": None}},  # a config has a new field
+    ],
+)
+def test_facts_may_be_added(tmp_path, monkeypatch, facts):
+    monkeypatch.chdir(tmp_path)
+    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400], "rate": 0.666667})
+    before = script.with_suffix(".json").read_bytes()
+    assert run_jobs(script, [Square(2)], square, facts, workers=1) == {"square/2": {"square": 4}}
+    assert script.with_suffix(".json").read_bytes() == before, "nothing was run, so nothing is written"
+
+
+@pytest.mark.parametrize("grid", list(permutations([0.01, 0.02, 0.04, 0.08])))
+@pytest.mark.parametrize("diverged", [math.nan, math.inf])
+def test_a_run_that_diverged_is_never_the_best(grid, diverged):
+    def losses_of(pairs):
+        return {(case, rate): diverged if rate > 0.05 else (rate - 0.02) ** 2 for case, rate in pairs}
+
+    assert tune_rates(["valley"], grid, losses_of) == {"valley": 0.02}
+
+
+def test_rates_of_which_all_diverge_are_refused():
+    with pytest.raises(ValueError, match=r"All runs of 'b' diverged, with the rates \[0\.1, 0\.2\]"):
+        tune_rates("ab", [0.1, 0.2], lambda pairs: {(c, r): 1.0 if c == "a" else math.nan for c, r in pairs})
 
 
 def test_iterators_are_read_once_for_all_cases():

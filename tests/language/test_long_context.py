@@ -1,6 +1,7 @@
 """Longer contexts: what a method promises of its frequencies, cached equal to uncached, and the search."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,26 @@ def test_search_keeps_a_start_that_nothing_beats():
 def test_bad_configs_get_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("head_dim", [2, 4, 8])
+@pytest.mark.parametrize("theta", [0.5, 1.0, 1.01, 1e4])
+@pytest.mark.parametrize("context", [1, 2, 64])
+def test_a_config_is_refused_in_a_sentence_or_has_frequencies(method, head_dim, theta, context):
+    short = ModelConfig(8, 8, 1, 1, 20, head_dim=head_dim, rope_theta=theta, max_position_embeddings=context)
+    factors = [2.0] * (head_dim // 2) if method == "longrope" else None
+    try:
+        config = extend_context(short, method, 4.0, factors)
+    except ValueError as error:
+        refused = {
+            "ntk": head_dim == 2,
+            "dynamic": head_dim == 2,
+            "yarn": theta <= 1,
+            "longrope": context == 1,
+        }
+        assert refused.get(method) and re.search("wider heads|more than 1|at least 2", str(error))
+        return
+    for length in (1, 4 * context):
+        frequencies, magnitude = scaled_frequencies(config, length)
+        assert frequencies.isfinite().all() and (frequencies > 0).all() and math.isfinite(magnitude)

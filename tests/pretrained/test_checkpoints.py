@@ -20,6 +20,7 @@ from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.decoder import Decoder, fold_to_llama
 from minicpm_lite.language.layers import replace_linears
+from minicpm_lite.language.templates import chat_template
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
 from minicpm_lite.pretrained import checkpoints, weights
 from minicpm_lite.pretrained.checkpoints import (
@@ -399,6 +400,33 @@ def test_an_empty_folder_may_be_filled(tmp_path):
     save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_of_two_programs_that_write_one_folder_one_is_refused(tmp_path, monkeypatch):
+    place, other = tmp_path / "model", make_model(OURS["minicpm"])
+    real = checkpoints.write_weights
+
+    def meanwhile(*arguments):
+        with pytest.raises(FileExistsError, match="model is being written by another program"):
+            save_pretrained(other, place)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_weights", meanwhile)
+    save_pretrained(make_model(OURS["llama"]), place)
+    assert load_pretrained(place).config == OURS["llama"] and os.listdir(tmp_path) == ["model"]
+
+
+def test_what_comes_into_the_folder_before_it_is_locked_stands(tmp_path, monkeypatch):
+    real = checkpoints.locked
+
+    def late(folder):
+        (folder / "notes").write_text("mine")
+        return real(folder)
+
+    monkeypatch.setattr(checkpoints, "locked", late)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        save_pretrained(make_model(OURS["llama"]), tmp_path / "model")
+    assert os.listdir(tmp_path / "model") == ["notes"] and os.listdir(tmp_path) == ["model"]
 
 
 def test_an_empty_folder_behind_a_link_may_be_filled(tmp_path):
@@ -868,3 +896,28 @@ def test_special_tokens_that_a_template_may_name(tmp_path):
 
 def test_special_tokens_of_a_gguf_file():
     assert load_special_tokens(smollm2_file()) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+
+def test_special_tokens_are_written_with_the_template_that_names_them(tmp_path):
+    """As another release names them: the end that a template writes need not be the first that ends a text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<s>", "<|eot|>"])
+    model = wide_model("llama", eos_token_id=(300, 303))
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    named = {"bos_token": "<s>", "eos_token": "<|eot|>", "unk_token": "<|end|>"}
+    save_pretrained(model, tmp_path / "a", tokenizer, chat_template=template, special_tokens=named)
+    assert load_special_tokens(tmp_path / "a") == named
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "a")
+    talk = [{"role": "user", "content": "plain"}]
+    expected = "<s>[user]plain<|eot|>"
+    assert theirs.apply_chat_template(talk, tokenize=False) == expected
+    ours = chat_template(load_chat_template(tmp_path / "a"), load_special_tokens(tmp_path / "a"))
+    assert ours(talk) == expected
+    for text in [*TEXTS, expected]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+    save_pretrained(model, tmp_path / "b", tokenizer, special_tokens={"bos_token": "<s>"})
+    assert load_special_tokens(tmp_path / "b") == {"bos_token": "<s>", "eos_token": "<|end|>"}

@@ -1,7 +1,9 @@
 """Tokenizers in GGUF files: the ids of transformers and of llama.cpp, and every damaged key named."""
 
+import json
 import math
 import random
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -15,7 +17,8 @@ from minicpm_lite.data.corpora import load_austen
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.pretrained import gguf_tokenizer as module
-from minicpm_lite.pretrained.checkpoints import load_tokenizer, save_pretrained
+from minicpm_lite.pretrained import llama_cpp
+from minicpm_lite.pretrained.checkpoints import load_special_tokens, load_tokenizer, save_pretrained
 from minicpm_lite.pretrained.gguf import GGUFFile, read_gguf
 from minicpm_lite.pretrained.gguf_tokenizer import gguf_tokenizer
 
@@ -241,6 +244,50 @@ def test_what_sentencepiece_puts_around_a_text(changes, around, first, keys, tmp
     expected = as_llama_cpp_does(" the  man", keys, "▁" if first else "")
     assert tokenizer.encode(" the  man").ids == [*before, *expected, *after]
     assert tokenizer.decode(expected) == " the  man"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "ends"),
+    [
+        ({"bos_token_id": None}, {"bos_token": "<s>", "eos_token": "</s>"}, [2]),
+        ({"eos_token_id": 4, "eot_token_id": 3}, {"bos_token": "<s>", "eos_token": "<AI>"}, [4, 3]),
+        ({"model": "gpt2", "bos_token_id": None}, {}, []),  # nothing follows from this kind
+    ],
+)
+def test_special_tokens_that_a_file_does_not_say(changes, named, ends, keys, tmp_path):
+    path = write_tokenizer(tmp_path / "a.gguf", **keys | changes, merges=None)
+    assert load_special_tokens(path) == named
+    assert llama_cpp._ends(read_gguf(path)) == ends
+
+
+def test_a_long_token_costs_no_more_than_its_length(tmp_path):
+    """All ways to cut 20,000 letters in two are 400 MB."""
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab", "ab" * 10_000]
+    keys = {"model": "llama", "tokens": tokens, "scores": [0.0] * 7, "token_type": [2, 3, 3, 1, 1, 1, 1]}
+    path = write_tokenizer(tmp_path / "a.gguf", **keys, merges=None)
+    tracemalloc.start()
+    tokenizer = gguf_tokenizer(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+    assert tokenizer.encode("abab", add_special_tokens=False).tokens == ["<unk>", "ab", "ab"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text("ab▁", min_size=1, max_size=7), unique=True, max_size=12))
+def test_every_way_to_cut_a_piece_in_two_is_a_merge(pieces):
+    pieces = ["a", "b", "▁", *(piece for piece in pieces if len(piece) > 1)]
+    keys = {
+        "tokens": ["<unk>", *pieces],
+        "scores": [0.0] * (len(pieces) + 1),
+        "token_type": [2] + [1] * len(pieces),
+    }
+    head = GGUFFile(Path("a.gguf"), {f"tokenizer.ggml.{name}": value for name, value in keys.items()}, {})
+    head.metadata["tokenizer.ggml.model"] = "llama"
+    model = json.loads(module._sentencepiece(head, keys["tokens"], keys["token_type"]).to_str())["model"]
+    cuts = [[piece[:at], piece[at:]] for piece in pieces for at in range(1, len(piece))]
+    expected = [cut for cut in cuts if cut[0] in pieces and cut[1] in pieces]
+    assert model["merges"] == sorted(expected, key=lambda cut: (-len(cut[0]), -len(cut[1])))
 
 
 def test_without_bytes_the_unknown_token_stands_for_what_no_piece_covers(tmp_path):

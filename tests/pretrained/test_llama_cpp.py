@@ -422,6 +422,15 @@ def test_ids_that_end_a_text_are_those_of_the_three_keys(tmp_path):
         load_gguf(path)
 
 
+def test_a_sentencepiece_model_that_does_not_say_ends_with_token_2(tmp_path):
+    """As in llama.cpp, and as its tokenizer here ends texts."""
+    model = make_model(CONFIGS["llama"])
+    for kind, ends in (("llama", (2,)), ("gpt2", ())):
+        keys = {"tokenizer.ggml.model": kind}
+        path = write_gguf(tmp_path / f"{kind}.gguf", model, "llama", **keys)
+        assert load_gguf(path).config.eos_token_id == ends
+
+
 # A real model.
 
 

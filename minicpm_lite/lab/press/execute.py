@@ -2,9 +2,9 @@
 
 Those that are stale run side by side, one for each core, and each computes with one thread: two programs with
 two threads each on two cores wait for each other more than they compute, and what one thread adds up comes
-out alike on every machine. A notebook whose run fails is left as it was. Outputs are normalised: no timings,
-no widget state, no progress bars, nothing from stderr, no addresses of objects. All that a cell prints is
-kept together.
+out alike on every machine. A notebook whose run fails is left as it was, and so is one that its author saved
+in the meantime. Outputs are normalised: no timings, no widget state, no progress bars, nothing from stderr,
+no addresses of objects. All that a cell prints is kept together.
 """
 
 import inspect
@@ -62,7 +62,8 @@ def run(paths: Iterable[Path], force: bool = False) -> bool:
     The longest begin first, by what their last runs took, so that no core is idle at the end.
 
     Returns:
-        False if a run failed; that notebook is as it was, and the others have run.
+        False if a run failed, or a notebook changed while it ran; that one is left as it is, and the others
+        have run.
     """
     good, stale = True, []
     for path in paths:
@@ -89,11 +90,14 @@ def run(paths: Iterable[Path], force: bool = False) -> bool:
 
 def _run_one(path: Path, reason: str) -> tuple[bool, str]:
     """Whether the run went well, and a line that tells of it."""
+    before = path.read_bytes()
     notebook = Notebook.read(path)
     try:
         execute(notebook)
     except (nbclient.exceptions.CellControlSignal, nbclient.exceptions.DeadKernelError) as error:
         return False, f"{path}: ran, because {reason}, FAILED, and is left as it was.\n{error}"
+    if not path.is_file() or path.read_bytes() != before:
+        return False, f"{path}: ran, because {reason}, but was CHANGED meanwhile, and is left as it is now."
     notebook.write()
     used = f"{notebook.record['seconds']} s, {notebook.record['peak_memory_mb']:,} MB"
     return True, f"{path}: ran, because {reason}: {used}"

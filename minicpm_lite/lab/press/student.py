@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from filecmp import cmp
 from pathlib import Path
 
 from ...optional import require
@@ -44,17 +45,23 @@ def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
         FileExistsError: a copy would overwrite a file, perhaps a student's work; nothing was written.
         OSError, ValueError: something cannot be read or is no notebook; nothing was written.
     """
-    copies = {}
+    copies: dict[Path, Notebook] = {}
+    beside: dict[Path, Path] = {}
     for path in paths:
-        target = out / path.resolve().parent.name / path.name
-        if target.exists():
-            raise FileExistsError(f"{target} exists already; remove it, or give another folder.")
-        copies[target] = Notebook.read(path)
+        notebook, folder = Notebook.read(path), out / path.resolve().parent.name
+        copies[folder / path.name] = notebook
+        for file in used_files(notebook):
+            beside[Path(os.path.normpath(folder / os.path.relpath(file, path.parent)))] = file
+    taken = [target for target in copies if target.exists()]
+    taken += [  # a file that was handed out with another chapter may stand there as it was
+        target for target, file in beside.items() if target.exists() and not cmp(target, file, shallow=False)
+    ]
+    if taken:
+        raise FileExistsError(f"{taken[0]} exists already; remove it, or give another folder.")
     for target, notebook in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         student_copy(notebook, target).write()
-        for file in used_files(notebook):
-            beside = target.parent / os.path.relpath(file, notebook.path.parent)
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, beside)
+    for target, file in beside.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, target)
     return list(copies)

@@ -97,6 +97,25 @@ def test_only_stale_notebooks_run_and_twice_gives_the_same_bytes(after_a_run, ca
     assert without_seconds[0] == without_seconds[1]  # a busy machine takes longer
 
 
+@pytest.mark.parametrize("change", ["saved", "removed"])
+def test_what_its_author_did_during_a_run_stands(tmp_path, monkeypatch, change):
+    path = notebook(tmp_path / "topic.ipynb", "1 + 1")
+
+    def meanwhile(running):
+        running.nb.metadata[KEY] = {"seconds": 1, "peak_memory_mb": 1}
+        notebook(path, "1 + 1", "an_hour_of_writing()") if change == "saved" else path.unlink()
+
+    monkeypatch.setattr(execute, "execute", meanwhile)
+    ran, told = execute._run_one(path, "it was never run to the end")
+    assert (
+        not ran and "topic.ipynb: ran, because it was never run to the end, but was CHANGED meanwhile" in told
+    )
+    if change == "saved":
+        assert [cell.source for cell in Notebook.read(path).nb.cells] == ["1 + 1", "an_hour_of_writing()"]
+    else:
+        assert not path.exists()
+
+
 @pytest.mark.slow  # four kernels start
 def test_the_longest_begin_and_what_fails_stops_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(execute, "cores", lambda: 1)

@@ -7,7 +7,7 @@ import random
 
 import nbformat
 import pytest
-from nbformat.v4 import new_markdown_cell, new_output
+from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from small_chapter import (
     BLANK,
     CHECK,
@@ -275,6 +275,24 @@ def test_a_students_copy_has_exercises_but_no_solutions(write, tmp_path, capsys)
     assert (copy.parent / "recorded" / "topic-loss.json").read_text() == "[]"
     with pytest.raises(FileExistsError, match="exists already"):  # it may hold a student's work
         write_student_copies([path], tmp_path / "copies")
+
+
+def test_what_a_student_wrote_beside_a_copy_is_not_overwritten(tmp_path):
+    part, out = tmp_path / "part", tmp_path / "copies"
+    part.mkdir()
+    (part / "helper.py").write_text("x = 1\n")
+    first, second, third = (
+        sealed(new_notebook(cells=[code("import helper")]), part / f"{n}.ipynb") for n in "abc"
+    )
+    write_student_copies([first], out)
+    assert write_student_copies([second], out) == [out / "part" / "b.ipynb"]  # the helper is as it was
+    (out / "part" / "helper.py").write_text("x = 2  # mine\n")
+    with pytest.raises(
+        FileExistsError, match=r"helper\.py exists already; remove it, or give another folder"
+    ):
+        write_student_copies([third], out)
+    assert (out / "part" / "helper.py").read_text() == "x = 2  # mine\n"
+    assert not (out / "part" / "c.ipynb").exists()
 
 
 @pytest.mark.parametrize(
