@@ -12,13 +12,18 @@ duplicates.
 Two differences from `filtering.drop_reasons`: exact copies are not a stage of their own, since their
 signatures agree in every band; and no pair is verified, so the curve of the bands alone decides.
 
-Trap: the engine skips tasks that its folder notes as done, and does not ask with which settings or from which
-documents. So the folder notes these, too, and one of another run is refused.
+Traps:
+
+- The engine skips tasks that its folder notes as done, and does not ask with which settings or from which
+  documents. So the folder notes these, too, and one of another run is refused.
+- The last stage takes the files of the first by their order. A task that keeps no document would write none,
+  and every later file would meet the duplicates of another. So the files are there from the beginning.
+- The engine's reader passes over a broken line with a word in its log. Ours refuses it.
 """
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -39,7 +44,40 @@ _hashing = require("datatrove.utils.hashing", **_NEED)
 
 _words = require("datatrove.utils.word_tokenizers", **_NEED)
 
-__all__ = ["LanguageBlock", "QualityBlock", "SignatureBlock", "filtering_stages"]
+__all__ = ["LanguageBlock", "QualityBlock", "SignatureBlock", "TextReader", "filtering_stages"]
+
+
+class TextReader(_readers.JsonlReader):
+    """Read JSON lines; refuse what holds no text, which the engine's own reader passes over."""
+
+    name = "texts"
+
+    def read_file(self, filepath: str) -> Iterator:
+        """The documents of a file; blank lines and empty texts are none.
+
+        Raises:
+            ValueError: a line is no JSON object with a text, or no UTF-8; the sentence names it.
+        """
+        number = 0
+        try:
+            with self.data_folder.open(filepath, "r", compression=self.compression) as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip() and (document := self._document(line, filepath, number)):
+                        yield document
+        except UnicodeDecodeError:
+            raise ValueError(f"{filepath} is not UTF-8 text in or behind line {number + 1}.") from None
+
+    def _document(self, line: str, filepath: str, number: int):
+        with self.track_time():
+            try:
+                values = json.loads(line)
+                if not isinstance(values[self.text_key], str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                raise ValueError(
+                    f"Line {number} of {filepath} is no JSON object with a text under {self.text_key!r}."
+                ) from None
+            return self.get_document_from_dict(values, filepath, number - 1)
 
 
 class LanguageBlock(_base_filter.BaseFilter):
@@ -158,7 +196,7 @@ def filtering_stages(
     kept_language = str(work / "language")
     blocks = {
         "1_signatures": (tasks, [
-            _readers.JsonlReader(str(source)),
+            TextReader(str(source)),
             LanguageBlock(),
             _writers.JsonlWriter(kept_language, output_filename="${rank}.jsonl", compression=None),
             SignatureBlock(work / "signatures", minhash, bands),
@@ -185,6 +223,9 @@ def filtering_stages(
         "minhash": [minhash.num_perm, minhash.shingle_size, minhash.seed],
         "bands": bands,
     })  # fmt: skip
+    (work / "language").mkdir(exist_ok=True)
+    for rank in range(tasks):  # see the second trap
+        (work / "language" / f"{rank:05d}.jsonl").touch()
     return [
         _executor.LocalPipelineExecutor(
             pipeline=pipeline, tasks=count, workers=workers, logging_dir=str(work / "logs" / stage)

@@ -9,10 +9,13 @@ import pytest
 pytest.importorskip("datatrove", reason="the engine is an extra")
 pytest.importorskip("orjson", reason="datatrove reads JSON lines with it")
 
+from datatrove.pipeline.readers import JsonlReader
+
+from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.dedup import MinHash, first_of_each, near_duplicates
 from minicpm_lite.data.filtering import QualityClassifier, identify_languages, normalise
-from minicpm_lite.data.pipeline import LanguageBlock, SignatureBlock, filtering_stages
-from minicpm_lite.data.web_pool import build_pool
+from minicpm_lite.data.pipeline import LanguageBlock, SignatureBlock, TextReader, filtering_stages
+from minicpm_lite.data.web_pool import build_pool, pieces_of
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,50 @@ def test_the_score_travels_with_the_document_and_the_text_is_as_it_was(run):
         assert document["text"] == texts[int(document["id"])]
         expected = classifier.scores([normalise(document["text"])])[0]
         assert np.isclose(document["metadata"]["quality"], expected)
+
+
+@pytest.mark.parametrize("kept_by_the_second", [0, 3])
+def test_each_file_meets_its_own_duplicates(tmp_path, kept_by_the_second):
+    """Also behind a task that keeps no document at all."""
+    classifier, source = tmp_path / "quality.safetensors", tmp_path / "source"
+    english, chinese = (
+        list(pieces_of(load_austen()[:60_000])),
+        list(pieces_of(load_chinese_classics()[:9_000])),
+    )
+    QualityClassifier(dim=4, min_count=1).fit([english[-1]], [english[-2]]).save(classifier)
+    source.mkdir()
+    second = english[5:8] if kept_by_the_second else chinese[:3]
+    files = [english[:5], second, [*english[:2], *english[8:10]], english[10:15]]  # two copies in the third
+    for shard, texts in enumerate(files):
+        lines = [json.dumps({"text": text, "id": f"{shard}-{n}"}) for n, text in enumerate(texts)]
+        (source / f"{shard}.jsonl").write_text("\n".join(lines))
+    for stage in filtering_stages(source, tmp_path / "work", classifier, tasks=4, threshold=0.0):
+        stage.run()
+    kept = [json.loads(line) for path in (tmp_path / "work/kept").iterdir() for line in path.open()]
+    wanted = [text for texts in files for text in texts if text not in chinese]
+    assert sorted(document["text"] for document in kept) == sorted(set(wanted))
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ([b'{"text": "one"}', b"", b'{"text": "tw'], "Line 3 of a.jsonl is no JSON object with a text"),
+        ([b'{"text": "one"}', b'{"content": "two"}'], "Line 2 of a.jsonl is no JSON object with a text"),
+        ([b'{"text": 5}'], "Line 1 of a.jsonl is no JSON object with a text under 'text'"),
+        ([b'["text"]'], "Line 1 of a.jsonl is no JSON object"),
+        ([b'{"text": "\xe9"}'], "a.jsonl is not UTF-8 text in or behind line 1"),
+    ],
+)
+def test_a_line_without_a_text_is_refused(tmp_path, lines, sentence):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=sentence):
+        list(TextReader(str(tmp_path)).run())
+
+
+def test_lines_are_read_as_the_engine_reads_them(tmp_path):
+    lines = [{"text": "one", "id": "a", "url": "x"}, {"text": ""}, {"text": "two", "metadata": {"score": 1}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert list(TextReader(str(tmp_path)).run()) == list(JsonlReader(str(tmp_path)).run())
 
 
 def test_signatures_are_ours_cut_into_bands(tmp_path):
