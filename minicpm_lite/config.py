@@ -407,7 +407,10 @@ def _block(name: str | Path, block: str) -> dict:
 
 
 class _YAMLLoader(yaml.SafeLoader):
-    """As PyYAML's, but 1e9 and 1e-5 are numbers, as in YAML 1.2; a name stands once, and depth has an end."""
+    """As PyYAML's, but numbers are those of YAML 1.2; a name stands once, and depth has an end.
+
+    So 1e9 is a number, 0300 is three hundred and no octal, and 1:30 is no number of minutes.
+    """
 
     depth = 0
 
@@ -431,11 +434,15 @@ class _YAMLLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_YAMLLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    [*"-+.0123456789"],
-)
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_YAMLLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBERS = {_INT: r"[-+]?[0-9]+$", _FLOAT: r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"}
+for _tag, _form in _NUMBERS.items():
+    _YAMLLoader.add_implicit_resolver(_tag, re.compile(_form), [*"-+.0123456789"])
+_YAMLLoader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _read_yaml(path: Path) -> object:

@@ -202,7 +202,7 @@ def test_broken_files_are_named_with_their_fault(tmp_path, text, sentence):
         ("model: {mixture: &a [*a]}\n", r"mixture, holds \[+\.\.\.\]+; expected"),
         ("model: \0\n", "unacceptable character"),
         ("model: !!bool a\n", "is not valid YAML: 'a'"),
-        ("model: !!int ''\n", "is not valid YAML: string index out of range"),
+        ("model: !!int ''\n", "is not valid YAML: invalid literal for int"),
         ("model: !!timestamp a\n", "is not valid YAML"),
         ("model: !!python/object:os.system a\n", "line 1: could not determine a constructor"),
         ("model: 2026-13-45\n", "month must be in 1..12"),
@@ -233,6 +233,25 @@ def test_numbers_are_read_however_they_are_spelt(number, form, tmp_path_factory)
     lines = "\n".join(f"  {key}: {value}" for key, value in SMALL.items())
     path = write(tmp_path_factory.getbasetemp(), f"model:\n{lines}\n  rope_theta: {text}\n")
     assert load_config(path).rope_theta == float(text)
+
+
+@pytest.mark.parametrize("text", ["0300", "+300", "300", "00300"])
+def test_whole_numbers_are_decimal(tmp_path, text):
+    config = write(
+        tmp_path,
+        f"model:\n  hidden_size: 32\n  intermediate_size: 48\n  num_hidden_layers: 1\n  num_attention_heads: 2\n  vocab_size: {text}\n",
+    )
+    assert load_config(config).vocab_size == 300
+
+
+@pytest.mark.parametrize("text", ["1:30", "0b101100", "0x40", "1_000", ".inf"])
+def test_what_is_no_decimal_number_is_no_size(tmp_path, text):
+    config = write(
+        tmp_path,
+        f"model:\n  hidden_size: 32\n  intermediate_size: 48\n  num_hidden_layers: 1\n  num_attention_heads: 2\n  vocab_size: {text}\n",
+    )
+    with pytest.raises(ValueError, match="vocab_size"):
+        load_config(config)
 
 
 @pytest.mark.parametrize("text", ["1e9", "1E9", "1.0e9", "1.0e+9", "1.e9", "+1e9", "1000000000", "10e8"])

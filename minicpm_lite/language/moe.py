@@ -15,6 +15,8 @@ Choices, and the traps behind them:
 - The balance loss is taken in each layer and averaged over layers. transformers pools the tokens of all
   layers first, so that an overloaded expert in one layer is excused by an idle one of the same number in
   another. Both agree on one layer, and on layers that are loaded alike.
+- All tokens of a call count for the balance, also padding behind a short conversation, as in transformers
+  where no mask is given. It visits the experts that its token visits, so pack conversations tightly.
 - In training an expert without tokens is called all the same, on none: its gradient is then zero and not
   missing, so every parameter has an optimiser state from the first update on.
 """
