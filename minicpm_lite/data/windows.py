@@ -9,6 +9,9 @@ sequences. `Windows` is the protocol, `TokenWindows` the sequence of one stream 
 Choices and traps:
 
 - Each epoch begins at another offset, of less than a window, so that the cuts fall elsewhere.
+- An identity says of shards what their index says: the checksums of their files. The same tokens, cut into
+  files of another size (``shard_tokens``), are other data: a run does not go on with them, and a decay reads
+  them from the beginning. Checkpoints hold identities, so what they are made of cannot change any more.
 - The kind of stream decides how the order of an epoch is made, and nobody can choose otherwise: a run that
   was begun in one order cannot go on in another one. A tensor is in memory, and so may its order be:
   ``torch.randperm``. Shards may hold 10^12 tokens; in windows of 4,096 a stored order would take 2 GB in
@@ -100,6 +103,15 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
+        if isinstance(self.tokens, Tensor) and self.tokens.dtype not in (
+            torch.int64,
+            torch.int32,
+            torch.int16,
+        ):
+            raise ValueError(
+                f"The stream is a tensor of type {self.tokens.dtype}; expected int64, int32 or int16, such as "
+                "tokens.long()."
+            )
         if self._in_epoch < 1:
             raise ValueError(
                 f"{getattr(self.tokens, 'folder', 'The stream')} holds {len(self.tokens)} tokens; windows of "
