@@ -35,6 +35,7 @@ from .shards import Shards
 __all__ = ["Permutation", "TokenWindows", "Windows", "batch_of"]
 
 _MASK = (1 << 64) - 1
+_KINDS = (torch.int64, torch.int32, torch.int16)
 _ROUNDS = 8  # of the Feistel network; 4 already pass as random, and the rounds cost next to nothing
 
 
@@ -103,11 +104,7 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
-        if isinstance(self.tokens, Tensor) and self.tokens.dtype not in (
-            torch.int64,
-            torch.int32,
-            torch.int16,
-        ):
+        if isinstance(self.tokens, Tensor) and self.tokens.dtype not in _KINDS:
             raise ValueError(
                 f"The stream is a tensor of type {self.tokens.dtype}; expected int64, int32 or int16, such as "
                 "tokens.long()."
