@@ -52,7 +52,8 @@ def shards(
     if end is not None and end_id is None:
         raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
     ids = encoded((text for path in texts for text in read_documents(path, field)), cutter, end_id)
-    written = write_shards(out, ids, vocab_size or cutter.get_vocab_size(), cutter, shard_tokens, end_id)
+    vocab_size = cutter.get_vocab_size() if vocab_size is None else vocab_size
+    written = write_shards(out, ids, vocab_size, cutter, shard_tokens, end_id)
     print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
     if end is None:
         known = [token for token in _USUAL_ENDS if cutter.token_to_id(token) is not None]

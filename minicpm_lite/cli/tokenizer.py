@@ -36,6 +36,11 @@ def tokenizer(
     if not read.strip():
         raise ValueError(f"{' and '.join(map(str, texts))} holds no text to learn from.")
     learned = train_tokenizer(read, vocab_size - 1)
+    if not end or learned.token_to_id(end) is not None:
+        raise ValueError(
+            f"--end is {end!r}, which {'texts hold, too' if end else 'is empty'}. Give a token that no text "
+            'holds, such as "<|endoftext|>".'
+        )
     learned.add_special_tokens([end])
     with written_whole(out) as beside:
         learned.save(str(beside))

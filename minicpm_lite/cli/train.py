@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -184,7 +183,8 @@ def train(
 
     def layout(cuda: bool) -> Layout:
         again = cuda if activation_checkpointing is None else activation_checkpointing
-        return Layout(micro_batch or (1 if cuda else None), again, sharded=True)
+        at_once = (1 if cuda else None) if micro_batch is None else micro_batch
+        return Layout(at_once, again, sharded=True)
 
     if dry_run:
         start = _start(out, resume, resume_from, decay_from)
@@ -218,9 +218,9 @@ def train(
         if start is not None:
             (trainer.branch_from if start.decays else trainer.load)(start.checkpoint)
         first = trainer.step
-        on_first(lambda: _keep_tokenizer(out, shards))
+        tokenizer = on_first(lambda: _tokenizer(shards))
         progress = sys.stderr.isatty()
-        trainer.train(until, out, checkpoint_every, keep, tensorboard, progress, skip_non_finite)
+        trainer.train(until, out, checkpoint_every, keep, tensorboard, progress, skip_non_finite, tokenizer)
         if rank() == 0:
             stood = trainer.step == first
             made = "where it was to stop already" if stood else f"loss {trainer.losses[-1]:.4f}"
@@ -397,14 +397,10 @@ def _weighted(source: str) -> tuple[str, float]:
     return folder if colon else source, weight
 
 
-def _keep_tokenizer(out: Path, shards: dict[str, "Shards"]) -> None:
-    """Copy the tokenizer of the shards to the run, so that `generate` and `export` have it."""
-    from ..data.shards import TOKENIZER
-
-    held = [file for each in shards.values() if (file := each.folder / TOKENIZER).is_file()]
-    if held and not (out / TOKENIZER).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(held[0], out / TOKENIZER)
+def _tokenizer(shards: dict[str, "Shards"]) -> Path | None:
+    """The tokenizer of the shards, for `generate` and `export`: one that an index notes before others."""
+    noted_first = sorted(shards.values(), key=lambda each: each.tokenizer is None)
+    return next((file for each in noted_first if (file := each.tokenizer_file())), None)
 
 
 def _as_dict(plan: "TrainingPlan", command: str) -> dict:

@@ -9,7 +9,7 @@ __all__ = ["verify"]
 
 
 def verify(folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="shards")]) -> None:
-    """Read shards whole and compare their checksums, after a copy for instance.
+    """Read shards whole, with their index and tokenizer, and compare checksums, after a copy for instance.
 
     Training checks them, too, but only what it reads.
 

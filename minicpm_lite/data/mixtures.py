@@ -18,6 +18,8 @@ Choices and traps:
 - Two deadlines can be equal. Were it left to the order in which the sources are given, options in another
   order would read other windows. So ties go to the source of which more was read in the stages before, and
   among equals by what the sources hold. Names, which may be paths of folders, decide nothing.
+- Two sources hold the same if their identities are equal. Shards of the same tokens in files of another size
+  have another one (see `windows`), and are neither found to be given twice nor recognised in a decay.
 """
 
 import json
@@ -276,7 +278,8 @@ def _whole_weights(weights: Mapping, sources: Mapping[str, Windows]) -> dict[str
     if unknown:
         raise ValueError(f"There is no source {unknown[0]!r} to weigh; the sources are {sorted(sources)}.")
     for name, weight in weights.items():
-        if not isinstance(weight, int | float | Fraction) or not 0 <= weight < math.inf:
+        number = isinstance(weight, int | float | Fraction) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < math.inf:
             raise ValueError(f"The weight of {name!r} is {weight!r}; expected a finite number, 0 or more.")
     exact = {name: Fraction(str(weights.get(name, 0))) for name in sources}
     if not sum(exact.values()):

@@ -1,6 +1,7 @@
 """Token shards: a corpus of any size as a folder of arrays, read where they lie, checked as they are read.
 
-    folder/shards.json          vocabulary, end token, number format, tokens and checksums of every shard
+    folder/shards.json          vocabulary, end token, number format, tokens and checksums of every shard;
+                                a checksum of itself
     folder/tokens-00000.npy     one array of token ids each, uint16 or uint32
     ...
     folder/tokenizer.json       what made the ids, if it is known, so that a model trained on them can be used
@@ -123,6 +124,7 @@ def write_shards(
             "block_tokens": _BLOCK_TOKENS,
             "shards": shards,
         }
+        index["checksum"] = _checksum(index)
         if tokenizer is not None:
             (beside / TOKENIZER).write_text(fast_tokenizer(tokenizer).to_str(), encoding="utf-8")
         (beside / INDEX).write_text(json.dumps(index, indent=1))
@@ -213,8 +215,8 @@ class Shards:
 
     Raises:
         FileNotFoundError: no folder, no index in it, or a shard is missing.
-        ValueError: a foreign index, another vocabulary, or a shard that is extra, truncated or of another
-            number format.
+        ValueError: a foreign or changed index, another vocabulary, or a shard that is extra, truncated or of
+            another number format.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:
@@ -281,12 +283,33 @@ class Shards:
             start = self._starts[shard + 1]
         return torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.long)
 
+    def tokenizer_file(self) -> Path | None:
+        """The file of what made them, which lies beside them; None where there is none.
+
+        Raises:
+            ValueError: it is another one than was noted.
+        """
+        file = self.folder / TOKENIZER
+        if not file.is_file():
+            return None
+        if self.tokenizer is not None and zlib.crc32(file.read_bytes()) != self.tokenizer:
+            raise ValueError(
+                f"{file} is not the tokenizer that made the ids beside it: its checksum is not the one in "
+                f"{INDEX}. Copy it again."
+            )
+        return file
+
     def verify(self) -> None:
         """Read everything once and compare it with the checksums; takes as long as reading the files does.
 
         Raises:
-            ValueError: a shard no longer is what was written.
+            FileNotFoundError: the tokenizer was noted and is missing.
+            ValueError: a shard or the tokenizer no longer is what was written.
         """
+        if self.tokenizer_file() is None and self.tokenizer is not None:
+            raise FileNotFoundError(
+                f"{self.folder / TOKENIZER} is missing, and {INDEX} notes its checksum. Copy it there, too."
+            )
         for shard, intact in enumerate(self._intact):
             for block in range(len(intact)):
                 self._check(shard, block)
@@ -322,6 +345,7 @@ def _read_index(folder: Path) -> dict:
         )
     try:
         index = json.loads((folder / INDEX).read_text())
+        unchanged = index.pop("checksum", None) in (None, _checksum(index))  # older folders have none
         if not _is_index(index):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -329,7 +353,16 @@ def _read_index(folder: Path) -> dict:
             f"{folder / INDEX} is not an index of token shards, version {_FORMAT['version']}. Was it edited, "
             "or written by another program?"
         ) from None
+    if not unchanged:
+        raise ValueError(
+            f"{folder / INDEX} is not what was written: its checksum differs. It was damaged or edited "
+            "since; copy or write it again."
+        )
     return index
+
+
+def _checksum(index: dict) -> int:
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def _is_index(index: dict) -> bool:

@@ -9,6 +9,9 @@ sequences. `Windows` is the protocol, `TokenWindows` the sequence of one stream 
 Choices and traps:
 
 - Each epoch begins at another offset, of less than a window, so that the cuts fall elsewhere.
+- An identity says of shards what their index says: the checksums of their files. The same tokens, cut into
+  files of another size (``shard_tokens``), are other data: a run does not go on with them, and a decay reads
+  them from the beginning. Checkpoints hold identities, so what they are made of cannot change any more.
 - The kind of stream decides how the order of an epoch is made, and nobody can choose otherwise: a run that
   was begun in one order cannot go on in another one. A tensor is in memory, and so may its order be:
   ``torch.randperm``. Shards may hold 10^12 tokens; in windows of 4,096 a stored order would take 2 GB in
@@ -32,6 +35,7 @@ from .shards import Shards
 __all__ = ["Permutation", "TokenWindows", "Windows", "batch_of"]
 
 _MASK = (1 << 64) - 1
+_KINDS = (torch.int64, torch.int32, torch.int16)
 _ROUNDS = 8  # of the Feistel network; 4 already pass as random, and the rounds cost next to nothing
 
 
@@ -100,6 +104,11 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
+        if isinstance(self.tokens, Tensor) and self.tokens.dtype not in _KINDS:
+            raise ValueError(
+                f"The stream is a tensor of type {self.tokens.dtype}; expected int64, int32 or int16, such as "
+                "tokens.long()."
+            )
         if self._in_epoch < 1:
             raise ValueError(
                 f"{getattr(self.tokens, 'folder', 'The stream')} holds {len(self.tokens)} tokens; windows of "

@@ -24,7 +24,8 @@ Choices, and the traps behind them:
   query at the first key, which is another thing whenever there are more keys than queries.
 - Rotary frequencies may depend on the length of the text. A cache decides by its room, once.
 - What one model made of a text means nothing to another, and nothing in the numbers tells. So a cache knows
-  its model, and which tokens it has read.
+  its model, and which tokens it has read. It does not know the model's weights: asking all of them would cost
+  each step more than the cache's own work, and not all that changes a model changes what one could ask.
 """
 
 from collections.abc import Sequence
@@ -134,6 +135,10 @@ class KVCache(Context):
 
     Room for the whole text is taken at the first use of each layer, and tokens are written in place.
 
+    What it holds was made by the weights and the rotary frequencies of then. Whoever changes them, by
+    training, ``load_state_dict``, an adapter or `minicpm_lite.language.long_context`, goes back to the
+    beginning (``truncate(0)``) or takes a new cache; else the new model goes on from what the old one made.
+
     Args:
         room: tokens there is room for.
         padding: for each row of the batch, how many tokens at its start are no text; None: 0.
@@ -150,6 +155,7 @@ class KVCache(Context):
         if room < 1:
             raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
         self.room, self.padding, self.dtype = room, padding, dtype
+        self._given = padding  # without what `take` adds to it
         self.length, self.guesses = 0, ()
         self._model: ref | None = None  # that filled it, and is not kept alive by it
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
@@ -285,19 +291,45 @@ class KVCache(Context):
         if not 0 <= length <= self.length:
             raise ValueError(f"The cache cannot go back to {length} tokens; it holds {self.length}.")
         self.length, self.guesses = length, ()
+        if length == 0:  # another text may follow
+            self.padding = self._given
+        elif self.padding is not self._given:  # a row that is gone up to its beginning begins anew
+            given = torch.zeros_like(self.padding) if self._given is None else self._given
+            self.padding = torch.minimum(self.padding, given.clamp(min=length))
 
     def select(self, rows: Sequence[int]) -> None:
         """Make the batch consist of these rows; a row may come several times, or not at all.
 
         So samples of one prompt share its prefill (``select([0] * 8)``), and beams go on from the best.
+
+        Raises:
+            ValueError: there is no such row, or none is named.
         """
+        rows, batch = list(rows), self._batch
+        if not rows or not all(0 <= row < batch for row in rows):
+            raise ValueError(
+                f"rows is {rows}; expected some of 0 to {batch - 1}, the rows that the cache holds."
+            )
         with torch.inference_mode(False):  # as in `_space`
             for layer, kept in self._layers.items():
-                self._layers[layer] = tuple(whole[list(rows)] for whole in kept)
+                self._layers[layer] = tuple(whole[rows] for whole in kept)
             if self._text is not None:
-                self._text = self._text[list(rows)]
-        if self.padding is not None:
-            self.padding = self.padding[list(rows)]
+                self._text = self._text[rows]
+        moved = self.padding is not self._given
+        if self._given is not None:
+            self._given = self._given[rows]
+        self.padding = self.padding[rows] if moved else self._given
+
+    @property
+    def _batch(self) -> int:
+        """How many rows it holds.
+
+        Raises:
+            ValueError: it has read nothing.
+        """
+        if not self._layers:
+            raise ValueError("The cache has read nothing yet; feed it a text first.")
+        return len(next(iter(self._layers.values()))[0])
 
     def take(self, path: Sequence[int] | Sequence[Sequence[int]]) -> None:
         """Of the guesses that were fed through a `Tree`, these become text; the others are forgotten.
@@ -310,7 +342,7 @@ class KVCache(Context):
         Raises:
             ValueError: no tree was fed last, or it has no such branch.
         """
-        batch = len(next(iter(self._layers.values()))[0])
+        batch = self._batch
         paths = [path] * batch if all(isinstance(place, int) for place in path) else path
         if len(paths) != batch or not all(self._is_branch(one) for one in paths):
             raise ValueError(

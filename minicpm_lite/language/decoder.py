@@ -91,8 +91,8 @@ class Decoder(nn.Module):
                 logits of all of it can take more memory than the model.
 
         Raises:
-            ValueError: no token, more tokens than the context has room for or the model was made for, or a
-                cache that another model has filled.
+            ValueError: no token or something else, as `embed` says; more tokens than the context has room for
+                or the model was made for; or a cache that another model has filled.
         """
         context, x = Context() if context is None else context, self.embed(ids)
         context.read(ids)
@@ -103,7 +103,9 @@ class Decoder(nn.Module):
         """What enters the first block for each token.
 
         Raises:
-            ValueError: no token, or no batch of them.
+            ValueError: no token, no batch of them, or something else than whole numbers of 32 or 64 bits.
+            IndexError: on a CPU, an id that the table has no row for. (A GPU ends the program; to look before
+                would cost each step a wait for it.)
         """
         if ids.ndim != 2:
             raise ValueError(
@@ -111,6 +113,10 @@ class Decoder(nn.Module):
             )
         if ids.shape[1] == 0:
             raise ValueError("ids holds no token; give at least one, for instance the start token.")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"ids is of type {ids.dtype}; expected whole numbers of 64 or 32 bits: ids.long()."
+            )
         return self.embed_tokens(ids) * self.config.scale_emb
 
     def states(

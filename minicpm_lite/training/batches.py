@@ -31,6 +31,7 @@ __all__ = [
     "part_of",
     "require_even",
     "require_fitting",
+    "require_known",
     "split_batch",
 ]
 
@@ -100,16 +101,29 @@ def require_fitting(windows: Windows, config: TrainerConfig, model: ModelConfig 
         )
     if model is None:
         return
-    smallest, largest = windows.id_range()
-    if largest >= model.vocab_size or smallest < 0:
-        raise ValueError(
-            f"The text has token ids from {smallest} to {largest}; the model knows "
-            f"0 to {model.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
-        )
+    require_known(windows.id_range(), model)
     if windows.length > model.max_position_embeddings:
         raise ValueError(
             f"sequence_length is {windows.length}; the model was made for "
             f"{model.max_position_embeddings} tokens (max_position_embeddings)."
+        )
+
+
+def require_known(id_range: tuple[int, int], model: ModelConfig) -> None:
+    """Refuse a text with ids that the model does not know.
+
+    Args:
+        id_range: its smallest and its largest id.
+        model: the shape.
+
+    Raises:
+        ValueError: a sentence with both ranges.
+    """
+    smallest, largest = id_range
+    if largest >= model.vocab_size or smallest < 0:
+        raise ValueError(
+            f"The text has token ids from {smallest} to {largest}; the model knows "
+            f"0 to {model.vocab_size - 1}. Was it cut into tokens with another vocabulary?"
         )
 
 

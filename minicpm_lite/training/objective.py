@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..language.decoder import Decoder
 from ..language.documents import loss_within_documents
-from ..language.scoring import next_token_loss, predicted
+from ..language.scoring import next_token_loss, predicted, token_losses
 from ..language.upcycling import balance_loss
 from .batches import Batch
 
@@ -34,11 +34,20 @@ class Objective:
             means over the batch's units. A batch without a unit has the loss 0 with gradient 0, since a
             process may be left with such a pass.
         weight: the units of a batch; it is asked before the batch goes to the device.
+        total: the reported loss summed over a batch's units, where that can be had without the rounding of a
+            mean. Left out: the mean times the units.
     """
 
     name: str
     loss: Callable[[nn.Module, Batch], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
     weight: Callable[[Batch], int]
+    total: Callable[[nn.Module, Batch], Float[Tensor, ""]] | None = None
+
+    def summed(self, model: nn.Module, batch: Batch) -> float:
+        """The reported loss of a batch, summed over its units."""
+        if self.total is not None:
+            return self.total(model, batch).item()
+        return self.loss(model, batch)[1].item() * self.weight(batch)
 
 
 def _next_token_loss(
@@ -59,7 +68,11 @@ def _predicted_tokens(window: Int[Tensor, "batch window"]) -> int:
     return int(predicted(window).sum())
 
 
-next_token = Objective("next token", _next_token_loss, _predicted_tokens)
+def _total_loss(model: Decoder, window: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:
+    return token_losses(model, window).sum()
+
+
+next_token = Objective("next token", _next_token_loss, _predicted_tokens, _total_loss)
 """A decoder's cross entropy of each predicted token of a window, given those before it, in nats a token.
 
 With experts, what is minimised in training mode holds their balance loss, too: that of each pass, by its

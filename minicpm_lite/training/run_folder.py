@@ -2,6 +2,7 @@
 
     run/metrics.jsonl      {"step": 1, "units": 1536, "loss": 7.1, "lr": 0.001, ...}
         step-00001000/     a checkpoint, see `sharded_checkpoint`
+        tokenizer.json     what made the ids that are read, if it is known
         tensorboard/       the same metrics as events, if they were asked for
 
 The first process keeps the metrics. A run that is killed leaves lines of steps that its last checkpoint has
@@ -10,7 +11,8 @@ behind it.
 
 A folder is one run's, since whoever writes there prunes checkpoints. While it is open no other program opens
 it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there. A
-branch has the past of its trunk and is another run, so it must not find checkpoints of that past.
+branch has the past of its trunk and is another run, so it must not find checkpoints of that past. What an
+attempt without a checkpoint left is replaced; a run that is refused changes nothing.
 """
 
 import json
@@ -22,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Self
 
+from ..data.shards import TOKENIZER
 from ..files import locked, written_whole
 from ..optional import require
 from .branch import require_same_past
@@ -48,9 +51,11 @@ class RunFolder:
         keep: how many of the newest checkpoints stay.
         decay_start: a step whose checkpoint always stays.
         tensorboard: write events, too.
+        tokenizer: a file, of which a copy is kept; None: it is not known.
 
     Raises:
-        FileExistsError: the folder holds a later checkpoint or another run's, or another program has it open.
+        FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
+            tokenizer where that of the run is not known; or another program has it open.
         OSError: it cannot be written.
     """
 
@@ -64,19 +69,25 @@ class RunFolder:
         keep: int,
         decay_start: int | None,
         tensorboard: bool,
+        tokenizer: str | Path | None,
     ) -> None:
         self.path = Path(path)
         self._keep, self._decay_start, self._tensorboard = keep, decay_start, tensorboard
         self._metrics = self._events = None
         self._hold = ExitStack()
         try:
-            on_first(lambda: self._open(step, identity, schedule, branched_at))
+            on_first(lambda: self._open(step, identity, schedule, branched_at, tokenizer))
         except BaseException:
             self._hold.close()
             raise
 
     def _open(
-        self, step: int, identity: dict[str, dict], schedule: Schedule, branched_at: int | None
+        self,
+        step: int,
+        identity: dict[str, dict],
+        schedule: Schedule,
+        branched_at: int | None,
+        tokenizer: str | Path | None,
     ) -> None:
         if self._tensorboard:
             _writer()  # before anything is changed
@@ -90,6 +101,15 @@ class RunFolder:
             )
         if found:
             self._require_own(found, identity, schedule, branched_at)
+        kept = self.path / TOKENIZER
+        if tokenizer is not None:  # the run's own, whatever an earlier attempt may have left
+            with written_whole(kept) as beside:
+                shutil.copyfile(tokenizer, beside)
+        elif kept.exists() and not found:
+            raise FileExistsError(
+                f"{kept} lies beside no checkpoint, perhaps of an earlier attempt, and which tokenizer made "
+                "the ids of this run is not known. Remove it, or choose another folder."
+            )
         for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
             shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
         path = self.path / _METRICS

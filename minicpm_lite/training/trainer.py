@@ -26,7 +26,7 @@ from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
-from ..language.scoring import predicted, token_losses
+from ..language.scoring import readable
 from ..runtime import calm_threads
 from .batches import (
     Batch,
@@ -37,6 +37,7 @@ from .batches import (
     part_of,
     require_even,
     require_fitting,
+    require_known,
     split_batch,
 )
 from .branch import require_same_past, schedule_facts, stable_schedule
@@ -71,6 +72,17 @@ def _compiled(loss: Callable) -> Callable:
     return torch.compile(loss)  # once for all trainers, so that branches of a run share it
 
 
+def _require_long_enough(model: nn.Module) -> None:
+    """Refuse to train weights in which most updates round to nothing."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and torch.finfo(parameter.dtype).bits < 32:
+            raise ValueError(
+                f"{name} is trained and is in {str(parameter.dtype).removeprefix('torch.')}, in which most "
+                'updates round to nothing. Give model.float(); with TrainerConfig(precision="bfloat16") it '
+                "computes in bfloat16 all the same."
+            )
+
+
 class Trainer:
     """One run of training: a model, its data, a schedule, and how far it has come.
 
@@ -91,9 +103,10 @@ class Trainer:
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
-        ValueError: everything is frozen, windows do not fit the model or the config, or there are several
-            processes and the layout keeps the model whole or the batch cannot be shared evenly, or the model
-            is on the meta device and not drawn, see `distributed.shard`.
+        ValueError: everything is frozen, or what is trained holds numbers shorter than float32, windows do
+            not fit the model or the config, or there are several processes and the layout keeps the model
+            whole or the batch cannot be shared evenly, or the model is on the meta device and not drawn, see
+            `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -131,6 +144,7 @@ class Trainer:
                 f"The {type(model).__name__} is on the meta device and has no weights. Make it elsewhere, or "
                 "give Layout(sharded=True), with which a decoder's weights are drawn."
             )
+        _require_long_enough(model)
         own_buffers(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
@@ -161,11 +175,12 @@ class Trainer:
         tensorboard: bool = False,
         progress: bool = True,
         skip_non_finite: int = 0,
+        tokenizer: str | Path | None = None,
     ) -> None:
         """Make updates up to step ``until`` (left out: to the end of the schedule).
 
-        With a folder, SIGTERM and SIGINT (Ctrl-C) end the run after the present step with a checkpoint; a
-        second one ends it at once. They are noted in the main thread only.
+        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint;
+        a second one ends it at once, perhaps half-way through an update. Only the main thread notes them.
 
         Args:
             until: the step to stop at.
@@ -176,10 +191,12 @@ class Trainer:
             progress: show a bar.
             skip_non_finite: how many steps of the run, all in all, may be passed over because their loss or
                 gradient is not finite. Such a step changes nothing but the step number.
+            tokenizer: the tokenizer.json that made the ids which are read; a copy is kept in the folder, for
+                `generate` and `export`.
 
         Raises:
-            FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or
-                another program writes to it.
+            FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
+                tokenizer that may be another's, or another program writes to it.
             FloatingPointError: a loss or a gradient is not finite; the run is as it was before that step.
             ValueError: the batch of a step holds nothing to predict, or a shard is damaged; the run is as it
                 was before that step. Or a checkpoint could not bring the schedule back.
@@ -200,34 +217,39 @@ class Trainer:
         cut_again(self.model)
         self.model.train()
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
-        with self._writing(folder, keep, decay_start, tensorboard) as run:
+        with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
                 metrics = self._update(skip_non_finite)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
-                if run is None:
-                    continue
-                try:
-                    run.add(metrics)
-                except OSError as error:  # of the first process, of which the others hear in the next step
-                    self._trouble = error
-                if self._stop or self.step % checkpoint_every == 0 or self.step in (decay_start, until):
-                    self.save(folder)
-                    run.prune()
+                if run is not None:
+                    try:
+                        run.add(metrics)
+                    except OSError as error:  # of the first process; the others hear of it in the next step
+                        self._trouble = error
+                    if self._stop or self.step % checkpoint_every == 0 or self.step in (decay_start, until):
+                        self.save(folder)
+                        run.prune()
                 if self._stop:
                     raise self._stop
             raise_together(self._trouble)
 
     @contextmanager
     def _writing(
-        self, folder: str | Path | None, keep: int, decay_start: int | None, tensorboard: bool
+        self,
+        folder: str | Path | None,
+        keep: int,
+        decay_start: int | None,
+        tensorboard: bool,
+        tokenizer: str | Path | None,
     ) -> Iterator[RunFolder | None]:
-        """The open folder of the run, if it has one; then signals wait for the end of a step."""
-        if not folder:
-            yield None
-            return
-        past = (self.step, self._identity(), self.schedule, self._branched_at)
-        with self._interruption, RunFolder(folder, *past, keep, decay_start, tensorboard) as run:
-            yield run
+        """The open folder of the run, if it has one; meanwhile signals wait for the end of a step."""
+        with self._interruption:
+            if not folder:
+                yield None
+                return
+            past = (self.step, self._identity(), self.schedule, self._branched_at)
+            with RunFolder(folder, *past, keep, decay_start, tensorboard, tokenizer) as run:
+                yield run
 
     def _update(self, skip_non_finite: int = 0) -> dict:
         """One update, and its metrics. Interrupted before its end, it leaves the run as it was."""
@@ -300,33 +322,39 @@ class Trainer:
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
         """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
 
-        For decoders. What is read and not predicted does not count. A whole model computes in float32
-        whatever the training precision; one that is cut computes in that precision, in which its weights are
-        gathered. The model is left as it was, training or not.
+        It is the loss that the run reports of its steps, so documents are kept apart if they are in training.
+        For objectives whose batches are windows of tokens; another's mean is over its own units. What is read
+        and not predicted does not count. A whole model computes in float32 whatever the training precision;
+        one that is cut computes in that precision, in which its weights are gathered. The model is left as it
+        was, training or not.
 
         Raises:
-            ValueError: the stream is too short, or holds nothing that is predicted.
+            ValueError: the stream is too short, holds ids that the model does not know, or nothing that is
+                predicted.
         """
+        require_positive_integer("batch_size", batch_size)
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
         if not starts:
             raise ValueError(
                 f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."
             )
-        windows = (
-            torch.stack([tokens[start : start + length + 1] for start in starts]).to(self._device).long()
-        )
-        count = predicted(windows).sum().item()
-        if not count:
+        windows = torch.stack([tokens[start : start + length + 1] for start in starts]).long()
+        if isinstance(self.model, Decoder):
+            ids = readable(windows)
+            require_known((int(ids.min()), int(ids.max())), self.model.config)
+        parts = windows.split(batch_size)
+        units = sum(self.objective.weight(part) for part in parts)
+        if not units:
             raise ValueError("The held-out stream holds nothing that is to be predicted, so it has no loss.")
         training = self.model.training
         self.model.eval()
         try:
-            total = sum(token_losses(self.model, part).sum().item() for part in windows.split(batch_size))
+            total = sum(self.objective.summed(self.model, part.to(self._device)) for part in parts)
         finally:
             self.model.train(training)
             cut_again(self.model)
-        return total / count
+        return total / units
 
     def branch(
         self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Windows | Batches | None = None

@@ -58,11 +58,13 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
     """Loss and exactness of the given answers. The model is left as it was, training or not.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: there is no example, or one has no question, so that nothing stands before its answer.
     """
     examples = tuple(examples)
     if not examples:
         raise ValueError("There is no example to score.")
+    if not all(example.question for example in examples):
+        raise ValueError("An example has no question; give it one token at least, such as the start token.")
     training, device = model.training, model.embed_tokens.weight.device
     model.eval()
     parts = []

@@ -128,9 +128,16 @@ def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: fl
     """Tokens after which a loss curve first lies at or below a target, by straight lines between its points.
 
     None if the curve never does, or if it lies there from its first point: then the answer is not in it.
+
+    Raises:
+        ValueError: numbers that cannot be, or tokens that do not grow from point to point.
     """
     tokens, losses = _positive("tokens", tokens), _positive("losses", losses)
     _same_length(tokens=tokens, losses=losses)
+    if (np.diff(tokens) <= 0).any():
+        raise ValueError(
+            f"tokens is {tokens.tolist()}; expected a curve in order, each point later than the last."
+        )
     below = np.flatnonzero(losses <= target)
     if len(below) == 0 or below[0] == 0:
         return None
@@ -223,7 +230,7 @@ def fit_power_law(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: fewer than 3 points, fewer than 2 different x, or numbers that have no logarithm.
+        ValueError: fewer than 3 points, fewer than 2 different x or groups, or numbers without a logarithm.
 
     >>> law = fit_power_law([1, 2, 4, 8], [3, 12, 48, 192])
     >>> round(law.coefficient, 6), round(law.exponent, 6)
@@ -235,6 +242,11 @@ def fit_power_law(
         raise ValueError(f"A power law needs 3 points with different x; there are {len(x)}.")
     labels = list(range(len(x))) if groups is None else list(groups)
     _same_length(x=x, groups=labels)
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"All points are of the group {labels[0]!r}, which says nothing of how groups differ. Give 2 "
+            "groups at least, or leave them out."
+        )
     members = [[i for i, label in enumerate(labels) if label == each] for each in dict.fromkeys(labels)]
     random, sampled = np.random.default_rng(seed), []
     while len(sampled) < draws:
@@ -334,7 +346,13 @@ def fit_loss_surface(N: Sequence[float], D: Sequence[float], L: Sequence[float])
 def conditional_losses(
     model: Decoder, contexts: Int[Tensor, "items context"], answers: Int[Tensor, "items answer"]
 ) -> Float[Tensor, " items"]:
-    """Loss of each answer given its context: the mean over the answer's tokens alone, in nats a token."""
+    """Loss of each answer given its context: the mean over the answer's tokens alone, in nats a token.
+
+    Raises:
+        ValueError: the contexts are empty, so that nothing stands before an answer's first token.
+    """
+    if contexts.shape[1] == 0:
+        raise ValueError("The contexts hold no token; give one at least, such as the start token.")
     window = torch.cat([context_only(contexts), answers], dim=1)
     return token_losses(model, window).sum(dim=1) / answers.shape[1]
 

@@ -173,8 +173,8 @@ class Cosine(Schedule):
 
 
 def _check_peak(peak_lr: float) -> None:
-    if not peak_lr > 0:
-        raise ValueError(f"peak_lr is {peak_lr}; expected a number greater than 0.")
+    if not 0 < peak_lr < math.inf:
+        raise ValueError(f"peak_lr is {peak_lr}; expected a finite number greater than 0.")
 
 
 def _check_steps(name: str, steps: int) -> None:

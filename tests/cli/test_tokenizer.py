@@ -33,6 +33,8 @@ def test_a_small_text_says_how_many_ids_it_gave(at_home, capsys):
         (["novel.txt", "--out", "tokenizer.json"], "tokenizer.json exists; nothing is overwritten"),
         (["novel.txt", "--out", "made.json", "--vocab-size", "100"], "Invalid value for '--vocab-size'"),
         (["empty.txt", "--out", "made.json"], "holds no text"),
+        (["novel.txt", "--out", "made.json", "--end", ""], "--end is '', which is empty"),
+        (["novel.txt", "--out", "made.json", "--end", "t"], "--end is 't', which texts hold, too"),
         (["broken.jsonl", "--out", "made.json"], "Line 2 of broken.jsonl is no JSON object"),
     ],
 )

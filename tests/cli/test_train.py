@@ -298,6 +298,7 @@ def test_another_schedule_is_not_taken_for_wsd(at_home, capsys):
         (["--data", "one", "--out", "x", "--steps", "5", "--warmup", "9"], "9 steps of warm-up"),
         (["--data", "one", "--out", "x", "--until", "13"], "--until is 13, and the schedule ends at step 12"),
         (["--data", "one", "--out", "x", "--until", "0"], "Invalid value for '--until'"),
+        (["--data", "one", "--out", "x", "--micro-batch", "0"], "micro_batch is 0"),
         (["--dry-run", "--resume"], "Give --out, the folder of the run that --resume goes on with"),
         (["--data", "one", "--out", "x", "--resume", "--resume-from", "y"], "Give --resume for the newest"),
         (
@@ -317,6 +318,26 @@ def test_runs_that_cannot_be(at_home, capsys, words, sentence):
         tokenizer = train_tokenizer(text, 300)
         write_shards(at_home / name, [tokenizer.encode(text).ids], 300, tokenizer)
     says(capsys, train(*STEPS, *words), sentence)
+    assert not (at_home / "x").exists()
+
+
+def test_a_run_keeps_the_tokenizer_of_its_shards(at_home, capsys):
+    """Also where an attempt with another one was given up; and one that is refused leaves nothing."""
+    for name, text in (("first", TEXT), ("second", TEXT[::-1])):
+        tokenizer = train_tokenizer(text, 300)
+        write_shards(at_home / name, [tokenizer.encode(TEXT).ids], 300, tokenizer)
+    short = [*STEP, "--steps", "2", "--warmup", "1", "--decay", "0"]
+    assert main(train("--data", "first", *short, "--out", "run")) == 0
+    shutil.rmtree(at_home / "run" / "step-00000002")
+    assert main(train("--data", "second", "--data", "one", *short, "--out", "run")) == 0
+    assert (at_home / "run/tokenizer.json").read_bytes() == (at_home / "second/tokenizer.json").read_bytes()
+    assert main(train("--data", "one", *short, "--out", "plain")) == 0
+    says(capsys, train("--data", "second", *short, "--out", "plain"), "plain holds a checkpoint of step 2")
+    assert not (at_home / "plain/tokenizer.json").exists()
+    (at_home / "second/tokenizer.json").write_text("{}")
+    says(
+        capsys, train("--data", "second", *short, "--out", "x"), "second/tokenizer.json is not the tokenizer"
+    )
     assert not (at_home / "x").exists()
 
 

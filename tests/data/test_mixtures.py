@@ -192,6 +192,7 @@ def test_ours_is_fair_where_the_wrong_ones_fail(weights):
         ([(0, {"a": math.nan})], ["a"], "weight of 'a' is nan"),
         ([(0, {"a": math.inf})], ["a"], "weight of 'a' is inf"),
         ([(0, {"a": "1"})], ["a"], "weight of 'a' is '1'"),
+        ([(0, {"a": True})], ["a"], "weight of 'a' is True"),
         ([(0, {"a": 0})], ["a"], "at least one must be greater than 0"),
         ([(0, {})], ["a"], "at least one must be greater than 0"),
         ([(0, {"c": 1})], ["a", "b"], r"no source 'c' to weigh; the sources are \['a', 'b'\]"),

@@ -39,6 +39,7 @@ def folder_of_all(tmp_path_factory):
     """One for all examples of a test, which leaves it as it was."""
     folder = tmp_path_factory.mktemp("x") / "corpus"
     write_shards(folder, [TOKENS], vocab_size=1000, shard_tokens=300)
+    without(folder, "checksum")  # which would notice all changes of the index, and older ones have none
     return folder
 
 
@@ -313,6 +314,14 @@ def places_of(value, place=()):
         yield from places_of(each, (*place, key))
 
 
+def without(folder, *fields):
+    """Take fields out of the index, as older ones lack them."""
+    index = json.loads((folder / "shards.json").read_text())
+    for field in fields:
+        del index[field]
+    (folder / "shards.json").write_text(json.dumps(index))
+
+
 def read_or_refused(folder):
     """The right tokens, or one sentence."""
     try:
@@ -324,6 +333,7 @@ def read_or_refused(folder):
 
 
 def test_an_index_with_any_value_exchanged_is_read_or_refused(folder):
+    without(folder, "checksum")  # which would notice all of them, and older folders have none
     whole = (folder / "shards.json").read_text()
     for place in places_of(json.loads(whole)):
         for odd in ODD:
@@ -334,6 +344,22 @@ def test_an_index_with_any_value_exchanged_is_read_or_refused(folder):
             box[last] = odd
             (folder / "shards.json").write_text(json.dumps(index["index"]))
             read_or_refused(folder)
+
+
+def test_any_value_of_an_index_that_is_exchanged_for_another_is_noticed(folder):
+    whole = (folder / "shards.json").read_text()
+    assert "checksum" in json.loads(whole)
+    for place in places_of(json.loads(whole)):
+        index = box = {"index": json.loads(whole)}
+        *path, last = ("index", *place)
+        for key in path:
+            box = box[key]
+        if isinstance(box[last], str | dict | list):
+            continue  # of another type it is no index
+        box[last] = 7
+        (folder / "shards.json").write_text(json.dumps(index["index"]))
+        with pytest.raises(ValueError, match="shards.json is not"):
+            Shards(folder)
 
 
 @settings(max_examples=300, deadline=None)
@@ -398,9 +424,7 @@ def test_the_end_token_is_noted(tmp_path, folder):
 
 
 def test_folders_that_do_not_say_how_documents_end_are_read(folder):
-    index = json.loads((folder / "shards.json").read_text())
-    del index["end"]
-    (folder / "shards.json").write_text(json.dumps(index))
+    without(folder, "end", "checksum")
     assert Shards(folder).end is None and Shards(folder)[:].tolist() == TOKENS.tolist()
 
 
@@ -411,6 +435,35 @@ def test_the_tokenizer_is_noted(tmp_path):
     assert tokenizer_checksum(train_tokenizer("Sense and Sensibility " * 9, 270)) != shards.tokenizer
     with pytest.raises(ValueError, match="The tokenizer has 270 ids and vocab_size is 269"):
         write_shards(tmp_path / "y", [[1]], 269, tokenizer)
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    tokenizer = train_tokenizer("Emma Woodhouse, handsome, clever, and rich " * 9, 270)
+    return write_shards(tmp_path / "x", [tokenizer.encode("Emma").ids], 512, tokenizer)
+
+
+def test_the_tokenizer_beside_the_tokens_is_the_one_that_is_noted(with_tokenizer):
+    file = with_tokenizer.folder / "tokenizer.json"
+    with_tokenizer.verify()
+    assert with_tokenizer.tokenizer_file() == file
+    content = json.loads(file.read_text())
+    ids = content["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    file.write_text(json.dumps(content))
+    for read in (with_tokenizer.verify, with_tokenizer.tokenizer_file):
+        with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer that made the ids"):
+            read()
+    file.unlink()
+    assert with_tokenizer.tokenizer_file() is None and len(with_tokenizer[:]), "the tokens can be read"
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
+        with_tokenizer.verify()
+
+
+def test_a_tokenizer_that_was_not_noted_is_taken_as_it_lies(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    assert Shards(folder).tokenizer is None
+    assert Shards(folder).tokenizer_file() == folder / "tokenizer.json"
 
 
 def test_the_checksum_of_a_tokenizer_is_that_of_how_it_cuts_whole_texts():

@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -126,6 +127,21 @@ def test_what_a_folder_holds_is_its_identity_and_not_where_it_lies(tmp_path):
 def test_impossible_windows(stream, wrong, error, sentence):
     with pytest.raises(error, match=sentence):
         wrong(stream(range(1000)))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.uint16, torch.bool])
+def test_a_stream_is_of_whole_numbers(kind, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(ValueError, match=f"a tensor of type {kind}; expected int64"):
+        TokenWindows(torch.ones(100).to(kind), 8, 0)
+
+
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32])
+def test_whole_numbers_of_any_size_are_the_same_stream(kind):
+    tokens = torch.arange(100)
+    short, long = TokenWindows(tokens.to(kind), 8, 0), TokenWindows(tokens, 8, 0)
+    assert short.identity() == long.identity() and short.id_range() == long.id_range()
+    assert short[3].dtype == torch.int64 and torch.equal(short[3], long[3])
 
 
 def test_a_folder_that_is_too_short_is_named(tmp_path):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -194,6 +194,67 @@ def test_going_back_leaves_nothing_behind(name, read, back, more):
     if back:
         model(ids[:, :back], fresh)
     assert_close(model(rest, cache), model(rest, fresh), **CLOSE)
+
+
+MOVES = st.lists(
+    st.tuples(st.just("feed"), st.integers(1, 3))
+    | st.tuples(st.just("take"), st.lists(st.integers(0, 3), min_size=3, max_size=3))
+    | st.tuples(st.just("back"), st.integers(0, 9))
+    | st.tuples(st.just("select"), st.permutations(range(3))),
+    max_size=9,
+)
+
+
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 2, 1])])
+@settings(max_examples=40, deadline=None)
+@given(moves=MOVES)
+@example(moves=[("feed", 3), ("take", [1, 3, 0]), ("back", 0)])
+@example(moves=[("feed", 1), ("take", [0, 3, 3]), ("back", 2)])
+@torch.no_grad()
+def test_after_any_moves_each_row_goes_on_as_its_own_text(padding, moves):
+    """Rows of a cache against texts alone, each kept as the list of its columns: None is no text."""
+    model, cache, random = make_model(), KVCache(99, padding), torch.Generator().manual_seed(0)
+    unread = [0] * 3 if padding is None else padding.tolist()
+    rows: list[list] = [[], [], []]
+
+    def fed(tokens):
+        ids = torch.randint(50, (3, tokens), generator=random)
+        for row, pad, new in zip(rows, unread, ids.tolist(), strict=True):
+            row += [None if len(row) + place < pad else each for place, each in enumerate(new)]
+        return ids
+
+    model(fed(3), cache)
+    for kind, how in moves:
+        if kind == "feed":
+            model(fed(how), cache)
+        elif kind == "take" and cache.length > max(unread):
+            guesses = torch.randint(50, (3, 3), generator=random)
+            model(guesses, Tree(cache, [-1, 0, 1]))
+            cache.take([[*range(taken)] for taken in how])
+            rows = [[None] * (max(how) - taken) + row + new[:taken]
+                    for row, new, taken in zip(rows, guesses.tolist(), how, strict=True)]  # fmt: skip
+        elif kind == "back":
+            cache.truncate(min(how, cache.length))
+            rows = [row[: cache.length] for row in rows]
+        elif kind == "select":
+            cache.select(how)
+            rows, unread = [rows[place] for place in how], [unread[place] for place in how]
+    logits = model(fed(4), cache)
+    for row, mine in zip(rows, logits, strict=True):
+        text = [each for each in row if each is not None]
+        assert_close(mine[-1], model(torch.tensor([text]))[0, -1], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cache_has_the_rows_that_it_read():
+    model, cache = make_model(), KVCache(8)
+    for move in (lambda: cache.take([0]), lambda: cache.select([0])):
+        with pytest.raises(ValueError, match="has read nothing yet"):
+            move()
+    model(make_ids(2, 3), cache)
+    for rows in ([2], [0, -1], []):
+        with pytest.raises(ValueError, match="expected some of 0 to 1, the rows that the cache holds"):
+            cache.select(rows)
 
 
 def test_a_cache_cannot_go_back_to_what_it_never_held():

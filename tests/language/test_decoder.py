@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from small_models import FAMILIES, GROUPED, PLAIN, granite, make_ids, make_model, opened_by_transformers
@@ -163,6 +164,13 @@ def test_a_tied_model_that_was_built_without_memory_is_still_tied():
 
 
 # What cannot be
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int16, torch.bool])
+def test_tokens_are_whole_numbers(kind, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(ValueError, match=f"ids is of type {kind}; expected whole numbers of 64 or 32 bits"):
+        make_model(GROUPED)(torch.ones(1, 3).to(kind))
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,25 @@ def test_what_the_program_ignores_stays_ignored(signalled, tmp_path):
     assert run.step == max(checkpoints(tmp_path / "other")) == 4
 
 
-def test_without_a_folder_there_is_nothing_to_wait_for(signalled):
-    run = signalled(7, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run.train(progress=False)
-    assert run.step == 3
+@pytest.mark.parametrize("number", ENDS)
+def test_without_a_folder_the_step_is_finished_too(make, signalled, number):
+    """So that nobody's Ctrl-C, in a notebook for instance, falls into the middle of the optimizer's step."""
+    run, whole = signalled(7, number), make()
+    step = run.optimizer.step
+
+    def interrupted(*how):
+        if run.step == 8:
+            signal.raise_signal(number)
+        return step(*how)
+
+    run.optimizer.step = interrupted
+    for stopped_at in (4, 10):  # the second comes behind the sum over the processes
+        with pytest.raises(ENDS[number]):
+            run.train(progress=False)
+        assert run.step == stopped_at
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS
+    whole.train(progress=False)
+    assert (run.losses, run.grad_norms) == (whole.losses, whole.grad_norms)
 
 
 def test_another_thread_notes_no_signals(make, tmp_path):

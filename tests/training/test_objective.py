@@ -40,6 +40,14 @@ def test_what_is_only_read_is_not_counted():
     assert abs(next_token.loss(model, MASKED)[1] - losses.mean()) > 1e-3, "the mean of all would be noticed"
 
 
+@pytest.mark.parametrize("objective", [next_token, within_documents(3)], ids=["plain", "documents"])
+def test_the_sum_is_the_mean_times_the_units(objective):
+    model = Decoder(MODEL)
+    for window in (WINDOW, MASKED, MASKED[:1], context_only(WINDOW)):
+        mean = objective.loss(model, window)[1].item()
+        assert objective.summed(model, window) == pytest.approx(mean * objective.weight(window), rel=1e-6)
+
+
 def test_gradients_are_those_of_the_plain_mean():
     torch.manual_seed(0)
     model = Decoder(MODEL)

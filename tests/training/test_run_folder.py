@@ -133,6 +133,37 @@ def test_the_folder_of_another_run(make, tmp_path, changes, sentence):
     assert (listing(tmp_path), (tmp_path / "metrics.jsonl").read_bytes()) == before
 
 
+def test_the_folder_holds_the_tokenizer_of_its_run(make, tmp_path):
+    """Whatever an attempt that came to no checkpoint left; and a refused run leaves what is there."""
+    run, kept = tmp_path / "run", tmp_path / "run" / "tokenizer.json"
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    trained(make(), 2, folder=run, tokenizer=tmp_path / "first")
+    assert kept.read_text() == "first"
+    shutil.rmtree(run / "step-00000002")  # as if it had been killed before
+    trained(make(), 2, folder=run, tokenizer=tmp_path / "second")
+    assert kept.read_text() == "second"
+    with pytest.raises(FileExistsError, match="belongs to another"):
+        other = make(config=replace(CONFIG, seed=1))
+        other.step = 2
+        trained(other, 4, folder=run, tokenizer=tmp_path / "first")
+    assert kept.read_text() == "second"
+    again = make()
+    again.load(latest_checkpoint(run))
+    trained(again, 4, folder=run)
+    assert kept.read_text() == "second", "its own, since there are checkpoints of it"
+
+
+def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("of an earlier attempt")
+    (tmp_path / "metrics.jsonl").write_text("its metrics")
+    with pytest.raises(
+        FileExistsError, match=r"tokenizer.json lies beside no checkpoint, perhaps of an earlier"
+    ):
+        trained(make(), folder=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "its metrics"
+
+
 def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
     """Whether it has just branched or is resumed, and whatever the trunk has pruned."""
     trunk = make(schedule=WSD(0.01, 2, 100, 0))

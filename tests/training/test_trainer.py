@@ -24,9 +24,10 @@ from minicpm_lite import ModelConfig
 from minicpm_lite.config import MixtureConfig
 from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
 from minicpm_lite.training.branch import decay_schedule
-from minicpm_lite.training.objective import Objective, next_token
+from minicpm_lite.training.objective import Objective, next_token, within_documents
 from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
@@ -227,6 +228,57 @@ def test_evaluation_takes_any_ids_and_counts_what_is_predicted():
     assert abs(run.evaluate(answers) - whole) > 1e-3 and run.evaluate(answers.int()) == run.evaluate(answers)
 
 
+def test_evaluation_of_the_next_token_sums_and_divides_once():
+    """The mean of batches of unequal numbers of predictions, without the rounding of each batch's mean."""
+    run, marked = make(), torch.where(torch.arange(161) % 3 > 0, context_only(TOKENS[:161]), TOKENS[:161])
+    windows = torch.stack([marked[i : i + 17] for i in range(0, 160, 16)])
+    with torch.no_grad():
+        total = sum(token_losses(run.model.eval(), part).sum().item() for part in windows.split(3))
+    assert run.evaluate(marked, batch_size=3) == total / predicted(windows).sum().item()
+
+
+def test_evaluation_measures_what_the_run_minimises():
+    """Documents apart where they were in training; and any objective over windows, by its own units."""
+    held_out = TOKENS[:161]
+    windows = torch.stack([held_out[i : i + 17] for i in range(0, 160, 16)])
+    run = make()
+    run.objective = within_documents(end=6)
+    with torch.no_grad():
+        apart = loss_within_documents(run.model.eval(), windows, 6).item()
+        mixed = next_token_loss(run.model, windows).item()
+    assert run.evaluate(held_out, batch_size=3) == pytest.approx(apart, rel=1e-6)
+    assert abs(apart - mixed) > 1e-3, "the two differ here"
+
+    def largest(model, window):
+        loss = token_losses(model, window).amax(dim=1).mean()
+        return loss, loss.detach()
+
+    run.objective = Objective("the worst token", largest, len)
+    with torch.no_grad():
+        worst = largest(run.model, windows)[0].item()
+    assert run.evaluate(held_out, batch_size=3) == pytest.approx(worst, rel=1e-6)
+
+
+def test_evaluation_refuses_what_it_cannot_measure():
+    run = make()
+    with pytest.raises(ValueError, match="ids from 0 to 96; the model knows 0 to 39"):
+        run.evaluate(torch.arange(100))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        run.evaluate(TOKENS, batch_size=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_are_too_short_to_be_trained(dtype):
+    model = Decoder(MODEL).to(dtype)
+    with pytest.raises(
+        ValueError, match=rf"embed_tokens.weight is trained and is in {str(dtype)[6:]}, in which"
+    ):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG)
+    model.requires_grad_(False)
+    model.norm.float().requires_grad_()
+    Trainer(model, TOKENS, SCHEDULE, CONFIG)  # what is frozen may be short
+
+
 # Files that do not fit are refused with a sentence, and the run is left as it was.
 
 
@@ -264,8 +316,10 @@ def test_an_evaluation_that_fails_leaves_the_mode_as_it_was():
     run = make()
     for mode in (True, False):
         run.model.train(mode)
-        with pytest.raises(IndexError):
-            run.evaluate(torch.full((50,), 99))
+        with pytest.raises(ZeroDivisionError):
+            run.objective = Objective("none", lambda model, window: 1 / 0, next_token.weight)
+            run.evaluate(TOKENS)
+        run.objective = next_token
         with pytest.raises(ValueError, match="holds nothing that is to be predicted"):
             run.evaluate(context_only(TOKENS))
         assert run.model.training is mode

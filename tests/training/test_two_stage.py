@@ -94,6 +94,13 @@ def test_padding_changes_nothing():
     assert together.loss == pytest.approx(together.total_loss.sum().item() / 6)
 
 
+@pytest.mark.parametrize("answer", [(3,), (3, 4)])
+def test_an_answer_to_no_question_is_not_scored(answer):
+    """Nothing stands before its first token, so a sum over the others would be another answer's."""
+    with pytest.raises(ValueError, match="has no question"):
+        score_answers(Decoder(MODEL), [*EXAMPLES, EncodedExample((), answer)])
+
+
 @pytest.fixture(scope="module")
 def taught():
     """A model that has learned four answers by heart, one of them wrong."""

@@ -157,7 +157,8 @@ def test_as_a_torch_scheduler():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: WSD(0, 1, 1, 1), "peak_lr is 0; expected a number greater than 0"),
+        (lambda: WSD(0, 1, 1, 1), "peak_lr is 0; expected a finite number greater than 0"),
+        (lambda: Cosine(math.inf, 1, 2), "peak_lr is inf; expected a finite number"),
         (lambda: WSD(1.0, -1, 1, 1), "warmup_steps is -1"),
         (lambda: WSD(1.0, 1, 0.5, 1), "stable_steps is 0.5; expected a whole number"),
         (lambda: WSD(1.0, 1, 1, 1, form="quadratic"), "choose one of exponential, linear, cosine, sqrt"),
