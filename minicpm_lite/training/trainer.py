@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from ..config import require_positive_integer
@@ -80,6 +81,17 @@ def _require_long_enough(model: nn.Module) -> None:
                 f"{name} is trained and is in {str(parameter.dtype).removeprefix('torch.')}, in which most "
                 'updates round to nothing. Give model.float(); with TrainerConfig(precision="bfloat16") it '
                 "computes in bfloat16 all the same."
+            )
+
+
+def _require_same_choice(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse to go on with other trained parameters than those that the optimizer was made for."""
+    moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (parameter in moved):
+            raise ValueError(
+                f"{name} was {'set free' if parameter.requires_grad else 'frozen'} since the trainer was "
+                "made. What is trained is chosen before; make another Trainer."
             )
 
 
@@ -189,17 +201,20 @@ class Trainer:
             keep: how many of the newest checkpoints stay. That of the decay's beginning always does.
             tensorboard: write the metrics as TensorBoard events, too.
             progress: show a bar.
-            skip_non_finite: how many steps of the run, all in all, may be passed over because their loss or
-                gradient is not finite. Such a step changes nothing but the step number.
+            skip_non_finite: how many steps of the run, from its beginning or its branching on, may be passed
+                over because their loss or gradient is not finite. Such a step changes nothing but the step
+                number.
             tokenizer: the tokenizer.json that made the ids which are read; a copy is kept in the folder, for
                 `generate` and `export`.
 
         Raises:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
-            FloatingPointError: a loss or a gradient is not finite; the run is as it was before that step.
-            ValueError: the batch of a step holds nothing to predict, or a shard is damaged; the run is as it
-                was before that step. Or a checkpoint could not bring the schedule back.
+            FloatingPointError: a loss or a gradient is not finite; the run is as it was before that step, and
+                with a folder, a checkpoint is taken.
+            ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
+                holds nothing to predict, or a shard is damaged, and the run is as it was before that step; or
+                a checkpoint could not bring the schedule back.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
         """
@@ -215,11 +230,17 @@ class Trainer:
         self._interruption = Interruption()
         calm_threads()
         cut_again(self.model)
+        _require_same_choice(self.model, self.optimizer)
         self.model.train()
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
         with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
-                metrics = self._update(skip_non_finite)
+                try:
+                    metrics = self._update(skip_non_finite)
+                except FloatingPointError:
+                    if run is not None:  # the run is as it was before this step: nothing of it is lost
+                        self.save(folder)
+                    raise
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is not None:
                     try:
@@ -272,7 +293,7 @@ class Trainer:
                     add_up=self._add_up,
                 )
         except NotFinite:
-            skipped = sum(map(math.isnan, self.losses)) < skip_non_finite
+            skipped = sum(map(math.isnan, self.losses[self._branched_at or 0 :])) < skip_non_finite
             if not skipped:
                 raise
             loss = grad_norm = math.nan

@@ -885,6 +885,52 @@ def test_skipped_steps_are_counted_said_and_replayed(tmp_path, precision):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_what_was_made_before_a_step_that_is_not_finite_is_kept(tmp_path):
+    """The checkpoint is that of the step before, and the run goes on from it as if the step had been passed over."""
+    run = poisoned(6)
+    with pytest.raises(FloatingPointError, match="gradient of step 6 is not finite"):
+        run.train(folder=tmp_path, progress=False)
+    resumed, whole = poisoned(6), poisoned(6)
+    resumed.load(latest_checkpoint(tmp_path))
+    assert resumed.step == 5
+    for each, folder in ((resumed, tmp_path), (whole, None)):
+        each.train(folder=folder, progress=False, skip_non_finite=1)
+    assert repr(resumed.losses) == repr(whole.losses)
+
+
+def test_a_branch_counts_the_steps_that_it_skips_itself(tmp_path):
+    trunk = poisoned(3, 8)
+    trunk.train(6, progress=False, skip_non_finite=1)
+    branch, other = trunk.branch(trunk.schedule), poisoned(8)
+    other.branch_from(trunk.save(tmp_path))
+    for each in (branch, other):
+        each.train(progress=False, skip_non_finite=1)
+        assert each.step == 10 and math.isnan(each.losses[7])
+    with pytest.raises(FloatingPointError, match="gradient of step 8"):
+        trunk.train(progress=False, skip_non_finite=1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_trained_is_chosen_before(precision, sharded):
+    """A weight that is frozen later would move in bfloat16, and one that is set free would move in neither."""
+    config, layout = replace(CONFIG, precision=precision), Layout(sharded=sharded)
+    with processes() if sharded else nullcontext():
+        run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, config, layout=layout)
+        run.train(2, progress=False)
+        run.model.layers[0].requires_grad_(False)
+        with pytest.raises(ValueError, match="layers.0.*was frozen since the trainer was made"):
+            run.train(4, progress=False)
+        run.model.layers[0].requires_grad_(True)
+        run.train(4, progress=False)
+        model = Decoder(MODEL)
+        model.layers[0].requires_grad_(False)
+        run = Trainer(model, TOKENS, SCHEDULE, config, layout=layout)
+        run.model.layers[0].requires_grad_(True)
+        with pytest.raises(ValueError, match="layers.0.*was set free since the trainer was made"):
+            run.train(2, progress=False)
+
+
 # Killed, and killed again.
 
 
