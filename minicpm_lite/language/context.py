@@ -154,6 +154,8 @@ class KVCache(Context):
     ) -> None:
         if room < 1:
             raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}, which cuts numbers to whole ones; Int8Cache keeps 8 bits.")
         self.room, self.padding, self.dtype = room, padding, dtype
         self._given = padding  # without what `take` adds to it
         self.length, self.guesses = 0, ()
