@@ -1,5 +1,6 @@
 """``minicpm-lite chat``: questions and answers with a chat model."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -39,9 +40,12 @@ def chat(
     if system is not None:
         talk.messages = [{"role": "system", "content": system}]
     while question := _asked():
-        for piece in talk.answer(question, max_new_tokens):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in talk.answer(question, max_new_tokens):
+                print(piece, end="", flush=True)
+            print()
+        except ValueError as error:  # no room for it, say; what was said before stands
+            print(error, file=sys.stderr)
 
 
 def _asked() -> str:

@@ -16,7 +16,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="tokens at m
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the best token each time")]
 TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="choose among the N best tokens")]
 TopP = Annotated[float | None, typer.Option(metavar="P", help="choose among the best that make up P")]
-Seed = Annotated[int, typer.Option(min=0, help="of chance")]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="of chance")]
 
 
 def generate(

@@ -13,7 +13,7 @@ def tokenizer(
     texts: Annotated[list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files, also .gz")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
     vocab_size: Annotated[
-        int, typer.Option(min=256, max=1 << 24, metavar="N", help="ids, of which 256 are the bytes")
+        int, typer.Option(min=257, max=1 << 24, metavar="N", help="ids: 256 bytes, the end, and what is learned")
     ] = 1024,
     end: Annotated[str, typer.Option(metavar="TOKEN", help="a token that ends a document")] = "<|endoftext|>",
     field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",
@@ -43,7 +43,7 @@ def tokenizer(
         )
     learned.add_special_tokens([end])
     with written_whole(out) as beside:
-        learned.save(str(beside))
+        beside.write_text(learned.to_str(), encoding="utf-8")
     print(f"{out}: {learned.get_vocab_size():,} ids, {end} among them, from {len(read):,} characters.")
     if learned.get_vocab_size() < vocab_size:
         print(

@@ -372,14 +372,14 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
 
 
 def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:
-    """The shape, with the token that ends its texts: the checkpoint's, or that of all shards."""
+    """The shape, with the tokens that end its texts: the checkpoint's, or those of the shards, if all say."""
     if model.eos_token_id:
         return model
     if start is not None:
         saved = start.facts.get("model config", {})  # of another module there are none, which `load` refuses
         return replace(model, eos_token_id=tuple(saved.get("eos_token_id", ())))
     ends = {each.end for each in shards.values()}
-    return model if len(ends) > 1 or None in ends else replace(model, eos_token_id=tuple(ends))
+    return model if None in ends else replace(model, eos_token_id=tuple(sorted(ends)))
 
 
 def _weighted(source: str) -> tuple[str, float]:

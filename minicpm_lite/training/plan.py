@@ -167,6 +167,10 @@ def plan_training(
             "tokens", None, recipe and recipe.tokens, ratio * active, f"{ratio} a parameter, {why}"
         )
         steps = math.ceil(tokens / trainer.batch_tokens)
+    if steps * trainer.batch_tokens >= 1 << 63:
+        raise ValueError(
+            "The run would read more tokens than 63 bits count. Give fewer steps, or smaller batches."
+        )
     share, why = DEFAULTS["warmup_share"]
     warmup = int(settle("warmup_steps", warmup_steps, None, min(2000, math.ceil(steps * share)),
                         f"{share:.0%} {why}"))  # fmt: skip

@@ -32,6 +32,8 @@ def test_a_small_text_says_how_many_ids_it_gave(at_home, capsys):
         (["none.txt", "--out", "made.json"], "There is no file none.txt"),
         (["novel.txt", "--out", "tokenizer.json"], "tokenizer.json exists; nothing is overwritten"),
         (["novel.txt", "--out", "made.json", "--vocab-size", "100"], "Invalid value for '--vocab-size'"),
+        (["novel.txt", "--out", "made.json", "--vocab-size", "256"], "Invalid value for '--vocab-size'"),
+        (["novel.txt", "--out", "no/such/made.json"], "made.json could not be written: No such file"),
         (["empty.txt", "--out", "made.json"], "holds no text"),
         (["novel.txt", "--out", "made.json", "--end", ""], "--end is '', which is empty"),
         (["novel.txt", "--out", "made.json", "--end", "t"], "--end is 't', which texts hold, too"),
