@@ -106,8 +106,7 @@ class TokenWindows:
         require_positive_integer("length", self.length)
         if isinstance(self.tokens, Tensor) and self.tokens.dtype not in _KINDS:
             raise ValueError(
-                f"The stream is a tensor of type {self.tokens.dtype}; expected int64, int32 or int16, such "
-                "as tokens.long()."
+                f"The stream is of type {self.tokens.dtype}; expected int64, int32 or int16: tokens.long()."
             )
         if self._in_epoch < 1:
             raise ValueError(

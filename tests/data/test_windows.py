@@ -132,7 +132,7 @@ def test_impossible_windows(stream, wrong, error, sentence):
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint16, torch.bool])
 def test_a_stream_is_of_whole_numbers(kind, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
-    with pytest.raises(ValueError, match=f"a tensor of type {kind}; expected int64"):
+    with pytest.raises(ValueError, match=f"The stream is of type {kind}; expected int64"):
         TokenWindows(torch.ones(100).to(kind), 8, 0)
 
 
