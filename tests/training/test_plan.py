@@ -93,6 +93,8 @@ def test_defaults_fit_into_one_step():
         ),
         (dict(precision="fp8"), "precision is 'fp8'"),
         (dict(steps=0), "steps is 0"),
+        (dict(steps=10**30), "more tokens than 63 bits count"),
+        (dict(batch_tokens=1e300), "more tokens than 63 bits count"),
         (dict(sequence_length=0), "sequence_length is 0"),
         (dict(batch_tokens=0.0), "batch_tokens is 0.0"),
         (dict(batch_tokens=math.nan), "batch_tokens is nan"),
