@@ -14,13 +14,15 @@ around unseen, so all hashes here have 32 bits. A multiplier must be odd, or the
 one place. A hundred copies of one document, or pages of one template, are nearly 5,000 pairs: exact copies
 are set aside first, two documents that already hang together are not compared, and of those that nearly
 reach the threshold a few of their rarest shingles tell it (prefix and positional filter: Bayardo et al. 2007,
-"Scaling up all pairs similarity search"; Xiao et al. 2008, PPJoin).
+"Scaling up all pairs similarity search"; Xiao et al. 2008, PPJoin). Listings, pages that each put together
+many of the same parts, have no rare shingles: there nothing spares a look at every pair, and what is left is
+to make it short.
 """
 
 import math
 import re
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -331,6 +333,10 @@ class _Linker:
     least t/(1+t) (|x| + |y|) shingles, so the first one that they share comes early enough in both for so
     many to follow. Pages of one template differ in rare shingles: what they share comes too late, and no two
     of them are looked at. What is left is compared exactly, so no pair is missed.
+
+    Documents that would meet more often than there are pairs to compare are compared as a whole: for each it
+    is counted how many of its shingles each other one has. That takes time as the square of the bucket, but
+    only a few microseconds for a pair of long pages.
     """
 
     def __init__(self, sets: dict[int, UInt64[np.ndarray, " _"]], threshold: float) -> None:
@@ -351,9 +357,13 @@ class _Linker:
 
         self._sizes = {document: len(shingles) for document, shingles in sets.items()}
         self._share = threshold / (1 + threshold)
+        self._sets, self._threshold = sets, threshold
         self._similar, self._rarest = similar, rarest
 
     def __call__(self, bucket: list[int], clusters: _Clusters) -> None:
+        pairs, meetings = len(bucket) * len(_outside(bucket, clusters)), 0
+        if not pairs:
+            return
         # for each shingle, and each size of a set and place in it: documents in groups that hang together
         index: dict[int, dict[tuple[int, int], list[list[int]]]] = defaultdict(lambda: defaultdict(list))
         for document in bucket:
@@ -362,7 +372,11 @@ class _Linker:
                 for (other_size, other_place), groups in index[shingle].items():
                     most = min(size - place, other_size - other_place)  # shared, if this is the first
                     if most >= self._share * (size + other_size) - _ROUNDING:
+                        meetings += len(groups)
                         self._meet(document, groups, clusters)
+                if meetings > pairs:
+                    self._compare_all(bucket, clusters)
+                    return
                 index[shingle][size, place].append([document])
 
     def _meet(self, document: int, groups: list[list[int]], clusters: _Clusters) -> None:
@@ -375,6 +389,28 @@ class _Linker:
             if (first := together.setdefault(clusters.root(group[0]), group)) is not group:
                 first.extend(group)
         groups[:] = together.values()
+
+    def _compare_all(self, bucket: list[int], clusters: _Clusters) -> None:
+        """Link the documents of a bucket that are alike, by counting the shingles that they share."""
+        sizes = np.array([self._sizes[document] for document in bucket])
+        shingles = np.concatenate([self._sets[document] for document in bucket])
+        order = np.argsort(shingles, kind="stable")
+        owners, shingles = np.repeat(np.arange(len(bucket)), sizes)[order], shingles[order]
+        for place in _outside(bucket, clusters):
+            mine = self._sets[bucket[place]]
+            spans = zip(*(np.searchsorted(shingles, mine, side) for side in ("left", "right")), strict=True)
+            shared = np.bincount(
+                np.concatenate([owners[slice(*span)] for span in spans]), minlength=len(bucket)
+            )
+            for other in np.flatnonzero(shared / (sizes + sizes[place] - shared) >= self._threshold):
+                clusters.link(bucket[other], bucket[place])
+
+
+def _outside(bucket: list[int], clusters: _Clusters) -> list[int]:
+    """The places in a bucket of those that do not hang together with most of the others."""
+    roots = [clusters.root(document) for document in bucket]
+    [(most, _)] = Counter(roots).most_common(1)
+    return [place for place, root in enumerate(roots) if root != most]
 
 
 def _checked(text: object) -> str:

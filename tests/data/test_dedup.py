@@ -283,8 +283,25 @@ def test_pages_just_below_the_threshold_are_not_compared(monkeypatch, more):
     assert len(calls) < 300
 
 
+@pytest.mark.parametrize("share", [0.84, 0.9])  # of all pairs a few are alike, or many
+def test_listings_are_compared_no_more_often_than_all_their_pairs(monkeypatch, share):
+    """Pages of the same parts, each with others left out, share what is rarest in them many times over."""
+    rng, words, meetings = random.Random(0), [f"w{number}" for number in range(500)], []
+    meet = dedup._Linker._meet
+    monkeypatch.setattr(dedup._Linker, "_meet", lambda *given: meetings.append(1) or meet(*given))
+    parts = [" ".join(rng.choices(words, k=12)) for _ in range(40)]
+    pages = [" ".join(part for part in parts if rng.random() < share) for _ in range(70)]
+    minhash = MinHash()
+    signatures, shingles = minhash.signatures(pages), [minhash.shingles(page) for page in pages]
+    candidates = candidate_pairs(signatures, 16).tolist()
+    alike = [(a, b) for a, b in candidates if jaccard(shingles[a], shingles[b]) >= 0.8]
+    assert 0.02 < len(alike) / len(candidates) < 0.9
+    assert near_duplicates(pages).tolist() == clusters_of(len(pages), alike).tolist()
+    assert len(meetings) < sum(len(bucket) ** 2 for bucket in dedup._buckets(signatures, 16))
+
+
 @given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 12)), max_size=20),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 12)), min_size=1, max_size=20),
     st.sampled_from([0.05, 0.3, 0.5, 0.75, 0.8, 0.9, 1.0]),
 )
 @settings(max_examples=100, deadline=None)
@@ -296,9 +313,14 @@ def test_no_pair_above_the_threshold_is_missed(stretches, threshold):
     }
     sets = {number: each.astype(np.uint64) for number, each in sets.items()}
     pairs = [(a, b) for a in sets for b in range(a) if jaccard(sets[a], sets[b]) >= threshold]
-    clusters = dedup._Clusters(len(sets))
-    dedup._Linker(sets, threshold)(list(sets), clusters)
-    assert clusters.labels().tolist() == clusters_of(len(sets), pairs).tolist()
+    expected = clusters_of(len(sets), pairs).tolist()
+    linker, clusters = dedup._Linker(sets, threshold), dedup._Clusters(len(sets))
+    linker(list(sets), clusters)
+    assert clusters.labels().tolist() == expected
+    if filled := [number for number in sets if len(sets[number])]:
+        clusters = dedup._Clusters(len(sets))
+        linker._compare_all(filled, clusters)
+        assert clusters.labels()[filled].tolist() == [expected[number] for number in filled]
 
 
 @given(
