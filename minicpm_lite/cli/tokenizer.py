@@ -13,7 +13,8 @@ def tokenizer(
     texts: Annotated[list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files, also .gz")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
     vocab_size: Annotated[
-        int, typer.Option(min=257, max=1 << 24, metavar="N", help="ids: 256 bytes, the end, and what is learned")
+        int,
+        typer.Option(min=257, max=1 << 24, metavar="N", help="ids: 256 bytes, the end, and what is learned"),
     ] = 1024,
     end: Annotated[str, typer.Option(metavar="TOKEN", help="a token that ends a document")] = "<|endoftext|>",
     field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",

@@ -7,15 +7,18 @@ question in front of an answer, padding behind it. They are stored with a mark, 
 tensor. The mark is known to this file alone: the complement ``~id``, which is negative for every id.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .context import Context
 from .decoder import Decoder
 
-__all__ = ["context_only", "next_token_loss", "predicted", "readable", "token_losses"]
+__all__ = ["context_only", "evaluating", "next_token_loss", "predicted", "readable", "token_losses"]
 
 
 def context_only(ids: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
@@ -39,6 +42,17 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
     tensor([False,  True])
     """
     return window[..., 1:] >= 0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, also behind an error, it is as it was, training or not."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def token_losses(

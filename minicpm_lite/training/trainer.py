@@ -27,7 +27,7 @@ from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
-from ..language.scoring import readable
+from ..language.scoring import evaluating, readable
 from ..runtime import calm_threads
 from .batches import (
     Batch,
@@ -368,12 +368,10 @@ class Trainer:
         units = sum(self.objective.weight(part) for part in parts)
         if not units:
             raise ValueError("The held-out stream holds nothing that is to be predicted, so it has no loss.")
-        training = self.model.training
-        self.model.eval()
         try:
-            total = sum(self.objective.summed(self.model, part.to(self._device)) for part in parts)
+            with evaluating(self.model):
+                total = sum(self.objective.summed(self.model, part.to(self._device)) for part in parts)
         finally:
-            self.model.train(training)
             cut_again(self.model)
         return total / units
 

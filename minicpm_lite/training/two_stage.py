@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
-from ..language.scoring import predicted, readable
+from ..language.scoring import evaluating, predicted, readable
 
 __all__ = ["AnswerScores", "choice_accuracy", "score_answers"]
 
@@ -65,19 +65,17 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
         raise ValueError("There is no example to score.")
     if not all(example.question for example in examples):
         raise ValueError("An example has no question; give it one token at least, such as the start token.")
-    training, device = model.training, model.embed_tokens.weight.device
-    model.eval()
-    parts = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        window = packed_windows([[example] for example in batch], max(map(len, batch))).to(device)
-        logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
-        answers = predicted(window)
-        targets = torch.where(answers, window[:, 1:], -1)
-        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
-        exact = ((logits.argmax(-1) == targets) | ~answers).all(1)
-        parts.append((losses.double().sum(1).cpu(), answers.sum(1).cpu(), exact.cpu()))
-    model.train(training)
+    device, parts = model.embed_tokens.weight.device, []
+    with evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            window = packed_windows([[example] for example in batch], max(map(len, batch))).to(device)
+            logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
+            answers = predicted(window)
+            targets = torch.where(answers, window[:, 1:], -1)
+            losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
+            exact = ((logits.argmax(-1) == targets) | ~answers).all(1)
+            parts.append((losses.double().sum(1).cpu(), answers.sum(1).cpu(), exact.cpu()))
     return AnswerScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

@@ -150,3 +150,11 @@ def test_scoring_leaves_the_model_in_its_mode(taught):
         model.train(mode)
         score_answers(model, lesson)
         assert model.training is mode
+
+
+def test_a_model_that_is_trained_goes_on_being_trained_also_behind_an_error():
+    model = Decoder(ModelConfig(16, 24, 1, 2, 41, max_position_embeddings=16)).train()
+    score_answers(model, [EncodedExample((1,), (2, 3))])
+    with pytest.raises(ValueError, match="the model was made for"):
+        score_answers(model, [EncodedExample((1,), tuple(range(30)))])
+    assert model.training
