@@ -14,7 +14,7 @@ def tokenizer(
     out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
     vocab_size: Annotated[
         int,
-        typer.Option(min=257, max=1 << 24, metavar="N", help="ids: 256 bytes, the end, and what is learned"),
+        typer.Option(min=257, max=1 << 24, metavar="N", help="ids: the bytes, the end, what is learned"),
     ] = 1024,
     end: Annotated[str, typer.Option(metavar="TOKEN", help="a token that ends a document")] = "<|endoftext|>",
     field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",
