@@ -96,7 +96,7 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
     for decoder in decoders:
         for block in decoder.layers:
             if config.compile:
-                block.compile()
+                block.forward = torch.compile(block.forward)
             fully_shard(block, mesh=mesh, mp_policy=policy)
     for whole in dict.fromkeys([*decoders, model]):  # a decoder may be the model
         fully_shard(whole, mesh=mesh, mp_policy=policy)

@@ -160,12 +160,12 @@ class Trainer:
         own_buffers(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
-        if layout.activation_checkpointing:
-            recompute_blocks(model)
         self._rounded, self._loss = None, objective.loss
         if layout.sharded:
             shard(model, config)
-        else:
+        if layout.activation_checkpointing:
+            recompute_blocks(model)  # around the blocks that `shard` compiled, and before they are copied
+        if not layout.sharded:
             self._rounded = RoundedCopy(model) if config.precision == "bfloat16" else None
             self._loss = _compiled(objective.loss) if config.compile else objective.loss
         self.optimizer = adamw(model, config, schedule.peak_lr)
