@@ -15,7 +15,6 @@ Choices, and the traps behind them:
   conversation, whose tokens `chat.encode_chat` gives; a prompt may be such tokens, too.
 """
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -30,11 +29,10 @@ from torch import Tensor
 from .decoder import Decoder
 from .generation import pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BytePairTokenizer, fast_tokenizer, misread_tokens, require_text
+from .tokenizer import BYTE_TOKEN, BytePairTokenizer, fast_tokenizer, misread_tokens, require_text
 
 __all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 _BYTES_OF_A_CHARACTER = 4
 _MOST_DECODED = 16  # tokens, each time, however long the text is
 
@@ -108,7 +106,7 @@ class TextWriter:
         return ids[begin:]
 
     def _is_byte(self, token: int) -> bool:
-        return bool(_BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token)))
+        return bool(BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token)))
 
     def _settle(self, new: str, last: bool) -> str:
         if self.stopped:
@@ -242,7 +240,9 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
         try:
             return [index(token) for token in prompt]
         except TypeError:
-            raise ValueError(f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids.") from None
+            raise ValueError(
+                f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids."
+            ) from None
     require_text(prompt)
     encoding = tokenizer.encode(prompt)
     if starts_twice(encoding):
