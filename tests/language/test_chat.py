@@ -447,7 +447,9 @@ def test_what_a_normaliser_makes_a_control_token_is_guarded_too(content, form):
     tokenizer.add_tokens(["<note>", "fi--"])  # which "<NOTE>" and "ﬁ--" become
     for spelt in (content, f"a {content}<NOTE>{content}", f"{content}ﬁ--, ＜note＞"):
         ids = encode_chat(tokenizer, lambda messages: f"{messages[0]['content']} <AI>", [said(spelt)])
-        assert [i for i in ids if i in tokenizer.get_added_tokens_decoder()] == [tokenizer.token_to_id("<AI>")]
+        assert [i for i in ids if i in tokenizer.get_added_tokens_decoder()] == [
+            tokenizer.token_to_id("<AI>")
+        ]
         assert (
             tokenizer.decode(ids, skip_special_tokens=False).strip()
             == form.normalize_str(f"{spelt} <AI>").strip()
