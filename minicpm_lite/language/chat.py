@@ -47,7 +47,7 @@ from .writing import TextWriter, starts_twice, stop_strings, write
 
 __all__ = ["Chat", "Template", "chatml", "encode_chat", "encode_text", "minicpm_chat"]
 
-Template = Callable[[Sequence[Mapping[str, str]]], str]
+Template = Callable[[Sequence[Mapping[str, object]]], str]
 
 _RARE_LETTERS = [chr(code) for code in range(0x20000, 0x2A6D7)]  # CJK Extension B: no case, no other form
 
@@ -83,7 +83,7 @@ class Chat:
         self.model, self.tokenizer, self.template = model, fast_tokenizer(tokenizer), template
         self.sampling, self.stop, self.generator = sampling, stop_strings(stop), generator
         self.stop_ids = resolve_stop_ids(model, stop_ids)
-        self.messages: list[Mapping[str, str]] = []
+        self.messages: list[Mapping[str, object]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
         self._controls = _Controls(self.tokenizer)
         self._text, self._ids = "", []  # tokens that are known: question, answer, question, ...
@@ -159,7 +159,7 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
 def encode_chat(
     tokenizer: Tokenizer | BytePairTokenizer,
     template: Template,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, object]],
     add_special_tokens: bool = True,
 ) -> list[int]:
     """The tokens of a conversation: a control token stands where the template puts it, and nowhere else.
@@ -226,7 +226,7 @@ class _Controls:
         """The tokenizer to which all that is spelt is text."""
         return reading_all_as_text(self.tokenizer)
 
-    def read(self, template: Template, messages: Sequence[Mapping]) -> tuple[str, Tokenizer]:
+    def read(self, template: Template, messages: Sequence[Mapping[str, object]]) -> tuple[str, Tokenizer]:
         """A conversation as one text, and the tokenizer that reads what the template controls and no more."""
         texts = _texts(messages)
         plain = template(messages)
@@ -241,7 +241,7 @@ class _Controls:
             if self._control_ids(shown) == self._control_ids(plain):
                 shown = plain  # where nothing of it is left
             else:
-                shown = self._show(template, messages, hide, but="assistant")
+                shown = self._show(template, messages, hide, trusted=("assistant",))
         return _put_back(self._renamed(shown), hide), self.twin
 
     def spelt(self, text: str) -> list[tuple[int, int]]:
@@ -271,11 +271,11 @@ class _Controls:
     def _show(
         self,
         template: Template,
-        messages: Sequence[Mapping],
+        messages: Sequence[Mapping[str, object]],
         hide: Mapping[str, str],
-        but: str | None = None,
+        trusted: tuple[str, ...] = (),
     ) -> str:
-        """What a template makes of messages in which what they spell is hidden, but for those of one role."""
+        """What a template makes of messages in which what they spell is hidden, but for trusted roles."""
         table = str.maketrans(hide)
 
         def hidden(text: str) -> str:
@@ -284,7 +284,7 @@ class _Controls:
             return text
 
         return template(
-            [message if message.get("role") == but else _in_texts(hidden, message) for message in messages]
+            [each if each.get("role") in trusted else _in_texts(hidden, each) for each in messages]
         )
 
     def _renamed(self, text: str) -> str:
@@ -312,7 +312,7 @@ def _put_back(text: str, hide: Mapping[str, str]) -> str:
     return text.translate(str.maketrans({stand_in: letter for letter, stand_in in hide.items()}))
 
 
-def _texts(messages: Sequence[Mapping]) -> list[str]:
+def _texts(messages: Sequence[Mapping[str, object]]) -> list[str]:
     """All texts in messages, wherever they stand.
 
     Raises:
@@ -360,7 +360,7 @@ def _in_texts(change: Callable[[str], str], value: object) -> object:
 
 
 def chatml(
-    messages: Sequence[Mapping[str, str]], system: str | None = None, add_generation_prompt: bool = True
+    messages: Sequence[Mapping[str, object]], system: str | None = None, add_generation_prompt: bool = True
 ) -> str:
     """A conversation in ChatML, the template of MiniCPM3, 4 and 4.1 and of SmolLM2.
 
@@ -386,7 +386,7 @@ def chatml(
     return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
-def minicpm_chat(messages: Sequence[Mapping[str, str]]) -> str:
+def minicpm_chat(messages: Sequence[Mapping[str, object]]) -> str:
     """A conversation in the template of the first MiniCPM models: ``<用户>question<AI>answer``.
 
     >>> minicpm_chat([{"role": "user", "content": "Hello!"}])
@@ -401,7 +401,7 @@ def minicpm_chat(messages: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def _messages(messages: Sequence[Mapping[str, str]], roles: tuple[str, ...]) -> list[tuple[str, str]]:
+def _messages(messages: Sequence[Mapping[str, object]], roles: tuple[str, ...]) -> list[tuple[str, str]]:
     messages = [] if isinstance(messages, str | Mapping) else list(messages)
     if not messages:
         raise ValueError(

@@ -501,7 +501,7 @@ def test_no_text_becomes_a_control_token(kind, text):
     assert control_tokens(tokenizer).keys().isdisjoint(ids)
     if not any(name in text for name in CONTROLS):
         assert ids == tokenizer.encode(text).ids
-    if kind in ("byte_level", "prepended", "first_only"):  # which lose no letter
+    if kind in ("byte_level", "prepended", "first_only") and not text.startswith(" "):  # which lose no letter
         assert (
             twin.decode(ids, skip_special_tokens=False)
             == tokenizer.decode(ids, skip_special_tokens=False)

@@ -369,6 +369,7 @@ def test_other_types_are_refused_with_a_sentence_where_nothing_checks_them_befor
     script = """
 import torch
 from minicpm_lite.config import ModelConfig
+from minicpm_lite.language.chat import chatml, encode_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling
@@ -380,6 +381,8 @@ calls = (
     lambda: list(stream_text(model, tokenizer, "a", 2, stop=None)),
     lambda: list(stream_text(model, tokenizer, None, 2)),
     lambda: generate_text(model, tokenizer, [b"a"], 2),
+    lambda: encode_chat(tokenizer, chatml, [model]),
+    lambda: encode_chat(tokenizer, chatml, {"role": "user"}),
     lambda: generate_text(model, tokenizer, None, 2),
     lambda: generate_text(model, tokenizer, [torch.tensor([1.0])], 2),
     lambda: generate_text(model, tokenizer, [torch.tensor([1])], 2),
@@ -399,7 +402,8 @@ for call in calls:
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     beginnings = [
         "sampling is 0.7; expected", "stop is None; expected", "The text is of type NoneType; expected",
-        "The text is of type bytes; expected", "prompts is None; expected",
+        "The text is of type bytes; expected", "Message 0 is of type Decoder; expected a table",
+        "Message 0 is of type str; expected a table", "prompts is None; expected",
         "A prompt is tensor([1.]); expected a text, or its tokens", "A prompt is ['a']; expected", "ids is tensor([[1.5000]]); expected",
         "ids is [[5]]; expected", "temperature is '0.9'; expected", "top_p is '0.9'; expected",
         "repetition_penalty is None; expected",
