@@ -17,11 +17,12 @@ Choices, and the traps behind them:
   `encode_chat` is for a model.
 - A normaliser can make a control token of what does not look like one: where it writes small letters,
   ``<END>`` is read as ``<end>``. So the tokenizer is asked what it would read as one.
-- That goes for control tokens in an answer, too, other than the one that ended it: a model that was talked
-  into writing them has them read as text in the next turn.
-- Templates of models that think look for ``</think>`` in earlier answers, to cut the thinking out. They are
-  shown what stands there. Where that would let through what others spelt, all but the answers is hidden: the
-  model's own control tokens are control tokens then.
+- Control tokens in an answer, other than the one that ended it, are read as text in the next turn, too: a
+  model may have been talked into writing them.
+- Templates of models that think look for ``</think>`` in earlier answers, to cut the thinking out. Where the
+  text would come out otherwise with it hidden, they are shown the answers as they are; what they leave of an
+  answer's control tokens controls then, for the model wrote them. (A template that looks, and writes the same
+  text all the same, cannot be told from one that does not look.)
 - What is bound to a template, as the ``documents`` in the variables of `chat_template`, is part of it.
 """
 
@@ -227,7 +228,7 @@ class _Controls:
         return reading_all_as_text(self.tokenizer)
 
     def read(self, template: Template, messages: Sequence[Mapping[str, object]]) -> tuple[str, Tokenizer]:
-        """A conversation as one text, and the tokenizer that reads what the template controls and no more."""
+        """A conversation as one text, and the tokenizer that finds the template's control tokens in it."""
         texts = _texts(messages)
         plain = template(messages)
         spelt = {letter for text in texts for start, end in self.spelt(text) for letter in text[start:end]}
