@@ -32,8 +32,8 @@ def shards(
 
     A .txt file is one document. A .jsonl file has one document in each line, and a .parquet file in each row,
     under "text" unless --field names another. The tokenizer is a tokenizer.json as published with the models;
-    texts are read whole, whatever it says about cutting or padding them, and a special token that a text
-    spells is text. All cores cut; the environment variable RAYON_NUM_THREADS may say how many.
+    texts are read whole, whatever it says about cutting or padding them, and a control token that a text
+    spells, such as </s>, is text. All cores cut; the environment variable RAYON_NUM_THREADS may say how many.
 
     \b
       minicpm-lite shards novel.txt --tokenizer tokenizer.json \\
@@ -47,7 +47,6 @@ def shards(
     if not tokenizer.is_file():
         raise FileNotFoundError(f"There is no tokenizer at {tokenizer}.")
     cutter = read_tokenizer(tokenizer)
-    cutter.encode_special_tokens = True  # as text
     end_id = None if end is None else cutter.token_to_id(end)
     if end is not None and end_id is None:
         raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")

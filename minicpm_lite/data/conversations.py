@@ -65,7 +65,7 @@ class EncodedExample:
 def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -> EncodedExample:
     """An example as tokens, in the template of the first MiniCPM models.
 
-    A control token stands where the template puts it; one that question or answer spell is letters.
+    A control token stands where the template puts it; what question or answer spell like one is text.
     """
     asked = [{"role": "user", "content": example.question}]
     question = encode_chat(tokenizer, minicpm_chat, asked, add_special_tokens=False)

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
+from ..language.tokenizer import reading_all_as_text
 from ..optional import require
 
 __all__ = ["encoded", "read_documents", "require_texts"]
@@ -77,10 +78,11 @@ def _written(path: Path, field: str) -> Iterator[str]:
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
     """The token ids of each text, in order, with the id that ends a document, if any, behind them.
 
+    What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it.
     Texts are cut some at a time, by the threads of the `tokenizers` package: as many as there are cores, or
     as the environment variable RAYON_NUM_THREADS says.
     """
-    behind = [] if end is None else [end]
+    tokenizer, behind = reading_all_as_text(tokenizer), [] if end is None else [end]
     for batch in _batches(texts):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield encoding.ids + behind

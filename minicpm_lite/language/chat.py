@@ -11,37 +11,46 @@ Choices, and the traps behind them:
   cache would be of no use from there on. (A template that changes an answer, as `minicpm_chat` strips blanks
   at its ends, has it read again.)
 - A template makes one text of its control tokens, such as ``<|im_end|>``, and of what people wrote, and there
-  they look alike. Who writes ``<|im_end|>`` into a question could end it and speak as the system. So what a
-  message spells like an added token of the tokenizer is marked before the template sees it, and is read
-  letter by letter. The text of a template is for showing; `encode_chat` is for a model.
+  they look alike. Who writes ``<|im_end|>`` into a question could end it and speak as the system. So the
+  template is shown what a message spells like one in other letters, one for one; what is a control token in
+  its text then is its own, and the rest is put back and read as text. The text of a template is for showing;
+  `encode_chat` is for a model.
 - A normaliser can make a control token of what does not look like one: where it writes small letters,
-  ``<END>`` is read as ``<end>``. So the tokenizer is asked, too, what it would read as one.
-- That goes for control tokens in an answer, too, other than the one that ended it: a model that was talked
-  into writing them has them read as letters in the next turn.
+  ``<END>`` is read as ``<end>``. So the tokenizer is asked what it would read as one.
+- Control tokens in an answer, other than the one that ended it, are read as text in the next turn, too: a
+  model may have been talked into writing them.
+- Templates of models that think look for ``</think>`` in earlier answers, to cut the thinking out. Where the
+  text would come out otherwise with it hidden, they are shown the answers as they are; what they leave of an
+  answer's control tokens controls then, for the model wrote them. (A template that looks, and writes the same
+  text all the same, cannot be told from one that does not look.)
+- What is bound to a template, as the ``documents`` in the variables of `chat_template`, is part of it.
 """
 
-import re
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from .context import KVCache
 from .decoder import Decoder
 from .generation import resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BytePairTokenizer, fast_tokenizer, require_text
+from .tokenizer import (
+    BytePairTokenizer,
+    control_tokens,
+    fast_tokenizer,
+    reading_all_as_text,
+    require_text,
+)
 from .writing import TextWriter, starts_twice, stop_strings, write
 
 __all__ = ["Chat", "Template", "chatml", "encode_chat", "encode_text", "minicpm_chat"]
 
-Template = Callable[[Sequence[Mapping[str, str]]], str]
+Template = Callable[[Sequence[Mapping[str, object]]], str]
 
-# Around what is no control token: halves of characters, which no text can hold.
-_OPEN, _CLOSE = "\ud800", "\udfff"
-_MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}")
-_MARK = re.compile(f"[{_OPEN}{_CLOSE}]")
+_RARE_LETTERS = [chr(code) for code in range(0x20000, 0x2A6D7)]  # CJK Extension B: no case, no other form
 
 
 class Chat:
@@ -75,11 +84,10 @@ class Chat:
         self.model, self.tokenizer, self.template = model, fast_tokenizer(tokenizer), template
         self.sampling, self.stop, self.generator = sampling, stop_strings(stop), generator
         self.stop_ids = resolve_stop_ids(model, stop_ids)
-        self.messages: list[Mapping[str, str]] = []
+        self.messages: list[Mapping[str, object]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
         self._controls = _Controls(self.tokenizer)
-        # a marked text whose tokens are known: question, answer, question, ...
-        self._text, self._ids = "", []
+        self._text, self._ids = "", []  # tokens that are known: question, answer, question, ...
         self._fed: list[int] = []  # of which the cache has read the first
         self._asked = 0  # questions so far: an answer that is still open is closed by the next question
 
@@ -93,8 +101,8 @@ class Chat:
         self._asked += 1
         mine = self._asked
         messages = [*self.messages, {"role": "user", "content": question}]
-        text = self.template(self._controls.mark_messages(messages))
-        prompt = self._encode(text)
+        text, reader = self._controls.read(self.template, messages)
+        prompt = self._encode(text, reader)
         if (needed := len(prompt) + max_new_tokens - 1) > self._cache.room:
             raise ValueError(
                 f"The conversation and its answer need room for {needed} tokens, and this chat has it for "
@@ -119,14 +127,13 @@ class Chat:
                 yield token
                 self._refuse_if_left(mine)
 
-        writer = TextWriter(self.tokenizer, self.stop)
+        writer = TextWriter(self.tokenizer, self.stop, prompt)
         yield from write(noted(), writer, self.stop_ids)
         self._refuse_if_left(mine)
         self.messages = [*messages, {"role": "assistant", "content": writer.text}]
         said = [token for token in self._fed[len(prompt) :] if token not in self.stop_ids]
-        cut = writer.decode(said) != writer.text  # by a stop string
-        if not cut and self._controls.ids.isdisjoint(said):
-            self._text, self._ids = text + self._controls.mark(writer.text), prompt + said
+        if not writer.stopped and self._controls.ids.isdisjoint(said):
+            self._text, self._ids = text + writer.text, prompt + said
 
     def _refuse_if_left(self, asked: int) -> None:
         if asked != self._asked:
@@ -134,11 +141,14 @@ class Chat:
                 "This answer was left open and another question was asked, so it cannot go on. Ask again."
             )
 
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a marked text; of its beginning those that are known."""
-        if self._text and text.startswith(self._text):
-            return self._ids + self._controls.encode(text[len(self._text) :], add_special_tokens=False)
-        return self._controls.encode(text)
+    def _encode(self, text: str, reader: Tokenizer) -> list[int]:
+        """The tokens of a conversation; those of its beginning as they are known, if a token ends with it."""
+        ids, offsets = _encode(reader, text)
+        known = len(self._text)
+        rest = next((place for place, (start, _) in enumerate(offsets) if start >= known), len(ids))
+        if known and text.startswith(self._text) and offsets[rest - 1][1] == known:
+            return self._ids + ids[rest:]
+        return ids
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
@@ -150,13 +160,13 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
 def encode_chat(
     tokenizer: Tokenizer | BytePairTokenizer,
     template: Template,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, object]],
     add_special_tokens: bool = True,
 ) -> list[int]:
     """The tokens of a conversation: a control token stands where the template puts it, and nowhere else.
 
-    What a message spells like one is read as the letters it is written with. Control tokens are the added
-    tokens of the tokenizer that have more than one character.
+    What a message spells like one is read as text. Where no message does, the tokens are those of the
+    template's text, as in transformers. See `tokenizer.control_tokens` for what is one.
 
     Args:
         tokenizer: the model's.
@@ -166,94 +176,192 @@ def encode_chat(
             writes it, too.
 
     Raises:
-        TypeError, ValueError: as the template; or half a character in a message, or messages that are nested
-            too deeply.
+        TypeError, ValueError: as the template; or a message that is no table, or holds half a character, what
+            is neither text nor number, or lists that are nested too deeply.
     """
-    controls = _Controls(fast_tokenizer(tokenizer))
-    return controls.encode(template(controls.mark_messages(messages)), add_special_tokens)
+    text, reader = _Controls(fast_tokenizer(tokenizer)).read(template, messages)
+    return _encode(reader, text, add_special_tokens)[0]
 
 
 def encode_text(tokenizer: Tokenizer | BytePairTokenizer, text: str) -> list[int]:
-    """The tokens of what somebody wrote, by itself: what it spells like a control token is letters."""
+    """The tokens of what somebody wrote, by itself: what it spells like a control token is text."""
+    require_text(text)
     controls = _Controls(fast_tokenizer(tokenizer))
-    return controls.encode(controls.mark(text), add_special_tokens=False)
+    reader = controls.twin if controls.spelt(text) else controls.tokenizer
+    return reader.encode(text, add_special_tokens=False).ids
 
 
-@cache  # corpora are encoded text by text with one tokenizer
-def _spellings(names: tuple[str, ...]) -> tuple[re.Pattern, frozenset[str]]:
-    """What finds these names in a text, longer ones first; and all beginnings of them."""
-    longest_first = sorted(names, key=len, reverse=True)
-    found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-    return found, frozenset(name[:length] for name in names for length in range(1, len(name)))
+def _encode(
+    reader: Tokenizer, text: str, add_special_tokens: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of a text, with one start token, and where in the text each begins and ends."""
+    encoding = reader.encode(text, add_special_tokens=add_special_tokens)
+    begin = 1 if starts_twice(encoding) else 0
+    return encoding.ids[begin:], encoding.offsets[begin:]
 
 
 class _Controls:
-    """Keeps the control tokens of a template apart from what messages spell like them.
+    """Tells the control tokens that a template writes from what messages spell like them.
 
     Attributes:
-        ids: of all control tokens.
+        tokenizer: whose control tokens they are.
+        ids: of all of them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        added = tokenizer.get_added_tokens_decoder()
-        names = {i: t.content for i, t in added.items() if len(t.content) > 1 and not t.content.isspace()}
-        self._tokenizer, self.ids = tokenizer, frozenset(names)
-        self._normalised = tokenizer.normalizer is not None and any(added[i].normalized for i in names)
-        self._spelt, self._begun = _spellings(tuple(names.values()))
+        controls = {token.content: i for i, token in control_tokens(tokenizer).items()}
+        self.tokenizer, self.ids = tokenizer, frozenset(controls.values())
+        self._beginnings = _beginnings(tuple(controls))
+        # takes added tokens out of a text as the tokenizer does, and leaves what is between them whole
+        self._finder = Tokenizer(models.WordLevel({" ": 0}, unk_token=" "))
+        if tokenizer.normalizer is not None:
+            self._finder.normalizer = tokenizer.normalizer
+        self._finder.add_tokens(list(tokenizer.get_added_tokens_decoder().values()))
+        added = self._finder.get_added_tokens_decoder()
+        self._control = {
+            i: controls[token.content] for i, token in added.items() if token.content in controls
+        }
 
-    def mark_messages(self, messages: Sequence[Mapping]) -> list:
-        """Messages in which each text is marked; what is no message is left for the template to refuse."""
-        try:
-            return [self._mark_all(each) if isinstance(each, Mapping) else each for each in messages]
-        except RecursionError:
-            raise ValueError("The messages hold lists or tables that are nested too deeply.") from None
+    @cached_property
+    def twin(self) -> Tokenizer:
+        """The tokenizer to which all that is spelt is text."""
+        return reading_all_as_text(self.tokenizer)
 
-    def _mark_all(self, value: object) -> object:
-        match value:
-            case str():
-                return self.mark(value)
-            case Mapping():
-                return {key: self._mark_all(each) for key, each in value.items()}
-            case list():
-                return [self._mark_all(each) for each in value]
-        return value
+    def read(self, template: Template, messages: Sequence[Mapping[str, object]]) -> tuple[str, Tokenizer]:
+        """A conversation as one text, and the tokenizer that finds the template's control tokens in it."""
+        texts = _texts(messages)
+        plain = template(messages)
+        spelt = {letter for text in texts for start, end in self.spelt(text) for letter in text[start:end]}
+        if not spelt:
+            return plain, self.tokenizer
+        taken = "".join((plain, *texts))
+        unused = (each for each in _RARE_LETTERS if each not in taken and _in_ascii(each) not in taken)
+        hide = dict(zip(sorted(spelt), unused, strict=False))
+        shown = self._show(template, messages, hide)
+        if _put_back(shown, hide) != plain:  # the template looks at what is hidden, or changes its letters
+            if self._control_ids(shown) == self._control_ids(plain):
+                shown = plain  # where nothing of it is left
+            else:
+                shown = self._show(template, messages, hide, trusted=("assistant",))
+        return _put_back(self._renamed(shown), hide), self.twin
 
-    def mark(self, text: str) -> str:
-        """The text with a mark around what spells a control token, or begins one at its end."""
+    def spelt(self, text: str) -> list[tuple[int, int]]:
+        """Where a text spells a control token, and where it begins one at its end."""
+        places = [(start, end) for start, end, _ in self._found(text)]
+        end, normalizer = len(text.rstrip()), self.tokenizer.normalizer
+        for start in range(max(end - max(map(len, self._beginnings), default=0), 0), end):
+            last = text[start:end]
+            if last in self._beginnings or (
+                normalizer is not None and normalizer.normalize_str(last) in self._beginnings
+            ):
+                return [*places, (start, end)]
+        return places
+
+    def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The control tokens in a text: begin and end, without blanks that are read with them, and id."""
+        found = self._finder.encode(text)
+        for (start, end), i in zip(found.offsets, found.ids, strict=True):
+            if i in self._control:
+                token = text[start:end]
+                start, end = start + len(token) - len(token.lstrip()), start + len(token.rstrip())
+                yield start, end, self._control[i]
+
+    def _control_ids(self, text: str) -> list[int]:
+        return [i for _, _, i in self._found(text)]
+
+    def _show(
+        self,
+        template: Template,
+        messages: Sequence[Mapping[str, object]],
+        hide: Mapping[str, str],
+        trusted: tuple[str, ...] = (),
+    ) -> str:
+        """What a template makes of messages in which what they spell is hidden, but for trusted roles."""
+        table = str.maketrans(hide)
+
+        def hidden(text: str) -> str:
+            for start, end in self.spelt(text):
+                text = text[:start] + text[start:end].translate(table) + text[end:]
+            return text
+
+        return template(
+            [each if each.get("role") in trusted else _in_texts(hidden, each) for each in messages]
+        )
+
+    def _renamed(self, text: str) -> str:
+        """A text in which control tokens have the names by which the twin knows them."""
+        names, renamed, done = self.twin.get_added_tokens_decoder(), "", 0
+        for start, end, i in self._found(text):
+            renamed += text[done:start] + names[i].content.strip()
+            done = end
+        return renamed + text[done:]
+
+
+@cache  # corpora are encoded text by text with one tokenizer
+def _beginnings(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name[:length] for name in names for length in range(1, len(name)))
+
+
+def _in_ascii(letter: str) -> str:
+    return json.dumps(letter)[1:-1]
+
+
+def _put_back(text: str, hide: Mapping[str, str]) -> str:
+    """What was hidden in a text, as it was written."""
+    for letter, stand_in in hide.items():  # `tojson` may have been asked for ASCII
+        text = text.replace(_in_ascii(stand_in), _in_ascii(letter))
+    return text.translate(str.maketrans({stand_in: letter for letter, stand_in in hide.items()}))
+
+
+def _texts(messages: Sequence[Mapping[str, object]]) -> list[str]:
+    """All texts in messages, wherever they stand.
+
+    Raises:
+        ValueError: no message, something in one that is neither text nor number nor a list or table of them,
+            nesting that is too deep, or half a character.
+    """
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"Message {number} is of type {type(message).__name__}; expected a table such as "
+                "{'role': 'user', 'content': 'Hello!'}."
+            )
+    texts: list[str] = []
+
+    def note(text: str) -> str:
         require_text(text)
-        places = [spelt.span() for spelt in self._spelt.finditer(text)]
-        if self._normalised:
-            read = self._tokenizer.encode(text, add_special_tokens=False)
-            places += [place for place, i in zip(read.offsets, read.ids, strict=True) if i in self.ids]
-        end = len(text.rstrip())
-        longest = max(map(len, self._begun), default=0)
-        begun = (start for start in range(max(end - longest, 0), end) if text[start:end] in self._begun)
-        places += [(start, end) for start in begun][:1]
-        marked, done = "", 0
-        for start, stop in sorted(places):
-            if stop > done:
-                start = max(start, done)
-                marked += f"{text[done:start]}{_OPEN}{text[start:stop]}{_CLOSE}"
-                done = stop
-        return marked + text[done:]
+        texts.append(text)
+        return text
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a marked text; what is marked is read letter by letter."""
-        texts, spelt = _MARKED.split(text)[::2], _MARKED.findall(text)
-        pieces = [texts[0]]
-        for letters, following in zip(spelt, texts[1:], strict=True):
-            pieces += [*letters, following]
-        # a mark that a template left without the other marks nothing
-        first, *rest = (_MARK.sub("", piece) for piece in pieces)
-        begin = self._tokenizer.encode(first, add_special_tokens=add_special_tokens)
-        ids = begin.ids[1:] if starts_twice(begin) else begin.ids
-        for piece in rest:
-            ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
-        return ids
+    try:
+        for message in messages:
+            _in_texts(note, message)
+    except RecursionError:
+        raise ValueError("The messages hold lists or tables that are nested too deeply.") from None
+    return texts
+
+
+def _in_texts(change: Callable[[str], str], value: object) -> object:
+    """A copy of what a message holds, with every text in it changed."""
+    match value:
+        case str():
+            return change(value)
+        case Mapping():
+            return {_in_texts(change, key): _in_texts(change, each) for key, each in value.items()}
+        case list():
+            return [_in_texts(change, each) for each in value]
+        case tuple():
+            return tuple(_in_texts(change, each) for each in value)
+        case None | bool() | int() | float():
+            return value
+    raise ValueError(
+        f"A message holds something of type {type(value).__name__}; expected texts, numbers, and lists and "
+        "tables of them."
+    )
 
 
 def chatml(
-    messages: Sequence[Mapping[str, str]], system: str | None = None, add_generation_prompt: bool = True
+    messages: Sequence[Mapping[str, object]], system: str | None = None, add_generation_prompt: bool = True
 ) -> str:
     """A conversation in ChatML, the template of MiniCPM3, 4 and 4.1 and of SmolLM2.
 
@@ -279,7 +387,7 @@ def chatml(
     return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
-def minicpm_chat(messages: Sequence[Mapping[str, str]]) -> str:
+def minicpm_chat(messages: Sequence[Mapping[str, object]]) -> str:
     """A conversation in the template of the first MiniCPM models: ``<用户>question<AI>answer``.
 
     >>> minicpm_chat([{"role": "user", "content": "Hello!"}])
@@ -294,7 +402,7 @@ def minicpm_chat(messages: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def _messages(messages: Sequence[Mapping[str, str]], roles: tuple[str, ...]) -> list[tuple[str, str]]:
+def _messages(messages: Sequence[Mapping[str, object]], roles: tuple[str, ...]) -> list[tuple[str, str]]:
     messages = [] if isinstance(messages, str | Mapping) else list(messages)
     if not messages:
         raise ValueError(

@@ -28,7 +28,8 @@ def chat_template(source: str, variables: Mapping[str, object] | None = None) ->
     Args:
         source: the program.
         variables: what it may ask for beside the messages: ``bos_token``, ``eos_token``, ``enable_thinking``
-            and the like; also ``add_generation_prompt``, which is true unless it is given.
+            and the like; also ``add_generation_prompt``, which is true unless it is given. They are part of
+            the template: what they spell like a control token is one.
 
     Raises:
         ImportError: jinja2 is missing; the message names the command that installs it.
@@ -46,7 +47,7 @@ def chat_template(source: str, variables: Mapping[str, object] | None = None) ->
     except Exception as error:  # of Jinja, or of Python where a program nests too deep
         raise ValueError(f"The chat template is no program in Jinja: {_reason(error)}") from None
 
-    def template(messages: Sequence[Mapping[str, str]]) -> str:
+    def template(messages: Sequence[Mapping[str, object]]) -> str:
         try:
             return program.render(given, messages=messages)
         except Exception as error:  # a stranger's program may raise anything
@@ -96,6 +97,6 @@ def _strftime_now(form: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line, without the halves of characters by which `encode_chat` marks texts."""
-    words = " ".join(str(error).encode("utf-8", "ignore").decode().split())
+    """One line."""
+    words = " ".join(str(error).split())
     return words if type(error) is ValueError else f"{type(error).__name__}: {words}"

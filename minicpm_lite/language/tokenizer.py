@@ -24,21 +24,27 @@ Choices and traps:
 """
 
 import json
+import re
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from operator import index
+from string import ascii_lowercase
 
 import regex
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 __all__ = [
+    "BYTE_TOKEN",
     "BytePairTokenizer",
+    "control_tokens",
     "fast_tokenizer",
     "misread_tokens",
+    "reading_all_as_text",
     "require_text",
     "split_words",
     "train_tokenizer",
@@ -58,6 +64,7 @@ _BYTE_OF = dict(zip(_CHARACTERS, _BYTES, strict=True))
 _CHARACTER_OF = dict(zip(_BYTES, _CHARACTERS, strict=True))
 _REMEMBERED_WORDS, _REMEMBERED_LETTERS = 100_000, 100  # a longer word hardly comes twice
 _MOST_ENTRIES = 1 << 24
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 _ONE_TOKEN = Tokenizer(models.WordLevel({"a": 0}, "a")).encode("a")  # to see what is put around it
 
 
@@ -393,6 +400,68 @@ def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:
         and all(character in _BYTE_OF for character in name)
         and tokenizer.decode([token], skip_special_tokens=False) != name
     }
+
+
+def control_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
+    """By id, what a template may write into a text to steer a model, such as ``<|im_start|>``.
+
+    These are the added tokens of more than one character, special or not, but for bytes and runs of blanks.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    return {
+        i: token
+        for i, token in added.items()
+        if len(token.content.strip()) > 1 and not BYTE_TOKEN.fullmatch(token.content)
+    }
+
+
+def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """A twin with the same ids, in which no text becomes a control token, however it spells one.
+
+    What a text spells like one of the `control_tokens` is cut as ordinary words are, and all else as before.
+    The twin knows them by secret names instead, which its ``get_added_tokens_decoder`` tells.
+
+    >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
+    >>> tokenizer.add_special_tokens(["</s>"])
+    1
+    >>> twin = reading_all_as_text(tokenizer)
+    >>> tokenizer.encode("hat</s>").tokens, twin.encode("hat</s>").tokens
+    (['h', 'at', '</s>'], ['h', 'at', '<', '/', 's', '>'])
+    >>> twin.encode("hat" + twin.id_to_token(260)).ids == tokenizer.encode("hat</s>").ids
+    True
+    """
+    return _twin(tokenizer.to_str())
+
+
+@lru_cache(maxsize=2)  # a large vocabulary takes a second
+def _twin(description: str) -> Tokenizer:
+    tokenizer, twin = Tokenizer.from_str(description), json.loads(description)
+    model = twin["model"]
+    prefix = model.get("continuing_subword_prefix") or ""
+    makes = [left + right.removeprefix(prefix) for left, right in model.get("merges", [])]
+    # "Ġthe" as an added token has the id of " the", and must keep it
+    words = set(misread_tokens(tokenizer).values()).intersection(makes)
+    names = {token.content for token in control_tokens(tokenizer).values()} - words
+    secret = {name: _secret_name(name) for name in names}
+    for added in twin["added_tokens"]:
+        added["content"] = secret.get(added["content"], added["content"])
+    # no text is cut into an entry that it cannot spell and that no merge makes
+    if isinstance(model["vocab"], list):  # of Unigram, with scores
+        model["vocab"] = [[secret.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {secret.get(piece, piece): i for piece, i in model["vocab"].items()}
+    if "unk_token" in model:
+        model["unk_token"] = secret.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        merges = zip(model["merges"], makes, strict=True)
+        model["merges"] = [pair for pair, made in merges if names.isdisjoint((*pair, made))]
+    return Tokenizer.from_str(json.dumps(twin))
+
+
+def _secret_name(name: str) -> str:
+    """One that nobody can guess; blanks at its ends stay, since a tokenizer may read them with it."""
+    letters = "".join(secrets.choice(ascii_lowercase) for _ in range(32))
+    return name.replace(name.strip(), letters)
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:

@@ -5,6 +5,9 @@
 
 Choices, and the traps behind them:
 
+- What a token means depends on where it stands: at the beginning of a text, sentencepiece tokenizers decode
+  "▁time" to "time". So an answer is decoded behind the end of its prompt, and its text begins where the
+  prompt's ends.
 - A token may hold half a character, and a stop string may begin in one token and end in another. Text is
   held back until it can no longer change.
 - Special tokens are part of the text, so that ``<|im_end|>`` can be a stop string like any other.
@@ -12,10 +15,11 @@ Choices, and the traps behind them:
   conversation, whose tokens `chat.encode_chat` gives; a prompt may be such tokens, too.
 """
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import index
+from os.path import commonprefix
 
 import torch
 from jaxtyping import Int
@@ -25,55 +29,84 @@ from torch import Tensor
 from .decoder import Decoder
 from .generation import pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BytePairTokenizer, fast_tokenizer, misread_tokens, require_text
+from .tokenizer import BYTE_TOKEN, BytePairTokenizer, fast_tokenizer, misread_tokens, require_text
 
 __all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
+_BYTES_OF_A_CHARACTER = 4
+_MOST_DECODED = 16  # tokens, each time, however long the text is
 
 
 class TextWriter:
     """Puts the text of one row together, token by token, and ends it at a stop string.
+
+    Args:
+        tokenizer: whose tokens they are.
+        stop: the text ends before the first of these strings.
+        prompt: the tokens before, if there are any.
 
     Attributes:
         text: what can no longer change.
         stopped: a stop string was met; it is not part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | BytePairTokenizer, stop: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | BytePairTokenizer,
+        stop: Iterable[str] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
         self.text, self.stopped = "", False
         self._tokenizer, self._stop = fast_tokenizer(tokenizer), stop_strings(stop)
         self._misread = misread_tokens(self._tokenizer)
-        self._ids: list[int] = []
-        self._context, self._known = 0, 0  # the ids from here on are decoded; those up to there are text
+        self._ids = self._end(prompt)  # the newest tokens, those of the prompt among them
+        self._known = self._decode()  # of their text, what stood there before or is text now
         self._held = ""  # complete characters that may yet become a stop string
 
     def push(self, token: int) -> str:
         """Take one more token, and return the text that it makes certain: often a word, at times nothing."""
-        self._ids.append(token)
-        new = self._new_text()
-        # a token such as <0xE4> is a byte, and what a run of bytes means is known at its end
-        if new.endswith("\ufffd") or _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""):
+        if self._tokenizer.id_to_token(token) is None:  # a model may have more ids than its tokenizer
             return ""
-        self._context, self._known = self._known, len(self._ids)
-        return self._settle(new, last=False)
+        self._ids.append(token)
+        if self._is_byte(token):  # what a run of bytes means is known at its end
+            return ""
+        certain = self._settle(self._new(self._whole_characters()), last=False)
+        if len(self._ids) > _MOST_DECODED:
+            self._ids = self._end(self._ids)
+            self._known = self._whole_characters()
+        return certain
 
     def finish(self) -> str:
         """No more tokens will come: return what was held back; half a character becomes U+FFFD."""
-        return self._settle(self._new_text(), last=True)
+        return self._settle(self._new(self._decode()), last=True)
 
-    def _new_text(self) -> str:
-        """What the newest ids add. A few known ones are decoded with them: the place decides on spaces."""
-        known = self.decode(self._ids[self._context : self._known])
-        return self.decode(self._ids[self._context :])[len(known) :]
+    def _new(self, text: str) -> str:
+        """What a text adds to the known one; a character that the prompt began is new when it is whole."""
+        new = text[len(commonprefix([self._known, text])) :]
+        if new:
+            self._known = text
+        return new
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens by themselves, special ones with it."""
+    def _whole_characters(self) -> str:
+        return self._decode().removesuffix("\ufffd")
+
+    def _decode(self) -> str:
         text = ""
-        for name, run in groupby(ids, self._misread.get):
+        for name, run in groupby(self._ids, self._misread.get):
             run = list(run)
             text += name * len(run) if name else self._tokenizer.decode(run, skip_special_tokens=False)
         return text
+
+    def _end(self, ids: Sequence[int]) -> list[int]:
+        """The last tokens of a text. What follows is decoded behind them as it would be behind all of it."""
+        ids = [token for token in ids if self._tokenizer.id_to_token(token) is not None]
+        begin = max(len(ids) - _BYTES_OF_A_CHARACTER, 0)
+        while begin and self._is_byte(ids[begin]):
+            begin -= 1
+        return ids[begin:]
+
+    def _is_byte(self, token: int) -> bool:
+        return bool(BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token)))
 
     def _settle(self, new: str, last: bool) -> str:
         if self.stopped:
@@ -129,9 +162,10 @@ def stream_text(
         ValueError: as `stream`; or half a character in the prompt, or stop strings that are none.
     """
     tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
-    ids, _ = pad_left([_prompt_ids(tokenizer, prompt)])
-    steps = stream(model, ids.to(_device(model)), max_new_tokens, sampling, stop_ids, generator=generator)
-    yield from write(steps, TextWriter(tokenizer, stop), stop_ids)
+    ids = _prompt_ids(tokenizer, prompt)
+    rows, _ = pad_left([ids])
+    steps = stream(model, rows.to(_device(model)), max_new_tokens, sampling, stop_ids, generator=generator)
+    yield from write(steps, TextWriter(tokenizer, stop, ids), stop_ids)
 
 
 def write(steps: Iterator[Int[Tensor, " 1"]], writer: TextWriter, stop_ids: Sequence[int]) -> Iterator[str]:
@@ -164,8 +198,9 @@ def generate_text(
         raise TypeError(f"prompts is {prompts!r}; expected a list of texts.")
     tokenizer, stop = fast_tokenizer(tokenizer), stop_strings(stop)
     stop_ids = resolve_stop_ids(model, stop_ids)
-    ids, padding = pad_left([_prompt_ids(tokenizer, prompt) for prompt in prompts])
-    writers = [TextWriter(tokenizer, stop) for _ in ids]
+    rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids, padding = pad_left(rows)
+    writers = [TextWriter(tokenizer, stop, row) for row in rows]
     device, writing = _device(model), set(range(len(ids)))
     for tokens in stream(
         model, ids.to(device), max_new_tokens, sampling, stop_ids, padding.to(device), generator
@@ -201,8 +236,13 @@ def starts_twice(encoding: Encoding) -> bool:
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
-        return list(prompt)
+    if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes):
+        try:
+            return [index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(
+                f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids."
+            ) from None
     require_text(prompt)
     encoding = tokenizer.encode(prompt)
     if starts_twice(encoding):

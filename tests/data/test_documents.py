@@ -96,6 +96,16 @@ def test_texts_are_cut_in_order_whatever_the_batch(monkeypatch):
     assert list(encoded(texts, tokenizer, end=None)) == [ids[:-1] for ids in expected]
 
 
+def test_control_tokens_that_texts_spell_are_text():
+    """Special or not; the one that ends a document stands at its end alone."""
+    tokenizer, plain = train_tokenizer(TEXT, 280), train_tokenizer(TEXT, 280)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.add_tokens(["<|end|>", "<think>"])
+    texts = ["It says </s> and <|end|>", "<think>", "It is a truth"]
+    expected = [plain.encode(text).ids + [281] for text in texts]
+    assert list(encoded(texts, tokenizer, end=tokenizer.token_to_id("<|end|>"))) == expected
+
+
 def test_a_corpus_is_not_held_in_memory(monkeypatch):
     monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1 << 12)
     tokenizer = train_tokenizer(TEXT, 280)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import CONTROLS, KINDS
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -26,7 +27,9 @@ from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.tokenizer import (
     BytePairTokenizer,
+    control_tokens,
     fast_tokenizer,
+    reading_all_as_text,
     split_words,
     train_tokenizer,
 )
@@ -464,6 +467,92 @@ def test_long_words_are_not_remembered():
     for _ in range(2):
         assert tokenizer.decode(tokenizer.encode(text + " the " + text)) == text + " the " + text
     assert all(len(word) <= 100 for word in tokenizer._encoded_words)
+
+
+# A twin that reads all that is spelt as text
+
+FRAGMENTS = [
+    "a man",
+    " and a wife",
+    "the",
+    "is",
+    " ",
+    "\n",
+    "<",
+    "</",
+    "s>",
+    "|>",
+    "end",
+    "think",
+    "人",
+    "<unk>",
+    "[UNK]",
+]
+SPELT = st.lists(st.sampled_from([*CONTROLS, *FRAGMENTS]), max_size=10).map("".join)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(text=SPELT)
+def test_no_text_becomes_a_control_token(kind, text):
+    tokenizer = KINDS[kind]
+    twin = reading_all_as_text(tokenizer)
+    ids = twin.encode(text).ids
+    assert control_tokens(tokenizer).keys().isdisjoint(ids)
+    if not any(name in text for name in CONTROLS):
+        assert ids == tokenizer.encode(text).ids
+    if kind in ("byte_level", "prepended", "first_only") and not text.startswith(" "):  # which lose no letter
+        assert (
+            twin.decode(ids, skip_special_tokens=False)
+            == tokenizer.decode(ids, skip_special_tokens=False)
+            == text
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.sampled_from([*CONTROLS, *FRAGMENTS[:6]]), max_size=10))
+def test_by_their_secret_names_the_twin_reads_control_tokens_as_the_tokenizer_does(kind, parts):
+    """The stretches between them, too: a blank put before a text or a stretch stands where it stood."""
+    tokenizer = KINDS[kind]
+    twin = reading_all_as_text(tokenizer)
+    secret = twin.get_added_tokens_decoder()
+    names = {token.content: secret[i].content for i, token in control_tokens(tokenizer).items()}
+    text = "".join(names.get(part, part) for part in parts)
+    assert twin.encode(text).ids == tokenizer.encode("".join(parts)).ids
+    assert twin.get_vocab_size() == tokenizer.get_vocab_size()
+
+
+def test_pieces_of_a_text_with_a_control_token_are_those_of_words():
+    tokenizer = KINDS["byte_level"]
+    assert reading_all_as_text(tokenizer).encode("said</s>the<think>").tokens == [
+        *tokenizer.encode("said<").tokens, *tokenizer.encode("/s").tokens, *tokenizer.encode(">the<").tokens,
+        *tokenizer.encode("think>").tokens,
+    ]  # fmt: skip
+
+
+def test_what_is_no_control_token():
+    """Single letters, blanks, bytes; and the piece of an ordinary word stays one."""
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x"])
+    tokenizer.add_special_tokens(["</s>"])
+    assert [token.content for token in control_tokens(tokenizer).values()] == ["Ġthe", "</s>"]
+    twin = reading_all_as_text(tokenizer)
+    for text in ("é the  cat\n", "over the top"):
+        assert twin.encode(text).ids == tokenizer.encode(text).ids
+    tokenizer = KINDS["prepended"]
+    assert reading_all_as_text(tokenizer).encode("人").tokens == [
+        "▁",
+        *(f"<0x{byte:02X}>" for byte in "人".encode()),
+    ]
+
+
+def test_a_tokenizer_that_has_changed_gets_another_twin():
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    assert reading_all_as_text(tokenizer).encode("<new>").ids == tokenizer.encode("<new>").ids
+    tokenizer.add_tokens(["<new>"])
+    assert reading_all_as_text(tokenizer).encode("<new>").ids == REFERENCE.encode("<new>").ids
+    assert tokenizer.encode("<new>").ids == [800]
 
 
 # Wrong implementations that the tests above must reject

@@ -4,11 +4,13 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from os.path import commonprefix
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS, WORDS
 from small_models import TEXT, TOKENIZER, WRITER, Says, make_model
 from tokenizers import Tokenizer, decoders, models, processors
 
@@ -94,6 +96,83 @@ def test_an_added_token_of_a_sentencepiece_vocabulary_is_decoded_as_the_tokenize
     ids = [tokenizer.token_to_id(token) for token in ("\u2581a", "\u2581<PRE>", "<é>", "c")]
     writer = TextWriter(tokenizer)
     assert "".join([writer.push(token) for token in ids] + [writer.finish()]) == "a <PRE><é>c"
+
+
+# Behind a prompt
+
+
+def behind(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """As transformers' pipeline: both are decoded together, and the prompt's text is cut off."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + new))
+    return whole[len(commonprefix([before, whole])) :]  # all of `before`, unless a character is cut in two
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_an_answer_is_decoded_behind_its_prompt(kind, data):
+    """Any tokens, words, bytes, control tokens and ids that the tokenizer lacks; before them few or many."""
+    tokenizer = KINDS[kind]
+    words = tokenizer.encode(WORDS, add_special_tokens=False).ids
+    ids = st.one_of(st.sampled_from(words), st.integers(0, tokenizer.get_vocab_size() + 1))
+    prompt = data.draw(st.lists(ids, max_size=8)) + words * data.draw(st.integers(0, 1))
+    new = data.draw(st.lists(ids, max_size=30)) + data.draw(st.sampled_from([[], words]))
+    whole = behind(tokenizer, prompt, new)
+    writer = TextWriter(tokenizer, prompt=prompt)
+    assert "".join([writer.push(token) for token in new] + [writer.finish()]) == writer.text == whole
+    if whole:
+        start = data.draw(st.integers(0, len(whole) - 1))
+        stop = whole[start : start + 3]
+        writer = TextWriter(tokenizer, [stop], prompt)
+        shown = "".join([writer.push(token) for token in new] + [writer.finish()])
+        assert writer.stopped and shown == whole[: whole.index(stop)]
+
+
+def test_the_first_space_behind_a_prompt_stays():
+    """Sentencepiece tokenizers drop it at the beginning of a text; in each row, and for stop strings too."""
+    for kind in ("prepended", "first_only", "unigram", "word_pieces", "whole_words"):
+        tokenizer = KINDS[kind]
+        prompt, whole = (tokenizer.encode(text).ids for text in ("a man", "a man is a man"))
+        answer, text = whole[len(prompt) :], tokenizer.decode(whole)[len(tokenizer.decode(prompt)) :]
+        assert whole[: len(prompt)] == prompt and text.startswith(" ")
+        says = [
+            Says(*rows, config=replace(WRITER, vocab_size=400))
+            for rows in ([answer], [answer] * 2, [answer] * 2)
+        ]
+        assert "".join(stream_text(says[0], tokenizer, "a man", len(answer))) == text
+        assert generate_text(says[1], tokenizer, ["a man", prompt], len(answer)) == [text, text]
+        assert generate_text(says[2], tokenizer, ["a man", "a"], len(answer), stop=[" "]) == ["", ""]
+        writer = TextWriter(tokenizer)
+        alone = "".join([writer.push(token) for token in answer] + [writer.finish()])
+        assert alone == tokenizer.decode(answer), "without a prompt it begins as the tokenizer decodes it"
+
+
+class CountedDecodes:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.tokens = tokenizer, 0
+
+    def id_to_token(self, token: int) -> str | None:
+        return self.tokenizer.id_to_token(token)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.tokens += len(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "prepended"])
+def test_however_long_a_text_is_few_tokens_are_decoded_at_a_time(kind):
+    tokenizer = KINDS[kind]
+    word, unknown = tokenizer.encode("a").ids[-1], tokenizer.get_vocab_size()
+    half = tokenizer.token_to_id("ð" if kind == "byte_level" else "<0xF0>")  # of a character
+    writer = TextWriter(tokenizer, prompt=[word] * 500)
+    writer._tokenizer = counted = CountedDecodes(tokenizer)
+    for token in [word] * 500 + [unknown] * 500 + [half] * 500 + [word] * 500:
+        writer.push(token)
+    writer.finish()
+    assert writer.text.count("\ufffd") == 500
+    assert counted.tokens < 2000 * 20, "a text that is decoded anew for each token takes a million"
 
 
 # A model that writes
@@ -290,6 +369,7 @@ def test_other_types_are_refused_with_a_sentence_where_nothing_checks_them_befor
     script = """
 import torch
 from minicpm_lite.config import ModelConfig
+from minicpm_lite.language.chat import chatml, encode_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling
@@ -301,7 +381,12 @@ calls = (
     lambda: list(stream_text(model, tokenizer, "a", 2, stop=None)),
     lambda: list(stream_text(model, tokenizer, None, 2)),
     lambda: generate_text(model, tokenizer, [b"a"], 2),
+    lambda: encode_chat(tokenizer, chatml, [model]),
+    lambda: encode_chat(tokenizer, chatml, {"role": "user"}),
     lambda: generate_text(model, tokenizer, None, 2),
+    lambda: generate_text(model, tokenizer, [torch.tensor([1.0])], 2),
+    lambda: generate_text(model, tokenizer, [torch.tensor([1])], 2),
+    lambda: generate_text(model, tokenizer, [["a"]], 2),
     lambda: generate(model, torch.tensor([[1.5]]), 2),
     lambda: generate(model, [[5]], 2),
     lambda: Sampling(temperature="0.9"),
@@ -317,7 +402,9 @@ for call in calls:
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     beginnings = [
         "sampling is 0.7; expected", "stop is None; expected", "The text is of type NoneType; expected",
-        "The text is of type bytes; expected", "prompts is None; expected", "ids is tensor([[1.5000]]); expected",
+        "The text is of type bytes; expected", "Message 0 is of type Decoder; expected a table",
+        "Message 0 is of type str; expected a table", "prompts is None; expected",
+        "A prompt is tensor([1.]); expected a text, or its tokens", "A prompt is ['a']; expected", "ids is tensor([[1.5000]]); expected",
         "ids is [[5]]; expected", "temperature is '0.9'; expected", "top_p is '0.9'; expected",
         "repetition_penalty is None; expected",
     ]  # fmt: skip
