@@ -32,8 +32,9 @@ def shards(
 
     A .txt file is one document. A .jsonl file has one document in each line, and a .parquet file in each row,
     under "text" unless --field names another. The tokenizer is a tokenizer.json as published with the models;
-    texts are read whole, whatever it says about cutting or padding them, and a control token that a text
-    spells, such as </s>, is text. All cores cut; the environment variable RAYON_NUM_THREADS may say how many.
+    texts are read whole, whatever it says about cutting or padding them, behind its start token if it has
+    one, and a control token that a text spells, such as </s>, is text. All cores cut; the environment
+    variable RAYON_NUM_THREADS may say how many.
 
     \b
       minicpm-lite shards novel.txt --tokenizer tokenizer.json \\
@@ -51,7 +52,8 @@ def shards(
     if end is not None and end_id is None:
         raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
     ids = encoded((text for path in texts for text in read_documents(path, field)), cutter, end_id)
-    vocab_size = cutter.get_vocab_size() if vocab_size is None else vocab_size
+    if vocab_size is None:
+        vocab_size = max(cutter.get_vocab().values()) + 1  # there may be gaps
     written = write_shards(out, ids, vocab_size, cutter, shard_tokens, end_id)
     print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
     if end is None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
-from ..language.tokenizer import reading_all_as_text
+from ..language.tokenizer import fast_tokenizer, reading_all_as_text
 from ..optional import require
 
 __all__ = ["encoded", "read_documents", "require_texts"]
@@ -26,11 +26,13 @@ def require_texts(paths: list[Path]) -> None:
     """Refuse what is no file of texts, before anything is begun.
 
     Raises:
-        ValueError: a file of a kind whose documents cannot be told apart.
+        ValueError: a file of a kind whose documents cannot be told apart, or one that is given twice.
         FileNotFoundError: there is no such file.
         ImportError: a table needs a package that is not installed.
     """
-    for path in paths:
+    for number, path in enumerate(paths):
+        if path.resolve() in (other.resolve() for other in paths[:number]):
+            raise ValueError(f"{path} is given twice; its documents would count twice.")
         if not path.name.endswith(_KINDS):
             raise ValueError(
                 f"{path} is neither .txt nor .jsonl (nor one of them with .gz) nor .parquet, so its "
@@ -78,13 +80,14 @@ def _written(path: Path, field: str) -> Iterator[str]:
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
     """The token ids of each text, in order, with the id that ends a document, if any, behind them.
 
+    A start token stands before them where the tokenizer puts one, as it stands before a prompt.
     What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it.
     Texts are cut some at a time, by the threads of the `tokenizers` package: as many as there are cores, or
     as the environment variable RAYON_NUM_THREADS says.
     """
-    tokenizer, behind = reading_all_as_text(tokenizer), [] if end is None else [end]
+    tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
     for batch in _batches(texts):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+        for encoding in tokenizer.encode_batch_fast(batch):
             yield encoding.ids + behind
 
 

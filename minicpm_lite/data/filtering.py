@@ -31,7 +31,7 @@ from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.scoring import token_losses
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, require_text
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, reading_all_as_text, require_text
 from ..optional import require
 from .dedup import MinHash, first_of_each, hashed_ngrams, near_duplicates, words_of
 
@@ -265,8 +265,7 @@ def bits_per_byte(
         ValueError: a document with half a character.
     """
     require_positive_integer("max_tokens", max_tokens)
-    tokenizer = Tokenizer.from_str(fast_tokenizer(tokenizer).to_str())
-    tokenizer.encode_special_tokens = True
+    tokenizer = reading_all_as_text(fast_tokenizer(tokenizer))
     byte_level, bits = isinstance(tokenizer.decoder, decoders.ByteLevel), []
     for text in texts:
         require_text(text)

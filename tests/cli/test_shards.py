@@ -95,9 +95,19 @@ def test_texts_are_read_whole_and_spelt_tokens_stay_text(at_home):
     assert plain.decode(ids[:-1]) == TEXT + "An end </s> is no end."
 
 
+def test_ids_may_have_gaps(at_home):
+    values = json.loads((at_home / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 400
+    (at_home / "gaps.json").write_text(json.dumps(values))
+    assert main(["shards", "novel.txt", "--tokenizer", "gaps.json", "--out", "made"]) == 0
+    assert Shards("made").vocab_size == 401
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        (["novel.txt", "./novel.txt"], "novel.txt is given twice"),
         (["novel.pdf"], "novel.pdf is neither .txt nor .jsonl"),
         (["novel.parquet"], "There is no file novel.parquet"),
         (["cut.parquet"], "cut.parquet is not a whole parquet file"),

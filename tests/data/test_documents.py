@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from minicpm_lite.data import documents as module
 from minicpm_lite.data.documents import encoded, read_documents, require_texts
-from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.language.tokenizer import fast_tokenizer, train_tokenizer
 
 TEXT = "It is a truth universally acknowledged. " * 3
 
@@ -38,6 +39,8 @@ def test_files_are_asked_for_before_any_is_read(tmp_path):
     require_texts([tmp_path / "a.txt"])
     with pytest.raises(FileNotFoundError, match="There is no file .*b.txt"):
         require_texts([tmp_path / "a.txt", tmp_path / "b.txt"])
+    with pytest.raises(ValueError, match="a.txt is given twice"):
+        require_texts([tmp_path / "a.txt", tmp_path / "x" / ".." / "a.txt"])
     for name in ("c.pdf", "d.gz", "e.parquet.gz"):
         with pytest.raises(ValueError, match=f"{name} is neither .txt nor .jsonl"):
             require_texts([tmp_path / name])
@@ -104,6 +107,21 @@ def test_control_tokens_that_texts_spell_are_text():
     texts = ["It says </s> and <|end|>", "<think>", "It is a truth"]
     expected = [plain.encode(text).ids + [281] for text in texts]
     assert list(encoded(texts, tokenizer, end=tokenizer.token_to_id("<|end|>"))) == expected
+
+
+def test_a_start_token_stands_where_it_stands_before_a_prompt():
+    tokenizer = train_tokenizer(TEXT, 280)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    start, end = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    texts = [TEXT, "", "It is <s> and </s> in a text."]
+    found = list(encoded(texts, tokenizer, end))
+    for text, ids in zip(texts, found, strict=True):
+        assert (ids[0], ids[-1]) == (start, end) and {start, end}.isdisjoint(ids[1:-1])
+        assert tokenizer.decode(ids[1:-1]) == text
+        assert fast_tokenizer(tokenizer).encode(text).ids[0] == start
 
 
 def test_a_corpus_is_not_held_in_memory(monkeypatch):
