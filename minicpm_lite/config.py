@@ -397,7 +397,7 @@ def _block(name: str | Path, block: str) -> dict:
     elif name in list_configs():
         path = _CONFIGS / f"{name}.yaml"
     else:
-        near = get_close_matches(str(name).lower(), list_configs(), n=3, cutoff=0.3)
+        near = get_close_matches(str(name).lower(), list_configs(), n=3)
         known = f"Did you mean {' or '.join(near)}?" if near else f"Known are: {', '.join(list_configs())}."
         raise ValueError(f"There is no config named {str(name)!r}. {known}")
     content = _read_yaml(path)

@@ -21,7 +21,9 @@ Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="of chance")]
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="- reads it from standard input")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="TEXT", help="its beginning; a single - reads it from standard input")
+    ],
     max_new_tokens: MaxNewTokens = 100,
     temperature: Temperature = 0.0,
     top_k: TopK = None,

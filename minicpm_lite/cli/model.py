@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ..data.shards import TOKENIZER
 from ..language.chat import Template, chatml
 from ..language.decoder import Decoder
 from ..language.templates import chat_template
@@ -55,6 +56,12 @@ def open_model(place: str) -> OpenModel:
     path = Path(place)
     checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
     if checkpoint is not None:
-        return OpenModel(load_weights(checkpoint), load_tokenizer(checkpoint.parent))
+        run = checkpoint.parent
+        if not (run / TOKENIZER).is_file():
+            raise FileNotFoundError(
+                f"{run} holds no {TOKENIZER}, so what its model reads and writes is not known: its data said "
+                f"nothing of it. Copy the file there, or give Trainer.train(tokenizer=...) in Python."
+            )
+        return OpenModel(load_weights(checkpoint), load_tokenizer(run))
     decoder = load_pretrained(place).eval()
     return OpenModel(decoder, load_tokenizer(place), load_chat_template(place), load_special_tokens(place))

@@ -48,7 +48,7 @@ def tokenizer(
     print(f"{out}: {learned.get_vocab_size():,} ids, {end} among them, from {len(read):,} characters.")
     if learned.get_vocab_size() < vocab_size:
         print(
-            f"The text gives no more. A model of {vocab_size} ids reads shards cut with it and "
-            f"--vocab-size {vocab_size}.",
+            f"The text gives no more than these. For a model of {vocab_size:,} ids, give `minicpm-lite "
+            f"shards` --vocab-size {vocab_size}.",
             file=sys.stderr,
         )

@@ -201,6 +201,7 @@ def train(
     import torch
 
     from ..language.decoder import Decoder
+    from ..training.sharded_checkpoint import latest_checkpoint
     from ..training.trainer import Trainer
 
     with processes() as device:
@@ -218,13 +219,28 @@ def train(
         if start is not None:
             (trainer.branch_from if start.decays else trainer.load)(start.checkpoint)
         first = trainer.step
+        if rank() == 0:
+            print(_announced(config, plan), flush=True)
         tokenizer = on_first(lambda: _tokenizer(shards))
         progress = sys.stderr.isatty()
-        trainer.train(until, out, checkpoint_every, keep, tensorboard, progress, skip_non_finite, tokenizer)
+        try:
+            trainer.train(
+                until, out, checkpoint_every, keep, tensorboard, progress, skip_non_finite, tokenizer
+            )
+        except (KeyboardInterrupt, SystemExit):
+            if rank() == 0 and (saved := latest_checkpoint(out)):
+                print(f"Stopped; {saved} is kept, and --resume goes on from there.", file=sys.stderr)
+            raise
         if rank() == 0:
             stood = trainer.step == first
             made = "where it was to stop already" if stood else f"loss {trainer.losses[-1]:.4f}"
             print(f"{out}: step {trainer.step}, {made}.")
+
+
+def _announced(config: str, plan: "TrainingPlan") -> str:
+    """What begins now, in a line: whoever left out --batch-tokens sees what a step takes."""
+    step = plan.trainer.batch_tokens
+    return f"{config}: {plan.parameters:,} parameters; {plan.steps:,} steps of {step:,} tokens."
 
 
 def _published(config: str) -> TrainingRecipe | None:

@@ -32,7 +32,7 @@ from reprlib import repr as shown
 import torch
 from tokenizers import Tokenizer
 
-from ..config import LARGEST_VOCABULARY, ModelConfig, require_positive_integer
+from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_positive_integer
 from ..files import locked, written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
@@ -264,7 +264,12 @@ def _local(path_or_id: str | Path, hub_files: list[str]) -> Path:
         or not isinstance(path_or_id, str)
         or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id)
     ):
-        raise FileNotFoundError(f"There is no folder or file {path}.")
+        hint = (
+            " It is the name of a shape, without weights: see load_config."
+            if str(path) in list_configs()
+            else ""
+        )
+        raise FileNotFoundError(f"There is no folder or file {path}.{hint}")
     hub = require("huggingface_hub", install="minicpm_lite[pretrained]", purpose="download a model")
     try:
         return Path(hub.snapshot_download(path_or_id, allow_patterns=hub_files))
@@ -277,7 +282,13 @@ def _local(path_or_id: str | Path, hub_files: list[str]) -> Path:
 def _load_folder(folder: Path, dtype: torch.dtype) -> Decoder:
     file, generation = folder / "config.json", folder / "generation_config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"There is no {file}; a model's folder holds its shape there.")
+        hint = ""
+        if (folder / "checkpoint.json").exists() or any(folder.glob("step-*/checkpoint.json")):
+            hint = (
+                " This is a run of the trainer: `minicpm-lite export` makes a model's folder of it, and "
+                "minicpm_lite.training.sharded_checkpoint.load_weights reads one of its checkpoints."
+            )
+        raise FileNotFoundError(f"There is no {file}; a model's folder holds its shape there.{hint}")
     values = read_json(file)
     config = config_from_json(values, str(file))
     if generation.is_file():

@@ -97,7 +97,8 @@ class RunFolder:
         if found and max(found) > step:
             raise FileExistsError(
                 f"{self.path} holds a checkpoint of step {max(found)}, and this run is at step {step}. Load "
-                "that checkpoint to go on, remove what is later to go on from here, or choose another folder."
+                "that checkpoint to go on (the command line does with --resume), remove what is later to go "
+                "on from here, or choose another folder."
             )
         if found:
             self._require_own(found, identity, schedule, branched_at)

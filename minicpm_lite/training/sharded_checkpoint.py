@@ -148,7 +148,9 @@ def read_facts(checkpoint: str | Path) -> dict:
     """
     path = Path(checkpoint) / FACTS
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {checkpoint}: it lacks {FACTS}.")
+        newest = latest_checkpoint(checkpoint)
+        hint = f" The newest one in this run is {newest}." if newest else ""
+        raise FileNotFoundError(f"There is no checkpoint at {checkpoint}: it lacks {FACTS}.{hint}")
     try:
         facts = json.loads(path.read_text())
         checksum = facts.pop("checksum")

@@ -11,7 +11,7 @@ from minicpm_lite.cli.model import open_model
 from minicpm_lite.language.chat import chatml
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
-from minicpm_lite.pretrained.checkpoints import save_pretrained
+from minicpm_lite.pretrained.checkpoints import load_pretrained, save_pretrained
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -59,6 +59,13 @@ def test_a_folder_that_others_write(run, tmp_path):
 def test_what_is_no_model(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder or file nowhere"):
         open_model("nowhere")
+    with pytest.raises(FileNotFoundError, match="lite-1m. It is the name of a shape, without weights"):
+        open_model("lite-1m")
+    for place in (run[0], run[0] / "step-00000004"):
+        with pytest.raises(
+            FileNotFoundError, match="config.json; .* This is a run of the trainer: `minicpm-l"
+        ):
+            load_pretrained(place)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="There is no .*config.json"):
         open_model(str(tmp_path / "empty"))

@@ -232,7 +232,7 @@ def test_stopping_and_going_on(at_home, capsys):
     )
     capsys.readouterr()
     assert main([*train("--data", "one", "--out", "run", "--micro-batch", "4"), "--resume"]) == 0
-    assert capsys.readouterr().out == "run: step 12, where it was to stop already.\n"
+    assert capsys.readouterr().out.endswith("\nrun: step 12, where it was to stop already.\n")
     assert main(train("--data", "one", "--out", "whole", *STEPS)) == 0
     assert curve(at_home / "run") == curve(at_home / "whole")
     assert order(at_home / "run") == order(at_home / "whole")
@@ -351,6 +351,25 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     sentence = "other and what was read before were cut with different tokenizers"
     says(capsys, train("--data", "other", *decay), sentence)
     assert not (at_home / "decayed").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
+    begin = [sys.executable, "-m", "minicpm_lite.cli", *train("--data", "one", "--out", "run", *LONG)]
+    begin[begin.index("--steps") + 1] = "100000"
+    foreground = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    run = subprocess.Popen(
+        begin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=foreground
+    )
+    while not (at_home / "run" / "metrics.jsonl").exists() or not lines(at_home / "run"):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    saved = f"step-{len(lines(at_home / 'run')):08d}"
+    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert out.startswith("tiny.yaml: ") and out.endswith("100,000 steps of 64 tokens.\n")
+    assert err == f"Stopped; run/{saved} is kept, and --resume goes on from there.\n"
 
 
 def test_documents_are_kept_apart_if_asked_for(at_home, capsys):
