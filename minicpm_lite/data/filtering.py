@@ -16,6 +16,7 @@ one: say what happens to it.
 import math
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -46,7 +47,7 @@ __all__ = [
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"[^\S\n\t\r]+")
-_FORMAT = "minicpm_lite quality classifier 1"
+_FORMAT = "minicpm_lite quality classifier 2"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 _UNKNOWN = "und"  # ISO 639-2: undetermined
 
@@ -140,7 +141,8 @@ class QualityClassifier:
         """Learn from normalised documents; balance the two sides, or the larger one wins ties.
 
         Raises:
-            ValueError: one side has no document with a word.
+            ValueError: one side has no document with a word, or every word is rarer than `min_count` and
+                there are no runs.
         """
         good, bad = ([self._features(text) for text in side] for side in (good, bad))
         for name, side in (("good", good), ("bad", bad)):
@@ -150,7 +152,13 @@ class QualityClassifier:
                 )
         features, counts = np.unique(np.concatenate(good + bad), return_counts=True)
         is_word = features < 1 << 32
-        self.known = features[~is_word | (counts >= self.min_count)]
+        known = features[~is_word | (counts >= self.min_count)]
+        if not len(known):
+            raise ValueError(
+                f"Every word of the documents occurs fewer than {self.min_count} times (min_count), and "
+                "there are no runs of words. Give more documents, or a smaller min_count."
+            )
+        self.known = known
         labels = np.repeat([1.0, 0.0], [len(good), len(bad)])
         self.weights = self._train([self._rows(bag) for bag in good + bad], labels)
         return self
@@ -175,6 +183,7 @@ class QualityClassifier:
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         tensors = {"known": self.known.astype(np.int64), "weights": self.weights}
         facts = {"format": _FORMAT, "ngrams": str(self.ngrams), "buckets": str(self.buckets)}
+        facts["checksum"] = _checksum(facts, tensors)
         with written_whole(path) as beside:
             save_file(tensors, beside, metadata=facts)
 
@@ -184,7 +193,7 @@ class QualityClassifier:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, or holds no classifier of this form.
+            ValueError: the file is truncated or damaged, or holds no classifier of this form.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no classifier at {path}.")
@@ -193,11 +202,13 @@ class QualityClassifier:
                 facts = file.metadata() or {}
                 if facts.get("format") != _FORMAT:
                     raise ValueError(f"{path} holds no quality classifier; expected one written by save().")
-                classifier = cls(ngrams=int(facts["ngrams"]), buckets=int(facts["buckets"]))
-                classifier.known = file.get_tensor("known").astype(np.uint64)
-                classifier.weights = file.get_tensor("weights")
+                tensors = {name: file.get_tensor(name) for name in ("known", "weights")}
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from None
+        if facts.pop("checksum", None) != _checksum(facts, tensors):
+            raise ValueError(f"{path} is damaged: it is not as it was written. Save the classifier again.")
+        classifier = cls(ngrams=int(facts["ngrams"]), buckets=int(facts["buckets"]))
+        classifier.known, classifier.weights = tensors["known"].astype(np.uint64), tensors["weights"]
         return classifier
 
     def _features(self, text: str) -> np.ndarray:
@@ -238,6 +249,11 @@ class QualityClassifier:
             output += rate * error * hidden
             table[rows] += share * towards
         return table @ (output[1] - output[0])
+
+
+def _checksum(facts: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
+    held = [repr(sorted(facts.items())).encode(), *(tensors[name].tobytes() for name in sorted(tensors))]
+    return str(zlib.crc32(b"".join(held)))
 
 
 def _sigmoid(x):

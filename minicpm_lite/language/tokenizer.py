@@ -350,8 +350,9 @@ class BytePairTokenizer:
 def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
     """A tokenizer of the `tokenizers` package that reads whole texts as they are, from either kind.
 
-    One that cuts or pads texts, leaves out merges by chance or puts tokens behind every text is copied
-    without these settings; the one that was given keeps them. Tokens that it puts in front stay.
+    One that cuts or pads texts, leaves out merges by chance, takes control tokens for text or puts tokens
+    behind every text is copied without these settings; the one that was given keeps them. Tokens that it puts
+    in front stay.
 
     Raises:
         TypeError: something else was given.
@@ -361,14 +362,13 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
     >>> len(tokenizer.encode("the hat").ids), len(fast_tokenizer(tokenizer).encode("the hat").ids)
     (2, 4)
     """
-    if isinstance(tokenizer, BytePairTokenizer):
-        return tokenizer.fast
+    tokenizer = tokenizer.fast if isinstance(tokenizer, BytePairTokenizer) else tokenizer
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(
             f"The tokenizer is of type {type(tokenizer).__name__}; expected a BytePairTokenizer or a "
             "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
         )
-    cuts = tokenizer.truncation is not None or tokenizer.padding is not None
+    cuts = tokenizer.truncation or tokenizer.padding or tokenizer.encode_special_tokens
     by_chance = bool(getattr(tokenizer.model, "dropout", None))
     around = tokenizer.post_processor.process(_ONE_TOKEN) if tokenizer.post_processor else _ONE_TOKEN
     front = around.special_tokens_mask.index(0)

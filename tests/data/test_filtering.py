@@ -382,3 +382,28 @@ def test_what_cannot_be_is_one_sentence(classifier):
         QualityClassifier(dim=0)
     with pytest.raises(ValueError, match="one side is empty"):
         area_under_roc([], [1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_classifier_is_noticed(tmp_path_factory, at, bit):
+    """Or changes nothing, as in the blanks behind the header."""
+    path = tmp_path_factory.mktemp("x") / "quality.safetensors"
+    good, bad = ["the cat sat on the mat and ran"] * 8, ["buy cheap pills now click here"] * 8
+    classifier = QualityClassifier(dim=4, epochs=2, buckets=1000).fit(good, bad)
+    classifier.save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[int(at * len(damaged))] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        again = QualityClassifier.load(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert (again.ngrams, again.buckets) == (classifier.ngrams, classifier.buckets)
+        assert (again.scores(good + bad) == classifier.scores(good + bad)).all()
+
+
+def test_words_that_are_all_too_rare_are_no_features():
+    with pytest.raises(ValueError, match="occurs fewer than 5 times .min_count., and there are no runs"):
+        QualityClassifier(ngrams=1).fit(["good text"], ["bad words"])

@@ -418,6 +418,18 @@ def test_of_all_settings_of_a_file_only_what_stands_in_front_acts(name, text, cu
     assert fast_tokenizer(again) is again and again.encode(text).ids == ids
 
 
+def test_settings_of_our_own_fast_twin_and_spelt_tokens_as_text_do_not_act():
+    mine = BytePairTokenizer.train(["the cat and the hat"], 260)
+    mine.fast.enable_truncation(2)
+    assert fast_tokenizer(mine).encode("the hat").ids == mine.encode("the hat")
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.encode_special_tokens = True
+    assert (
+        len(tokenizer.encode("<|im_end|>").ids) > 1 == len(fast_tokenizer(tokenizer).encode("<|im_end|>").ids)
+    )
+
+
 def test_what_decides_how_a_text_is_cut_is_kept():
     lowered = with_settings(
         lambda t: setattr(t, "normalizer", normalizers.Lowercase()), lambda t: t.enable_truncation(2)
