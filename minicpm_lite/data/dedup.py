@@ -398,6 +398,8 @@ class _Linker:
         owners, shingles = np.repeat(np.arange(len(bucket)), sizes)[order], shingles[order]
         for place in _outside(bucket, clusters):
             mine = self._sets[bucket[place]]
+            if not len(mine):
+                continue
             spans = zip(*(np.searchsorted(shingles, mine, side) for side in ("left", "right")), strict=True)
             shared = np.bincount(
                 np.concatenate([owners[slice(*span)] for span in spans]), minlength=len(bucket)
