@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32, UInt64
@@ -364,6 +364,8 @@ class _Linker:
         pairs, meetings = len(bucket) * len(_outside(bucket, clusters)), 0
         if not pairs:
             return
+        for one, other in pairwise(document for document in bucket if not self._sizes[document]):
+            clusters.link(one, other)  # what holds no shingle is alike
         # for each shingle, and each size of a set and place in it: documents in groups that hang together
         index: dict[int, dict[tuple[int, int], list[list[int]]]] = defaultdict(lambda: defaultdict(list))
         for document in bucket:
