@@ -60,7 +60,7 @@ def open_model(place: str) -> OpenModel:
         if not (run / TOKENIZER).is_file():
             raise FileNotFoundError(
                 f"{run} holds no {TOKENIZER}, so what its model reads and writes is not known: its data said "
-                f"nothing of it. Copy the file there, or give Trainer.train(tokenizer=...) in Python."
+                "nothing of it. Copy the file there, or give Trainer.train(tokenizer=...) in Python."
             )
         return OpenModel(load_weights(checkpoint), load_tokenizer(run))
     decoder = load_pretrained(place).eval()

@@ -10,14 +10,18 @@ __all__ = ["tokenizer"]
 
 
 def tokenizer(
-    texts: Annotated[list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files, also .gz")],
+    texts: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files, also with .gz; .parquet")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
     vocab_size: Annotated[
         int,
         typer.Option(min=257, max=1 << 24, metavar="N", help="ids: the bytes, the end, what is learned"),
     ] = 1024,
     end: Annotated[str, typer.Option(metavar="TOKEN", help="a token that ends a document")] = "<|endoftext|>",
-    field: Annotated[str, typer.Option(metavar="NAME", help="of the text in a .jsonl line")] = "text",
+    field: Annotated[
+        str, typer.Option(metavar="NAME", help="of the text in a .jsonl line or a table")
+    ] = "text",
 ) -> None:
     """Learn a vocabulary from texts: byte-level BPE, in which any text can be written.
 

@@ -34,6 +34,12 @@ def train(*words) -> list[str]:
     return ["train", "--config", "tiny.yaml", *words]
 
 
+def cut(folder: str, learned_from: str, text: str = TEXT) -> None:
+    """Shards of a text, with the tokenizer that was learned from another, or the same."""
+    tokenizer = train_tokenizer(learned_from, 300)
+    write_shards(folder, [tokenizer.encode(text).ids], 300, tokenizer)
+
+
 def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -314,18 +320,16 @@ def test_another_schedule_is_not_taken_for_wsd(at_home, capsys):
 def test_runs_that_cannot_be(at_home, capsys, words, sentence):
     shutil.copytree(at_home / "one", at_home / "again")
     write_shards(at_home / "wide", [[1] * 300], 999)
-    for name, text in (("other", TEXT), ("text", TEXT[::-1])):
-        tokenizer = train_tokenizer(text, 300)
-        write_shards(at_home / name, [tokenizer.encode(text).ids], 300, tokenizer)
+    cut("other", learned_from=TEXT, text=TEXT)
+    cut("text", learned_from=TEXT[::-1], text=TEXT[::-1])
     says(capsys, train(*STEPS, *words), sentence)
     assert not (at_home / "x").exists()
 
 
 def test_a_run_keeps_the_tokenizer_of_its_shards(at_home, capsys):
     """Also where an attempt with another one was given up; and one that is refused leaves nothing."""
-    for name, text in (("first", TEXT), ("second", TEXT[::-1])):
-        tokenizer = train_tokenizer(text, 300)
-        write_shards(at_home / name, [tokenizer.encode(TEXT).ids], 300, tokenizer)
+    cut("first", learned_from=TEXT)
+    cut("second", learned_from=TEXT[::-1])
     short = [*STEP, "--steps", "2", "--warmup", "1", "--decay", "0"]
     assert main(train("--data", "first", *short, "--out", "run")) == 0
     shutil.rmtree(at_home / "run" / "step-00000002")
@@ -342,9 +346,8 @@ def test_a_run_keeps_the_tokenizer_of_its_shards(at_home, capsys):
 
 
 def test_a_decay_with_another_tokenizer(at_home, capsys):
-    for name, text in (("text", TEXT), ("other", TEXT[::-1])):
-        tokenizer = train_tokenizer(text, 300)
-        write_shards(at_home / name, [tokenizer.encode(TEXT).ids], 300, tokenizer)
+    cut("text", learned_from=TEXT)
+    cut("other", learned_from=TEXT[::-1])
     stable = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0"]
     assert main(train("--data", "text", *stable, "--out", "run")) == 0
     decay = ["--decay", "4", "--decay-from", "run/step-00000006", "--out", "decayed"]
