@@ -218,11 +218,9 @@ class KVCache(Context):
             raise ValueError(
                 f"The cache has room for {self.room} tokens and would need {self.reach}; make a larger one."
             )
-        if self.padding is not None and len(self.padding) != len(x):
-            raise ValueError(
-                f"The cache has the padding of {len(self.padding)} rows, and {len(x)} came; use one cache "
-                "for each batch."
-            )
+        rows = self._batch if self.length else len(x if self.padding is None else self.padding)
+        if len(x) != rows:
+            raise ValueError(f"The cache is for {rows} rows, and {len(x)} came; use one cache for each batch.")
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
@@ -254,7 +252,7 @@ class KVCache(Context):
         """Store what a layer makes of the new tokens, and return it with all that it made before.
 
         Raises:
-            ValueError: gradients are on, or the cache belongs to another batch or model.
+            ValueError: gradients are on.
         """
         if torch.is_grad_enabled() and new[0].requires_grad:
             raise ValueError(
@@ -264,11 +262,6 @@ class KVCache(Context):
             self._layers[layer] = tuple(self._space(each) for each in new)
         kept, end = self._layers[layer], self.length + new[0].shape[2]
         for whole, each in zip(kept, new, strict=True):
-            if whole.shape[:2] != each.shape[:2] or whole.shape[3] != each.shape[3]:
-                raise ValueError(
-                    f"The cache holds (batch, heads, width) of {(*whole.shape[:2], whole.shape[3])} and now "
-                    f"gets {(*each.shape[:2], each.shape[3])}; use one cache for each batch and model."
-                )
             whole.narrow(2, self.length, each.shape[2]).copy_(each)
         text = tuple(whole.narrow(2, 0, end) for whole in kept)
         if self.dtype is None:
