@@ -1,6 +1,7 @@
-"""All tests: one process for each core, one thread in each process, and a look at where the time goes.
+"""All tests: every core busy, one thread in each process, and a look at where the time goes.
 
-``make test`` starts a worker on each core (pytest-xdist). A worker takes one group after the other, the longest
+``make test`` starts three workers for two cores (pytest-xdist), since a worker waits about a fifth of its time:
+for a browser, for programs that a test starts, for a disk. A worker takes one group after the other, the longest
 first, so that none is idle at the end: a notebook, whose cells need one kernel; a file, whose tests share what
 they prepare; or a page of the book. Without workers the same tests run in the same order.
 
@@ -44,6 +45,12 @@ class Groups(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         return nodeid if file == PAGES else file
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For ``-n logical``."""
+    cores = os.cpu_count() or 1
+    return cores + cores // 2
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:

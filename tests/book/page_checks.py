@@ -1,11 +1,10 @@
 """What must hold on every page of the book, looked at in a real browser.
 
-``inspect`` opens a page at one width and returns its problems, a sentence each. ``test_page_checks.py``
+``inspect`` opens a page, looks at it in four views and returns its problems, a sentence each. ``test_page_checks.py``
 proves for every check that a page with the fault is caught.
 """
 
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,12 +12,12 @@ from urllib.parse import unquote, urlsplit
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 
-SIZES = {"desktop": (1400, 900), "phone": (390, 844)}
+SIZES = {"phone": (390, 844), "desktop": (1400, 900)}
 SCHEMES = ("light", "dark")
 
 # One look at the finished page. Prose is text outside code and outside typeset mathematics.
 LOOK = r"""() => {
-  const found = {text: [], images: [], noAlt: [], tracebacks: 0, links: [], wide: []};
+  const found = {text: [], images: [], noAlt: [], tracebacks: 0, links: []};
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const node = texts.currentNode;
@@ -38,6 +37,11 @@ LOOK = r"""() => {
     if (/Traceback \(most recent call last\)/.test(output.textContent)) found.tracebacks += 1;
   found.mathErrors = document.querySelectorAll('mjx-merror, [data-mjx-error]').length;
   found.links = [...document.querySelectorAll('a[href]')].map(a => a.href);
+  return found;
+}"""
+# Only tables and code may be wider than the window; they scroll in themselves.
+WIDTH = r"""() => {
+  const found = {wide: []};
   found.scroll = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   if (found.scroll > 0)
     for (const element of document.querySelectorAll('body *'))
@@ -91,19 +95,17 @@ RAW_MARKUP = re.compile(
 )
 
 
-def inspect(
-    page: Page, base: str, path: str, site: Path, size: str, schemes: Sequence[str] = SCHEMES
-) -> list[str]:
-    """Open one page of a served site at one width and list what is wrong with it.
+def inspect(page: Page, base: str, path: str, site: Path) -> list[str]:
+    """Open one page of a served site and list what is wrong with it: on a phone and a desktop, light and dark.
+
+    It is opened once, on a phone, and then made wider, as if the phone were turned: opening takes longer than
+    looking.
 
     Args:
         page: a fresh browser page.
         base: the address of the site, ending in a slash.
         path: the page, relative to the site.
         site: the folder that is served.
-        size: a key of ``SIZES``.
-        schemes: colour schemes; the page is opened in the first and turned to the others, and its colours are
-            looked at in all of them.
     """
     problems: list[str] = []
 
@@ -123,26 +125,40 @@ def inspect(
     page.on("response", answered)
     page.on("console", said)
     page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
-    width, height = SIZES[size]
-    page.set_viewport_size({"width": width, "height": height})
-    open_page(page, base + path, schemes[0])
+    for size, (width, height) in SIZES.items():
+        page.set_viewport_size({"width": width, "height": height})
+        if size == "phone":
+            open_page(page, base + path, SCHEMES[0])
+            problems += content(page, base, site)
+            page.evaluate(THIN_OUT)
+            page.evaluate(AXE)
+        problems += [f"{size}: {problem}" for problem in sideways(page)]
+        for scheme in SCHEMES:
+            turn_to(page, scheme)
+            found = accessibility(page, colours_only=scheme != SCHEMES[0])
+            problems += [f"{size}, {scheme}: {problem}" for problem in found]
+    return list(dict.fromkeys(problems))
+
+
+def content(page: Page, base: str, site: Path) -> list[str]:
+    """What is wrong on an open page however it is looked at."""
     found = page.evaluate(LOOK)
-    problems += [
+    problems = [
         f"raw markup on the page: {m.group()!r}" for text in found["text"] for m in RAW_MARKUP.finditer(text)
     ]
     problems += [f"image does not load: {image}" for image in found["images"]]
     problems += [f"image without alt text: {image}" for image in found["noAlt"]]
     problems += [f"{found['mathErrors']} formulas with an error"] if found["mathErrors"] else []
     problems += ["an output holds a traceback"] if found["tracebacks"] else []
-    problems += broken_links(found["links"], base, site)
-    if found["scroll"] > 0:
-        problems.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
-    page.evaluate(THIN_OUT)
-    page.evaluate(AXE)
-    for number, scheme in enumerate(schemes):
-        turn_to(page, scheme)
-        problems += [f"{scheme}: {problem}" for problem in accessibility(page, colours_only=number > 0)]
-    return [f"{size}: {problem}" for problem in dict.fromkeys(problems)]
+    return problems + broken_links(found["links"], base, site)
+
+
+def sideways(page: Page) -> list[str]:
+    """Whether an open page is wider than its window, and what sticks out."""
+    found = page.evaluate(WIDTH)
+    if found["scroll"] <= 0:
+        return []
+    return [f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}"]
 
 
 def open_page(page: Page, address: str, scheme: str) -> None:

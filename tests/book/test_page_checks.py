@@ -31,7 +31,18 @@ FAULTS = {
     "no alt text": ('<img src="dot.svg">', "image without alt text"),
     "empty alt text": ('<img src="dot.svg" alt=" ">', "image without alt text"),
     "drawing without a name": ('<svg role="img" width="9" height="9"></svg>', "without alt text: a drawing"),
-    "sideways scroll": ('<div style="width: 600px">wide</div>', "scrolls sideways by"),
+    "sideways scroll on a phone": (
+        '<div style="width: 600px">wide</div>',
+        "phone: the page scrolls sideways by",
+    ),
+    "sideways scroll on a desktop": (
+        "<style>@media (min-width: 1000px) { div.x { width: 1600px } }</style><div class='x'>wide</div>",
+        "desktop: the page scrolls sideways by",
+    ),
+    "low contrast on a desktop": (
+        "<style>@media (min-width: 1000px) { p.x { color: #bbb } }</style><p class='x'>faint</p>",
+        "desktop, light: accessibility, color-contrast",
+    ),
     "low contrast": ('<p style="color: #bbb; background: #fff">faint</p>', "color-contrast"),
     "low contrast in code": (
         "<style>.e .k { background: #333 } .k { color: #222 }</style><pre tabindex='0'><span class='k'>a</span> "
@@ -69,7 +80,7 @@ def folder(tmp_path_factory, serve):
 
 
 def look(folder, page, body: str) -> list[str]:
-    """Inspect one page with this body at phone width."""
+    """Inspect one page with this body."""
     path, base = folder
     name = (
         f"{len(list(path.iterdir()))}.html"  # a name of its own, because the browser keeps pages it has seen
@@ -79,7 +90,7 @@ def look(folder, page, body: str) -> list[str]:
         '<link rel="icon" href="dot.svg"><meta name="viewport" content="width=device-width"></head>'
         f"<body><main><article>{body}</article></main></body></html>"
     )
-    return inspect(page, base, name, path, "phone")
+    return inspect(page, base, name, path)
 
 
 def test_a_sound_page_passes(folder, page):

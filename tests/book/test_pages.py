@@ -45,13 +45,8 @@ def site(serve) -> str:
 
 
 @pytest.mark.parametrize("path", built_pages() or ["book/intro.html"])
-def test_page_is_sound(path, site, context):
-    problems = []
-    # Four views; what does not depend on colour is looked at once for each width.
-    for size, schemes in (("desktop", ("light", "dark")), ("phone", ("dark", "light"))):
-        page = context.new_page()
-        problems += inspect(page, site, path, SITE, size, schemes)
-        page.close()
+def test_page_is_sound(path, site, page):
+    problems = inspect(page, site, path, SITE)
     assert not problems, f"{path}\n" + "\n".join(problems)
 
 
