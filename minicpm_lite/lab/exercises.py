@@ -1,41 +1,46 @@
 """Exercises that check themselves: unfinished, wrong and right answers each get their own message.
 
-The check is a function of asserts, written in the notebook beside the exercise::
+A check is a function of asserts, each with a hint for the student::
 
-    @lab.exercise("wsd-decay-start")
+    @exercise("decay start", without=("for", "while"))
     def check_decay_start(answer):
-        \"\"\"The decay takes the last tenth of the steps.\"\"\"          # shown to who is right
-        assert answer(1000, 0.1) == 900, "1,000 steps with 10 % decay: the decay starts at step 900."
+        \"\"\"The decay takes the last tenth of the steps.\"\"\"                      # shown to who is right
+        assert same(answer(1000, 0.1), 900), "1,000 steps, 10 % decay: it starts at step 900."
+        assert same(answer(50, 0.5), 25), "The share is an argument; half of 50 steps is 25."
 
     check_decay_start(decay_start)               # never raises; shows one of three boxes
-    check_decay_start.accepts(solution)          # raises if the check refuses the solution
-    check_decay_start.rejects(wrong_1, wrong_2)  # raises if the check lets one of them pass
+    check_decay_start.accepts(solution)          # raises if it is refused, or a mistake in it is not
+    check_decay_start.rejects(wrong_1, wrong_2)  # raises if one of them passes
+
+A check that tries one value lets answers pass that hold for this value alone. So `accepts` makes wrong
+answers of the solution, by the mistakes that are made everywhere (`mistakes`); the check must refuse each.
 """
 
+import dis
 import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 
 from ..optional import require
 from .display import inline_html, show
+from .mistakes import mistakes
 from .style import THEME
 
 get_ipython = require(
     "IPython", install="minicpm_lite[notebooks]", purpose="use the book's notebooks"
 ).get_ipython
 
-_LOOKS = {  # icon, and colour as red, green, blue
-    "unfinished": ("✎", "154,103,0"),
-    "wrong": ("✗", "207,34,46"),
-    "right": ("✓", "26,127,55"),
+_LOOKS = {  # icon, heading, and colour as red, green, blue
+    "unfinished": ("✎", "Your turn", "92,92,92"),
+    "wrong": ("✗", "Not yet", "207,34,46"),
+    "right": ("✓", "Right", "26,127,55"),
 }
-_UNFINISHED = "There is no answer yet. Put your code where the `...` stands."
-_RETURNED_NOTHING = (
-    "Your function returned nothing yet. Put your code where the `...` stands, and end it with `return`."
-)
+_UNFINISHED = "Put your code where the `...` stands, and run this cell again."
+_LOOP = "a loop"
 
 
 @dataclass(frozen=True)
@@ -46,32 +51,49 @@ class Verdict:
     message: str
 
 
-def exercise(name: str) -> Callable[[Callable[[object], None]], "Exercise"]:
-    """Make a function of asserts the check of an exercise. Its docstring is shown to who is right."""
-    return lambda check: Exercise(name, check)
+def exercise(
+    name: str, without: tuple[str, ...] = (), unused: tuple[str, ...] = ()
+) -> Callable[[Callable[[object], None]], "Exercise"]:
+    """Make a function of asserts the check of an exercise. Its docstring is shown to who is right.
+
+    Args:
+        name: shown with the verdict.
+        without: what the answer must do without, as the exercise says: "a loop", or names of functions.
+        unused: parameters of the answer that decide nothing in it.
+    """
+    return lambda check: Exercise(name, check, without, unused)
 
 
 class Exercise:
     """A check, ready to be called with a student's answer: a value, or a function that returns its result."""
 
-    def __init__(self, name: str, check: Callable[[object], None]) -> None:
-        self.name, self._check = name, check
+    def __init__(
+        self,
+        name: str,
+        check: Callable[[object], None],
+        without: tuple[str, ...] = (),
+        unused: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self._check, self._without, self._unused = name, check, without, unused
 
     def __call__(self, answer: object) -> None:
         """Show what the check says about an answer. Never raises."""
         self._show(self.judge(answer))
 
     def accepts(self, solution: object) -> None:
-        """Show that the solution is right.
+        """Show that the solution is right, and that usual mistakes in it are not.
 
         Raises:
-            AssertionError: the check refuses it.
+            AssertionError: the check refuses it, or takes it for right with a mistake in it.
         """
         verdict = self.judge(solution)
         if verdict.state != "right":
             raise AssertionError(
                 f"The check {self.name!r} calls the solution {verdict.state}: {verdict.message}"
             )
+        for mistake, wrong in mistakes(solution, self._unused):
+            if self.judge(wrong).state == "right":
+                raise AssertionError(f"The check {self.name!r} accepts an answer with {mistake}.")
         self._show(verdict)
 
     def rejects(self, *wrong_answers: object) -> None:
@@ -88,41 +110,56 @@ class Exercise:
 
     def judge(self, answer: object) -> Verdict:
         """What the check says about an answer."""
-        if _is_blank(answer):
-            return Verdict("unfinished", _UNFINISHED)
         watched = _Watched(answer) if inspect.isroutine(answer) else None
         try:
             with _no_exit():
                 self._check(watched.function if watched else answer)
         except BaseException as error:  # whatever a student's code does, the notebook goes on
-            verdict = Verdict("wrong", _explain(error, watched))
-        else:
-            verdict = Verdict("right", inspect.getdoc(self._check) or "All checks passed.")
-        if watched and watched.returned_nothing:  # it decides, whatever the check made of it
-            return Verdict("unfinished", _RETURNED_NOTHING)
-        return verdict
+            if watched.is_blank if watched else answer is None or _has_blank(answer):
+                return Verdict("unfinished", _UNFINISHED)
+            return Verdict("wrong", self._explain(error, watched))
+        if watched and (used := [each for each in self._without if each in _used(answer)]):
+            return Verdict("wrong", f"The results are right, but the exercise asks to do without {used[0]}.")
+        return Verdict("right", inspect.getdoc(self._check) or "All checks passed.")
+
+    def _explain(self, error: BaseException, watched: "_Watched | None") -> str:
+        if isinstance(error, SystemExit):
+            return "Your code ended the program, as `exit()` does; let it return its result instead."
+        if isinstance(error, KeyboardInterrupt):
+            return "Your code was interrupted before it gave a result; perhaps a loop in it never ends."
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        said = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+        frames = traceback.extract_tb(error.__traceback__)
+        if watched and error is watched.error:
+            lines = [frame.lineno for frame in frames if frame.filename == watched.file]
+            return f"Your code raised {said}" + (f" (line {lines[-1]} of its cell)." if lines else ".")
+        forgot = " It returned `None` each time: is the `return` missing?" if _only_none(watched) else ""
+        if isinstance(error, AssertionError):
+            hint = str(error) if frames[-1].filename == self._check.__code__.co_filename else ""
+            return (hint or "The answer is not right yet.") + forgot
+        return f"The check could not use your answer, perhaps it is of the wrong type. {said}{forgot}"
 
     def _show(self, verdict: Verdict) -> None:
-        icon, color = _LOOKS[verdict.state]
-        heading = f"{icon} {verdict.state.capitalize()}"
+        icon, heading, color = _LOOKS[verdict.state]
         style = (
             f"border-left:5px solid rgb({color});background-color:rgba({color},0.12);"
             "border-radius:4px;padding:8px 16px;margin:8px 0"
         )
         show(
-            f"{heading} ({self.name}): {verdict.message}",
+            f"{icon} {heading} ({self.name}): {verdict.message}",
             html=f'{THEME}<div class="lab-piece" style="{style}">'
-            f"<strong>{heading}</strong> <small>{inline_html(self.name)}</small>"
+            f"<strong>{icon} {heading}</strong> <small>{inline_html(self.name)}</small>"
             f'<div style="white-space:pre-wrap">{inline_html(verdict.message)}</div></div>',
         )
 
 
 class _Watched:
-    """A student's function, wrapped to notice that it returned nothing or raised an error."""
+    """A student's function, wrapped to note what it returned and raised."""
 
     def __init__(self, function: Callable) -> None:
         self.file = function.__code__.co_filename if hasattr(function, "__code__") else None
-        self.returned_nothing = False
+        self.is_blank = _does_nothing(function)
+        self.results: list[object] = []
         self.error: BaseException | None = None
 
         @functools.wraps(function)
@@ -131,9 +168,10 @@ class _Watched:
                 result = function(*args, **kwargs)
             except BaseException as error:
                 self.error = error
-                self.returned_nothing |= isinstance(error, NotImplementedError)
+                self.is_blank |= isinstance(error, NotImplementedError)
                 raise
-            self.returned_nothing |= _is_blank(result)
+            self.is_blank |= _has_blank(result)
+            self.results.append(result)
             return result
 
         self.function = watched
@@ -157,21 +195,47 @@ def _no_exit() -> Iterator[None]:
         del shell.ask_exit
 
 
-def _is_blank(answer: object) -> bool:
+def _has_blank(answer: object) -> bool:
     parts = answer if isinstance(answer, tuple | list) else [answer]
-    return answer is None or any(part is ... for part in parts)
+    return any(part is ... for part in parts)
 
 
-def _explain(error: BaseException, watched: _Watched | None) -> str:
-    if isinstance(error, SystemExit):
-        return "Your code ended the program, as `exit()` does; let it return its result instead."
-    if isinstance(error, KeyboardInterrupt):
-        return "Your code was interrupted before it gave a result; perhaps a loop in it never ends."
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if watched and error is watched.error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == watched.file]
-        return f"Your code raised {said}" + (f" (line {lines[-1]} of its cell)." if lines else ".")
-    if isinstance(error, AssertionError):
-        return str(error) or "The answer is not right yet."
-    return f"The check could not use your answer, perhaps it is of the wrong type. {said}"
+def _does_nothing(function: Callable) -> bool:
+    """Whether its body is empty: ``...``, ``pass`` or a docstring."""
+    code = getattr(function, "__code__", None)
+    steps = {step.opname for step in dis.get_instructions(code)} if code else {"unknown"}
+    return steps <= {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"} and not any(
+        value is not None and not isinstance(value, str) for value in code.co_consts
+    )
+
+
+def _only_none(watched: _Watched | None) -> bool:
+    return bool(watched and watched.results) and all(result is None for result in watched.results)
+
+
+def _used(function: Callable) -> set[str]:
+    """Names that an answer and the helpers beside it read, and "a loop" if they have one."""
+    found, seen, todo = set(), set(), [function]
+    while todo:
+        function = todo.pop()
+        if function in seen or not hasattr(function, "__code__"):
+            continue
+        seen.add(function)
+        names, has_loop = _names_in(function.__code__)
+        found |= names | ({_LOOP} if has_loop else set())
+        beside = (function.__globals__.get(name) for name in names)
+        todo += [each for each in beside if getattr(each, "__module__", None) == function.__module__]
+    return found
+
+
+def _names_in(code: CodeType) -> tuple[set[str], bool]:
+    """Of a piece of code and what is nested in it: the names, and whether it ever goes back."""
+    names = set(code.co_names)
+    has_loop = any(
+        "FOR_ITER" in step.opname or "BACKWARD" in step.opname for step in dis.get_instructions(code)
+    )
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            inner_names, inner_loop = _names_in(inner)
+            names, has_loop = names | inner_names, has_loop or inner_loop
+    return names, has_loop
