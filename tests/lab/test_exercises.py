@@ -1,9 +1,12 @@
 """Unfinished, wrong and right answers, told apart; the check itself never raises."""
 
 import builtins
+import functools
 import sys
 
+import numpy as np
 import pytest
+import torch
 from IPython.core.autocall import ZMQExitAutocall
 
 from minicpm_lite.lab import exercise, exercises
@@ -46,16 +49,47 @@ def nothing_for_negatives(x):
     return 2 * x if x > 0 else None
 
 
+def only_a_docstring(x):
+    """Twice x."""
+
+
+def passes(x):
+    pass
+
+
 @pytest.mark.parametrize(
-    "answer", [..., None, lambda x: ..., lambda x: None, not_implemented, nothing_for_negatives, (1, ...)]
+    "answer",
+    [..., None, lambda x: ..., lambda x: None, not_implemented, only_a_docstring, passes, lambda x: (1, ...), (1, ...)],
 )
 def test_unfinished(answer):
     verdict = check_twice.judge(answer)
     assert verdict.state == "unfinished" and "`...`" in verdict.message
 
 
-def test_a_function_that_returns_nothing_is_unfinished_even_if_the_check_minds_nothing():
-    assert exercise("lax")(lambda answer: answer(1)).judge(lambda x: None).state == "unfinished"
+@exercise("in place")
+def check_in_place(answer):
+    """The list itself is changed; nothing is returned."""
+    for numbers in ([1, 2], [5]):
+        doubled = [2 * number for number in numbers]
+        assert answer(numbers) is None and numbers == doubled, "Change the list itself."
+
+
+def doubles_in_place(numbers):
+    numbers[:] = [2 * number for number in numbers]
+
+
+def test_an_answer_may_rightly_be_none():
+    assert check_in_place.judge(doubles_in_place).state == "right"
+    assert exercise("a value")(lambda answer: None).judge(None).state == "right"
+    assert check_in_place.judge(lambda numbers: ...).state == "unfinished"
+
+
+def test_a_forgotten_return_is_named():
+    verdict = check_twice.judge(doubles_in_place)
+    assert verdict.state == "wrong"  # it raises
+    verdict = check_twice.judge(lambda x: print(end=str(x)[:0]))
+    assert verdict == exercises.Verdict("wrong", "Twice 2 is `4`. It returned `None` each time: is the `return` missing?")
+    assert check_twice.judge(nothing_for_negatives).message == "A negative number must be refused."
 
 
 @pytest.mark.parametrize(
@@ -148,8 +182,8 @@ def test_boxes_differ_by_icon_and_word(monkeypatch):
     for answer in (..., lambda x: x, twice):
         assert check_twice(answer) is None
     assert [text.split(":")[0] for text, _ in boxes] == [
-        "✎ Unfinished (twice)",
-        "✗ Wrong (twice)",
+        "✎ Your turn (twice)",
+        "✗ Not yet (twice)",
         "✓ Right (twice)",
     ]
     assert "Twice 2 is <code>4</code>." in boxes[1][1]
@@ -166,3 +200,104 @@ def test_accepts_and_rejects_hold_the_check_to_account(capsys, monkeypatch):
         check_twice.rejects(lambda x: x, twice)
     with pytest.raises(AssertionError, match="calls wrong answer 1 unfinished"):
         check_twice.rejects(lambda x: None)
+
+
+# What an answer must do without
+
+
+@exercise("sum", without=("a loop", "sum"))
+def check_sum(answer):
+    assert answer([1, 2, 3]) == 6 and answer([]) == 0, "The sum of all of them."
+
+
+def adds(numbers):
+    total = 0
+    for number in numbers:
+        total += number
+    return total
+
+
+def counts_down(numbers):
+    total, left = 0, list(numbers)
+    while left:
+        total += left.pop()
+    return total
+
+
+def by_a_helper(numbers):
+    return adds(numbers)
+
+
+@pytest.mark.parametrize(
+    ("answer", "banned"),
+    [
+        (adds, "a loop"),
+        (counts_down, "a loop"),
+        (by_a_helper, "a loop"),
+        (lambda numbers: [total := 0, *[total := total + number for number in numbers]][-1], "a loop"),
+        (lambda numbers: sum(numbers), "sum"),
+        (lambda numbers: np.sum(numbers), "sum"),
+    ],
+)
+def test_what_an_answer_must_do_without(answer, banned):
+    verdict = check_sum.judge(answer)
+    assert verdict.state == "wrong" and verdict.message.endswith(f"the exercise asks to do without {banned}.")
+
+
+def test_other_ways_are_right():
+    assert check_sum.judge(lambda numbers: functools.reduce(int.__add__, numbers, 0)).state == "right"
+    assert check_sum.judge(lambda numbers: np.asarray(numbers, int) @ np.ones(len(numbers), int)).state == "right"
+
+
+def test_a_wrong_result_is_said_before_a_ban():
+    assert check_sum.judge(lambda numbers: sum(numbers) + 1).message == "The sum of all of them."
+
+
+# What an error shows
+
+
+def test_no_dump_of_tensors_and_no_second_line():
+    @exercise("tensors")
+    def check(answer):
+        torch.testing.assert_close(answer(torch.ones(3)), torch.zeros(3))
+
+    assert check.judge(lambda x: x).message == "The answer is not right yet."
+    verdict = check.judge(lambda x: x @ torch.ones(4))
+    assert verdict.message.startswith("Your code raised RuntimeError: ") and "\n" not in verdict.message
+
+
+# Mistakes that a check must notice
+
+
+def area(width, height=2):
+    return width * height
+
+
+@pytest.mark.parametrize(
+    ("pairs", "mistake"),
+    [
+        ([(2, 3)], "its first result each time"),
+        ([(2, 3), (2, 5)], "width as it was first"),
+        ([(2, 3), (4, 3)], "height as it was first"),
+    ],
+)
+def test_a_check_that_tries_too_little_is_refused(pairs, mistake):
+    @exercise("area")
+    def check(answer):
+        assert all(answer(width, height) == width * height for width, height in pairs)
+
+    with pytest.raises(AssertionError, match=f"'area' accepts an answer with {mistake}"):
+        check.accepts(area)
+
+
+def test_one_more_is_refused_too(monkeypatch):
+    monkeypatch.setattr(exercises, "show", lambda text, html: None)
+    lax = exercise("area")(lambda answer: [answer(2, 3) // 4 == 1 or 1 / 0, answer(8, 5) // 4 == 10 or 1 / 0, answer(8, 9)])
+    with pytest.raises(AssertionError, match="one more"):
+        lax.accepts(area)
+
+    @exercise("area", unused=("height",))
+    def half(answer):
+        assert answer(2) == 4 and answer(5) == 10
+
+    half.accepts(area)
