@@ -1,18 +1,20 @@
 """Exercises that check themselves: unfinished, wrong and right answers each get their own message.
 
-A check is a function of asserts, each with a hint for the student::
+A check is a function of asserts, each with a hint for the student. It stands in `minicpm_lite.exercises`, so
+that no chapter shows it, together with wrong answers that it must refuse::
 
-    @exercise("decay start", without=("for", "while"))
-    def check_decay_start(answer):
+    @exercise("decay start", wrong=(lambda total, share: total - 100,), without=("a loop",))
+    def decay_start(answer):
         \"\"\"The decay takes the last tenth of the steps.\"\"\"                      # shown to who is right
         assert same(answer(1000, 0.1), 900), "1,000 steps, 10 % decay: it starts at step 900."
         assert same(answer(50, 0.5), 25), "The share is an argument; half of 50 steps is 25."
 
-    check_decay_start(decay_start)               # never raises; shows one of three boxes
-    check_decay_start.accepts(solution)          # raises if it is refused, or a mistake in it is not
-    check_decay_start.rejects(wrong_1, wrong_2)  # raises if one of them passes
+A chapter then needs two lines::
 
-A check that tries one value lets answers pass that hold for this value alone. So `accepts` makes wrong
+    check.decay_start(decay_start)               # below the student's code: shows one of three boxes, never raises
+    check.decay_start.accepts(solution)          # below the solution: raises if the check is wrong or lax
+
+A check that tries one value lets answers pass that hold for this value alone. So `accepts` also makes wrong
 answers of the solution, by the mistakes that are made everywhere (`mistakes`); the check must refuse each.
 """
 
@@ -20,7 +22,7 @@ import dis
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
@@ -41,6 +43,7 @@ _LOOKS = {  # icon, heading, and colour as red, green, blue
 }
 _UNFINISHED = "Put your code where the `...` stands, and run this cell again."
 _LOOP = "a loop"
+_WRONG_ANSWERS = 4  # that a check must refuse
 
 
 @dataclass(frozen=True)
@@ -52,75 +55,73 @@ class Verdict:
 
 
 def exercise(
-    name: str, without: tuple[str, ...] = (), unused: tuple[str, ...] = ()
+    name: str,
+    wrong: Sequence[object] = (),
+    without: Sequence[str] = (),
+    unused: Sequence[str] = (),
 ) -> Callable[[Callable[[object], None]], "Exercise"]:
     """Make a function of asserts the check of an exercise. Its docstring is shown to who is right.
 
     Args:
         name: shown with the verdict.
+        wrong: answers that the check must refuse, the usual misunderstanding among them.
         without: what the answer must do without, as the exercise says: "a loop", or names of functions.
         unused: parameters of the answer that decide nothing in it.
     """
-    return lambda check: Exercise(name, check, without, unused)
+    return lambda check: Exercise(name, check, tuple(wrong), tuple(without), tuple(unused))
 
 
+@dataclass(frozen=True)
 class Exercise:
     """A check, ready to be called with a student's answer: a value, or a function that returns its result."""
 
-    def __init__(
-        self,
-        name: str,
-        check: Callable[[object], None],
-        without: tuple[str, ...] = (),
-        unused: tuple[str, ...] = (),
-    ) -> None:
-        self.name, self._check, self._without, self._unused = name, check, without, unused
+    name: str
+    check: Callable[[object], None]
+    wrong: tuple[object, ...] = ()
+    without: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __call__(self, answer: object) -> None:
         """Show what the check says about an answer. Never raises."""
         self._show(self.judge(answer))
 
     def accepts(self, solution: object) -> None:
-        """Show that the solution is right, and that usual mistakes in it are not.
+        """Show that the solution is right, and hold the check to account.
 
         Raises:
-            AssertionError: the check refuses it, or takes it for right with a mistake in it.
+            AssertionError: the check refuses the solution; it takes a wrong answer for right; or fewer than
+                four wrong answers are known, those that are made of the solution counted.
         """
         verdict = self.judge(solution)
         if verdict.state != "right":
             raise AssertionError(
                 f"The check {self.name!r} calls the solution {verdict.state}: {verdict.message}"
             )
-        for mistake, wrong in mistakes(solution, self._unused):
-            if self.judge(wrong).state == "right":
-                raise AssertionError(f"The check {self.name!r} accepts an answer with {mistake}.")
+        wrong = [(f"{mistake} instead", answer) for mistake, answer in mistakes(solution, self.unused)]
+        wrong += [(f"number {number}", answer) for number, answer in enumerate(self.wrong, start=1)]
+        for what, answer in wrong:
+            if (state := self.judge(answer).state) != "wrong":
+                raise AssertionError(f"The check {self.name!r} calls a wrong answer {state}: {what}.")
+        if len(wrong) < _WRONG_ANSWERS or not self.wrong:
+            raise AssertionError(
+                f"The check {self.name!r} knows {len(wrong)} wrong answers, {len(self.wrong)} of them written by "
+                f"hand; {_WRONG_ANSWERS} are asked for, with the usual misunderstanding by hand."
+            )
         self._show(verdict)
-
-    def rejects(self, *wrong_answers: object) -> None:
-        """Print the hint that each wrong answer gets.
-
-        Raises:
-            AssertionError: the check takes one of them for right or unfinished, so it checks too little.
-        """
-        for number, answer in enumerate(wrong_answers, start=1):
-            verdict = self.judge(answer)
-            if verdict.state != "wrong":
-                raise AssertionError(f"The check {self.name!r} calls wrong answer {number} {verdict.state}.")
-            print(f"wrong answer {number}: {verdict.message}")
 
     def judge(self, answer: object) -> Verdict:
         """What the check says about an answer."""
         watched = _Watched(answer) if inspect.isroutine(answer) else None
         try:
             with _no_exit():
-                self._check(watched.function if watched else answer)
+                self.check(watched.function if watched else answer)
         except BaseException as error:  # whatever a student's code does, the notebook goes on
             if watched.is_blank if watched else answer is None or _has_blank(answer):
                 return Verdict("unfinished", _UNFINISHED)
             return Verdict("wrong", self._explain(error, watched))
-        if watched and (used := [each for each in self._without if each in _used(answer)]):
+        if watched and (used := [each for each in self.without if each in _used(answer)]):
             return Verdict("wrong", f"The results are right, but the exercise asks to do without {used[0]}.")
-        return Verdict("right", inspect.getdoc(self._check) or "All checks passed.")
+        return Verdict("right", inspect.getdoc(self.check) or "All checks passed.")
 
     def _explain(self, error: BaseException, watched: "_Watched | None") -> str:
         if isinstance(error, SystemExit):
@@ -135,7 +136,7 @@ class Exercise:
             return f"Your code raised {said}" + (f" (line {lines[-1]} of its cell)." if lines else ".")
         forgot = " It returned `None` each time: is the `return` missing?" if _only_none(watched) else ""
         if isinstance(error, AssertionError):
-            hint = str(error) if frames[-1].filename == self._check.__code__.co_filename else ""
+            hint = str(error) if frames[-1].filename == self.check.__code__.co_filename else ""
             return (hint or "The answer is not right yet.") + forgot
         return f"The check could not use your answer, perhaps it is of the wrong type. {said}{forgot}"
 

@@ -52,14 +52,14 @@ def mistakes(solution: object, unused: Sequence[str] = ()) -> Iterator[tuple[str
     >>> def area(width, height): return width * height
     >>> for mistake, wrong in mistakes(area):
     ...     print(mistake, wrong(2, 3), wrong(4, 5))
-    its first result each time 6 6
+    the first result each time 6 6
     width as it was first 6 10
     height as it was first 6 12
     one more 7 21
     """
     if not inspect.isfunction(solution):
         return
-    yield "its first result each time", _frozen(solution, lambda first, arguments: first)
+    yield "the first result each time", _frozen(solution, lambda first, arguments: first)
     for name in inspect.signature(solution).parameters:
         if name not in unused:
             yield (
