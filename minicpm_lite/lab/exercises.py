@@ -11,8 +11,8 @@ that no chapter shows it, together with wrong answers that it must refuse::
 
 A chapter then needs two lines::
 
-    check.decay_start(decay_start)               # below the student's code: shows one of three boxes, never raises
-    check.decay_start.accepts(solution)          # below the solution: raises if the check is wrong or lax
+    check.decay_start(decay_start)         # below the student's code: shows one of three boxes, never raises
+    check.decay_start.accepts(solution)    # below the solution: raises if the check is wrong or lax
 
 A check that tries one value lets answers pass that hold for this value alone. So `accepts` also makes wrong
 answers of the solution, by the mistakes that are made everywhere (`mistakes`); the check must refuse each.
@@ -104,8 +104,8 @@ class Exercise:
                 raise AssertionError(f"The check {self.name!r} calls a wrong answer {state}: {what}.")
         if len(wrong) < _WRONG_ANSWERS or not self.wrong:
             raise AssertionError(
-                f"The check {self.name!r} knows {len(wrong)} wrong answers, {len(self.wrong)} of them written by "
-                f"hand; {_WRONG_ANSWERS} are asked for, with the usual misunderstanding by hand."
+                f"The check {self.name!r} knows {len(wrong)} wrong answers, {len(self.wrong)} of them written "
+                f"by hand; {_WRONG_ANSWERS} are asked for, with the usual misunderstanding by hand."
             )
         self._show(verdict)
 
