@@ -13,6 +13,8 @@ from ...lab.quiz import Quiz
         lambda total, share: total * share,
         lambda total, share: total - 100,
         lambda total, share: int(total * (1 - share)),  # 100 * (1 - 0.9) is 9.99…
+        lambda total, share: total - int(total * share),
+        lambda total, share: total * (1 - share),
     ),
 )
 def decay_start(answer):
@@ -26,6 +28,9 @@ def decay_start(answer):
     assert same(answer(100, 0.9), 10), (
         "Of 100 updates 90 % are 90. A computer's 0.9 is a little off: round, do not cut off."
     )
+    assert same(answer(1607, 0.1), 1446), (
+        "A tenth of 1,607 updates is 160.7. A decay of whole updates nearest to that has 161."
+    )
     assert same(answer(50, 0.0), 50), "Without a decay the stable phase ends with the run."
 
 
@@ -38,7 +43,7 @@ def decay_start(answer):
         lambda decay_steps, ratio: round(decay_steps / math.log2(1 / ratio)),
     ),
 )
-def half_life(answer):
+def half_life_for(answer):
     """0.5 to the power of decay_steps / half_life is the ratio."""
     assert same(answer(100, 0.5), 100), "To end at a half after 100 updates, the rate halves once."
     assert same(answer(100, 0.25), 50), "To end at a quarter after 100 updates, the rate halves twice."
