@@ -62,6 +62,11 @@ def _exponential(s, peak, W, T, S):
     return peak * min(s / W, 1) * 0.1 ** (max(s - T, 0) / (S - T))
 
 
+def _smooth_start(s, peak, W, T, S):
+    start = (1 - math.cos(math.pi * min(s / W, 1))) / 2
+    return peak * min(start, max(0, (S - s) / (S - T)))
+
+
 def _below_zero(s, peak, W, T, S):
     return peak * min(s / W, 1, (S - s) / (S - T))
 
@@ -71,6 +76,7 @@ def _below_zero(s, peak, W, T, S):
     wrong=(
         _half_cosine,
         _exponential,
+        _smooth_start,
         _below_zero,
         lambda s, peak, W, T, S: peak * min((s + 1) / W, 1, max(0, (S - s) / (S - T))),
         lambda s, peak, W, T, S: peak * min(s / W, 1, max(0, (100 - s) / 20)),
@@ -79,7 +85,7 @@ def _below_zero(s, peak, W, T, S):
 def linear_wsd(answer):
     """Each edge is exact, and beyond the end the rate stays at zero."""
     for peak, W, T, S in ((0.01, 10, 80, 100), (3.0, 4, 20, 50)):
-        assert answer(0, peak, W, T, S) == 0 and same(answer(W // 2, peak, W, T, S), peak / 2), (
+        assert all(same(answer(s, peak, W, T, S), peak * s / W) for s in range(W)), (
             "The warm-up climbs in a straight line from 0 at step 0 to the peak at step `W`: at half of `W` "
             "it is half the peak."
         )
