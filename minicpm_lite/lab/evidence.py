@@ -33,7 +33,7 @@ class Evidence:
         seeds: the seeds of the runs; empty for an exact count.
         device: `minicpm_lite.lab.device()`.
         minutes: how long the measurement took.
-        verdict: "verified", an identity or a count that is exact, which can fail only through a fault of ours;
+        verdict: "verified", an identity or an exact count, which can fail only through a fault of ours;
             "reproduced", the published effect under the rule and the power that were named before; "direction
             only", the same sign beyond noise, and not the published size or form; "not told apart", the
             interval holds both; "not at this scale", absent or the other way beyond noise, with the reason
