@@ -62,8 +62,8 @@ def dense_attention(
     if mask is None and 1 < queries < keys:
         mask = causal_mask(queries, keys, query.device)
     if queries == 1:  # the group becomes the query axis, so that no key is copied for it
-        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, key, value, mask).view(batch, heads, 1, -1)
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, key, value, mask).reshape(batch, heads, 1, -1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
     )
