@@ -4,6 +4,9 @@ The oracle is the CPU: the same weights and the same ids, in float32 (PyTorch le
 """
 
 import copy
+import gc
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +20,7 @@ from minicpm_lite.config import (
     RopeScaling,
     load_config,
 )
+from minicpm_lite.data.conversations import EncodedExample
 from minicpm_lite.language.chat import Chat, chatml
 from minicpm_lite.language.context import Int8Cache, KVCache, Tree
 from minicpm_lite.language.decoder import Decoder
@@ -24,11 +28,13 @@ from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.generation import generate, pad_left
 from minicpm_lite.language.scoring import next_token_loss
 from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.pretrained.checkpoints import load_pretrained, save_pretrained
 from minicpm_lite.training.memory import plan_memory
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import load_weights
 from minicpm_lite.training.trainer import Trainer
+from minicpm_lite.training.two_stage import score_answers
 from minicpm_lite.training.wsd import WSD
 
 BASE = ModelConfig(
@@ -167,6 +173,8 @@ def test_the_planned_memory_is_what_a_step_takes(precision, layout):
     config = replace(load_config("minicpm4-0.5b"), num_hidden_layers=6)
     settings = TrainerConfig(8, 1024, precision=precision)
     planned = plan_memory(config, settings, layout, 1).total
+    gc.collect()  # what earlier tests left
+    before = torch.cuda.memory_allocated()
     with processes():
         with torch.device("cuda"):
             model = Decoder(config)
@@ -174,6 +182,44 @@ def test_the_planned_memory_is_what_a_step_takes(precision, layout):
         trainer.train(1, progress=False)
         torch.cuda.reset_peak_memory_stats()
         trainer.train(3, progress=False)
-        taken = torch.cuda.max_memory_allocated()
+        taken = torch.cuda.max_memory_allocated() - before
     print(f"{precision}, {layout}: planned {planned / 1e9:.2f} GB, taken {taken / 1e9:.2f} GB")
     assert planned == pytest.approx(taken, rel=0.1)
+
+
+def test_the_command_line(tmp_path):
+    """Text to tokenizer to shards to a run to text, and on to the Hugging Face layout."""
+
+    def command(line: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-m", "minicpm_lite.cli", *line.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and saw the hat. " * 3000)
+    command("tokenizer text.txt --out t.json --vocab-size 300")
+    command("shards text.txt --tokenizer t.json --out shards --end <|endoftext|> --vocab-size 1024")
+    tiny = "--config lite-1m --data shards --batch-tokens 512 --sequence-length 64 --peak-lr 0.01"
+    command(f"train {tiny} --out run --steps 20 --warmup 2 --decay 5")
+    command(f"train {tiny} --out exact --steps 6 --warmup 2 --decay 1 --precision float32")
+    assert "the" in command("generate run the --max-new-tokens 8")
+    command("export run --out exported")
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+def test_answers_are_scored_alike():
+    cpu, gpu = two(BASE)
+    examples = [EncodedExample((1, 2, 3), (4, 5)), EncodedExample((6,), (7,))]
+    one, other = score_answers(cpu, examples), score_answers(gpu, examples)
+    assert_close(other.total_loss.cpu(), one.total_loss, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_is_saved_from_the_gpu(tmp_path):
+    cpu, gpu = two(BASE)
+    save_pretrained(gpu, tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    assert_close(load_pretrained(tmp_path)(ids), cpu(ids))
