@@ -167,8 +167,15 @@ def test_one_sharded_process():
         )
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [Layout(sharded=True), Layout(4, True, True)])
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        ("bfloat16", Layout(sharded=True)),
+        ("bfloat16", Layout(4, True, True)),
+        ("bfloat16", Layout()),
+        ("float32", Layout(4, True, True)),
+    ],
+)
 def test_the_planned_memory_is_what_a_step_takes(precision, layout):
     config = replace(load_config("minicpm4-0.5b"), num_hidden_layers=6)
     settings = TrainerConfig(8, 1024, precision=precision)
