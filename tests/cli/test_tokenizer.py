@@ -35,7 +35,7 @@ def test_a_small_text_says_how_many_ids_it_gave(at_home, capsys):
         (["novel.txt", "--out", "made.json", "--vocab-size", "256"], "Invalid value for '--vocab-size'"),
         (["novel.txt", "--out", "no/such/made.json"], "made.json could not be written: No such file"),
         (["empty.txt", "--out", "made.json"], "holds no text"),
-        (["novel.txt", "--out", "made.json", "--end", ""], "--end is '', which is empty"),
+        (["novel.txt", "--out", "made.json", "--end", ""], "--end is empty. Give a token that no text holds"),
         (["novel.txt", "--out", "made.json", "--end", "t"], "--end is 't', which texts hold, too"),
         (["broken.jsonl", "--out", "made.json"], "Line 2 of broken.jsonl is no JSON object"),
     ],
