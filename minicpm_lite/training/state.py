@@ -8,7 +8,7 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ __all__ = [
     "buffers_given_back",
     "checkpoint_shapes",
     "checkpoint_tensors",
+    "hold_buffers",
     "make_moments",
     "own_buffers",
     "require_same_run",
@@ -84,20 +85,30 @@ def own_buffers(model: nn.Module) -> None:
             module._buffers[name] = buffer.contiguous()
 
 
-@contextmanager
-def buffers_given_back(model: nn.Module) -> Iterator[None]:
-    """Give the buffers what they held before, if anything is raised within."""
+def hold_buffers(model: nn.Module) -> Callable[[], None]:
+    """Note what the buffers hold; the function that comes gives it back to them, as often as it is called."""
     before = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+
+    @torch.no_grad()
+    def give_back() -> None:
+        for module, name, buffer, held in before:
+            module._buffers[name] = buffer.copy_(held)
+
+    return give_back
+
+
+@contextmanager
+def buffers_given_back(model: nn.Module) -> Iterator[None]:
+    """Give the buffers what they held before, if anything is raised within."""
+    give_back = hold_buffers(model)
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for module, name, buffer, held in before:
-                module._buffers[name] = buffer.copy_(held)
+        give_back()
         raise
 
 
