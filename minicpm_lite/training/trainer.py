@@ -194,6 +194,9 @@ class Trainer:
         SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint;
         a second one ends it at once, perhaps half-way through an update. Only the main thread notes them.
 
+        An error while a batch is read, and a loss that is not finite, leave the run as it was before that
+        step; with a folder, what was made up to there is saved first.
+
         Args:
             until: the step to stop at.
             folder: where checkpoints (``step-00001000``) and ``metrics.jsonl`` go, a line for each step.
@@ -210,11 +213,10 @@ class Trainer:
         Raises:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
-            FloatingPointError: a loss or a gradient is not finite; the run is as it was before that step, and
-                with a folder, a checkpoint is taken.
+            FloatingPointError: a loss or a gradient is not finite.
             ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
-                holds nothing to predict, or a shard is damaged, and the run is as it was before that step; or
-                a checkpoint could not bring the schedule back.
+                holds nothing to predict, or a shard is damaged; or a checkpoint could not bring the schedule
+                back.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
         """
@@ -232,15 +234,15 @@ class Trainer:
         cut_again(self.model)
         _require_same_choice(self.model, self.optimizer)
         self.model.train()
+        began = self.step
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
         with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
-                try:
-                    metrics = self._update(skip_non_finite)
-                except FloatingPointError:
-                    if run is not None:  # the run is as it was before this step: nothing of it is lost
-                        self.save(folder)
-                    raise
+                started = time.perf_counter()
+                with self._saving_after(Exception, folder, began):
+                    read = self._read()
+                with self._saving_after(NotFinite, folder, began):
+                    metrics = self._update(*read, started, skip_non_finite)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is not None:
                     try:
@@ -272,10 +274,20 @@ class Trainer:
             with RunFolder(folder, *past, keep, decay_start, tensorboard, tokenizer) as run:
                 yield run
 
-    def _update(self, skip_non_finite: int = 0) -> dict:
-        """One update, and its metrics. Interrupted before its end, it leaves the run as it was."""
-        started = time.perf_counter()
-        passes, units, seen = self._read()
+    @contextmanager
+    def _saving_after(self, kind: type[Exception], folder: str | Path | None, began: int) -> Iterator[None]:
+        """Save what was made since a step, if an error comes that all processes raise between two steps."""
+        try:
+            yield
+        except kind:
+            if folder and self.step > began:
+                self.save(folder)
+            raise
+
+    def _update(
+        self, passes: list[tuple[Batch, int]], units: int, seen: int, started: float, skip_non_finite: int
+    ) -> dict:
+        """One update of what was read, and its metrics. Interrupted before its end, it changes nothing."""
         model = self.model if self._rounded is None else self._rounded.refreshed()
         self._reached.clear()
         skipped = False

@@ -31,7 +31,7 @@ from minicpm_lite.training.objective import Objective, next_token, within_docume
 from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights
+from minicpm_lite.training.sharded_checkpoint import checkpoints, latest_checkpoint, load_weights
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -637,7 +637,7 @@ def test_passes_of_pairs_are_the_whole():
     one, other = ranker(), ranker(layout=Layout(4))
     for run in (one, other):
         run.model.eval()
-        run._update()
+        run._update(*run._read(), started=0.0, skip_non_finite=0)
     assert other.losses == pytest.approx(one.losses, abs=1e-6)
 
 
@@ -896,6 +896,65 @@ def test_what_was_made_before_a_step_that_is_not_finite_is_kept(tmp_path):
     for each, folder in ((resumed, tmp_path), (whole, None)):
         each.train(folder=folder, progress=False, skip_non_finite=1)
     assert repr(resumed.losses) == repr(whole.losses)
+
+
+class Unreadable(Poisoned):
+    """Pairs of which a step cannot be read."""
+
+    def __getitem__(self, step):
+        if step + 1 in self.steps:
+            raise self.value
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, KeyError])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_was_made_before_a_batch_that_cannot_be_read_is_kept(tmp_path, error, sharded):
+    with processes() if sharded else nullcontext():
+        run, whole = (poisoned(layout=Layout(sharded=sharded)) for _ in "ab")
+        run.batches, whole.batches = Unreadable(6, value=error("a disk")), Unreadable(value=error("a disk"))
+        run.batches.identity = whole.batches.identity
+        with pytest.raises(error, match="a disk"):
+            run.train(folder=tmp_path, progress=False)
+        assert list(checkpoints(tmp_path)) == [5]
+        whole.load(latest_checkpoint(tmp_path))
+        whole.train(folder=tmp_path, progress=False)
+        run.batches = whole.batches  # mended
+        run.train(progress=False)
+        assert run.losses == whole.losses and run.step == 10
+
+
+@pytest.mark.parametrize("first", [Poisoned(1), Unreadable(1, value=OSError("a disk"))])
+def test_an_attempt_that_made_no_step_leaves_no_checkpoint(tmp_path, first):
+    """So that another, with other settings, may begin in the folder."""
+    run = poisoned()
+    run.batches = first
+    with pytest.raises((FloatingPointError, OSError)):
+        run.train(folder=tmp_path, progress=False)
+    assert not checkpoints(tmp_path)
+    poisoned(precision="bfloat16").train(folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_branch_that_stopped_at_its_first_step_goes_on(tmp_path, saved):
+    """Whether or not a checkpoint of its first moment was taken, which is its own and not the trunk's."""
+    trunk = poisoned(7)
+    trunk.train(6, folder=tmp_path / "trunk", progress=False)
+
+    def branch(*steps) -> Trainer:
+        run = poisoned(7)
+        run.batches = Poisoned(*steps)
+        run.branch_from(tmp_path / "trunk" / "step-00000006")
+        return run
+
+    stopped, whole = branch(7), branch()
+    with pytest.raises(FloatingPointError, match="gradient of step 7"):
+        stopped.train(folder=tmp_path / "decay", progress=False)
+    assert not checkpoints(tmp_path / "decay")
+    if saved:
+        whole.save(tmp_path / "decay")
+    whole.train(folder=tmp_path / "decay", progress=False)
+    assert whole.step == 10
 
 
 def test_a_branch_counts_the_steps_that_it_skips_itself(tmp_path):
