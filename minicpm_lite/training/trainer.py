@@ -191,8 +191,9 @@ class Trainer:
     ) -> None:
         """Make updates up to step ``until`` (left out: to the end of the schedule).
 
-        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint;
-        a second one ends it at once, perhaps half-way through an update. Only the main thread notes them.
+        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint; a
+        Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main thread notes
+        them.
 
         An error while a batch is read, and a loss that is not finite, leave the run as it was before that
         step; with a folder, what was made up to there is saved first.
