@@ -76,3 +76,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.micro_batch is not None:
             require_positive_integer("micro_batch", self.micro_batch)
+
+    def rows_at_once(self, batch_size: int, processes: int) -> int:
+        """Rows of the largest pass, when so many processes share a batch evenly."""
+        own = max(1, batch_size // processes)
+        return own if self.micro_batch is None else min(self.micro_batch, own)

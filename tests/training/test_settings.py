@@ -29,6 +29,11 @@ def test_impossible_trainers(change, sentence):
         replace(CONFIG, **change)
 
 
+def test_no_pass_is_larger_than_a_process_s_part():
+    assert Layout(64).rows_at_once(16, 8) == 2 and Layout(2).rows_at_once(16, 1) == 2
+    assert Layout().rows_at_once(16, 8) == 2 and Layout().rows_at_once(16, 1) == 16
+
+
 def test_an_impossible_layout():
     with pytest.raises(ValueError, match="micro_batch is 0"):
         Layout(0)
