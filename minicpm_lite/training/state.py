@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from .processes import on_each
 from .settings import TrainerConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "hold_buffers",
     "make_moments",
     "own_buffers",
+    "require_one_run",
     "require_same_run",
     "run_identity",
     "updates_made",
@@ -76,6 +78,17 @@ def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -
                     f"{path} belongs to another {part}: its {field} is "
                     f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
                 )
+
+
+def require_one_run(facts: dict[str, dict]) -> None:
+    """Refuse processes that were given different runs, in all of them: each hands in its own facts.
+
+    Raises:
+        ValueError: a sentence that names the first field that differs from the first process's.
+    """
+    first, *others = on_each(lambda: facts)
+    for number, theirs in enumerate(others, start=1):
+        require_same_run(f"What process {number} was given", theirs, first)
 
 
 def own_buffers(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ from .state import (
     checkpoint_tensors,
     make_moments,
     own_buffers,
+    require_one_run,
     require_same_run,
     run_identity,
     updates_made,
@@ -117,8 +119,8 @@ class Trainer:
     Raises:
         ValueError: everything is frozen, or what is trained holds numbers shorter than float32, windows do
             not fit the model or the config, or there are several processes and the layout keeps the model
-            whole or the batch cannot be shared evenly, or the model is on the meta device and not drawn, see
-            `distributed.shard`.
+            whole, the batch cannot be shared evenly or they were given different models, data or configs; or
+            the model is on the meta device and not drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -162,6 +164,7 @@ class Trainer:
         self.objective, self.layout = objective, layout
         self._rounded, self._loss = None, objective.loss
         if layout.sharded:
+            require_one_run(self._identity())
             shard(model, config)
         if layout.activation_checkpointing:
             recompute_blocks(model)  # around the blocks that `shard` compiled, and before they are copied
@@ -216,19 +219,23 @@ class Trainer:
                 tokenizer that may be another's, or another program writes to it.
             FloatingPointError: a loss or a gradient is not finite.
             ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
-                holds nothing to predict, or a shard is damaged; or a checkpoint could not bring the schedule
-                back.
+                holds nothing to predict, or a shard is damaged; a checkpoint could not bring the schedule
+                back; or processes were told different things.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
         """
         until = self.schedule.total_steps if until is None else until
+        if not isinstance(until, Integral):
+            raise ValueError(f"until is {until!r}; expected a whole number, the step to stop at.")
         require_positive_integer("checkpoint_every", checkpoint_every)
         require_positive_integer("keep", keep)
         if skip_non_finite != 0:
             require_positive_integer("skip_non_finite", skip_non_finite)
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
-        if folder:
-            schedule_facts(self.schedule)  # a checkpoint will need them
+        told = {"step": self.step, "until": until, "checkpoint_every": checkpoint_every,
+                "skip_non_finite": skip_non_finite, "folder": "given" if folder else "left out"}  # fmt: skip
+        saved = {"schedule": schedule_facts(self.schedule)} if folder else {}  # which a checkpoint will need
+        require_one_run({"call of train": told} | saved)
         self._trouble = self._stop = None  # what was reported before may have been mended
         self._interruption = Interruption()
         calm_threads()

@@ -809,6 +809,17 @@ def failures(folder) -> dict:
     note("odd", lambda: make(config=replace(CONFIG, batch_size=3)))
     note("infinite", lambda: trained(make(schedule=WSD(1e30, 0, 10, 0))))
     note("whole", plain)
+    other_text = TokenWindows(TOKENS + rank, 16, 0)  # as of an older copy on another machine
+    note("other text", lambda: make(windows=other_text, model=replace(MODEL, vocab_size=42)))
+    note("other model", lambda: make(model=replace(MODEL, hidden_size=32 + 8 * rank)))
+    note("other seed", lambda: make(config=replace(CONFIG, seed=rank)))
+    torch.manual_seed(rank)
+    note(
+        "other weights",
+        lambda: Trainer(Decoder(MODEL), WINDOWS, SCHEDULE, CONFIG, layout=Layout(sharded=True)),
+    )
+    note("other rate", lambda: trained(make(schedule=WSD(0.01 + rank, 0, 10, 0)), folder=folder / "rate"))
+    note("other end", lambda: trained(make(), 3 + rank))
 
     class Odd(Captions):
         def __getitem__(self, step):
@@ -853,6 +864,15 @@ def test_an_error_of_one_process_is_everyone_s(tmp_path):
     assert "is not finite" in one["infinite"]
     assert "A step has 3 rows, which 2 processes cannot share evenly" in one["odd batch"]
     assert "2 processes were started, and the layout keeps the model whole in each" in one["whole"]
+    for name, sentence in {
+        "text": "What process 1 was given belongs to another text: its checksum is",
+        "model": "What process 1 was given belongs to another model config: its hidden_size is 40, this run's is 32.",
+        "seed": "What process 1 was given belongs to another trainer config: its seed is 1, this run's is 0.",
+        "weights": "embed_tokens.weight of the Decoder differs between the processes",
+        "rate": "What process 1 was given belongs to another schedule: its peak_lr is 1.01, this run's is 0.01.",
+        "end": "What process 1 was given belongs to another call of train: its until is 4, this run's is 3.",
+    }.items():
+        assert one[f"other {name}"].startswith(f"ValueError: {sentence}")
     assert "FileNotFoundError: There is no checkpoint at" in one["absent"]
     assert one["of a class of its own"] == "RuntimeError: Local: picture 7 is truncated"
     assert "FileExistsError" in one["foreign"] and "belongs to another objective" in one["foreign"]

@@ -104,6 +104,11 @@ def test_gradients_are_clipped():
     assert min(run.grad_norms) > 1e-2, "what is recorded is the norm before clipping"
 
 
+def test_half_a_step_is_none():
+    with pytest.raises(ValueError, match="until is 1.5; expected a whole number, the step to stop at"):
+        make().train(1.5, progress=False)
+
+
 def test_same_seed_same_run_other_seed_other_data():
     assert_same(trained(10), trained(10))
     assert trained(10).losses != trained(10, config=replace(CONFIG, seed=1)).losses
