@@ -34,8 +34,8 @@ def tokenizer(
     from ..files import written_whole
     from ..language.tokenizer import train_tokenizer
 
-    if not end:
-        raise ValueError('--end is empty. Give a token that no text holds, such as "<|endoftext|>".')
+    if len(end.strip()) < 2:
+        raise ValueError(f'--end is {end!r}. Give a token of several letters, such as "<|endoftext|>".')
     require_texts(texts)
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is overwritten. Give another place, or remove it.")

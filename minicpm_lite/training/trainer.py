@@ -405,7 +405,8 @@ class Trainer:
         fine-tuning has; so going back to the peak from a decay is allowed here, though it undoes the decay.
 
         Raises:
-            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint.
+            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint. Or
+                the other data were cut with another tokenizer.
         """
         if self.layout.sharded:
             raise ValueError(
@@ -416,6 +417,8 @@ class Trainer:
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout
         )
+        text, before = other.batches.identity(), self.batches.identity()
+        require_one_tokenizer({"the data of the branch": text, "those of this run": before})
         other.step = other._branched_at = self.step
         other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))

@@ -929,6 +929,21 @@ def test_what_was_made_before_a_batch_that_cannot_be_read_is_kept(tmp_path, erro
         assert run.losses == whole.losses and run.step == 10
 
 
+def test_an_error_of_the_objective_is_perhaps_one_process_s_alone(tmp_path):
+    """Those that train on would not save with it, so it ends at once."""
+
+    def failing(model, batch):
+        if run.step == 5:
+            raise FloatingPointError("a guard of one's own")
+        return _spread(model, batch)
+
+    run = poisoned()
+    run._loss = failing
+    with pytest.raises(FloatingPointError, match="a guard of one's own"):
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == 5 and not checkpoints(tmp_path)
+
+
 @pytest.mark.parametrize("first", [Poisoned(1), Unreadable(1, value=OSError("a disk"))])
 def test_an_attempt_that_made_no_step_leaves_no_checkpoint(tmp_path, first):
     """So that another, with other settings, may begin in the folder."""
