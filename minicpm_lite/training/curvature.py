@@ -96,7 +96,7 @@ class DecayReading:
         grad_norm: of its gradient, before clipping.
         cosine: between its gradient and that of the update before.
         first: derivative of its batch's loss along the update, before it; nats a token per unit length.
-        second: the second derivative there.
+        second: the second derivative there. Both are nan for an update that moved nothing, at a rate of 0.
     """
 
     step: int
@@ -152,6 +152,8 @@ def _derivatives_at(
     update: list[Tensor],
 ) -> tuple[float, float]:
     """Derivatives along the last update, at the place it began; weights and buffers stay as they are."""
+    if not any(part.any() for part in update):
+        return math.nan, math.nan  # there is no direction
     batch = batch_to(trainer.batches[trainer.step - 1], place[0].device)
     buffers_now = hold_buffers(trainer.model)
 

@@ -239,6 +239,16 @@ def test_watching_moves_no_buffers_and_reads_with_those_of_the_update(precision)
     assert (reading.first, reading.second) == directional_derivatives(loss, parts, update)
 
 
+@pytest.mark.parametrize("form", ["linear", "sqrt"])
+def test_an_update_at_a_rate_of_0_has_no_direction(form):
+    torch.manual_seed(0)
+    schedule = WSD(0.01, 1, 3, 4, form=form, final_ratio=0)
+    before, last = watch_decay(Trainer(Decoder(MODEL), TOKENS, schedule, CONFIG), 8, every=4)
+    assert before.first < 0 and before.curvature > 0
+    assert last.lr == 0 and last.grad_norm > 0 and -1 <= last.cosine <= 1
+    assert math.isnan(last.first) and math.isnan(last.second) and math.isnan(last.curvature)
+
+
 def test_a_reading_takes_two_updates():
     torch.manual_seed(0)
     run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
