@@ -64,7 +64,7 @@ from .state import (
     run_identity,
     updates_made,
 )
-from .update import NotFinite, update
+from .update import NotFinite, NothingPredicted, update
 from .wsd import WSD, Schedule
 
 __all__ = ["Trainer"]
@@ -198,8 +198,8 @@ class Trainer:
         Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main thread notes
         them.
 
-        An error while a batch is read, and a loss that is not finite, leave the run as it was before that
-        step; with a folder, what was made up to there is saved first.
+        An error while a batch is read, nothing to predict in it, or a loss that is not finite leaves the run
+        as it was before that step; with a folder, what was made up to there is saved first.
 
         Args:
             until: the step to stop at.
@@ -247,9 +247,9 @@ class Trainer:
         with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
                 started = time.perf_counter()
-                with self._saving_after(Exception, folder, began):
+                with self._saving_after(folder, began, Exception):
                     read = self._read()
-                with self._saving_after(NotFinite, folder, began):
+                with self._saving_after(folder, began, NothingPredicted, NotFinite):
                     metrics = self._update(*read, started, skip_non_finite)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is not None:
@@ -283,11 +283,13 @@ class Trainer:
                 yield run
 
     @contextmanager
-    def _saving_after(self, kind: type[Exception], folder: str | Path | None, began: int) -> Iterator[None]:
+    def _saving_after(
+        self, folder: str | Path | None, began: int, *errors: type[Exception]
+    ) -> Iterator[None]:
         """Save what was made since a step, if an error comes that all processes raise between two steps."""
         try:
             yield
-        except kind:
+        except errors:
             if folder and self.step > began:
                 self.save(folder)
             raise

@@ -475,12 +475,12 @@ def test_branches_of_a_run_that_computes_blocks_again():
     assert trunk.step == 3 and trunk.losses == plain.losses[:3]
 
 
-def test_a_step_that_predicts_nothing_is_refused():
-    """The first edition recorded nan and went on."""
+def test_a_step_that_predicts_nothing_is_refused(tmp_path):
+    """The first edition recorded nan and went on; what was made before is kept."""
     run = Trainer(Decoder(MODEL), Conversations(silent=[3]), SCHEDULE, CONFIG)
     with pytest.raises(ValueError, match="batch of step 4 holds nothing that is to be predicted"):
-        run.train(progress=False)
-    assert run.step == len(run.losses) == 3
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == len(run.losses) == 3 and list(checkpoints(tmp_path)) == [3]
 
 
 # Any module, any objective, any batches.
