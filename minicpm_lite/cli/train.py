@@ -390,15 +390,20 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
 def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:
     """The shape, with the tokens that end its texts: the checkpoint's, else the config's.
 
-    Where all shards say how their texts end, and it is not as the config says, that is what the model learns.
+    Where all shards say how their texts end, and it is not as that, the model learns it: in a decay beside
+    what it has learned, from nothing instead of what the config says.
     """
+    learned: tuple[int, ...] = ()
     if start is not None:
         saved = start.facts.get("model config", {})  # of another module there are none, which `load` refuses
-        return replace(model, eos_token_id=tuple(saved.get("eos_token_id", ())))
+        learned = tuple(saved.get("eos_token_id", ()))
+        model = replace(model, eos_token_id=learned)
+        if not start.decays:
+            return model
     ends = {each.end for each in shards.values()}
     if None in ends or ends <= set(model.eos_token_id):
         return model
-    return replace(model, eos_token_id=tuple(sorted(ends)))
+    return replace(model, eos_token_id=tuple(sorted(ends.union(learned))))
 
 
 def _weighted(source: str) -> tuple[str, float]:

@@ -452,6 +452,10 @@ def test_a_model_knows_where_its_texts_end(at_home, capsys):
         shutil.rmtree("named")
     decay = ["--decay-from", "run0/step-00000002", "--decay", "2", "--out", "decayed"]
     assert main(train(*data("ended", "one"), *decay)) == 0, "what the model is does not change with its texts"
+    assert main(train(*data("ended", "other"), *decay[:-1], "more", "--until", "3")) == 0
+    assert load_weights(at_home / "more" / "step-00000003").config.eos_token_id == (7, 8)
+    assert main(train(*data("ended", "other"), "--out", "more", "--resume")) == 0
+    assert load_weights(at_home / "more" / "step-00000004").config.eos_token_id == (7, 8)
 
 
 def test_a_folder_with_a_colon_in_its_name(at_home):
