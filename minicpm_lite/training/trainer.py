@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
+from ..data.shards import Shards
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, readable
@@ -104,7 +105,7 @@ class Trainer:
         model: what is trained; its frozen parameters (``requires_grad=False``) stay as they are. Sharded, it
             is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
             ``logits`` of its decoder, since these are what gathers weights.
-        batches: a stream of tokens, windows, or the batch of each step.
+        batches: a stream of tokens, in memory or in shards; windows; or the batch of each step.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
@@ -117,10 +118,11 @@ class Trainer:
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
-        ValueError: everything is frozen, or what is trained holds numbers shorter than float32, windows do
-            not fit the model or the config, or there are several processes and the layout keeps the model
-            whole, the batch cannot be shared evenly or they were given different models, data or configs; or
-            the model is on the meta device and not drawn, see `distributed.shard`.
+        ValueError: everything is frozen, or what is trained holds numbers shorter than float32; windows do
+            not fit the model or the config, or the batches give none of a step; there are several processes,
+            and the layout keeps the model whole, the batch cannot be shared evenly, or they were given
+            different models, data or configs; or the model is on the meta device and not drawn, see
+            `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -136,18 +138,23 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        batches: Int[Tensor, " tokens"] | Windows | Batches,
+        batches: Int[Tensor, " tokens"] | Shards | Windows | Batches,
         schedule: Schedule,
         config: TrainerConfig = TrainerConfig(),
         objective: Objective = next_token,
         layout: Layout = Layout(),
     ) -> None:
-        if isinstance(batches, Tensor):
+        if isinstance(batches, Tensor | Shards):
             batches = TokenWindows(batches, config.sequence_length, config.seed)
         if isinstance(batches, Windows):
             require_fitting(batches, config, model.config if isinstance(model, Decoder) else None)
             batches = WindowBatches(batches, config.batch_size)
             require_even(config.batch_size, world_size())
+        if not isinstance(batches, Batches):
+            raise ValueError(
+                f"The batches are a {type(batches).__name__}; expected tokens, shards, windows, or an object "
+                "of which [step] is the batch of a step and identity() says what is read."
+            )
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
@@ -398,7 +405,7 @@ class Trainer:
         return total / units
 
     def branch(
-        self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Windows | Batches | None = None
+        self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Shards | Windows | Batches | None = None
     ) -> "Trainer":
         """A copy of this run that goes on under another schedule; this one is left as it is.
 
@@ -468,7 +475,7 @@ class Trainer:
         """Start from a checkpoint of another run's stable stage, perhaps with other text.
 
         Weights, moments and step are taken over; the step goes on, and with it the place in the data. Make
-        the trainer with `decay_schedule` of the checkpoint.
+        the trainer with `decay_schedule` of the checkpoint. The model may know other tokens that end a text.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -477,6 +484,7 @@ class Trainer:
         """
         identity = self._identity()
         text = identity.pop("text")
+        identity.get("model config", {}).pop("eos_token_id", None)  # other text may end at other tokens
 
         def check() -> None:
             stable_schedule(checkpoint)

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import MixtureConfig
+from minicpm_lite.data.shards import write_shards
 from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
@@ -328,6 +329,23 @@ def test_an_evaluation_that_fails_leaves_the_mode_as_it_was():
         with pytest.raises(ValueError, match="holds nothing that is to be predicted"):
             run.evaluate(context_only(TOKENS))
         assert run.model.training is mode
+
+
+def test_shards_are_a_stream_too(tmp_path):
+    shards = write_shards(tmp_path / "shards", [TOKENS.tolist()], 40)
+    windows = TokenWindows(shards, CONFIG.sequence_length, CONFIG.seed)
+    one, other = (Trainer(make().model, batches, SCHEDULE, CONFIG) for batches in (shards, windows))
+    for run in (one, other):
+        run.train(3, progress=False)
+    assert one.losses == other.losses and one.branch(SCHEDULE, shards).step == 3
+
+
+@pytest.mark.parametrize("batches", [[TOKENS], iter([TOKENS]), torch.utils.data.DataLoader(TOKENS)], ids=type)
+def test_what_gives_no_batch_of_a_step(batches):
+    with pytest.raises(
+        ValueError, match=f"The batches are a {type(batches).__name__}; expected tokens, shar"
+    ):
+        Trainer(Decoder(MODEL), batches, SCHEDULE, CONFIG)
 
 
 def test_a_model_without_weights():
