@@ -51,7 +51,7 @@ class RunFolder:
         keep: how many of the newest checkpoints stay.
         decay_start: a step whose checkpoint always stays.
         tensorboard: write events, too.
-        tokenizer: a file, of which a copy is kept; None: it is not known.
+        tokenizer: a file, of which a copy is kept, once for the run; None: it is not known.
 
     Raises:
         FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
@@ -103,7 +103,8 @@ class RunFolder:
         if found:
             self._require_own(found, identity, schedule, branched_at)
         kept = self.path / TOKENIZER
-        if tokenizer is not None:  # the run's own, whatever an earlier attempt may have left
+        own = found and kept.exists()  # and its ids are what they were
+        if tokenizer is not None and not own:  # whatever an earlier attempt may have left
             with written_whole(kept) as beside:
                 shutil.copyfile(tokenizer, beside)
         elif kept.exists() and not found:

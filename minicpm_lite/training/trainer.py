@@ -199,7 +199,7 @@ class Trainer:
         skip_non_finite: int = 0,
         tokenizer: str | Path | None = None,
     ) -> None:
-        """Make updates up to step ``until`` (left out: to the end of the schedule).
+        """Make updates up to step ``until`` (left out: to the end of the schedule), all in training mode.
 
         SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint; a
         Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main thread notes
@@ -219,7 +219,7 @@ class Trainer:
                 over because their loss or gradient is not finite. Such a step changes nothing but the step
                 number.
             tokenizer: the tokenizer.json that made the ids which are read; a copy is kept in the folder, for
-                `generate` and `export`.
+                `generate` and `export`. A folder that has the run's own keeps it.
 
         Raises:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a

@@ -167,8 +167,9 @@ def test_the_folder_holds_the_tokenizer_of_its_run(make, tmp_path):
     assert kept.read_text() == "second"
     again = make()
     again.load(latest_checkpoint(run))
-    trained(again, 4, folder=run)
-    assert kept.read_text() == "second", "its own, since there are checkpoints of it"
+    for until, tokenizer in ((4, None), (6, tmp_path / "first")):
+        trained(again, until, folder=run, tokenizer=tokenizer)
+        assert kept.read_text() == "second", "its own, since there are checkpoints of it"
 
 
 def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
