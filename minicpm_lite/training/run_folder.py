@@ -29,7 +29,7 @@ from ..files import locked, written_whole
 from ..optional import require
 from .branch import require_same_past
 from .processes import on_first, rank
-from .sharded_checkpoint import checkpoints, read_facts
+from .sharded_checkpoint import checkpoints, read_facts, require_shared
 from .state import require_same_run
 from .wsd import Schedule
 
@@ -56,7 +56,7 @@ class RunFolder:
     Raises:
         FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
             tokenizer where that of the run is not known; or another program has it open.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or some processes do not see it.
     """
 
     def __init__(
@@ -76,10 +76,18 @@ class RunFolder:
         self._metrics = self._events = None
         self._hold = ExitStack()
         try:
+            on_first(self._make)
+            require_shared(self.path)
             on_first(lambda: self._open(step, identity, schedule, branched_at, tokenizer))
         except BaseException:
             self._hold.close()
             raise
+
+    def _make(self) -> None:
+        if self._tensorboard:
+            _writer()  # before anything is changed
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._hold.enter_context(locked(self.path))
 
     def _open(
         self,
@@ -89,10 +97,6 @@ class RunFolder:
         branched_at: int | None,
         tokenizer: str | Path | None,
     ) -> None:
-        if self._tensorboard:
-            _writer()  # before anything is changed
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._hold.enter_context(locked(self.path))
         found = checkpoints(self.path)
         if found and max(found) > step:
             raise FileExistsError(

@@ -838,6 +838,18 @@ def failures(folder) -> dict:
 
     note("of a class of its own", lambda: trained(captioner(Layout(sharded=True), batches=Unsent())))
     note("odd batch", lambda: trained(captioner(Layout(sharded=True), batches=Odd())))
+    home = Path.cwd()
+    for name, work in {  # each with a folder "run" on a disk of its own
+        "own disks": lambda: trained(make(), folder="run"),
+        "own disks in a save": lambda: make().save("run"),
+    }.items():
+        own = folder / name / str(rank)
+        own.mkdir(parents=True)
+        os.chdir(own)
+        note(name, work)
+        said[f"left on {name}"] = sorted(str(path) for path in (folder / name).rglob("run/*"))
+        os.chdir(home)
+        torch.distributed.barrier()
     note("absent", lambda: make().load(folder / "nowhere"))
     note("foreign", lambda: trained(trained(make(objective=BRIER), 6), folder=folder / "run"))
     if rank == 0:
@@ -864,6 +876,9 @@ def test_an_error_of_one_process_is_everyone_s(tmp_path):
     assert "is not finite" in one["infinite"]
     assert "A step has 3 rows, which 2 processes cannot share evenly" in one["odd batch"]
     assert "2 processes were started, and the layout keeps the model whole in each" in one["whole"]
+    for name in ("own disks", "own disks in a save"):
+        assert "run is another folder for process 1 than for process 0. Give one on" in one[name]
+        assert one[f"left on {name}"] == []
     for name, sentence in {
         "text": "What process 1 was given belongs to another text: its checksum is",
         "model": "What process 1 was given belongs to another model config: its hidden_size is 40, this run's is 32.",
