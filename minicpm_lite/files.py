@@ -9,14 +9,18 @@ folder stands whole beside it, as ``.name.replaced``, until the next writer puts
 A folder that is written to for long, as a run's, is `locked` by one program at a time.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["locked", "written_whole"]
+
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # as Lustre says where it was mounted without them
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     process writes a path at a time.
 
     Raises:
-        FileExistsError: a pipe or a device has this name; such are never replaced.
+        FileExistsError: a pipe or a device has this name, or it is a mount point; such are never replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -41,6 +45,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
+    if path.is_mount():
+        raise FileExistsError(f"{path} is a mount point, which cannot be replaced; give a name inside it.")
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:
@@ -70,7 +76,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep other programs that lock it, too, out of a folder, by a lock on the folder itself.
 
-    The operating system takes the lock back when the program ends, however it ends.
+    The operating system takes the lock back when the program ends, however it ends. On a file system that
+    has no locks a warning says so.
 
     Raises:
         FileExistsError: another program holds it.
@@ -84,6 +91,14 @@ def locked(folder: str | Path) -> Iterator[None]:
             raise FileExistsError(
                 f"{folder} is being written by another program. Wait for its end, or choose another folder."
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{folder} is on a file system without locks ({error.strerror}); let no second program write "
+                "there.",
+                stacklevel=3,
+            )
         yield
     finally:
         os.close(descriptor)
@@ -115,5 +130,8 @@ def _sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some file systems sync no folders
+            raise
     finally:
         os.close(descriptor)

@@ -1,8 +1,10 @@
 """What is written whole is there whole, or what was there before stands."""
 
 import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +118,47 @@ def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
         pass
     with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere"):
         pass
+
+
+def test_a_mount_point_is_refused_at_the_beginning(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    refused = pytest.raises(FileExistsError, match="out is a mount point.*give a name inside it")
+    with refused, written_whole(tmp_path / "out"):
+        raise AssertionError("hours of work")
+    write_folder(tmp_path / "out" / "inside", "text")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    def refuse(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match=f"{tmp_path} is on a file system without locks"), locked(tmp_path):
+        pass
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("code", "folder"), [(errno.EINVAL, True), (errno.EIO, True), (errno.EINVAL, False)])
+def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch, code, folder):
+    """Any other error, and any of a file, may mean that nothing was written."""
+    sync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folder:
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if (code, folder) == (errno.EINVAL, True):
+        write_folder(tmp_path / "folder", "text")
+        assert names(tmp_path) == ["folder"]
+    else:
+        with pytest.raises(OSError, match="folder could not be written"):
+            write_folder(tmp_path / "folder", "text")
 
 
 HOLD = """
