@@ -20,7 +20,8 @@ from pathlib import Path
 
 __all__ = ["locked", "written_whole"]
 
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # as Lustre says where it was mounted without them
+# What file systems on a network or in user space say of what they do not have.
+_HAS_NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextmanager
@@ -32,7 +33,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     process writes a path at a time.
 
     Raises:
-        FileExistsError: a pipe or a device has this name, or it is a mount point; such are never replaced.
+        FileExistsError: a pipe or a device has this name, or a file system is mounted there; such are never
+            replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -46,7 +48,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
     if path.is_mount():
-        raise FileExistsError(f"{path} is a mount point, which cannot be replaced; give a name inside it.")
+        raise FileExistsError(
+            f"A file system is mounted at {path}, which cannot be replaced; give the name of something in it."
+        )
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:
@@ -76,8 +80,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep other programs that lock it, too, out of a folder, by a lock on the folder itself.
 
-    The operating system takes the lock back when the program ends, however it ends. On a file system that
-    has no locks a warning says so.
+    The operating system takes the lock back when the program ends, however it ends.
+
+    Warns:
+        UserWarning: the folder's file system has no locks, so nobody is kept out.
 
     Raises:
         FileExistsError: another program holds it.
@@ -92,11 +98,11 @@ def locked(folder: str | Path) -> Iterator[None]:
                 f"{folder} is being written by another program. Wait for its end, or choose another folder."
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _HAS_NONE:
                 raise
             warnings.warn(
-                f"{folder} is on a file system without locks ({error.strerror}); let no second program write "
-                "there.",
+                f"The file system of {folder} has no locks ({error.strerror}), so nothing keeps another "
+                "program from writing there, too. Start none.",
                 stacklevel=3,
             )
         yield
@@ -131,7 +137,7 @@ def _sync_one(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno == errno.EINVAL):  # some file systems sync no folders
+        if not (path.is_dir() and error.errno in _HAS_NONE):  # some file systems sync files alone
             raise
     finally:
         os.close(descriptor)
