@@ -11,6 +11,7 @@ from minicpm_lite.training import run_folder
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import checkpoints, latest_checkpoint
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 CONFIG = TrainerConfig(batch_size=2, sequence_length=8)
@@ -59,6 +60,22 @@ def test_a_folder_with_a_later_run_is_not_overwritten(make, tmp_path):
     with pytest.raises(FileExistsError, match="holds a checkpoint of step 6, and this run is at step 0"):
         trained(make(), folder=tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_lines_of_an_attempt_without_a_checkpoint_are_no_other_run_s(make, tmp_path):
+    """Also where the other begins later: it branched, or it goes on from elsewhere."""
+    trunk, decay = make(schedule=WSD(0.01, 2, 100, 0)), tmp_path / "decay"
+    trained(trunk, 6, folder=tmp_path / "trunk")
+    start = latest_checkpoint(tmp_path / "trunk")
+    for go_on in (Trainer.branch_from, Trainer.load):
+        decay.mkdir()
+        (decay / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 5)))
+        run = make(schedule=decay_schedule(start, 4))
+        go_on(run, start)
+        trained(run, 8, folder=decay)
+        trained(run, folder=decay)
+        assert [line["step"] for line in lines(decay)] == [7, 8, 9, 10]
+        shutil.rmtree(decay)
 
 
 def test_a_full_disk_while_metrics_are_written(make, tmp_path, monkeypatch):
@@ -150,8 +167,9 @@ def test_the_folder_holds_the_tokenizer_of_its_run(make, tmp_path):
     assert kept.read_text() == "second"
     again = make()
     again.load(latest_checkpoint(run))
-    trained(again, 4, folder=run)
-    assert kept.read_text() == "second", "its own, since there are checkpoints of it"
+    for until, tokenizer in ((4, None), (6, tmp_path / "first")):
+        trained(again, until, folder=run, tokenizer=tokenizer)
+        assert kept.read_text() == "second", "its own, since there are checkpoints of it"
 
 
 def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
