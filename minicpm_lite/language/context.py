@@ -220,7 +220,9 @@ class KVCache(Context):
             )
         rows = self._batch if self.length else len(x if self.padding is None else self.padding)
         if len(x) != rows:
-            raise ValueError(f"The cache is for {rows} rows, and {len(x)} came; use one cache for each batch.")
+            raise ValueError(
+                f"The cache is for {rows} rows, and {len(x)} came; use one cache for each batch."
+            )
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
