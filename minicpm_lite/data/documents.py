@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ..language.tokenizer import fast_tokenizer, reading_all_as_text
 from ..optional import require
 
-__all__ = ["encoded", "read_documents", "require_texts"]
+__all__ = ["encoded", "read_documents", "require_texts", "row_in"]
 
 _KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 _ROWS = 1024  # of a table that are held at a time
@@ -74,7 +74,24 @@ def _written(path: Path, field: str) -> Iterator[str]:
         if _kind(path) == ".txt":
             yield text.replace("\r\n", "\n").replace("\r", "\n")
         elif text.strip():
-            yield _text_in(text, field, f"Line {number} of {path}")
+            yield row_in(text, field, f"Line {number} of {path}")[field]
+
+
+def row_in(line: str, field: str, place: str) -> dict:
+    """The JSON object of a line, which holds a text under ``field``.
+
+    Raises:
+        ValueError: the line is none, or half a character is in the text; the sentence begins with ``place``.
+    """
+    try:
+        row = json.loads(line)
+        row[field].encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(f"{place} holds half a character, U+{half:04X}, which no UTF-8 text can.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{place} is no JSON object with a text under {field!r}.") from None
+    return row
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
@@ -142,16 +159,3 @@ def _rows(path: Path, field: str) -> Iterator[str]:
 
 def _arrow(module: str) -> ModuleType:
     return require(module, install="minicpm_lite[parquet]", purpose="read parquet files")
-
-
-def _text_in(line: str, field: str, place: str) -> str:
-    try:
-        text = json.loads(line)[field]
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place} holds half a character, U+{ord(text[error.start]):04X}, which no UTF-8 text can."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{place} is no JSON object with a text under {field!r}.") from None
-    return text
