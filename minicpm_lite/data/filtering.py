@@ -32,7 +32,13 @@ from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.scoring import token_losses
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, reading_all_as_text, require_text
+from ..language.tokenizer import (
+    BYTE_TOKEN,
+    BytePairTokenizer,
+    fast_tokenizer,
+    reading_all_as_text,
+    require_text,
+)
 from ..optional import require
 from .dedup import MinHash, first_of_each, hashed_ngrams, near_duplicates, words_of
 
@@ -48,7 +54,6 @@ __all__ = [
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"[^\S\n\t\r]+")
 _FORMAT = "minicpm_lite quality classifier 2"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 _UNKNOWN = "und"  # ISO 639-2: undetermined
 
 
@@ -282,12 +287,12 @@ def bits_per_byte(
     """
     require_positive_integer("max_tokens", max_tokens)
     tokenizer = reading_all_as_text(fast_tokenizer(tokenizer))
-    byte_level, bits = isinstance(tokenizer.decoder, decoders.ByteLevel), []
+    bits = []
     for text in texts:
         require_text(text)
         encoding = tokenizer.encode(text, add_special_tokens=False)
         encoding.truncate(max_tokens)
-        if size := sum(_sizes(text, encoding, byte_level)[1:]):
+        if size := sum(_sizes(text, encoding, tokenizer)[1:]):
             nats = token_losses(model, torch.tensor([encoding.ids])).sum().item()
             bits.append(nats / math.log(2) / size)
         else:
@@ -295,14 +300,23 @@ def bits_per_byte(
     return np.array(bits, float)
 
 
-def _sizes(text: str, encoding: Encoding, byte_level: bool) -> list[int]:
+def _sizes(text: str, encoding: Encoding, tokenizer: Tokenizer) -> list[int]:
     """How many bytes of the text each token stands for."""
-    if byte_level:  # one letter for each byte
-        return [len(token) for token in encoding.tokens]
-    return [
-        1 if _BYTE_TOKEN.fullmatch(token) else len(text[start:end].encode())
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
-    ]
+    added, byte_level = (
+        tokenizer.get_added_tokens_decoder(),
+        isinstance(tokenizer.decoder, decoders.ByteLevel),
+    )
+    sizes = []
+    for i, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
+        stretch = text[start:end]
+        as_it_stands = i in added and token.strip() == stretch.strip()  # some take the blanks beside them
+        if byte_level and not as_it_stands:
+            sizes.append(len(token))  # one letter for each byte
+        elif BYTE_TOKEN.fullmatch(token) and not as_it_stands:
+            sizes.append(1)
+        else:
+            sizes.append(len(stretch.encode()))
+    return sizes
 
 
 def area_under_roc(good: Iterable, bad: Iterable) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from minicpm_lite import optional
 from minicpm_lite.config import ModelConfig
@@ -306,6 +306,28 @@ def test_bits_per_byte_reads_every_byte_of_a_text_as_text(kind):
 
     check()
     assert tokenizer.encode(CONTROL).ids == [tokenizer.token_to_id(CONTROL)], "as it was"
+
+
+ADDED = [AddedToken("帽", lstrip=True), AddedToken("é"), AddedToken("Ġa"), AddedToken("   ")]
+
+
+def test_bits_per_byte_counts_the_bytes_of_added_tokens():
+    """Of one character, with the blanks that they take with them, and spelt like the bytes of another."""
+    tokenizer, _ = byte_level()
+    tokenizer.add_tokens(ADDED)
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.lists(st.sampled_from(["帽", "é", "Ġa", "   ", " ", "雨", " a", "a"]), min_size=1))
+    def check(pieces):
+        text = "q" + "".join(pieces)  # a token of one byte, which is not predicted
+        with torch.no_grad():
+            nats = token_losses(model, torch.tensor([tokenizer.encode(text).ids])).sum().item()
+        found = bits_per_byte(model, tokenizer, [text], 500)[0]
+        np.testing.assert_allclose(found, nats / np.log(2) / (len(text.encode()) - 1))
+
+    check()
 
 
 def test_half_a_character_is_one_sentence():
