@@ -148,6 +148,7 @@ class QualityClassifier:
         Raises:
             ValueError: one side has no document with a word, or every word is rarer than `min_count` and
                 there are no runs.
+            FloatingPointError: the training diverged; the classifier is untrained then.
         """
         good, bad = ([self._features(text) for text in side] for side in (good, bad))
         for name, side in (("good", good), ("bad", bad)):
@@ -163,9 +164,15 @@ class QualityClassifier:
                 f"Every word of the documents occurs fewer than {self.min_count} times (min_count), and "
                 "there are no runs of words. Give more documents, or a smaller min_count."
             )
-        self.known = known
+        self.known, self.weights = known, np.empty(0, np.float32)
         labels = np.repeat([1.0, 0.0], [len(good), len(bad)])
-        self.weights = self._train([self._rows(bag) for bag in good + bad], labels)
+        with np.errstate(over="ignore", invalid="ignore"):  # told of below
+            weights = self._train([self._rows(bag) for bag in good + bad], labels)
+        if not np.isfinite(weights).all():  # its scores would be neither above a threshold nor below it
+            raise FloatingPointError(
+                f"The classifier diverged with a learning rate of {self.lr}; take a smaller lr."
+            )
+        self.weights = weights
         return self
 
     def scores(self, texts: Iterable[str]) -> Float[np.ndarray, " documents"]:
@@ -174,7 +181,7 @@ class QualityClassifier:
         Raises:
             RuntimeError: the classifier has not been trained.
         """
-        if not len(self.known):
+        if not len(self.weights):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         logits = []
         for text in texts:
@@ -184,7 +191,7 @@ class QualityClassifier:
 
     def save(self, path: str | Path) -> None:
         """Write the folded classifier to a safetensors file."""
-        if not len(self.known):
+        if not len(self.weights):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         tensors = {"known": self.known.astype(np.int64), "weights": self.weights}
         facts = {"format": _FORMAT, "ngrams": str(self.ngrams), "buckets": str(self.buckets)}
@@ -198,7 +205,8 @@ class QualityClassifier:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or damaged, or holds no classifier of this form.
+            ValueError: the file is truncated or damaged, or holds no classifier of this form, or one that
+                diverged.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no classifier at {path}.")
@@ -212,6 +220,8 @@ class QualityClassifier:
             raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from None
         if facts.pop("checksum", None) != _checksum(facts, tensors):
             raise ValueError(f"{path} is damaged: it is not as it was written. Save the classifier again.")
+        if not np.isfinite(tensors["weights"]).all():
+            raise ValueError(f"{path} holds a classifier that diverged: its weights are not finite numbers.")
         classifier = cls(ngrams=int(facts["ngrams"]), buckets=int(facts["buckets"]))
         classifier.known, classifier.weights = tensors["known"].astype(np.uint64), tensors["weights"]
         return classifier

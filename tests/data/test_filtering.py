@@ -186,14 +186,29 @@ def test_as_good_as_fasttext(classifier, tmp_path):
 def test_wrong_versions_are_seen(bug, monkeypatch):
     """Each moves the scores away from those of the right one, which autograd confirms above."""
     good, bad = (BAD, GOOD) if bug == "labels swapped" else (GOOD, BAD)
-    wrong = QualityClassifier(dim=16, lr=1.0, epochs=40)
+    lr = 0.03 if bug == "sum instead of mean" else 1.0  # with which a sum does not diverge
+    wrong = QualityClassifier(dim=16, lr=lr, epochs=40)
     if bug == "rate never falls":
         wrong.lr = type("Constant", (float,), {"__mul__": lambda self, other: float(self)})(1.0)
     if bug == "sum instead of mean":
         rows = wrong._rows
         monkeypatch.setattr(wrong, "_rows", lambda bag: (*rows(bag)[:2], 1))
-    right = QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD).scores(NEW_GOOD)
+    right = QualityClassifier(dim=16, lr=lr, epochs=40).fit(GOOD, BAD).scores(NEW_GOOD)
     assert not np.allclose(right, wrong.fit(good, bad).scores(NEW_GOOD), atol=0.02)
+
+
+def test_a_classifier_that_diverged_is_refused(tmp_path):
+    """With scores of nan one pipeline would keep every document, and the other drop them all."""
+    diverging = QualityClassifier(dim=16, lr=1.0, epochs=5).fit(GOOD[:20], BAD[:20])
+    diverging.lr = 1e4
+    with pytest.raises(FloatingPointError, match="diverged with a learning rate of 10000.0; take a smaller"):
+        diverging.fit(GOOD[:20], BAD[:20])
+    with pytest.raises(RuntimeError, match="has not been trained"):
+        diverging.scores(NEW_GOOD)
+    diverging.weights = np.full(len(diverging.known), np.nan, np.float32)
+    diverging.save(tmp_path / "quality.safetensors")
+    with pytest.raises(ValueError, match="holds a classifier that diverged"):
+        QualityClassifier.load(tmp_path / "quality.safetensors")
 
 
 def test_it_survives_the_disk_and_refuses_what_it_did_not_write(classifier, tmp_path):
