@@ -78,8 +78,8 @@ def write_shards(
         end: the id that closes each document in the arrays; it is noted. None: nothing does.
 
     Raises:
-        ValueError: an id outside the vocabulary, something that is no array of whole numbers, no token, or a
-            vocabulary smaller than the tokenizer's or larger than 32 bits hold.
+        ValueError: an id outside the vocabulary, something that is no array of whole numbers, an end that is
+            no id, no token, or a vocabulary smaller than the tokenizer's or larger than 32 bits hold.
         FileExistsError: the folder already holds something, or another program is writing it.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
@@ -94,8 +94,10 @@ def write_shards(
         raise ValueError(
             f"vocab_size is {vocab_size}; ids are written with 32 bits, {1 << 32} different ones."
         )
-    if end is not None and end not in range(vocab_size):
-        raise ValueError(f"The end token is {end}; the vocabulary has ids from 0 to {vocab_size - 1}.")
+    if end is not None and (type(end) is not int or end not in range(vocab_size)):  # as it is read again
+        raise ValueError(
+            f"The end token is {end!r}; expected an id of the vocabulary, an int from 0 to {vocab_size - 1}."
+        )
     place = Path(folder).resolve()  # a link to an empty folder stays, the folder is filled
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []

@@ -1,6 +1,7 @@
 """Shards: nothing is lost on the way to disk, and nothing damaged is read."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 import tracemalloc
 import zlib
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -419,8 +421,16 @@ def test_the_end_token_is_noted(tmp_path, folder):
     assert Shards(folder).end is None
     plain = write_shards(tmp_path / "y", [[5, 0], [6, 0]], 10)
     assert shards.identity() == plain.identity(), "what is read is the same"
-    with pytest.raises(ValueError, match="The end token is 10; the vocabulary has ids from 0 to 9"):
-        write_shards(tmp_path / "z", [[1]], 10, end=10)
+
+
+@pytest.mark.parametrize("end", [10, -1, True, 1.0, "1", np.int64(1)])
+def test_an_end_that_is_no_id_is_refused_before_anything_is_written(tmp_path, monkeypatch, end):
+    """What JSON does not know, or what the folder would be refused for when it is read."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose check would come before
+    arrays = iter([[1], [2]])
+    with pytest.raises(ValueError, match=f"The end token is {re.escape(repr(end))}; expected an id .* to 9"):
+        write_shards(tmp_path / "z", arrays, 10, end=end)
+    assert next(arrays) == [1] and not (tmp_path / "z").exists()
 
 
 def test_folders_that_do_not_say_how_documents_end_are_read(folder):
