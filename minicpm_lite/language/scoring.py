@@ -68,7 +68,7 @@ def token_losses(
         context: what the tokens may look at; left out, each window is a text of its own.
     """
     logits = model(readable(window)[:, :-1], context)  # (batch, length, vocab)
-    targets = torch.where(predicted(window), window[:, 1:], -1)
+    targets = torch.where(predicted(window), window[:, 1:], -1).long()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return losses.view_as(targets)
 

@@ -48,6 +48,15 @@ def test_equal_to_the_loop_over_positions(name, marked):
     assert torch.equal(losses == 0, marked[:, 1:])
 
 
+@torch.no_grad()
+def test_ids_of_32_bits_are_scored_as_those_of_64():
+    """A decoder reads both."""
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    window = torch.where(MARKED[1], context_only(ids), ids)
+    assert torch.equal(token_losses(model, window.int()), token_losses(model, window))
+    assert torch.equal(next_token_loss(model, window.int()), next_token_loss(model, window))
+
+
 def shifted_twice(model, window):
     return F.cross_entropy(
         model(readable(window))[:, :-2].mT, window[:, 2:], reduction="none", ignore_index=-1
