@@ -12,7 +12,7 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
-from ..language.tokenizer import fast_tokenizer, reading_all_as_text
+from ..language.tokenizer import fast_tokenizer, reading_all_as_text, require_several, require_text
 from ..optional import require
 
 __all__ = ["encoded", "read_documents", "require_texts", "row_in"]
@@ -98,19 +98,32 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iter
     """The token ids of each text, in order, with the id that ends a document, if any, behind them.
 
     A start token stands before them where the tokenizer puts one, as it stands before a prompt.
-    What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it.
+    What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it. An
+    end that is none of them must not stand in a text either, which would be two documents to whoever reads.
     Texts are cut some at a time, by the threads of the `tokenizers` package: as many as there are cores, or
     as the environment variable RAYON_NUM_THREADS says.
+
+    Raises:
+        TypeError: one string in place of several, or something that is none.
+        ValueError: half a character in a text, or the end.
     """
+    require_several(texts)
     tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
     for batch in _batches(texts):
         for encoding in tokenizer.encode_batch_fast(batch):
-            yield encoding.ids + behind
+            ids = encoding.ids
+            if end in ids and (end, 0) in zip(ids, encoding.special_tokens_mask, strict=True):
+                raise ValueError(
+                    f"A text holds the token that is to end documents, {tokenizer.id_to_token(end)!r}, so it "
+                    "would be read as two. Take a token that no text holds, such as </s>."
+                )
+            yield ids + behind
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch, held = [], 0
     for text in texts:
+        require_text(text)
         batch.append(text)
         held += len(text) + 1
         if held >= _BATCH_CHARACTERS:
@@ -142,6 +155,8 @@ def _rows(path: Path, field: str) -> Iterator[str]:
         with _arrow("pyarrow.parquet").ParquetFile(path) as table:
             if field not in (columns := table.schema_arrow.names):
                 raise ValueError(f"{path} has no column {field!r}; it has {', '.join(columns)}.")
+            if columns.count(field) > 1:
+                raise ValueError(f"{path} has {columns.count(field)} columns {field!r}; one holds the texts.")
             for batch in table.iter_batches(_ROWS, columns=[field]):
                 for text in batch[field].to_pylist():
                     number += 1

@@ -37,6 +37,7 @@ from ..language.tokenizer import (
     BytePairTokenizer,
     fast_tokenizer,
     reading_all_as_text,
+    require_several,
     require_text,
 )
 from ..optional import require
@@ -83,7 +84,9 @@ def identify_languages(texts: Iterable[str], least: float = 0.5) -> list[str]:
 
     Raises:
         ImportError: py3langid is missing; the message names the command to get it.
+        TypeError: one string in place of several.
     """
+    require_several(texts)
     classify = _language_identifier().classify
     codes = []
     for text in texts:
@@ -149,7 +152,10 @@ class QualityClassifier:
             ValueError: one side has no document with a word, or every word is rarer than `min_count` and
                 there are no runs.
             FloatingPointError: the training diverged; the classifier is untrained then.
+            TypeError: one string in place of several.
         """
+        require_several(good)
+        require_several(bad)
         good, bad = ([self._features(text) for text in side] for side in (good, bad))
         for name, side in (("good", good), ("bad", bad)):
             if not any(len(bag) for bag in side):
@@ -180,7 +186,9 @@ class QualityClassifier:
 
         Raises:
             RuntimeError: the classifier has not been trained.
+            TypeError: one string in place of several.
         """
+        require_several(texts)
         if not len(self.weights):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         logits = []
@@ -292,9 +300,10 @@ def bits_per_byte(
         max_tokens: read at most this much of each document.
 
     Raises:
-        TypeError: a document that is no string.
+        TypeError: a document that is no string, or one string in place of several.
         ValueError: a document with half a character.
     """
+    require_several(texts)
     require_positive_integer("max_tokens", max_tokens)
     tokenizer = reading_all_as_text(fast_tokenizer(tokenizer))
     bits = []
@@ -303,7 +312,8 @@ def bits_per_byte(
         encoding = tokenizer.encode(text, add_special_tokens=False)
         encoding.truncate(max_tokens)
         if size := sum(_sizes(text, encoding, tokenizer)[1:]):
-            nats = token_losses(model, torch.tensor([encoding.ids])).sum().item()
+            window = torch.tensor([encoding.ids], device=model.embed_tokens.weight.device)
+            nats = token_losses(model, window).sum().item()
             bits.append(nats / math.log(2) / size)
         else:
             bits.append(math.nan)
@@ -387,8 +397,9 @@ def drop_reasons(
 
     Raises:
         ValueError: a threshold outside 0 to 1, or no language.
-        TypeError: a document that is no string.
+        TypeError: a document that is no string, or one string in place of several.
     """
+    require_several(texts)
     require_probability(threshold)
     texts, languages = tuple(texts), language_codes(languages)
     normal = [normalise(text) for text in texts]

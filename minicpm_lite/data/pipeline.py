@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import written_whole
+from ..files import locked, written_whole
 from ..optional import require
 from .dedup import MinHash, rows_of_band, words_of
 from .documents import row_in
@@ -193,6 +193,7 @@ def filtering_stages(
         FileNotFoundError: there is no source folder, or no classifier.
         ValueError: bands that do not divide the signature, a threshold outside 0 to 1, or a work folder of
             other documents or settings.
+        FileExistsError: when a stage is run in whose work folder another program runs one.
     """
     if not Path(source).is_dir():
         raise FileNotFoundError(f"There is no folder {source}; give one with files of JSON lines.")
@@ -233,12 +234,19 @@ def filtering_stages(
     (work / "language").mkdir(exist_ok=True)
     for rank in range(tasks):  # see the second trap
         (work / "language" / f"{rank:05d}.jsonl").touch()
-    return [
-        _executor.LocalPipelineExecutor(
-            pipeline=pipeline, tasks=count, workers=workers, logging_dir=str(work / "logs" / stage)
-        )
-        for stage, (count, pipeline) in blocks.items()
-    ]
+    return [_Stage(work, stage, pipeline, count, workers) for stage, (count, pipeline) in blocks.items()]
+
+
+class _Stage(_executor.LocalPipelineExecutor):
+    """A stage that has the work folder for itself while it runs."""
+
+    def __init__(self, work: Path, name: str, pipeline: list, tasks: int, workers: int) -> None:
+        super().__init__(pipeline, tasks, workers, logging_dir=str(work / "logs" / name))
+        self.work = work
+
+    def run(self):
+        with locked(self.work):
+            return super().run()
 
 
 def _note(work: Path, what: dict) -> None:

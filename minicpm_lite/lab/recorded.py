@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from ..config import require_positive_number
 from ..files import locked, written_whole
 from ..pretrained.weights import read_json
 
@@ -124,12 +125,15 @@ def tune_rates(
             among them, so it should remember them, as `run_jobs` does.
 
     Raises:
-        ValueError: all runs of a case diverged, so nothing says where its best rate lies.
+        ValueError: all runs of a case diverged, or its losses no longer depend on the rate where it is
+            smallest, so nothing says where its best rate lies; or a first rate that is not above 0.
 
     >>> tune_rates(["valley"], [0.01, 0.02], lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs})
     {'valley': 0.08}
     """
     first_rates = list(first_rates)
+    for rate in first_rates:
+        require_positive_number("A first rate", rate)
     rates = {case: first_rates.copy() for case in cases}
     while True:
         losses = losses_of([(case, rate) for case in rates for rate in rates[case]])
@@ -144,6 +148,12 @@ def tune_rates(
         if all(min(rates[case]) < best[case] < max(rates[case]) for case in rates):
             return best
         for case, rate in best.items():
+            lowest = sorted(rates[case])[:3]
+            if rate == lowest[0] and [losses[case, each] for each in lowest] == [losses[case, rate]] * 3:
+                raise ValueError(
+                    f"The losses of {case!r} are the same with the rates {lowest}, so smaller ones would not "
+                    "tell which is best. Begin with larger ones, or leave the case out."
+                )
             if rate == min(rates[case]):
                 rates[case].append(rate / 2)
             elif rate == max(rates[case]):

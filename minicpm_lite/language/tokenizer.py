@@ -46,6 +46,7 @@ __all__ = [
     "fast_tokenizer",
     "misread_tokens",
     "reading_all_as_text",
+    "require_several",
     "require_text",
     "split_words",
     "train_tokenizer",
@@ -195,8 +196,7 @@ class BytePairTokenizer:
         description = json.loads(tokenizer.to_str())
         steps = description["pre_tokenizer"] or {}
         steps = steps.get("pretokenizers", [steps])
-        digits = {"type": "Digits", "individual_digits": True}
-        splits_digits = steps[0] == digits
+        splits_digits = steps[:1] == [{"type": "Digits", "individual_digits": True}]
         if splits_digits:
             steps = steps[1:]
         kinds = [(step.get("type"), step.get("add_prefix_space"), step.get("use_regex")) for step in steps]
@@ -505,8 +505,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:
-    if isinstance(texts, str):
-        raise TypeError("texts is one string; give a list of strings, such as [text].")
+    require_several(texts)
     counts: Counter[str] = Counter()
     for text in texts:
         require_text(text)
@@ -541,6 +540,16 @@ def _check_size(vocab_size: int) -> None:
         raise ValueError(f"vocab_size is {vocab_size}; the 256 bytes alone take 256 entries.")
     if vocab_size > _MOST_ENTRIES:  # for which `tokenizers` would ask for memory at once, and end the process
         raise ValueError(f"vocab_size is {vocab_size}; expected at most {_MOST_ENTRIES} entries.")
+
+
+def require_several(texts: Iterable[str]) -> None:
+    """Refuse one text in place of several: it would be taken letter by letter.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string; give a list of strings, such as [text].")
 
 
 def require_text(text: str) -> None:

@@ -87,7 +87,13 @@ def special_id(file: GGUFFile, name: str) -> object:
 
 
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
-    rules = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    rules = file.metadata.get("tokenizer.ggml.pre")
+    if rules is None:
+        raise ValueError(
+            f"{file.path} does not say by which rules its model splits text (tokenizer.ggml.pre), and with "
+            "other rules the same text gets other tokens. Take tokenizer.json from the model's folder, or a "
+            "newer file."
+        )
     if rules not in ("gpt-2", "gpt2", "smollm"):
         raise ValueError(
             f"{file.path} splits text by the rules {shown(rules)}; known are gpt-2 and smollm. With other "

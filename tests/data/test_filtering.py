@@ -13,6 +13,7 @@ from minicpm_lite import optional
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.data import filtering
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
+from minicpm_lite.data.dedup import MinHash, near_duplicates
 from minicpm_lite.data.filtering import (
     QualityClassifier,
     area_under_roc,
@@ -401,6 +402,18 @@ def test_documents_can_be_read_once_only(classifier):
     )]  # fmt: skip
     assert small[0].weights.tolist() == small[1].weights.tolist()
     assert area_under_roc(iter([3, 2]), iter([1, 2])) == 0.875
+
+
+def test_one_text_in_place_of_several_is_refused(classifier):
+    """It would be taken letter by letter, and the answer would be one for each letter."""
+    tokenizer, _ = byte_level()
+    model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
+    for call in (identify_languages, classifier.scores, near_duplicates, MinHash().signatures,
+                 lambda text: classifier.fit(text, ["a"]), lambda text: classifier.fit(["a"], text),
+                 lambda text: drop_reasons(text, classifier),
+                 lambda text: bits_per_byte(model, tokenizer, text)):  # fmt: skip
+        with pytest.raises(TypeError, match="texts is one string; give a list of strings"):
+            call("a man of the world")
 
 
 def test_what_cannot_be_is_one_sentence(classifier):

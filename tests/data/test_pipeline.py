@@ -19,6 +19,7 @@ from minicpm_lite.data.documents import read_documents
 from minicpm_lite.data.filtering import QualityClassifier, identify_languages, normalise
 from minicpm_lite.data.pipeline import LanguageBlock, SignatureBlock, TextReader, filtering_stages
 from minicpm_lite.data.web_pool import build_pool, pieces_of
+from minicpm_lite.files import locked
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,18 @@ def test_a_folder_of_other_work_is_refused(tmp_path):
     QualityClassifier(dim=4, min_count=1).fit(["good words"], ["other ones"]).save(classifier)
     with pytest.raises(ValueError, match=sentence.format("source, classifier")):
         filtering_stages(source, work, classifier, tasks=2)
+
+
+def test_a_work_folder_is_for_one_program_at_a_time(tmp_path):
+    source, work, classifier = tmp_path / "source", tmp_path / "work", tmp_path / "quality.safetensors"
+    source.mkdir()
+    (source / "0.jsonl").write_text(json.dumps({"text": "one"}))
+    QualityClassifier(dim=4, min_count=1).fit(["good words"], ["bad ones"]).save(classifier)
+    first, *_ = filtering_stages(source, work, classifier)
+    with locked(work), pytest.raises(FileExistsError, match="work is being written by another program"):
+        first.run()
+    first.run()
+    assert (work / "logs" / "1_signatures" / "completions" / "00000").is_file()
 
 
 def test_what_cannot_be_is_one_sentence(tmp_path):

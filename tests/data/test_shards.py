@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from minicpm_lite.data import shards as module
 from minicpm_lite.data.shards import Shards, tokenizer_checksum, write_shards
@@ -117,6 +118,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
         ([[1, -2]], "Array 0 holds the id -2"),
         ([[0.5]], "Array 0 has 1 dimensions and the type float64; expected token ids"),
         ([[[1]]], "Array 0 has 2 dimensions"),
+        ([[1], [[1], [2, 3]]], "Array 1 has rows of different lengths; expected token ids"),
         ([[True]], "the type bool"),
         ([[], []], "There was no token to write"),
     ],
@@ -410,6 +412,12 @@ def test_each_block_is_checked_once(folder, monkeypatch):
     assert len(checked) == 3 * 5 + 2
 
 
+def test_a_single_place_is_no_stretch(folder, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose check would come before
+    with pytest.raises(TypeError, match=r"read in stretches, such as \[0:512\]; got \[5\]"):
+        Shards(folder)[5]
+
+
 def test_a_stretch_with_steps_is_refused(folder):
     with pytest.raises(ValueError, match="has a step of 2"):
         Shards(folder)[0:10:2]
@@ -445,6 +453,16 @@ def test_the_tokenizer_is_noted(tmp_path):
     assert tokenizer_checksum(train_tokenizer("Sense and Sensibility " * 9, 270)) != shards.tokenizer
     with pytest.raises(ValueError, match="The tokenizer has 270 ids and vocab_size is 269"):
         write_shards(tmp_path / "y", [[1]], 269, tokenizer)
+
+
+def test_a_tokenizer_that_was_written_and_read_is_the_same(tmp_path):
+    """Of Unigram's scores a digit is lost on the way."""
+    tokenizer = Tokenizer(models.Unigram([(f"w{i}", -(i**0.5)) for i in range(99)], 0, False))
+    assert Tokenizer.from_str(tokenizer.to_str()).to_str() != tokenizer.to_str(), "as it is today"
+    shards = write_shards(tmp_path / "x", [[1]], 100, tokenizer)
+    shards.verify()
+    assert tokenizer_checksum(tokenizer) == shards.tokenizer
+    assert tokenizer_checksum(Tokenizer.from_file(str(shards.tokenizer_file()))) == shards.tokenizer
 
 
 @pytest.fixture

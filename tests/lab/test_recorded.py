@@ -134,6 +134,25 @@ def test_rates_of_which_all_diverge_are_refused():
         tune_rates("ab", [0.1, 0.2], lambda pairs: {(c, r): 1.0 if c == "a" else math.nan for c, r in pairs})
 
 
+@pytest.mark.parametrize("loss_of", [lambda rate: 1.0, lambda rate: round(1 + rate**2, 6)])
+def test_a_search_ends_where_the_rate_makes_no_difference(loss_of):
+    """As where every rate hurts: the smaller ones do nothing at all."""
+    with pytest.raises(ValueError, match="The losses of 'flat' are the same with the rates"):
+        tune_rates(["flat"], [0.01, 0.02], lambda pairs: {pair: loss_of(pair[1]) for pair in pairs})
+
+
+@pytest.mark.parametrize("grid", [[0.01, 0.02], [0.01, 0.02, 0.04]])
+def test_two_rates_beside_a_valley_may_be_equally_good(grid):
+    losses_of = lambda pairs: {pair: abs(math.log2(pair[1] / 0.01) - 0.5) for pair in pairs}  # noqa: E731
+    assert tune_rates(["valley"], grid, losses_of) == {"valley": 0.01}
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, math.nan])
+def test_rates_that_cannot_be_halved_are_refused(rate):
+    with pytest.raises(ValueError, match="A first rate is .*; expected a number greater than 0"):
+        tune_rates(["x"], [rate, 0.02], lambda pairs: pytest.fail("nothing is run"))
+
+
 def test_iterators_are_read_once_for_all_cases():
     losses_of = lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs}  # noqa: E731
     assert tune_rates(iter("ab"), iter([0.01, 0.02]), losses_of) == {"a": 0.08, "b": 0.08}

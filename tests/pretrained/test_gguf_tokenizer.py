@@ -368,6 +368,7 @@ def test_text_is_split_by_the_rules_of_llama_cpp(smollm2):
     [
         ("tokenizer.ggml.model", "bert", "of the kind 'bert'; byte-level ones"),
         ("tokenizer.ggml.pre", "qwen2", "by the rules 'qwen2'; known are gpt-2 and smollm"),
+        ("tokenizer.ggml.pre", None, "does not say by which rules its model splits text"),
         ("tokenizer.ggml.merges", None, "lacks the key tokenizer.ggml.merges"),
     ],
 )
