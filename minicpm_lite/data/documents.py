@@ -30,9 +30,11 @@ def require_texts(paths: list[Path]) -> None:
         FileNotFoundError: there is no such file.
         ImportError: a table needs a package that is not installed.
     """
-    for number, path in enumerate(paths):
-        if path.resolve() in (other.resolve() for other in paths[:number]):
+    before: set[Path] = set()
+    for path in paths:
+        if (place := path.resolve()) in before:
             raise ValueError(f"{path} is given twice; its documents would count twice.")
+        before.add(place)
         if not path.name.endswith(_KINDS):
             raise ValueError(
                 f"{path} is neither .txt nor .jsonl (nor one of them with .gz) nor .parquet, so its "

@@ -284,9 +284,11 @@ class _Controls:
         table = str.maketrans(hide)
 
         def hidden(text: str) -> str:
+            pieces, done = [], 0
             for start, end in self.spelt(text):
-                text = text[:start] + text[start:end].translate(table) + text[end:]
-            return text
+                pieces += text[done:start], text[max(start, done) : end].translate(table)
+                done = end
+            return "".join((*pieces, text[done:]))
 
         return template(
             [each if each.get("role") in trusted else _in_texts(hidden, each) for each in messages]
@@ -294,11 +296,11 @@ class _Controls:
 
     def _renamed(self, text: str) -> str:
         """A text in which control tokens have the names by which the twin knows them."""
-        names, renamed, done = self.twin.get_added_tokens_decoder(), "", 0
+        names, pieces, done = self.twin.get_added_tokens_decoder(), [], 0
         for start, end, i in self._found(text):
-            renamed += text[done:start] + names[i].content.strip()
+            pieces += text[done:start], names[i].content.strip()
             done = end
-        return renamed + text[done:]
+        return "".join((*pieces, text[done:]))
 
 
 # corpora are encoded text by text with one tokenizer, so what is made from it is kept

@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +45,17 @@ def test_files_are_asked_for_before_any_is_read(tmp_path):
     for name in ("c.pdf", "d.gz", "e.parquet.gz"):
         with pytest.raises(ValueError, match=f"{name} is neither .txt nor .jsonl"):
             require_texts([tmp_path / name])
+
+
+def test_each_file_is_looked_up_once(tmp_path, monkeypatch):
+    """Not once for each of the others, of which there may be thousands."""
+    looked_up, resolve = [], Path.resolve
+    monkeypatch.setattr(Path, "resolve", lambda path: looked_up.append(path) or resolve(path))
+    files = [tmp_path / f"{number}.txt" for number in range(20)]
+    for file in files:
+        file.touch()
+    require_texts(files)
+    assert looked_up == files
 
 
 PLACES = dict(
