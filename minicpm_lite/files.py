@@ -28,7 +28,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     process writes a path at a time.
 
     Raises:
-        FileExistsError: a pipe or a device has this name; such are never replaced.
+        FileExistsError: a pipe or a device has this name, or a file system is mounted there; such are never
+            replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -41,6 +42,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
+    if path.is_mount():
+        raise FileExistsError(
+            f"A file system is mounted at {path}, which cannot be replaced; give the name of something in it."
+        )
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:

@@ -54,6 +54,17 @@ def test_after_an_error_the_old_one_stands(tmp_path, error):
     assert (tmp_path / "folder" / "inner" / "file").read_text() == "old"
 
 
+def test_where_a_file_system_is_mounted_nothing_is_begun(tmp_path, monkeypatch):
+    """The place could not take its new content at the end, when all was written."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    mounted = pytest.raises(FileExistsError, match="A file system is mounted at .*disk, which cannot be")
+    with mounted, written_whole(tmp_path / "disk"):
+        pytest.fail("nothing is written")
+    write_folder(tmp_path / "disk" / "folder", "text")
+    assert names(tmp_path) == ["disk"] and names(tmp_path / "disk") == ["folder"]
+
+
 def test_the_error_names_the_place_that_was_asked_for(tmp_path):
     with (
         pytest.raises(OSError, match=r"missing/file could not be written: No such file"),

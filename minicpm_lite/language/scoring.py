@@ -46,13 +46,14 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards, also behind an error, it is as it was, training or not."""
-    training = model.training
+    """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was."""
+    before = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for part, training in before:
+            part.training = training
 
 
 def token_losses(
