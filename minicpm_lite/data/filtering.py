@@ -170,7 +170,7 @@ class QualityClassifier:
                 f"Every word of the documents occurs fewer than {self.min_count} times (min_count), and "
                 "there are no runs of words. Give more documents, or a smaller min_count."
             )
-        self.known, self.weights = known, np.empty(0, np.float32)
+        self.known, self.weights = known, np.empty(0, np.float32)  # untrained, until all went well
         labels = np.repeat([1.0, 0.0], [len(good), len(bad)])
         with np.errstate(over="ignore", invalid="ignore"):  # told of below
             weights = self._train([self._rows(bag) for bag in good + bad], labels)
@@ -322,11 +322,8 @@ def bits_per_byte(
 
 def _sizes(text: str, encoding: Encoding, tokenizer: Tokenizer) -> list[int]:
     """How many bytes of the text each token stands for."""
-    added, byte_level = (
-        tokenizer.get_added_tokens_decoder(),
-        isinstance(tokenizer.decoder, decoders.ByteLevel),
-    )
-    sizes = []
+    added, sizes = tokenizer.get_added_tokens_decoder(), []
+    byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
     for i, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
         stretch = text[start:end]
         as_it_stands = i in added and token.strip() == stretch.strip()  # some take the blanks beside them
