@@ -18,6 +18,8 @@ without a checkpoint left is replaced, lines included; a run that is refused cha
 import json
 import math
 import shutil
+import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -56,6 +58,7 @@ class RunFolder:
     Raises:
         FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
             tokenizer where that of the run is not known; or another program has it open.
+        ValueError: the tokenizer is not the one that the data note.
         OSError: it cannot be written, or some processes do not see it.
     """
 
@@ -107,6 +110,8 @@ class RunFolder:
         if found:
             self._require_own(found, identity, schedule, branched_at)
         kept = self.path / TOKENIZER
+        if tokenizer is not None:
+            _require_noted(Path(tokenizer), identity["text"])
         own = found and kept.exists()  # and its ids are what they were
         if tokenizer is not None and not own:  # whatever an earlier attempt may have left
             with written_whole(kept) as beside:
@@ -185,6 +190,17 @@ class RunFolder:
                 gone = self.path / f".{found[step].name}.pruned"
                 found[step].rename(gone)  # so that half a one is none
                 shutil.rmtree(gone)
+
+
+def _require_noted(tokenizer: Path, text: dict) -> None:
+    """Refuse a tokenizer that is not the one of which the data that are read note the checksum."""
+    sources = [source for source in text.get("sources", [text]) if isinstance(source, Mapping)]
+    noted = {source["tokenizer"] for source in sources if source.get("tokenizer") is not None}
+    if noted and zlib.crc32(tokenizer.read_bytes()) not in noted:
+        raise ValueError(
+            f"{tokenizer} is not the tokenizer that made the ids of this run: its checksum is not the one "
+            f"that was noted with them. Give the {TOKENIZER} beside them."
+        )
 
 
 def _origin(branched_at: int | None) -> str:

@@ -227,7 +227,7 @@ class Trainer:
             FloatingPointError: a loss or a gradient is not finite.
             ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
                 holds nothing to predict, or a shard is damaged; a checkpoint could not bring the schedule
-                back; or processes were told different things.
+                back; the tokenizer is not the one that shards note; or processes were told different things.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
         """
