@@ -74,7 +74,8 @@ def llama3_frequency(answer):
         turn = 2 * math.pi / context
         for turns in (50, 4):
             assert same(answer(turns * turn, context, factor) / turn, turns), (
-                f"A pair that turns {turns} times in `context` is fast: it stays as it is. A turn is 2π radians."
+                f"A pair that turns {turns} times in `context` is fast: it stays as it is. A turn is 2π "
+                "radians."
             )
         for turns in (1, 0.5):
             assert same(answer(turns * turn, context, factor) / turn, turns / factor), (
@@ -82,8 +83,8 @@ def llama3_frequency(answer):
             )
         middle = answer(2.5 * turn, context, factor) / turn
         assert same(middle, 2.5 * (0.5 + 0.5 / factor)), (
-            "2.5 turns lie half-way between 1 and 4: half of the frequency is kept, and half of it is divided. "
-            "Mix frequencies, not wavelengths."
+            "2.5 turns lie half-way between 1 and 4: half of the frequency is kept, half is divided. Mix "
+            "frequencies, not wavelengths."
         )
         for turns, kept in ((1.3, 0.1), (2, 1 / 3), (3.7, 0.9)):
             assert same(answer(turns * turn, context, factor) / turn, turns * (kept + (1 - kept) / factor)), (
@@ -212,7 +213,8 @@ def fair_gap(answer):
         "known, so it stays the rival."
     )
     assert same(judged([4.0, 6.0], _FAMILIES, loss([4, 4]), loss([4, 4])), 2.0), (
-        "Here a candidate of the first method is best, and better than the searched list: the gap is positive."
+        "Here a candidate of the first method is best, and better than the searched list: the gap is above "
+        "zero."
     )
     assert same(judged([2.0], [[[3.0], [5.0]]], loss([5]), loss([4])), 1.0), (
         "One method alone, with lists of one factor."
