@@ -6,8 +6,8 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `Explorer`, `exercise`, `Quiz` and `Evidence`. Running, stamping and checking
-whole notebooks is ``python -m minicpm_lite.lab.press``.
+and then has `say`, `table`, `source`, `Explorer`, `exercise`, `Quiz` and `Evidence`. Running, stamping and
+checking whole notebooks is ``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
 browser. What it shows works in a live kernel and in a static page, offline, in light and in dark.
@@ -16,7 +16,7 @@ browser. What it shows works in a live kernel and in a static page, offline, in 
 from importlib.metadata import version
 
 from ..runtime import calm_threads, seed_everything, tune_cpu
-from .display import say, table
+from .display import say, source, table
 from .evidence import Evidence
 from .exercises import exercise
 from .explorer import Explorer
@@ -24,7 +24,7 @@ from .machine import device
 from .quiz import Quiz
 from .style import use_book_style
 
-__all__ = ["Evidence", "Explorer", "Quiz", "device", "exercise", "say", "start", "table"]
+__all__ = ["Evidence", "Explorer", "Quiz", "device", "exercise", "say", "source", "start", "table"]
 
 
 def start(library: str, seed: int) -> None:

@@ -13,6 +13,7 @@ from .display import pipe_table, plain_table
 
 MIME = "application/vnd.minicpm-lite.evidence+json"
 Verdict = Literal["reproduced", "direction only", "not at this scale"]
+_LINK = re.compile(r"\[([^\]]+)\]\(https?://[^\s)]+\)")
 _ICONS = {"reproduced": "✓", "direction only": "↗", "not at this scale": "○"}
 
 
@@ -23,7 +24,8 @@ class Evidence:
     Attributes:
         claim: the claim in one sentence.
         published: the published figure, with its unit.
-        source: bibliography key and place, e.g. ``"@hu2024minicpm, section 4.3"``.
+        source: a link to the publication and the place in it, e.g.
+            ``"[Hu et al., 2024](https://arxiv.org/abs/2404.06395), section 4.3"``.
         published_scale: model size, data and device of the publication.
         measured: our figure, with its unit and its spread.
         scale: model size and data here.
@@ -33,7 +35,7 @@ class Evidence:
         verdict: "reproduced", "direction only" or "not at this scale".
 
     Raises:
-        ValueError: a text is empty, the source has no key, or the verdict is another word.
+        ValueError: a text is empty, the source has no link, or the verdict is another word.
     """
 
     claim: str
@@ -51,10 +53,10 @@ class Evidence:
         for field, value in asdict(self).items():
             if field not in ("seeds", "minutes") and not (isinstance(value, str) and value.strip()):
                 raise ValueError(f"{field} is {value!r}; expected a few words.")
-        if not self.source.startswith("@"):
+        if not _LINK.search(self.source):
             raise ValueError(
-                f"source is {self.source!r}; expected a key of the bibliography and the place, such as "
-                "'@hu2024minicpm, section 4.3'."
+                f"source is {self.source!r}; expected a link and the place, such as "
+                "'[Hu et al., 2024](https://arxiv.org/abs/2404.06395), section 4.3'."
             )
         if self.verdict not in get_args(Verdict):
             raise ValueError(f"verdict is {self.verdict!r}; expected one of {', '.join(get_args(Verdict))}.")
@@ -71,9 +73,8 @@ class Evidence:
         headers, numeric = ["Compared", "Published", "Measured here"], [False] * 3
         rows = [["Figure", self.published, self.measured], ["Scale", self.published_scale, self.scale]]
         verdict = f"{_ICONS[self.verdict]} {self.verdict}"
-        cited = re.sub(r"@([\w:.-]*\w)", r"{cite}`\1`", self.source)
-        plain = plain_table([*rows, ["From", self.source, run]], headers, numeric)
-        pipes = pipe_table([*rows, ["From", cited, run]], headers, numeric)
+        plain = plain_table([*rows, ["From", _LINK.sub(r"\1", self.source), run]], headers, numeric)
+        pipes = pipe_table([*rows, ["From", self.source, run]], headers, numeric)
         return {
             "text/plain": f"Claim: {self.claim}\n{plain}\nVerdict: {verdict}",
             "text/markdown": f"**Claim.** {self.claim}\n\n{pipes}\n\n**Verdict:** {verdict}",
