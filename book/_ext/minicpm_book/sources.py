@@ -37,7 +37,7 @@ class Citations(SphinxPostTransform):
         by_address = {citation.entry.fields.get("url"): citation for citation in citations}
         for link in self.document.findall(nodes.reference):
             address, words = link.get("refuri", ""), link.astext()
-            if not address.startswith("http") or not YEAR.search(words):
+            if not address.startswith("http") or words == address or not YEAR.search(words):
                 continue
             citation = by_address.get(address)
             if citation is None:

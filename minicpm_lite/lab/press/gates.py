@@ -34,6 +34,7 @@ _ROLE = re.compile(r"\{(?P<name>[\w:.-]+)\}`(?P<text>[^`]*)`")
 _DIRECTIVE = re.compile(r"^[ >]*(?:`{3,}|:{3,})\{(?P<name>[\w:.-]+)\}", re.MULTILINE)
 _ATTRIBUTES = re.compile(r"^\{[.#][^}\n]*\}$", re.MULTILINE)
 _WORDLESS_LINK = re.compile(r"(?<!!)\[\]\([^)]*\)")
+_BARE_LABEL = re.compile(r"(?<=\]\()[\w-]+(?=\))")
 _INSTEAD = {
     "cite": "cite with a link: [Hu et al., 2024, section 4](https://arxiv.org/abs/2404.06395)",
     "doc": "link to the file with words of your own: [the decoder](../language/decoder.ipynb)",
@@ -129,6 +130,8 @@ def _reads_everywhere(notebook: Notebook) -> Iterator[str]:
                 yield f"Cell {number}: JupyterLab shows {role['text']} as it is; write the name without ~."
         for mark in (*_ATTRIBUTES.findall(text), *_WORDLESS_LINK.findall(text)):
             yield f"Cell {number} holds {mark}, which JupyterLab shows as it is."
+        for label in _BARE_LABEL.findall(text):
+            yield f"Cell {number} links to {label}, which JupyterLab takes for a file; write #{label}."
 
 
 def _described(notebook: Notebook) -> Iterator[str]:

@@ -224,6 +224,7 @@ def too_large(nb):
         (holds("A {class}`~minicpm_lite.training.wsd.WSD`."), "_reads_everywhere", "without ~"),
         (holds("{.lead}\nThe first sentence."), "_reads_everywhere", "{.lead}"),
         (holds("See [](#ex-twice)."), "_reads_everywhere", "[](#ex-twice)"),
+        (holds("See [the exercise](ex-twice)."), "_reads_everywhere", "write #ex-twice"),
         (no_alt_text, "_described", "without alt text"),
         (markdown_image_without_alt_text, "_described", "without alt text"),
         (html_image_without_alt_text, "_described", "without alt text"),
