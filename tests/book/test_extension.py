@@ -69,7 +69,7 @@ def built(tmp_path_factory):
         "# Book\n"
         + "".join(
             f"\n```{{{directive}}}\n```\n"
-            for directive in ("evidence-table", "chapters", "model-table")
+            for directive in ("evidence-totals", "evidence-table", "chapters", "model-table")
         )
         + "\n```{bibliography}\n:all:\n```\n"
         + "\n```{api} sample_part\n```\n"
@@ -161,6 +161,8 @@ def test_evidence_table_shows_the_record_and_its_links(built):
     for text in ("Decay lowers the loss", "−0.12 nats", "3 seeds, 2 CPU cores, 2.5 min", "↗ direction only"):
         assert text in page
     assert 'href="notebooks/training/wsd.html"' in page
+    assert 'id="wsd-1"' in page and 'href="#wsd-1"' in page
+    assert "<strong>1 claims</strong>: 1 direction only. Beside them 0 identities" in page
     assert ">Doe, 2024</a>, section 4" in page
 
 
@@ -213,7 +215,7 @@ def test_record_without_a_field_is_refused(tmp_path):
 
 
 def test_unknown_verdict_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="verdict 'proved'; expected one of 'reproduced'"):
+    with pytest.raises(ValueError, match="verdict 'proved'; expected one of 'verified', 'reproduced'"):
         read_chapter(write_notebook(tmp_path / "a.ipynb", records=[RECORD | {"verdict": "proved"}]), "a")
 
 

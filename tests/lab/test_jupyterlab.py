@@ -31,7 +31,8 @@ LIVE = [
     "    axes.plot([0, height])\n"
     "    return figure\n\n"
     'lab.Explorer(draw, [1, 2, 3], "Height", lambda height: f"A line that rises to {height}.")',
-    'lab.Quiz([("What does `2 * 3` give?", ["five", "six"], 1, "Two threes.")])',
+    "from minicpm_lite.lab.quiz import Quiz\n\n"
+    'Quiz([("What does `2 * 3` give?", ["five", "six"], 1, "Two threes.")])',
 ]
 FAULTS = """# Live
 
