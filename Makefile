@@ -19,7 +19,7 @@ check: .venv/.ready  ## the quick tests
 	$(BIN)/python -m pytest -n logical -m "not slow and not pages" tests
 
 lab: .venv/.ready  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 run: .venv/.ready  ## execute the notebooks whose outputs are stale
 	$(BIN)/python -m minicpm_lite.lab.press run

@@ -6,8 +6,8 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `Explorer`, `difference` and `Evidence`. The checks of its exercises and its quiz
-stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
+and then has `say`, `table`, `source`, `Explorer`, `difference` and `Evidence`. The checks of its exercises
+and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
 ``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
@@ -17,7 +17,7 @@ browser. What it shows works in a live kernel and in a static page, offline, in 
 from importlib.metadata import version
 
 from ..runtime import calm_threads, seed_everything, tune_cpu
-from .display import say, table
+from .display import say, source, table
 from .evidence import Evidence
 from .explorer import Explorer
 from .machine import device
@@ -25,7 +25,8 @@ from .paired import difference, power, smallest_effect
 from .style import use_book_style
 
 __all__ = [
-    "Evidence", "Explorer", "device", "difference", "power", "say", "smallest_effect", "start", "table",
+    "Evidence", "Explorer", "device", "difference", "power", "say", "smallest_effect", "source",
+    "start", "table",
 ]  # fmt: skip
 
 

@@ -1,8 +1,10 @@
-"""Words and small tables whose numbers come from the run."""
+"""Words and small tables whose numbers come from the run, and the library's own code."""
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from textwrap import dedent
 
 from ..optional import require
 
@@ -41,6 +43,24 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str], caption: str
         f"{caption}\n\n{plain_table(cells, headers, numeric)}",
         markdown=f"*{caption}*\n\n{pipe_table(cells, headers, numeric)}",
     )
+
+
+def source(part: Callable, start: str = "", stop: str = "") -> None:
+    """Show code of the library as it is written: ``lab.source(WSD.__call__)``.
+
+    Args:
+        part: a function, a method or a class.
+        start: words of the first line to show; left out, all from the beginning.
+        stop: words of the first line after it that is not shown any more; left out, all to the end.
+
+    Raises:
+        ValueError: no line holds these words.
+    """
+    lines = inspect.getsource(part).splitlines()
+    first = _place(start, lines, part) if start else 0
+    last = first + _place(stop, lines[first:], part) if stop else len(lines)
+    code = dedent("\n".join(lines[first:last])).rstrip()
+    show(code, markdown=f"From `{part.__module__}`:\n\n```python\n{code}\n```")
 
 
 def pipe_table(cells: Sequence[Sequence[str]], headers: Sequence[str], numeric: Sequence[bool]) -> str:
@@ -86,6 +106,13 @@ def inline_html(text: str) -> str:
     '<code>x &lt; 1</code> fails'
     """
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def _place(words: str, lines: Sequence[str], part: Callable) -> int:
+    found = [number for number, line in enumerate(lines) if words in line]
+    if not found:
+        raise ValueError(f"No line of {part.__qualname__} holds {words!r}.")
+    return found[0]
 
 
 def _cell(value: object) -> str:

@@ -17,6 +17,7 @@ Verdict = Literal[
 ]
 # A sign beside the word, so that colour is never the only carrier.
 ICONS: dict[Verdict, str] = dict(zip(get_args(Verdict), "=✓↗≈○✗", strict=True))
+_LINK = re.compile(r"\[([^\]]+)\]\(https?://[^\s)]+\)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Evidence:
     Attributes:
         claim: the claim in one sentence.
         published: the published figure, with its unit.
-        source: bibliography key and place, e.g. ``"@hu2024minicpm, section 4.3"``.
+        source: a link to the publication and the place in it, e.g.
+            ``"[Hu et al., 2024](https://arxiv.org/abs/2404.06395), section 4.3"``.
         published_scale: model size, data and device of the publication.
         measured: our figure, with its unit and its spread.
         scale: model size and data here.
@@ -40,7 +42,7 @@ class Evidence:
             tried; "refuted as described", a common description that is wrong by derivation or exactly.
 
     Raises:
-        ValueError: a text is empty, the source has no key, or the verdict is another word.
+        ValueError: a text is empty, the source has no link, or the verdict is another word.
     """
 
     claim: str
@@ -58,10 +60,10 @@ class Evidence:
         for field, value in asdict(self).items():
             if field not in ("seeds", "minutes") and not (isinstance(value, str) and value.strip()):
                 raise ValueError(f"{field} is {value!r}; expected a few words.")
-        if not self.source.startswith("@"):
+        if not _LINK.search(self.source):
             raise ValueError(
-                f"source is {self.source!r}; expected a key of the bibliography and the place, such as "
-                "'@hu2024minicpm, section 4.3'."
+                f"source is {self.source!r}; expected a link and the place, such as "
+                "'[Hu et al., 2024](https://arxiv.org/abs/2404.06395), section 4.3'."
             )
         if self.verdict not in ICONS:
             raise ValueError(f"verdict is {self.verdict!r}; expected one of {', '.join(ICONS)}.")
@@ -78,9 +80,8 @@ class Evidence:
         headers, numeric = ["Compared", "Published", "Measured here"], [False] * 3
         rows = [["Figure", self.published, self.measured], ["Scale", self.published_scale, self.scale]]
         verdict = f"{ICONS[self.verdict]} {self.verdict}"
-        cited = re.sub(r"@([\w:.-]*\w)", r"{cite}`\1`", self.source)
-        plain = plain_table([*rows, ["From", self.source, run]], headers, numeric)
-        pipes = pipe_table([*rows, ["From", cited, run]], headers, numeric)
+        plain = plain_table([*rows, ["From", _LINK.sub(r"\1", self.source), run]], headers, numeric)
+        pipes = pipe_table([*rows, ["From", self.source, run]], headers, numeric)
         return {
             "text/plain": f"Claim: {self.claim}\n{plain}\nVerdict: {verdict}",
             "text/markdown": f"**Claim.** {self.claim}\n\n{pipes}\n\n**Verdict:** {verdict}",

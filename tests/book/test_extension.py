@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,16 +10,19 @@ from types import ModuleType
 import minicpm_book.api
 import minicpm_book.chapters
 import minicpm_book.commands
+import minicpm_book.sources
 import pytest
-from minicpm_book.chapters import EVIDENCE, cite, cost, read_chapter
+from minicpm_book.chapters import EVIDENCE, read_chapter
 from minicpm_book.commands import printed
 from sphinx.application import Sphinx
 
 RECORD = {
-    "claim": "Decay lowers the loss", "published": "a drop", "source": "@key2024, section 4",
+    "claim": "Decay lowers the loss", "published": "a drop", "source": "[Doe, 2024](https://example.org/title), section 4",
     "published_scale": "0.036B", "measured": "−0.12 nats", "scale": "0.8M", "seeds": [0, 1, 2],
     "device": "2 CPU cores", "minutes": 2.5, "verdict": "direction only",
 }  # fmt: skip
+CITED = "As [Doe (2024)](https://example.org/title) says; [the site](https://example.org/title)."
+MISCITED = "By [Roe, 2024](https://example.org/title) and [Doe, 2023](https://example.org/other)."
 RUN = {"seconds": 150.0, "peak_memory_mb": 812.4, "device": "2 CPU cores"}
 
 
@@ -65,19 +69,20 @@ def built(tmp_path_factory):
         "# Book\n"
         + "".join(
             f"\n```{{{directive}}}\n```\n"
-            for directive in ("evidence-totals", "evidence-table", "chapters", "model-table", "bibliography")
+            for directive in ("evidence-totals", "evidence-table", "chapters", "model-table")
         )
+        + "\n```{bibliography}\n:all:\n```\n"
         + "\n```{api} sample_part\n```\n"
         + "\n```{minicpm-lite} train --help\n```\n"
     )
-    (source / "refs.bib").write_text("@misc{key2024, title={A title}, author={Doe, Jane}, year={2024}}")
+    (source / "refs.bib").write_text(
+        "@misc{key2024, title={A title}, author={Doe, Jane}, year={2024}, url={https://example.org/title}}"
+    )
     (source / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters:\n- file: notebooks/training/wsd\n- file: notebooks/training/bare\n"
     )
-    write_notebook(
-        source / "notebooks/training/wsd.ipynb", records=[RECORD], run=RUN, text="```{measured}\n```\n\n$x$"
-    )
-    write_notebook(source / "notebooks/training/bare.ipynb", title="No run", text="```{measured}\n```")
+    write_notebook(source / "notebooks/training/wsd.ipynb", records=[RECORD], run=RUN, text=f"{CITED}\n\n$x$")
+    write_notebook(source / "notebooks/training/bare.ipynb", title="No run", text=MISCITED)
     warnings = (source / "warnings.txt").open("w+")
     app = Sphinx(
         source, None, source / "out", source / "doctrees", "html", status=None, warning=warnings,
@@ -136,9 +141,19 @@ def html(built, page: str = "index") -> str:
     return (built[0] / f"{page}.html").read_text("utf-8")
 
 
-def test_only_the_page_without_a_run_warns(built):
+def test_only_wrong_citations_warn(built):
     warnings = [line for line in built[1].splitlines() if "WARNING" in line or "ERROR" in line]
-    assert len(warnings) == 1 and "holds no measured run" in warnings[0] and "bare" in warnings[0], warnings
+    assert len(warnings) == 2 and all("bare" in warning for warning in warnings), warnings
+    assert "'Roe, 2024' cites key2024, which is by Doe and of 2024." in warnings[0]
+    assert "'Doe, 2023' cites https://example.org/other, which no entry" in warnings[1]
+
+
+def test_a_citation_leads_to_the_bibliography(built):
+    page = html(built, "notebooks/training/wsd")
+    [(address, title)] = re.findall(r'href="([^"]*)" title="([^"]*)">Doe \(2024\)', page)
+    assert title == "A title" and address.startswith("../../index.html#")
+    assert f'id="{address.partition("#")[2]}"' in html(built)
+    assert 'href="https://example.org/title">the site' in page
 
 
 def test_evidence_table_shows_the_record_and_its_links(built):
@@ -148,19 +163,13 @@ def test_evidence_table_shows_the_record_and_its_links(built):
     assert 'href="notebooks/training/wsd.html"' in page
     assert 'id="wsd-1"' in page and 'href="#wsd-1"' in page
     assert "<strong>1 claims</strong>: 1 direction only. Beside them 0 identities" in page
-    assert "Doe" in page and "@key2024" not in page
+    assert ">Doe, 2024</a>, section 4" in page
 
 
 def test_chapters_lists_times_in_the_order_of_the_contents(built):
     page = html(built)
     assert "2.5 min" in page and "812 MB" in page
     assert page.index("The schedule") < page.index("No run")
-
-
-def test_measured_prints_the_run_of_its_own_page(built):
-    page = html(built, "notebooks/training/wsd")
-    assert "<strong>2.5 min</strong>" in page and "<strong>812 MB</strong>" in page and "2 CPU cores" in page
-    assert "Not measured yet" in html(built, "notebooks/training/bare")
 
 
 def test_model_table_counts_the_published_parameters(built):
@@ -218,22 +227,7 @@ def test_records_keep_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("@hu2024minicpm", "{cite:t}`hu2024minicpm`"),
-        ("@a2024b, Table 3; @c-d_e.", "{cite:t}`a2024b`, Table 3; {cite:t}`c-d_e`."),
-        ("no citation", "no citation"),
-    ],
+    "module", [minicpm_book.chapters, minicpm_book.sources, minicpm_book.api, minicpm_book.commands]
 )
-def test_cite(source, expected):
-    assert cite(source) == expected
-
-
-def test_cost_switches_to_minutes():
-    assert cost({"seconds": 59.4, "peak_memory_mb": 10}) == ("59 s", "10 MB")
-    assert cost({"seconds": 60, "peak_memory_mb": 2999.6}) == ("1.0 min", "3,000 MB")
-
-
-@pytest.mark.parametrize("module", [minicpm_book.chapters, minicpm_book.api, minicpm_book.commands])
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0

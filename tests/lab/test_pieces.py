@@ -2,9 +2,11 @@
 
 import doctest
 import importlib
+import inspect
 import json
 import re
 import sys
+from textwrap import indent
 
 import matplotlib.pyplot as plt
 import pytest
@@ -13,6 +15,7 @@ import minicpm_lite
 from minicpm_lite import lab
 from minicpm_lite.lab import display, evidence, style
 from minicpm_lite.lab.quiz import Quiz
+from minicpm_lite.training.wsd import WSD
 
 
 @pytest.fixture
@@ -91,6 +94,21 @@ def test_say_and_table(shown):
         lab.table([["WSD"]], ["schedule", "steps"], "Loss.")
 
 
+def test_source_shows_the_library_as_it_is_written(shown):
+    lab.source(WSD.__call__)
+    plain = shown[0]["text/plain"]
+    assert plain.startswith('def __call__(self, step: float) -> float:\n    """Learning rate at a step;')
+    assert indent(plain, "    ") in inspect.getsource(WSD)
+    assert shown[0]["text/markdown"] == f"From `minicpm_lite.training.wsd`:\n\n```python\n{plain}\n```"
+
+
+def test_source_shows_a_part(shown):
+    lab.source(display.plain_table, start="widths = ", stop="for line in")
+    assert shown[0]["text/plain"].startswith("widths = ") and shown[0]["text/plain"].endswith(".rstrip()")
+    with pytest.raises(ValueError, match="No line of plain_table holds 'no such words'"):
+        lab.source(display.plain_table, start="no such words")
+
+
 def draw(height):
     figure, axes = plt.subplots(figsize=(2, 1))
     axes.plot([0, {"low": 1, "high": 2}.get(height, 1.0)])
@@ -157,7 +175,7 @@ def test_a_quiz():
 EVIDENCE = {
     "claim": "WSD ends no higher than cosine.",
     "published": "equal loss",
-    "source": "@hu2024minicpm, section 4.3",
+    "source": "[Hu et al., 2024](https://arxiv.org/abs/2404.06395), section 4.3",
     "published_scale": "0.036 B",
     "measured": "2.31 ± 0.01 nats",
     "scale": "1 M",
@@ -172,7 +190,8 @@ def test_evidence_shows_a_table_and_carries_its_record():
     bundle = lab.Evidence(**EVIDENCE)._repr_mimebundle_()
     assert bundle[evidence.MIME] == EVIDENCE | {"seeds": [0, 1, 2], "minutes": 1.2}
     assert json.loads(json.dumps(bundle)) == bundle
-    assert "{cite}`hu2024minicpm`, section 4.3 | 3 seeds, CPU, 2 cores, 1.2 min |" in bundle["text/markdown"]
+    assert f"| From | {EVIDENCE['source']} | 3 seeds, CPU, 2 cores, 1.2 min |" in bundle["text/markdown"]
+    assert "From      Hu et al., 2024, section 4.3  3 seeds" in bundle["text/plain"]
     assert "direction only" in bundle["text/plain"]
     assert "exact count" in lab.Evidence(**EVIDENCE | {"seeds": ()})._repr_mimebundle_()["text/plain"]
 

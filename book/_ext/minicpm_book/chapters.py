@@ -5,17 +5,16 @@ and each of its claims as an output of the type below. Both are read from the fi
 """
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from docutils import nodes
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from minicpm_lite.lab.evidence import ICONS
 from minicpm_lite.lab.evidence import MIME as EVIDENCE
+from minicpm_lite.lab.press.notebook import cost
 
 from .tables import parse, table
 
@@ -36,7 +35,6 @@ group.addEventListener('click', event => {
   for (const row of rows)
     row.hidden = !shown.some(verdict => row.cells[0].textContent.trim().startsWith(verdict));
 }); })()"""
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,19 +82,6 @@ def read_chapters(env) -> list[Chapter]:
     ]
 
 
-def cost(run: dict) -> tuple[str, str]:
-    """Minutes and peak memory of a run as text.
-
-    >>> cost({"seconds": 75, "peak_memory_mb": 1234.5})
-    ('1.2 min', '1,234 MB')
-    >>> cost({"seconds": 12, "peak_memory_mb": 99})
-    ('12 s', '99 MB')
-    """
-    seconds = run["seconds"]
-    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    return time, f"{run['peak_memory_mb']:,.0f} MB"
-
-
 def runs(seeds: list[int]) -> str:
     """How often an experiment was run.
 
@@ -108,15 +93,6 @@ def runs(seeds: list[int]) -> str:
     return f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
 
 
-def cite(source: str) -> str:
-    """Turn ``@key`` into a link to the bibliography.
-
-    >>> cite("@hu2024minicpm, section 4.3")
-    '{cite:t}`hu2024minicpm`, section 4.3'
-    """
-    return re.sub(r"@([A-Za-z][\w:-]*\w)", r"{cite:t}`\1`", source)
-
-
 class BookDirective(SphinxDirective):
     """A directive about other pages: its own page is read again in each build."""
 
@@ -126,26 +102,6 @@ class BookDirective(SphinxDirective):
             return read_chapters(self.env)
         except ValueError as error:
             raise self.error(str(error)) from error
-
-
-class Measured(SphinxDirective):
-    """``{measured}`` in a chapter's card: what the run of this very notebook cost."""
-
-    def run(self):
-        path = Path(self.env.doc2path(self.env.docname))
-        chapter = read_chapter(path, self.env.docname) if path.suffix == ".ipynb" else None
-        if chapter is None or not chapter.run.keys() >= {"seconds", "peak_memory_mb", "device"}:
-            logger.warning(
-                "This page holds no measured run. Execute it: "
-                f"python -m minicpm_lite.lab.press run {path.name}",
-                location=self.get_location(),
-                type="minicpm_book",
-                subtype="measured",
-            )
-            return parse(self, "Not measured yet.")
-        time, memory = cost(chapter.run)
-        device = chapter.run["device"]
-        return parse(self, f"**{time}** and **{memory}** of memory at its peak, measured on {device}.")
 
 
 class Chapters(BookDirective):
@@ -195,7 +151,7 @@ class EvidenceTable(BookDirective):
         for chapter in self.chapters():
             topic = chapter.docname.rpartition("/")[2]
             for number, record in enumerate(chapter.evidence, start=1):
-                published = f"{record['published_scale']}; {cite(record['source'])}"
+                published = f"{record['published_scale']}; {record['source']}"
                 measured = f"{record['scale']}; {runs(record['seeds'])}, {record['device']}, "
                 measured += f"{record['minutes']:g} min"
                 rows.append(
@@ -226,7 +182,6 @@ class EvidenceTable(BookDirective):
 
 
 def setup(app):
-    app.add_directive("measured", Measured)
     app.add_directive("chapters", Chapters)
     app.add_directive("evidence-totals", EvidenceTotals)
     app.add_directive("evidence-table", EvidenceTable)

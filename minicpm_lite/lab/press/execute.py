@@ -21,7 +21,7 @@ from ... import __version__
 from ...optional import require
 from .. import machine
 from ..machine import cores, device
-from .notebook import KEY, Notebook
+from .notebook import KEY, MEASURED, Notebook
 from .stamps import stamp, why_stale
 
 INSTALL = "minicpm_lite[notebooks]"
@@ -106,6 +106,8 @@ def _run_one(path: Path, reason: str) -> tuple[bool, str]:
 def execute(notebook: Notebook) -> None:
     """Run all cells in a fresh kernel of one thread, in the notebook's folder; normalise the outputs; stamp.
 
+    The card, ``**One run of this notebook takes** …``, is told what the run took.
+
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised; the message shows the cell and the error.
         nbclient.exceptions.CellTimeoutError: a cell took longer than ten minutes.
@@ -133,6 +135,9 @@ def execute(notebook: Notebook) -> None:
         "peak_memory_mb": _settled(peak, earlier.get("peak_memory_mb"), slack=100),
         "device": device(),
     }
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = MEASURED.sub(notebook.measured, cell.source)
 
 
 def normalise(nb: "nbformat.NotebookNode") -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from .execute import PROGRESS_BAR
-from .notebook import Notebook, tags
+from .notebook import MEASURED, Notebook, tags
 from .stamps import LIBRARY, parse_cell, why_stale
 from .student import SOLUTION_MARKER
 
@@ -22,7 +22,26 @@ _REASONING_WORDS = 12
 _PROSE = re.compile(
     r"\{solution-start\}[^\n]*|:class: dropdown|`{3,}"
 )  # what is no prose in a solution's text
-_REPORTING = ("say", "table", "Evidence", "subplots")
+_REPORTING = ("say", "table", "source", "Evidence", "subplots")
+# What jupyterlab-myst shows as the book does. It knows one notebook and no project, so that citations, other
+# pages and files to include would be errors there, and raw markup in other programs.
+_SHOWN_ROLES = {"term", "eq", "class", "func", "meth", "mod"}
+_SHOWN_DIRECTIVES = {
+    "admonition", "note", "tip", "warning", "important", "math",
+    "exercise-start", "exercise-end", "solution-start", "solution-end",
+}  # fmt: skip
+_ROLE = re.compile(r"\{(?P<name>[\w:.-]+)\}`(?P<text>[^`]*)`")
+_DIRECTIVE = re.compile(r"^[ >]*(?:`{3,}|:{3,})\{(?P<name>[\w:.-]+)\}", re.MULTILINE)
+_ATTRIBUTES = re.compile(r"^\{[.#][^}\n]*\}$", re.MULTILINE)
+_WORDLESS_LINK = re.compile(r"(?<!!)\[\]\([^)]*\)")
+_BARE_LABEL = re.compile(r"(?<=\]\()[\w-]+(?=\))")
+_INSTEAD = {
+    "cite": "cite with a link: [Hu et al., 2024, section 4](https://arxiv.org/abs/2404.06395)",
+    "doc": "link to the file with words of your own: [the decoder](../language/decoder.ipynb)",
+    "ref": "link to the label with words of your own: [the two misprints](#wsd-misprints)",
+    "numref": "say which figure it is, such as the one above",
+    "literalinclude": "show the code in a folded cell of its own: lab.source(WSD.__call__)",
+}
 _LOADED = {"script", "img", "link", "iframe", "source", "video", "audio", "embed", "object"}
 _REMOTE = re.compile(r"(https?:)?//")
 _REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
@@ -88,6 +107,31 @@ def _within_budget(notebook: Notebook) -> Iterator[str]:
             yield f"The run took {used:,} {unit}; the budget is {limit:,} {unit}."
     if (size := notebook.path.stat().st_size) > FILE_BYTES:
         yield f"The file has {size / 1e6:.1f} MB; the budget is {FILE_BYTES / 1e6:g} MB. Shrink pictures."
+
+
+def _measured(notebook: Notebook) -> Iterator[str]:
+    """The card tells what the last run took."""
+    if notebook.record.keys() >= {"seconds", "peak_memory_mb", "device"}:
+        texts = [cell.source for cell in notebook.nb.cells if cell.cell_type == "markdown"]
+        if [line for text in texts for line in MEASURED.findall(text)] != [notebook.measured]:
+            yield f"The card does not hold this line, once, as the last run left it: {notebook.measured}"
+
+
+def _reads_everywhere(notebook: Notebook) -> Iterator[str]:
+    """No markup that only the book understands: chapters are read in JupyterLab too."""
+    for number, text in _markdown(notebook):
+        held = [role["name"] for role in _ROLE.finditer(text) if role["name"] not in _SHOWN_ROLES]
+        held += [mark["name"] for mark in _DIRECTIVE.finditer(text) if mark["name"] not in _SHOWN_DIRECTIVES]
+        for name in dict.fromkeys(held):
+            instead = _INSTEAD.get(name.partition(":")[0], "write it in plain Markdown")
+            yield f"Cell {number} holds {{{name}}}, which JupyterLab does not show; {instead}."
+        for role in _ROLE.finditer(text):
+            if role["name"] in _SHOWN_ROLES - {"term"} and role["text"].startswith("~"):
+                yield f"Cell {number}: JupyterLab shows {role['text']} as it is; write the name without ~."
+        for mark in (*_ATTRIBUTES.findall(text), *_WORDLESS_LINK.findall(text)):
+            yield f"Cell {number} holds {mark}, which JupyterLab shows as it is."
+        for label in _BARE_LABEL.findall(text):
+            yield f"Cell {number} links to {label}, which JupyterLab takes for a file; write #{label}."
 
 
 def _described(notebook: Notebook) -> Iterator[str]:
@@ -241,6 +285,8 @@ GATES = (
     _executed,
     _starts,
     _within_budget,
+    _measured,
+    _reads_everywhere,
     _described,
     _offline,
     _clean,
@@ -303,6 +349,15 @@ def _public_names(library: Path) -> dict[str, str]:
 
 def _data(cell) -> list[dict]:
     return [output.data for output in cell.outputs if "data" in output]
+
+
+def _markdown(notebook: Notebook) -> Iterator[tuple[int, str]]:
+    """All Markdown, in cells and in outputs, with its cell's number."""
+    for number, cell in enumerate(notebook.nb.cells, start=1):
+        if cell.cell_type == "markdown":
+            yield number, cell.source
+        elif cell.cell_type == "code":
+            yield from ((number, data["text/markdown"]) for data in _data(cell) if "text/markdown" in data)
 
 
 def _pages(notebook: Notebook) -> Iterator[tuple[int, str]]:

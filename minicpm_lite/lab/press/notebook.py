@@ -1,5 +1,6 @@
 """Notebook files: find, read and write them, and what the other modules ask of their cells."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ jsonschema = require("jsonschema", install="minicpm_lite[notebooks]", purpose="r
 
 KEY = "minicpm_lite"  # in the notebook's metadata: stamp, version, seconds, peak_memory_mb, device
 
+MEASURED = re.compile(r"^\*\*One run of this notebook takes\*\*.*", re.MULTILINE)
+
 # The metadata that the modules of press read, and that the format of notebooks leaves open.
 _FIGURE, _TEXT = {"type": "integer"}, {"type": "string"}
 _METADATA = {
@@ -25,6 +28,7 @@ _METADATA = {
                         "stamp": {"type": "object", "additionalProperties": _TEXT},
                         "seconds": _FIGURE,
                         "peak_memory_mb": _FIGURE,
+                        "device": _TEXT,
                     },
                 }
             }
@@ -104,6 +108,13 @@ class Notebook:
         """What the last run left in the metadata; empty if there was none."""
         return self.nb.metadata.get(KEY, {})
 
+    @property
+    def measured(self) -> str:
+        """The line of the chapter's card that tells what the last run cost."""
+        time, memory = cost(self.record)
+        device = self.record["device"]
+        return f"**One run of this notebook takes** {time} and {memory} of memory, measured on {device}."
+
     @cached_property
     def code(self) -> list[tuple[int, nbformat.NotebookNode]]:
         """The code cells that hold anything, each with its place among all cells, counted from 1."""
@@ -112,6 +123,19 @@ class Notebook:
             for number, cell in enumerate(self.nb.cells, start=1)
             if cell.cell_type == "code" and cell.source.strip()
         ]
+
+
+def cost(run: dict) -> tuple[str, str]:
+    """Minutes and peak memory of a run as text.
+
+    >>> cost({"seconds": 75, "peak_memory_mb": 1234.5})
+    ('1.2 min', '1,234 MB')
+    >>> cost({"seconds": 12, "peak_memory_mb": 99})
+    ('12 s', '99 MB')
+    """
+    seconds = run["seconds"]
+    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return time, f"{run['peak_memory_mb']:,.0f} MB"
 
 
 def tags(cell: nbformat.NotebookNode) -> set[str]:

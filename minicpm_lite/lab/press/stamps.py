@@ -14,11 +14,15 @@ followed by name through a package's ``__init__``: ``from minicpm_lite import lo
 ``load_config("...")``; where the name is computed, all count. A file counts if a string is its path, or fits
 it where it is computed in part (``f"recorded/{name}.json"``); in a folder that is named as one
 (``Path("pictures")`` or ``"pictures/"``) all files count. Names that are computed as a whole are not seen.
+
+Code of the library that a chapter shows (`lab.source`) is compared word for word, docstrings and comments
+too.
 """
 
 import ast
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from glob import glob
@@ -31,6 +35,7 @@ from .notebook import Notebook, tags
 LIBRARY = Path(__file__).parents[2]
 _READS_ONE_CONFIG = {"load_config", "load_recipe", "load_rope_scaling"}
 _READS_CONFIGS = {*_READS_ONE_CONFIG, "list_configs"}
+_SHOWN = re.compile(r"From `([\w.]+)`:\n\n```python\n(.*)\n```", re.DOTALL)  # an output of `lab.source`
 
 
 def stamp(notebook: Notebook, library: Path = LIBRARY) -> dict[str, str]:
@@ -67,6 +72,8 @@ def why_stale(notebook: Notebook, library: Path = LIBRARY) -> str | None:
         "recorded": "recorded runs or other files beside it that it uses changed",
     }
     changed = [reason for part, reason in reasons.items() if stored.get(part) != now[part]]
+    if _shows_old_code(notebook, library):
+        changed.append("code of the library that it shows changed")
     return ", and ".join(changed) or None
 
 
@@ -81,6 +88,26 @@ def parse_cell(source: str) -> ast.Module | None:
         return ast.parse(TransformerManager().transform_cell(source))
     except (SyntaxError, ValueError):  # the second for null bytes
         return None
+
+
+def _shows_old_code(notebook: Notebook, library: Path) -> bool:
+    """Whether the library does not hold any more what an output of `lab.source` shows of it."""
+    markdown = [
+        output.data.get("text/markdown", "")
+        for _, cell in notebook.code
+        for output in cell.outputs
+        if "data" in output
+    ]
+    for shown in filter(None, map(_SHOWN.fullmatch, markdown)):
+        file = _file(shown[1], library.parent)
+        if file is None or _lines(shown[2]) not in _lines(file.read_text("utf-8")):
+            return True
+    return False
+
+
+def _lines(source: str) -> str:
+    """Code without its indentation: what is shown of a class begins at the margin."""
+    return "\n".join(line.strip() for line in source.splitlines())
 
 
 def _code(notebook: Notebook) -> tuple[list[ast.Module], list[Path]]:

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nbformat.v4 import new_notebook, new_output
+from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 from small_chapter import code
 from tqdm import tqdm
 
@@ -55,6 +55,9 @@ def after_a_run(tmp_path_factory):
     """A notebook that has run, beside two that run side by side: each waits for the other."""
     folder = tmp_path_factory.mktemp("run")
     path = notebook(folder / "topic.ipynb", *CELLS)
+    nb = nbformat.read(path, as_version=4)
+    nb.cells.append(new_markdown_cell("**One run of this notebook takes** a while.\n\nMore.", id="card"))
+    nbformat.write(nb, path)
     both = [notebook(folder / f"{me}.ipynb", MEET.format(me=me, other=other)) for me, other in ("ab", "ba")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "cores", lambda: 2)
@@ -67,6 +70,7 @@ def after_a_run(tmp_path_factory):
 @pytest.mark.slow  # a kernel starts, in a process that starts
 def test_a_run_keeps_what_is_the_same_and_drops_the_rest(after_a_run):
     nb = nbformat.read(after_a_run, as_version=4)
+    card = nb.cells.pop().source
     outputs = [cell.outputs for cell in nb.cells]
     assert [output.text for output in outputs[0]] == ["first\n"]
     assert [output.data["text/plain"] for output in outputs[1]] == ["<object at 0x...>"]
@@ -79,6 +83,8 @@ def test_a_run_keeps_what_is_the_same_and_drops_the_rest(after_a_run):
     assert set(nb.metadata) == {"kernelspec", "language_info", KEY}
     record = nb.metadata[KEY]
     assert set(record) == {"stamp", "version", "seconds", "peak_memory_mb", "device"}
+    told = f"takes** {record['seconds']} s and {record['peak_memory_mb']} MB of memory, measured on {record['device']}."
+    assert card.endswith(f"{told}\n\nMore.")
     assert 200 < record["peak_memory_mb"] < 900, "the kernel's own memory, not that of the process above it"
 
 
@@ -93,7 +99,9 @@ def test_only_stale_notebooks_run_and_twice_gives_the_same_bytes(after_a_run, ca
     assert after_a_run.read_bytes() == first
     assert nbformat.read(stale, as_version=4).cells[0].outputs[0].data["text/plain"] == "2"
     assert main(["run", "--force", str(after_a_run)]) == 0
-    without_seconds = [re.sub(rb'"seconds": \d+', b"", run) for run in (first, after_a_run.read_bytes())]
+    without_seconds = [
+        re.sub(rb'"seconds": \d+|\d+ s and', b"", run) for run in (first, after_a_run.read_bytes())
+    ]
     assert without_seconds[0] == without_seconds[1]  # a busy machine takes longer
 
 

@@ -63,6 +63,27 @@ def html_image_without_alt_text(nb):
     nb.cells[PICTURE].outputs = [new_output("display_data", {"text/html": '<p><img src="grid.png"></p>'})]
 
 
+def no_cost_told(nb):
+    nb.cells[0].source = "# A topic"
+
+
+def cost_told_twice(nb):
+    nb.cells[-1].source += "\n\n" + nb.cells[0].source.splitlines()[-1]
+
+
+def holds(markup):
+    def spoil(nb):
+        nb.cells[0].source += f"\n\n{markup}"
+
+    return spoil
+
+
+def citation_in_an_output(nb):
+    nb.cells[PICTURE].outputs += [
+        new_output("display_data", {"text/markdown": "See {cite:p}`hu2024minicpm`."})
+    ]
+
+
 def cdn_in_output(nb):
     html = '<script src="https://cdn.jsdelivr.net/npm/vega"></script>'
     nb.cells[PICTURE].outputs += [new_output("display_data", {"text/html": html})]
@@ -192,6 +213,18 @@ def too_large(nb):
         (start_comes_late, "_starts", "lab.start"),
         (traceback_shown, "_executed", "traceback"),
         (too_large, "_within_budget", "3.0 MB; the budget is 3 MB"),
+        (no_cost_told, "_measured", "10 s and 500 MB of memory"),
+        (cost_told_twice, "_measured", "once"),
+        (holds("By {cite:t}`hu2024minicpm{section 4}`."), "_reads_everywhere", "cite with a link"),
+        (citation_in_an_output, "_reads_everywhere", "cite with a link"),
+        (holds("After {doc}`/notebooks/language/decoder`."), "_reads_everywhere", "link to the file"),
+        (holds("See {numref}`fig-loss`."), "_reads_everywhere", "say which figure"),
+        (holds("```{literalinclude} ../a.py\n:pyobject: f\n```"), "_reads_everywhere", "lab.source"),
+        (holds(":::{grid} 2\n:::"), "_reads_everywhere", "plain Markdown"),
+        (holds("A {class}`~minicpm_lite.training.wsd.WSD`."), "_reads_everywhere", "without ~"),
+        (holds("{.lead}\nThe first sentence."), "_reads_everywhere", "{.lead}"),
+        (holds("See [](#ex-twice)."), "_reads_everywhere", "[](#ex-twice)"),
+        (holds("See [the exercise](ex-twice)."), "_reads_everywhere", "write #ex-twice"),
         (no_alt_text, "_described", "without alt text"),
         (markdown_image_without_alt_text, "_described", "without alt text"),
         (html_image_without_alt_text, "_described", "without alt text"),
@@ -253,11 +286,17 @@ def run_out_of_order(nb):
     nb.cells[PICTURE].execution_count = 7
 
 
+def another_cost_told(nb):
+    nb.cells[0].source = nb.cells[0].source.replace("10 s", "9 s")
+
+
 def too_slow(nb):
+    nb.cells[0].source = nb.cells[0].source.replace("10 s", "3.0 min")
     nb.metadata[KEY]["seconds"] = 181
 
 
 def too_much_memory(nb):
+    nb.cells[0].source = nb.cells[0].source.replace("500 MB", "3,001 MB")
     nb.metadata[KEY]["peak_memory_mb"] = 3001
 
 
@@ -268,6 +307,7 @@ def too_much_memory(nb):
         (never_run, "_fresh", "never run"),
         (one_cell_not_run, "_executed", "not run"),
         (run_out_of_order, "_executed", "in order"),
+        (another_cost_told, "_measured", "as the last run left it"),
         (too_slow, "_within_budget", "181 s; the budget is 180 s"),
         (too_much_memory, "_within_budget", "3,001 MB; the budget is 3,000 MB"),
     ],

@@ -6,11 +6,12 @@ import typing
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_output
 from small_chapter import PICTURE, START, chapter
 
 from minicpm_lite import config
 from minicpm_lite.lab.press import stamps
-from minicpm_lite.lab.press.notebook import Notebook
+from minicpm_lite.lab.press.notebook import KEY, Notebook
 from minicpm_lite.lab.press.stamps import stamp, used_files, why_stale
 
 MODULES = {
@@ -128,6 +129,20 @@ def test_docstrings_and_comments_of_the_library_do_not_count(library, notebook):
     assert stamp(topic, library) == before
     rope.write_text(rope.read_text().replace("1", "2"))
     assert changed(before, stamp(topic, library)) == {"library"}
+
+
+def test_code_that_is_shown_counts_with_its_docstring(library, notebook):
+    topic = notebook("from minicpm_lite.language.decoder import decode", "lab.source(decode)")
+    decoder = library / "language" / "decoder.py"
+    code = decoder.read_text().partition("\n\n")[2].rstrip()
+    markdown = f"From `minicpm_lite.language.decoder`:\n\n```python\n{code}\n```"
+    topic.nb.cells[PICTURE].outputs = [new_output("display_data", {"text/markdown": markdown})]
+    topic.nb.metadata[KEY] = {"stamp": stamp(topic, library)}
+    assert why_stale(topic, library) is None
+    decoder.write_text(decoder.read_text().replace('"""Decode."""', '"""Decodes."""'))
+    assert why_stale(topic, library) == "code of the library that it shows changed"
+    decoder.unlink()
+    assert "code of the library that it shows changed" in why_stale(topic, library)
 
 
 def test_recorded_runs_count(notebook, tmp_path):
