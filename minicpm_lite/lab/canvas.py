@@ -1,4 +1,4 @@
-"""What drawings are made of: text, boxes, lines, arrows and braces, and the checks that keep them readable."""
+"""What drawings are made of: text, boxes, lines, arrows and braces, with checks that keep them readable."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ class Canvas:
             )
         if not 0 < width <= WIDEST:
             raise ValueError(
-                f"The drawing is {width:g} units wide; expected at most {WIDEST}, and {FULL_WIDTH} for phones."
+                f"The drawing is {width:g} units wide; expected at most {WIDEST}, better {FULL_WIDTH}."
             )
         self.alt, self.width = alt.strip(), width
         self._parts: list[str] = []

@@ -57,7 +57,7 @@ def bends(tail: Point, tip: Point, across: bool) -> tuple[Point, Point]:
 
 
 def detour(start: Place, end: Place, bend: float, across: bool) -> list[Point]:
-    """The corners of a line around what stands between two places: right or below, left or above if negative."""
+    """The corners of a line around what stands between two places: on the right or below, if bend > 0."""
     both, side = around(start, end), int(bend > 0)
     if across:
         y = both.at(0, side)[1] + bend

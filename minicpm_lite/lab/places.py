@@ -35,7 +35,7 @@ class Place:
         return self.at(0.5, 0.5)
 
     def at(self, across: float, down: float) -> Point:
-        """A point of it: ``at(0, 0)`` is the upper left corner, ``at(1, 0.5)`` the middle of the right side."""
+        """A point of it: ``at(0, 0)`` is the upper left corner, ``at(1, 0.5)`` the middle of the right."""
         return self.x + across * self.width, self.y + down * self.height
 
     def grown(self, by: float) -> "Place":

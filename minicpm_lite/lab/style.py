@@ -2,8 +2,8 @@
 
 Colour is never the only carrier: the plot cycle changes line style together with colour, and every box has an
 icon and a word. Each colour of the palette has a contrast of at least 3 to 1 against white and against the
-dark grounds of the book, JupyterLab and VS Code, so one palette serves both; the book brightens it in the dark
-(``custom.css``). The colours differ in lightness as well as in hue, so that they stay apart for readers with
+dark grounds of the book, JupyterLab and VS Code, so one palette serves both; the book brightens it in the
+dark (``custom.css``). The colours differ in lightness as well as in hue, so that they stay apart for readers with
 colour-vision deficiency (hues after Okabe and Ito 2008).
 """
 

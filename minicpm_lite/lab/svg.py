@@ -2,11 +2,11 @@
 
 An output holds the SVG as the source of an ``<img>``, and a line of script that puts the SVG itself in the
 image's place. Neither alone would do. JupyterLab strips drawings and scripts from outputs of notebooks that
-it does not trust yet (whatever was just downloaded), but shows images; there, and wherever scripts do not run,
-the picture brings its own paper, light or dark. Where scripts run (a live kernel, the book, VS Code, Colab) the
-SVG stands in the page, so its ink is the text's colour, its palette the theme's, it turns with the theme's
-switch, and its text can be selected and searched. An output of type ``image/svg+xml`` would be an image in all
-of them, and nothing at all before it is trusted.
+it does not trust yet (whatever was just downloaded), but shows images; there, and wherever scripts do not
+run, the picture brings its own paper, light or dark. Where scripts run (a live kernel, the book, VS Code,
+Colab) the SVG stands in the page, so its ink is the text's colour, its palette the theme's, it turns with the
+theme's switch, and its text can be selected and searched. An output of type ``image/svg+xml`` would be an
+image in all of them, and nothing at all before it is trusted.
 """
 
 from html import escape
