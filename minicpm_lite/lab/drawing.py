@@ -6,10 +6,10 @@
     d.arrow(ids, table)
     d
 
-Coordinates are units, from the upper left corner. 360 units are as wide as a phone, where a unit is a pixel; on
-a wider screen a unit is larger. A drawing is as high as its parts reach. Every part returns the place that it
-covers, to which the next is put: ``ids.right + 20``, ``table.at(0.5, 1)``, ``d.arrow(ids, table)``. In a text,
-``_{q}`` stands below the line and ``^{2}`` above it, and a line break begins a new line.
+Coordinates are units, from the upper left corner. 360 units are as wide as a phone, where a unit is a pixel;
+on a wider screen a unit is larger. A drawing is as high as its parts reach. Every part returns the place that
+it covers, to which the next is put: ``ids.right + 20``, ``table.at(0.5, 1)``, ``d.arrow(ids, table)``. In a
+text, ``_{q}`` stands below the line and ``^{2}`` above it, and a line break begins a new line.
 
 What nobody could read is refused: text below 11 units, text that is wider than its box, and parts that stick
 out of the drawing. Tones are the colours of the plots; what they say must be told by words or shapes, too.

@@ -3,8 +3,8 @@
 Colour is never the only carrier: the plot cycle changes line style together with colour, and every box has an
 icon and a word. Each colour of the palette has a contrast of at least 3 to 1 against white and against the
 dark grounds of the book, JupyterLab and VS Code, so one palette serves both; the book brightens it in the
-dark (``custom.css``). The colours differ in lightness as well as in hue, so that they stay apart for readers with
-colour-vision deficiency (hues after Okabe and Ito 2008).
+dark (``custom.css``). The colours differ in lightness as well as in hue, so that they stay apart for readers
+with colour-vision deficiency (hues after Okabe and Ito 2008).
 """
 
 from ..optional import require
@@ -15,7 +15,7 @@ PALETTE = {
     "blue": "#0878d0",
     "orange": "#c2410c",
     "green": "#0ca070",
-    "purple": "#a83aa0",
+    "purple": "#ab3da3",
     "grey": "#626a76",
     "gold": "#bb8600",
 }
