@@ -91,6 +91,7 @@ class Canvas:
         dashed: bool = False,
         fill: float = 0.16,
         round: float = 6,
+        pile: int = 1,
     ) -> Place:
         """A box with a text, and a quieter note below it, such as a shape.
 
@@ -107,12 +108,16 @@ class Canvas:
             dashed: its outline.
             fill: how strong its tint is, 0 to 1.
             round: the radius of its corners.
+            pile: how many there are, of which the others look out behind it, to the right and above.
         """
         place = self._covered(Place(x, y, width, height), f"The box {text!r}")
         for line in (*text.split("\n"), note):
             if (needed := text_width(line, size)) > width:
                 raise ValueError(f"{line!r} is about {needed:.0f} units wide; its box has {width:g}.")
-        self._draw(rectangle(place, round), tone, dashed=dashed, fill=fill if tone else 0)
+        for behind in reversed(range(pile)):
+            card = Place(x + 4 * behind, y - 4 * behind, width, height)
+            self._parts.append(f"<{rectangle(self._covered(card, 'The pile'), round)} fill='var(--ground)'/>")
+            self._draw(rectangle(card, round), tone, dashed=dashed, fill=fill if tone else 0)
         middle_x, middle_y = place.middle
         lines = text.count("\n") + 1 if text else 0
         if text:
@@ -135,6 +140,23 @@ class Canvas:
         """Boxes side by side, each of this width and height."""
         return [
             self.box(x + number * (width + gap), y, width, height, text, tone=tone, round=4)
+            for number, text in enumerate(texts)
+        ]
+
+    def column(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        texts: Sequence[str],
+        *,
+        gap: float = 4,
+        tone: str | None = None,
+    ) -> list[Place]:
+        """Boxes one below the other, each of this width and height."""
+        return [
+            self.box(x, y + number * (height + gap), width, height, text, tone=tone, round=4)
             for number, text in enumerate(texts)
         ]
 
