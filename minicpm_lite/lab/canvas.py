@@ -65,7 +65,7 @@ class Canvas:
                 f"The text {text!r} has size {size:g}; expected at least {SMALLEST_TEXT}, for phones."
             )
         lines = text.split("\n")
-        width, height = max(text_width(line, size) for line in lines), _LINE * size * len(lines)
+        width, height = max(text_width(line, size, bold) for line in lines), _LINE * size * len(lines)
         left = x - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
         place = self._covered(Place(left, y - height / 2, width, height), f"The text {text!r}")
         look = " font-weight='600'" * bold + " opacity='.75'" * muted
@@ -112,7 +112,7 @@ class Canvas:
         """
         place = self._covered(Place(x, y, width, height), f"The box {text!r}")
         for line in (*text.split("\n"), note):
-            if (needed := text_width(line, size)) > width:
+            if (needed := text_width(line, size, bold and line != note)) > width:
                 raise ValueError(f"{line!r} is about {needed:.0f} units wide; its box has {width:g}.")
         for behind in reversed(range(pile)):
             card = Place(x + 4 * behind, y - 4 * behind, width, height)
@@ -239,9 +239,8 @@ class Canvas:
     def bracket(self, place: Place, text: str = "", *, side: str = "bottom", gap: float = 4) -> None:
         """A brace along one side of a place, ``top``, ``bottom``, ``left`` or ``right``, with a text."""
         across, out = side in ("top", "bottom"), -1 if side in ("top", "left") else 1
-        edge = {"top": place.y, "bottom": place.bottom, "left": place.x, "right": place.right}[
-            side
-        ] + out * gap
+        edges = {"top": place.y, "bottom": place.bottom, "left": place.x, "right": place.right}
+        edge = edges[side] + out * gap
         low, high = (place.x, place.right) if across else (place.y, place.bottom)
         self._draw(f"path d='{brace(low, high, edge, 5 * out, across)}'", None, width=1.2)
         if text and across:

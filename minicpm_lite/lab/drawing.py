@@ -58,8 +58,8 @@ class Drawing(Canvas):
         Args:
             x: of the cells' left side; the names of rows stand left of it.
             y: of the cells' upper side; the names of columns stand above it.
-            values: rows, an array or a tensor of two dimensions. None is a cell that is masked: struck out. A
-                text is shown as it is.
+            values: rows, an array or a tensor of two dimensions. None, False and minus infinity are cells
+                that are masked: struck out. True is one that is not; a text is shown as it is.
             cell: the width of a cell.
             height: of a cell; by default its width.
             rows: a name for each row.
@@ -77,20 +77,19 @@ class Drawing(Canvas):
         height = height or cell
         grid = Grid(x, y, cell * len(table[0]), height * len(table), len(table), len(table[0]))
         self._covered(grid, "The matrix")
-        largest = max((abs(value) for row in table for value in row if _is_number(value)), default=0)
+        numeric = [abs(value) for row in table for value in row if _is_number(value)]
+        largest = max(numeric, default=0) if heat else 0
         for row, line in enumerate(table):
             for column, value in enumerate(line):
                 place = grid.cell(row, column)
-                if value is None:
+                if value is None or value is False or value == -math.inf:
                     self._masked(place)
                     continue
-                strength = (
-                    0.05 + 0.45 * abs(value) / largest if heat and largest and _is_number(value) else 0.16
-                )
+                strength = 0.05 + 0.45 * abs(value) / largest if largest and _is_number(value) else 0.16
                 hue = below_zero if _is_number(value) and value < 0 else tone
                 self._draw(rectangle(place), hue, width=0, fill=strength if hue else 0)
                 self._draw(rectangle(place), None, width=0.8, opacity=0.5)
-                if numbers:
+                if numbers and value is not True:
                     self._number(place, _shown(value, digits))
         for row, column in marked:
             self._draw(rectangle(grid.cell(row, column), 2), None, width=2.2)
@@ -268,7 +267,7 @@ class Drawing(Canvas):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown(value: object, digits: int) -> str:

@@ -24,14 +24,17 @@ class Place:
 
     @property
     def right(self) -> float:
+        """Where its right side stands."""
         return self.x + self.width
 
     @property
     def bottom(self) -> float:
+        """Where its lower side stands."""
         return self.y + self.height
 
     @property
     def middle(self) -> Point:
+        """The point in its middle."""
         return self.at(0.5, 0.5)
 
     def at(self, across: float, down: float) -> Point:
@@ -98,18 +101,12 @@ def facing(start: Place, end: Place) -> tuple[Point, Point, bool]:
     if across:
         rightwards = end.x >= start.right
         row = _shared(start.y, start.bottom, end.y, end.bottom)
-        return (
-            (start.right if rightwards else start.x, row[0]),
-            (end.x if rightwards else end.right, row[1]),
-            True,
-        )
+        tail, tip = (start.right, end.x) if rightwards else (start.x, end.right)
+        return (tail, row[0]), (tip, row[1]), True
     downwards = end.y >= start.bottom
     column = _shared(start.x, start.right, end.x, end.right)
-    return (
-        (column[0], start.bottom if downwards else start.y),
-        (column[1], end.y if downwards else end.bottom),
-        False,
-    )
+    tail, tip = (start.bottom, end.y) if downwards else (start.y, end.bottom)
+    return (column[0], tail), (column[1], tip), False
 
 
 def _shared(low: float, high: float, other_low: float, other_high: float) -> Point:
@@ -119,7 +116,7 @@ def _shared(low: float, high: float, other_low: float, other_high: float) -> Poi
     return (middle, middle) if other_low <= middle <= other_high else (middle, other)
 
 
-def text_width(text: str, size: float) -> float:
+def text_width(text: str, size: float, bold: bool = False) -> float:
     """About how wide a line of text is, in any usual sans serif; rather more than less.
 
     >>> round(text_width("query", 12)), round(text_width("词元", 12)), round(text_width("W_{q}", 12))
@@ -127,7 +124,7 @@ def text_width(text: str, size: float) -> float:
     """
     small = sum(len(match[2]) for match in _MARKUP.finditer(text))
     plain = [character for character in _MARKUP.sub(r"\2", text) if not unicodedata.combining(character)]
-    return size * (sum(map(_advance, plain)) - 0.12 * small)
+    return size * (1.12 if bold else 1) * (sum(map(_advance, plain)) - 0.12 * small)
 
 
 def _advance(character: str) -> float:

@@ -108,10 +108,13 @@ def test_a_matrix_takes_tensors_masks_and_words(drawing):
         "the number below zero, which has its sign"
     )
     masked = lab.Drawing("A mask.")
-    masked.matrix(0, 0, [[1, None], ["x", 3]], marked=[(1, 1)])
-    assert words(masked) == ["1", "x", "3"]
-    assert masked.svg().count("<path") == 1, "what is masked is struck out"
+    masked.matrix(0, 0, [[1, None, -math.inf], ["x", 3, math.nan]], marked=[(1, 1)])
+    assert words(masked) == ["1", "x", "3", "nan"]
+    assert masked.svg().count("<path") == 2, "what is masked is struck out"
     assert masked.svg().count("stroke-width='2.2'") == 1
+    causal = lab.Drawing("A causal mask.")
+    causal.matrix(0, 0, torch.ones(3, 3).tril().bool())
+    assert words(causal) == [] and causal.svg().count("<path") == 3
 
 
 def test_a_dial_turns_against_the_clock_and_tints_what_it_swept(drawing):
