@@ -115,8 +115,9 @@ class Canvas:
             if (needed := text_width(line, size, bold and line != note)) > width:
                 raise ValueError(f"{line!r} is about {needed:.0f} units wide; its box has {width:g}.")
         for behind in reversed(range(pile)):
-            card = Place(x + 4 * behind, y - 4 * behind, width, height)
-            self._parts.append(f"<{rectangle(self._covered(card, 'The pile'), round)} fill='var(--ground)'/>")
+            card = self._covered(Place(x + 4 * behind, y - 4 * behind, width, height), "The pile")
+            if pile > 1:  # it hides what it lies on
+                self._parts.append(f"<{rectangle(card, round)} fill='var(--ground)'/>")
             self._draw(rectangle(card, round), tone, dashed=dashed, fill=fill if tone else 0)
         middle_x, middle_y = place.middle
         lines = text.count("\n") + 1 if text else 0
