@@ -58,7 +58,7 @@ class MixtureConfig:
 
     Attributes:
         num_experts: feed-forward networks in each layer.
-        num_experts_per_token: how many of them a token visits.
+        num_experts_per_token: how many of them a token visits. With 1 the router learns nothing but balance.
         balance_loss_weight: what the balance loss is multiplied by in training; 0 trains without it.
     """
 

@@ -9,14 +9,19 @@ folder stands whole beside it, as ``.name.replaced``, until the next writer puts
 A folder that is written to for long, as a run's, is `locked` by one program at a time.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["locked", "written_whole"]
+
+# What file systems on a network or in user space say of what they do not have.
+_HAS_NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextmanager
@@ -28,7 +33,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     process writes a path at a time.
 
     Raises:
-        FileExistsError: a pipe or a device has this name; such are never replaced.
+        FileExistsError: a pipe or a device has this name, or a file system is mounted there; such are never
+            replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -41,6 +47,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
+    if path.is_mount():
+        raise FileExistsError(
+            f"A file system is mounted at {path}, which cannot be replaced; give the name of something in it."
+        )
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:
@@ -72,6 +82,9 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     The operating system takes the lock back when the program ends, however it ends.
 
+    Warns:
+        UserWarning: the folder's file system has no locks, so nobody is kept out.
+
     Raises:
         FileExistsError: another program holds it.
         OSError: there is no such folder.
@@ -84,6 +97,14 @@ def locked(folder: str | Path) -> Iterator[None]:
             raise FileExistsError(
                 f"{folder} is being written by another program. Wait for its end, or choose another folder."
             ) from None
+        except OSError as error:
+            if error.errno not in _HAS_NONE:
+                raise
+            warnings.warn(
+                f"The file system of {folder} has no locks ({error.strerror}), so nothing keeps another "
+                "program from writing there, too. Start none.",
+                stacklevel=3,
+            )
         yield
     finally:
         os.close(descriptor)
@@ -115,5 +136,8 @@ def _sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _HAS_NONE):  # some file systems sync files alone
+            raise
     finally:
         os.close(descriptor)

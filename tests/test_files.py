@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,46 @@ def test_after_an_error_the_old_one_stands(tmp_path, error):
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
     assert (tmp_path / "folder" / "inner" / "file").read_text() == "old"
+
+
+def test_where_a_file_system_is_mounted_nothing_is_begun(tmp_path, monkeypatch):
+    """The place could not take its new content at the end, when all was written."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    mounted = pytest.raises(FileExistsError, match="A file system is mounted at .*disk, which cannot be")
+    with mounted, written_whole(tmp_path / "disk"):
+        pytest.fail("nothing is written")
+    write_folder(tmp_path / "disk" / "folder", "text")
+    assert names(tmp_path) == ["disk"] and names(tmp_path / "disk") == ["folder"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_of_and_written(tmp_path, monkeypatch, code):
+    def refuse(descriptor, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match=f"file system of {tmp_path} has no locks"), locked(tmp_path):
+        write_folder(tmp_path / "folder", "text")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_its_file_system_does_not_sync_is_whole_all_the_same(tmp_path, monkeypatch, code):
+    """But an error of the disk is one."""
+    sync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", refuse_folders)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="folder could not be written: Input/output error"):
+            write_folder(tmp_path / "folder", "text")
+    else:
+        write_folder(tmp_path / "folder", "text")
+        assert (tmp_path / "folder" / "inner" / "file").read_text() == "text"
 
 
 def test_the_error_names_the_place_that_was_asked_for(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -24,11 +25,13 @@ FLOORS = {
     "__init__": 8,  # the package itself: it offers what stands further up
     "cli": 9,
     "lab": 10,
+    "exercises": 11,
 }  # fmt: skip
 BY_NAME = {"import_module", "__import__", "require"}
 OWN = re.compile(r"minicpm_lite(\.\w+)*|(\.\w*)+")  # a name of the library, whole or relative
 LATE = {"__init__", "cli"}  # what they import inside functions would make every command slow
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+owners = cache(packages_distributions)
 
 
 def part_of(path: Path) -> str:
@@ -223,12 +226,11 @@ def imported_packages(path: Path) -> dict[str, str | None]:
 @pytest.mark.parametrize("path", sorted(LIBRARY.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_is_imported_is_installed_with_the_library(path):
     """By `pip install` of the library, or of the extra that the sentence about a missing package names."""
-    owners = packages_distributions()
     always = distributions(PROJECT["dependencies"])
     for extra in WHO_IMPORTS.get(part_of(path), ()):
         always |= distributions(PROJECT["optional-dependencies"][extra])
     for name, install in imported_packages(path).items():
-        owner = owners[name][0].lower().replace("_", "-")
+        owner = owners()[name][0].lower().replace("_", "-")
         if install is None:
             assert owner in always, f"{name} is not in the dependencies"
         elif extra := re.fullmatch(r"minicpm_lite\[(\w+)\]", install):

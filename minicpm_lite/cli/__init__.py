@@ -10,8 +10,8 @@ From a text to a model of one's own that others can open:
 
 A file a command. Each loads what it needs when it is called, so that a listing does not wait for a trainer.
 
-What goes wrong is said in one sentence on the error output, once. Exit codes: 0 done, 2 refused or failed,
-130 interrupted, 143 ended by SIGTERM. torchrun adds a report of its own; the sentence stands in it, too.
+What goes wrong is said in one sentence on the error output, under torchrun once a machine; it stands in
+torchrun's own report, too. Exit codes: 0 done, 2 refused or failed, 130 interrupted, 143 ended by SIGTERM.
 """
 
 import json
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     >>> main(["train", "--config", "no-such-model", "--dry-run"])
     2
     """
-    first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"  # as `processes` sees it
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # torchrun starts the same command several times
     try:
         argv = sys.argv[1:] if argv is None else argv
         return app(argv, prog_name="minicpm-lite", standalone_mode=False, obj=argv) or 0

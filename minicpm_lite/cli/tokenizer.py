@@ -34,6 +34,8 @@ def tokenizer(
     from ..files import written_whole
     from ..language.tokenizer import train_tokenizer
 
+    if len(end.strip()) < 2:
+        raise ValueError(f'--end is {end!r}. Give a token of several letters, such as "<|endoftext|>".')
     require_texts(texts)
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing is overwritten. Give another place, or remove it.")
@@ -41,10 +43,10 @@ def tokenizer(
     if not read.strip():
         raise ValueError(f"{' and '.join(map(str, texts))} holds no text to learn from.")
     learned = train_tokenizer(read, vocab_size - 1)
-    if not end or learned.token_to_id(end) is not None:
+    if learned.token_to_id(end) is not None:
         raise ValueError(
-            f"--end is {end!r}, which {'texts hold, too' if end else 'is empty'}. Give a token that no text "
-            'holds, such as "<|endoftext|>".'
+            f"--end is {end!r}, which texts hold, too. Give a token that no text holds, such as "
+            '"<|endoftext|>".'
         )
     learned.add_special_tokens([end])
     with written_whole(out) as beside:

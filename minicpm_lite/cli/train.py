@@ -162,7 +162,7 @@ def train(
           --decay-from run/step-00100000 --decay 16000
 
     --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C and
-    SIGTERM end a run after its present step, with a checkpoint; a second one ends it at once.
+    SIGTERM end a run after its present step, with a checkpoint; a Ctrl-C after that ends it at once.
     """
     from ..training.processes import on_first, processes, rank, world_size
     from ..training.settings import Layout
@@ -388,18 +388,28 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
 
 
 def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:
-    """The shape, with the tokens that end its texts: the checkpoint's, or those of the shards, if all say."""
-    if model.eos_token_id:
-        return model
+    """The shape, with the tokens that end its texts: the checkpoint's, else the config's.
+
+    Where all shards say how their texts end, and it is not as that, the model learns it: in a decay beside
+    what it has learned, from nothing instead of what the config says.
+    """
+    learned: tuple[int, ...] = ()
     if start is not None:
         saved = start.facts.get("model config", {})  # of another module there are none, which `load` refuses
-        return replace(model, eos_token_id=tuple(saved.get("eos_token_id", ())))
+        learned = tuple(saved.get("eos_token_id", ()))
+        model = replace(model, eos_token_id=learned)
+        if not start.decays:
+            return model
     ends = {each.end for each in shards.values()}
-    return model if None in ends else replace(model, eos_token_id=tuple(sorted(ends)))
+    if None in ends or ends <= set(model.eos_token_id):
+        return model
+    return replace(model, eos_token_id=tuple(sorted(ends.union(learned))))
 
 
 def _weighted(source: str) -> tuple[str, float]:
-    """Folder and weight of ``folder:weight``; a folder may have a colon in its name."""
+    """Folder and weight of ``folder:weight``; a folder may have a colon in its name, and is taken first."""
+    if Path(source).is_dir():
+        return source, 1.0
     folder, colon, given = source.rpartition(":")
     try:
         weight = float(given) if colon else 1.0
@@ -439,6 +449,7 @@ def _as_dict(plan: "TrainingPlan", command: str) -> dict:
 
 def _print_plan(config: str, plan: "TrainingPlan", command: str) -> None:
     memory, schedule, trainer = plan.memory, plan.schedule, plan.trainer
+    at_once = plan.layout.rows_at_once(trainer.batch_size, plan.gpus)
     gb = 1e9
     rows = [
         ("model", f"{config}: {plan.parameters:,} parameters, a token uses {plan.active_parameters:,}"),
@@ -453,7 +464,7 @@ def _print_plan(config: str, plan: "TrainingPlan", command: str) -> None:
         ("  logits", f"{memory.logits / gb:.2f} GB"),
         ("tokens", f"{plan.tokens:,}"),
         ("steps", f"{plan.steps:,} of {trainer.batch_tokens:,} tokens: {trainer.batch_size:,} windows of "
-                  f"{trainer.sequence_length:,}, {plan.layout.micro_batch} at once on a GPU"),
+                  f"{trainer.sequence_length:,}, {at_once} at once on a GPU"),
         ("schedule", f"{schedule.warmup_steps:,} steps of warm-up to {schedule.peak_lr:g} "
                      f"({trainer.parametrization}), {schedule.stable_steps:,} stable, "
                      f"{schedule.decay_steps:,} of decay to {schedule(schedule.total_steps):.3g}"),

@@ -65,10 +65,10 @@ class EncodedExample:
 def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -> EncodedExample:
     """An example as tokens, in the template of the first MiniCPM models.
 
-    A control token stands where the template puts it; what question or answer spell like one is text.
+    The question is what a model is asked in a chat, with the start token in front if the tokenizer puts one
+    there. A control token stands where the template puts it; what question or answer spell like one is text.
     """
-    asked = [{"role": "user", "content": example.question}]
-    question = encode_chat(tokenizer, minicpm_chat, asked, add_special_tokens=False)
+    question = encode_chat(tokenizer, minicpm_chat, [{"role": "user", "content": example.question}])
     return EncodedExample(tuple(question), tuple(encode_text(tokenizer, example.answered)))
 
 

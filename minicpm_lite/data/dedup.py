@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32, UInt64
 
 from ..config import require_positive_integer
+from ..language.tokenizer import require_several
 
 __all__ = [
     "MinHash",
@@ -120,6 +121,7 @@ class MinHash:
 
     def signatures(self, texts: Iterable[str]) -> UInt32[np.ndarray, "documents num_perm"]:
         """A signature for each document; that of an empty document is all ones in binary."""
+        require_several(texts)
         return self.signatures_of_sets(map(self.shingles, texts))
 
     def signatures_of_sets(
@@ -303,8 +305,9 @@ def near_duplicates(
 
     Raises:
         ValueError: a threshold outside 0 to 1, or bands that do not divide the signature.
-        TypeError: a document that is no string.
+        TypeError: a document that is no string, or one string in place of several.
     """
+    require_several(texts)
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(
             f"The threshold is {threshold}; a Jaccard index is compared with more than 0 and at most 1."

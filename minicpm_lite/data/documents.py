@@ -12,10 +12,10 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
-from ..language.tokenizer import fast_tokenizer, reading_all_as_text
+from ..language.tokenizer import fast_tokenizer, reading_all_as_text, require_several, require_text
 from ..optional import require
 
-__all__ = ["encoded", "read_documents", "require_texts"]
+__all__ = ["encoded", "read_documents", "require_texts", "row_in"]
 
 _KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 _ROWS = 1024  # of a table that are held at a time
@@ -30,9 +30,11 @@ def require_texts(paths: list[Path]) -> None:
         FileNotFoundError: there is no such file.
         ImportError: a table needs a package that is not installed.
     """
-    for number, path in enumerate(paths):
-        if path.resolve() in (other.resolve() for other in paths[:number]):
+    before: set[Path] = set()
+    for path in paths:
+        if (place := path.resolve()) in before:
             raise ValueError(f"{path} is given twice; its documents would count twice.")
+        before.add(place)
         if not path.name.endswith(_KINDS):
             raise ValueError(
                 f"{path} is neither .txt nor .jsonl (nor one of them with .gz) nor .parquet, so its "
@@ -74,26 +76,56 @@ def _written(path: Path, field: str) -> Iterator[str]:
         if _kind(path) == ".txt":
             yield text.replace("\r\n", "\n").replace("\r", "\n")
         elif text.strip():
-            yield _text_in(text, field, f"Line {number} of {path}")
+            yield row_in(text, field, f"Line {number} of {path}")[field]
+
+
+def row_in(line: str, field: str, place: str) -> dict:
+    """The JSON object of a line, which holds a text under ``field``.
+
+    Raises:
+        ValueError: the line is none, or half a character is in the text; the sentence begins with ``place``.
+    """
+    try:
+        row = json.loads(line)
+        row[field].encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(f"{place} holds half a character, U+{half:04X}, which no UTF-8 text can.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{place} is no JSON object with a text under {field!r}.") from None
+    return row
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
     """The token ids of each text, in order, with the id that ends a document, if any, behind them.
 
     A start token stands before them where the tokenizer puts one, as it stands before a prompt.
-    What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it.
+    What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it. An
+    end that is none of them must not stand in a text either, which would be two documents to whoever reads.
     Texts are cut some at a time, by the threads of the `tokenizers` package: as many as there are cores, or
     as the environment variable RAYON_NUM_THREADS says.
+
+    Raises:
+        TypeError: one string in place of several, or something that is none.
+        ValueError: half a character in a text, or the end.
     """
+    require_several(texts)
     tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
     for batch in _batches(texts):
         for encoding in tokenizer.encode_batch_fast(batch):
-            yield encoding.ids + behind
+            ids = encoding.ids
+            if end in ids and (end, 0) in zip(ids, encoding.special_tokens_mask, strict=True):
+                raise ValueError(
+                    f"A text holds the token that is to end documents, {tokenizer.id_to_token(end)!r}, so it "
+                    "would be read as two. Take a token that no text holds, such as </s>."
+                )
+            yield ids + behind
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch, held = [], 0
     for text in texts:
+        require_text(text)
         batch.append(text)
         held += len(text) + 1
         if held >= _BATCH_CHARACTERS:
@@ -125,6 +157,8 @@ def _rows(path: Path, field: str) -> Iterator[str]:
         with _arrow("pyarrow.parquet").ParquetFile(path) as table:
             if field not in (columns := table.schema_arrow.names):
                 raise ValueError(f"{path} has no column {field!r}; it has {', '.join(columns)}.")
+            if columns.count(field) > 1:
+                raise ValueError(f"{path} has {columns.count(field)} columns {field!r}; one holds the texts.")
             for batch in table.iter_batches(_ROWS, columns=[field]):
                 for text in batch[field].to_pylist():
                     number += 1
@@ -142,16 +176,3 @@ def _rows(path: Path, field: str) -> Iterator[str]:
 
 def _arrow(module: str) -> ModuleType:
     return require(module, install="minicpm_lite[parquet]", purpose="read parquet files")
-
-
-def _text_in(line: str, field: str, place: str) -> str:
-    try:
-        text = json.loads(line)[field]
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place} holds half a character, U+{ord(text[error.start]):04X}, which no UTF-8 text can."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{place} is no JSON object with a text under {field!r}.") from None
-    return text

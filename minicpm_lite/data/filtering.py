@@ -32,7 +32,14 @@ from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.scoring import token_losses
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, reading_all_as_text, require_text
+from ..language.tokenizer import (
+    BYTE_TOKEN,
+    BytePairTokenizer,
+    fast_tokenizer,
+    reading_all_as_text,
+    require_several,
+    require_text,
+)
 from ..optional import require
 from .dedup import MinHash, first_of_each, hashed_ngrams, near_duplicates, words_of
 
@@ -48,7 +55,6 @@ __all__ = [
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"[^\S\n\t\r]+")
 _FORMAT = "minicpm_lite quality classifier 2"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
 _UNKNOWN = "und"  # ISO 639-2: undetermined
 
 
@@ -78,7 +84,9 @@ def identify_languages(texts: Iterable[str], least: float = 0.5) -> list[str]:
 
     Raises:
         ImportError: py3langid is missing; the message names the command to get it.
+        TypeError: one string in place of several.
     """
+    require_several(texts)
     classify = _language_identifier().classify
     codes = []
     for text in texts:
@@ -143,7 +151,11 @@ class QualityClassifier:
         Raises:
             ValueError: one side has no document with a word, or every word is rarer than `min_count` and
                 there are no runs.
+            FloatingPointError: the training diverged; the classifier is untrained then.
+            TypeError: one string in place of several.
         """
+        require_several(good)
+        require_several(bad)
         good, bad = ([self._features(text) for text in side] for side in (good, bad))
         for name, side in (("good", good), ("bad", bad)):
             if not any(len(bag) for bag in side):
@@ -158,9 +170,15 @@ class QualityClassifier:
                 f"Every word of the documents occurs fewer than {self.min_count} times (min_count), and "
                 "there are no runs of words. Give more documents, or a smaller min_count."
             )
-        self.known = known
+        self.known, self.weights = known, np.empty(0, np.float32)  # untrained, until all went well
         labels = np.repeat([1.0, 0.0], [len(good), len(bad)])
-        self.weights = self._train([self._rows(bag) for bag in good + bad], labels)
+        with np.errstate(over="ignore", invalid="ignore"):  # told of below
+            weights = self._train([self._rows(bag) for bag in good + bad], labels)
+        if not np.isfinite(weights).all():  # its scores would be neither above a threshold nor below it
+            raise FloatingPointError(
+                f"The classifier diverged with a learning rate of {self.lr}; take a smaller lr."
+            )
+        self.weights = weights
         return self
 
     def scores(self, texts: Iterable[str]) -> Float[np.ndarray, " documents"]:
@@ -168,8 +186,10 @@ class QualityClassifier:
 
         Raises:
             RuntimeError: the classifier has not been trained.
+            TypeError: one string in place of several.
         """
-        if not len(self.known):
+        require_several(texts)
+        if not len(self.weights):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         logits = []
         for text in texts:
@@ -179,7 +199,7 @@ class QualityClassifier:
 
     def save(self, path: str | Path) -> None:
         """Write the folded classifier to a safetensors file."""
-        if not len(self.known):
+        if not len(self.weights):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         tensors = {"known": self.known.astype(np.int64), "weights": self.weights}
         facts = {"format": _FORMAT, "ngrams": str(self.ngrams), "buckets": str(self.buckets)}
@@ -193,7 +213,8 @@ class QualityClassifier:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or damaged, or holds no classifier of this form.
+            ValueError: the file is truncated or damaged, or holds no classifier of this form, or one that
+                diverged.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no classifier at {path}.")
@@ -207,6 +228,8 @@ class QualityClassifier:
             raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from None
         if facts.pop("checksum", None) != _checksum(facts, tensors):
             raise ValueError(f"{path} is damaged: it is not as it was written. Save the classifier again.")
+        if not np.isfinite(tensors["weights"]).all():
+            raise ValueError(f"{path} holds a classifier that diverged: its weights are not finite numbers.")
         classifier = cls(ngrams=int(facts["ngrams"]), buckets=int(facts["buckets"]))
         classifier.known, classifier.weights = tensors["known"].astype(np.uint64), tensors["weights"]
         return classifier
@@ -277,32 +300,40 @@ def bits_per_byte(
         max_tokens: read at most this much of each document.
 
     Raises:
-        TypeError: a document that is no string.
+        TypeError: a document that is no string, or one string in place of several.
         ValueError: a document with half a character.
     """
+    require_several(texts)
     require_positive_integer("max_tokens", max_tokens)
     tokenizer = reading_all_as_text(fast_tokenizer(tokenizer))
-    byte_level, bits = isinstance(tokenizer.decoder, decoders.ByteLevel), []
+    bits = []
     for text in texts:
         require_text(text)
         encoding = tokenizer.encode(text, add_special_tokens=False)
         encoding.truncate(max_tokens)
-        if size := sum(_sizes(text, encoding, byte_level)[1:]):
-            nats = token_losses(model, torch.tensor([encoding.ids])).sum().item()
+        if size := sum(_sizes(text, encoding, tokenizer)[1:]):
+            window = torch.tensor([encoding.ids], device=model.embed_tokens.weight.device)
+            nats = token_losses(model, window).sum().item()
             bits.append(nats / math.log(2) / size)
         else:
             bits.append(math.nan)
     return np.array(bits, float)
 
 
-def _sizes(text: str, encoding: Encoding, byte_level: bool) -> list[int]:
+def _sizes(text: str, encoding: Encoding, tokenizer: Tokenizer) -> list[int]:
     """How many bytes of the text each token stands for."""
-    if byte_level:  # one letter for each byte
-        return [len(token) for token in encoding.tokens]
-    return [
-        1 if _BYTE_TOKEN.fullmatch(token) else len(text[start:end].encode())
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
-    ]
+    added, sizes = tokenizer.get_added_tokens_decoder(), []
+    byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    for i, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
+        stretch = text[start:end]
+        as_it_stands = i in added and token.strip() == stretch.strip()  # some take the blanks beside them
+        if byte_level and not as_it_stands:
+            sizes.append(len(token))  # one letter for each byte
+        elif BYTE_TOKEN.fullmatch(token) and not as_it_stands:
+            sizes.append(1)
+        else:
+            sizes.append(len(stretch.encode()))
+    return sizes
 
 
 def area_under_roc(good: Iterable, bad: Iterable) -> float:
@@ -363,8 +394,9 @@ def drop_reasons(
 
     Raises:
         ValueError: a threshold outside 0 to 1, or no language.
-        TypeError: a document that is no string.
+        TypeError: a document that is no string, or one string in place of several.
     """
+    require_several(texts)
     require_probability(threshold)
     texts, languages = tuple(texts), language_codes(languages)
     normal = [normalise(text) for text in texts]

@@ -29,9 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import written_whole
+from ..files import locked, written_whole
 from ..optional import require
 from .dedup import MinHash, rows_of_band, words_of
+from .documents import row_in
 from .filtering import QualityClassifier, identify_languages, language_codes, normalise, require_probability
 
 _NEED = {"install": "minicpm_lite[data]", "purpose": "run the pipeline on datatrove"}
@@ -42,6 +43,7 @@ _writers = require("datatrove.pipeline.writers", **_NEED)
 _executor = require("datatrove.executor", **_NEED)
 _hashing = require("datatrove.utils.hashing", **_NEED)
 
+_orjson = require("orjson", **_NEED)
 _words = require("datatrove.utils.word_tokenizers", **_NEED)
 
 __all__ = ["LanguageBlock", "QualityBlock", "SignatureBlock", "TextReader", "filtering_stages"]
@@ -53,14 +55,17 @@ class TextReader(_readers.JsonlReader):
     name = "texts"
 
     def read_file(self, filepath: str) -> Iterator:
-        """The documents of a file; blank lines and empty texts are none.
+        """The documents of a file; its byte order mark, blank lines and empty texts are none.
 
         Raises:
-            ValueError: a line is no JSON object with a text, or no UTF-8; the sentence names it.
+            ValueError: a line is no JSON object with a text, or no UTF-8, or holds what the engine could not
+                write into its next file; the sentence names it.
         """
         number = 0
         try:
-            with self.data_folder.open(filepath, "r", compression=self.compression) as file:
+            with self.data_folder.open(
+                filepath, "r", compression=self.compression, encoding="utf-8-sig"
+            ) as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip() and (document := self._document(line, filepath, number)):
                         yield document
@@ -69,15 +74,17 @@ class TextReader(_readers.JsonlReader):
 
     def _document(self, line: str, filepath: str, number: int):
         with self.track_time():
+            place = f"Line {number} of {filepath}"
+            row = row_in(line, self.text_key, place)
             try:
-                values = json.loads(line)
-                if not isinstance(values[self.text_key], str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                document = self.get_document_from_dict(row, filepath, number - 1)
+                _orjson.dumps(document)  # as it is written, where an error would not name the line
+            except (TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"Line {number} of {filepath} is no JSON object with a text under {self.text_key!r}."
+                    f"{place} holds something beside its text that the engine cannot write again ({error}). "
+                    "Mend it, or take it out."
                 ) from None
-            return self.get_document_from_dict(values, filepath, number - 1)
+            return document
 
 
 class LanguageBlock(_base_filter.BaseFilter):
@@ -186,6 +193,7 @@ def filtering_stages(
         FileNotFoundError: there is no source folder, or no classifier.
         ValueError: bands that do not divide the signature, a threshold outside 0 to 1, or a work folder of
             other documents or settings.
+        FileExistsError: when a stage is run in whose work folder another program runs one.
     """
     if not Path(source).is_dir():
         raise FileNotFoundError(f"There is no folder {source}; give one with files of JSON lines.")
@@ -226,12 +234,19 @@ def filtering_stages(
     (work / "language").mkdir(exist_ok=True)
     for rank in range(tasks):  # see the second trap
         (work / "language" / f"{rank:05d}.jsonl").touch()
-    return [
-        _executor.LocalPipelineExecutor(
-            pipeline=pipeline, tasks=count, workers=workers, logging_dir=str(work / "logs" / stage)
-        )
-        for stage, (count, pipeline) in blocks.items()
-    ]
+    return [_Stage(work, stage, pipeline, count, workers) for stage, (count, pipeline) in blocks.items()]
+
+
+class _Stage(_executor.LocalPipelineExecutor):
+    """A stage that has the work folder for itself while it runs."""
+
+    def __init__(self, work: Path, name: str, pipeline: list, tasks: int, workers: int) -> None:
+        super().__init__(pipeline, tasks, workers, logging_dir=str(work / "logs" / name))
+        self.work = work
+
+    def run(self):
+        with locked(self.work):
+            return super().run()
 
 
 def _note(work: Path, what: dict) -> None:

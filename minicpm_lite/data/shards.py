@@ -52,7 +52,15 @@ _BLOCK_TOKENS = 1 << 20  # what one checksum covers
 
 def tokenizer_checksum(tokenizer: Tokenizer | BytePairTokenizer) -> int:
     """A number that differs when anything differs by which a tokenizer cuts whole texts."""
-    return zlib.crc32(fast_tokenizer(tokenizer).to_str().encode())
+    return zlib.crc32(_description(tokenizer).encode())
+
+
+def _description(tokenizer: Tokenizer | BytePairTokenizer) -> str:
+    """What ``tokenizer.json`` says, and what it says again when it was read: scores lose a digit at first."""
+    text = fast_tokenizer(tokenizer).to_str()
+    while (again := Tokenizer.from_str(text).to_str()) != text:
+        text = again
+    return text
 
 
 def write_shards(
@@ -78,8 +86,8 @@ def write_shards(
         end: the id that closes each document in the arrays; it is noted. None: nothing does.
 
     Raises:
-        ValueError: an id outside the vocabulary, something that is no array of whole numbers, no token, or a
-            vocabulary smaller than the tokenizer's or larger than 32 bits hold.
+        ValueError: an id outside the vocabulary, something that is no array of whole numbers, an end that is
+            no id, no token, or a vocabulary smaller than the tokenizer's or larger than 32 bits hold.
         FileExistsError: the folder already holds something, or another program is writing it.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
@@ -94,8 +102,10 @@ def write_shards(
         raise ValueError(
             f"vocab_size is {vocab_size}; ids are written with 32 bits, {1 << 32} different ones."
         )
-    if end is not None and end not in range(vocab_size):
-        raise ValueError(f"The end token is {end}; the vocabulary has ids from 0 to {vocab_size - 1}.")
+    if end is not None and (type(end) is not int or end not in range(vocab_size)):  # as it is read again
+        raise ValueError(
+            f"The end token is {end!r}; expected an id of the vocabulary, an int from 0 to {vocab_size - 1}."
+        )
     place = Path(folder).resolve()  # a link to an empty folder stays, the folder is filled
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
@@ -116,17 +126,18 @@ def write_shards(
             shard["largest"] = max(shard["largest"], int(block.max()))
         if not shards:
             raise ValueError("There was no token to write.")
+        description = None if tokenizer is None else _description(tokenizer)
         index = _FORMAT | {
             "vocab_size": vocab_size,
             "dtype": dtype.name,
             "end": end,
-            "tokenizer": None if tokenizer is None else tokenizer_checksum(tokenizer),
+            "tokenizer": None if description is None else zlib.crc32(description.encode()),
             "block_tokens": _BLOCK_TOKENS,
             "shards": shards,
         }
         index["checksum"] = _checksum(index)
-        if tokenizer is not None:
-            (beside / TOKENIZER).write_text(fast_tokenizer(tokenizer).to_str(), encoding="utf-8")
+        if description is not None:
+            (beside / TOKENIZER).write_text(description, encoding="utf-8")
         (beside / INDEX).write_text(json.dumps(index, indent=1))
     return Shards(folder)
 
@@ -173,7 +184,13 @@ def _blocks(
 
 
 def _checked(array: object, number: int, vocab_size: int) -> np.ndarray:
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError:
+        raise ValueError(
+            f"Array {number} has rows of different lengths; expected token ids, whole numbers in one "
+            "dimension."
+        ) from None
     if array.size == 0:
         return np.empty(0, dtype=np.uint16)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -265,8 +282,11 @@ class Shards:
         """The tokens of a stretch of the stream, as 64-bit ids.
 
         Raises:
-            ValueError: a shard no longer is what was written.
+            TypeError: no stretch, but a single place.
+            ValueError: a shard no longer is what was written, or a stretch with steps.
         """
+        if not isinstance(stretch, slice):
+            raise TypeError(f"A stream of shards is read in stretches, such as [0:512]; got [{stretch!r}].")
         start, stop, step = stretch.indices(len(self))
         if step != 1:
             raise ValueError(f"The stretch has a step of {step}; a stream is read token by token.")

@@ -30,6 +30,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..config import require_positive_integer
+from ..language.scoring import readable
 from .shards import Shards
 
 __all__ = ["Permutation", "TokenWindows", "Windows", "batch_of"]
@@ -137,7 +138,8 @@ class TokenWindows:
         """Smallest and largest token id in the stream."""
         if isinstance(self.tokens, Shards):
             return self.tokens.id_range()
-        return int(self.tokens.min()), int(self.tokens.max())
+        ids = readable(self.tokens)
+        return int(ids.min()), int(ids.max())
 
     def identity(self) -> dict:
         """Number of tokens and their checksum, of shards also who made them; window length and seed."""

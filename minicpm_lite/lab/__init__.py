@@ -1,4 +1,4 @@
-"""What only the notebooks use: a start, tables, drawings, explorable figures, exercises, quizzes, evidence.
+"""What only the notebooks use: a start, tables, drawings, explorable figures, comparisons, evidence.
 
 A chapter begins with::
 
@@ -6,8 +6,9 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `Drawing`, `Explorer`, `exercise`, `Quiz` and `Evidence`. Running, stamping and
-checking whole notebooks is ``python -m minicpm_lite.lab.press``.
+and then has `say`, `table`, `Drawing`, `Explorer`, `difference` and `Evidence`. The checks of its exercises and
+its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
+``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
 browser. What it shows works in a live kernel and in a static page, offline, in light and in dark.
@@ -19,14 +20,16 @@ from ..runtime import calm_threads, seed_everything, tune_cpu
 from .display import say, table
 from .drawing import Drawing
 from .evidence import Evidence
-from .exercises import exercise
 from .explorer import Explorer
 from .machine import device
+from .paired import difference, power, smallest_effect
 from .plots import show_plots_as_svg
-from .quiz import Quiz
 from .style import use_book_style
 
-__all__ = ["Drawing", "Evidence", "Explorer", "Quiz", "device", "exercise", "say", "start", "table"]
+__all__ = [
+    "Drawing", "Evidence", "Explorer", "device", "difference", "power", "say", "smallest_effect", "start",
+    "table",
+]  # fmt: skip
 
 
 def start(library: str, seed: int) -> None:

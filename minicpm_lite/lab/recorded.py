@@ -9,8 +9,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from reprlib import repr as shown
@@ -18,7 +20,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ..files import written_whole
+from ..config import require_positive_number
+from ..files import locked, written_whole
 from ..pretrained.weights import read_json
 
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
@@ -52,40 +55,43 @@ def run_jobs(
             such as a rate that the first jobs tuned.
         workers: processes at a time; left out, one for each core.
 
-    Numbers are kept to six digits after the point. Beside the facts stand the command, the device, torch's
-    version, and the minutes that all runs together took with this number of workers.
+    The numbers of results are kept to six digits after the point, facts as they are. Beside the facts stand
+    the command, the device, torch's version, and the minutes that all runs together took with this number of
+    workers.
 
     Raises:
-        ValueError: the results that are there were made under other facts.
+        ValueError: two jobs have one name, or the results that are there were made under other facts.
+        FileExistsError: another program is at the same script.
         Exception: what the first job raised that failed; the others were run, and their results are kept.
     """
-    script, workers = Path(script), workers or os.cpu_count() or 1
-    noted, failures = load_results(script), []
-    runs, minutes = noted.pop("runs"), noted.pop("minutes", 0.0)
-    _require_same_facts(_results_of(script), noted, json.loads(json.dumps(_rounded(dict(facts)))))
-    todo = [job for job in jobs if job.name not in runs]
-    about = dict(facts) | {
-        "command": f"python {script.resolve().relative_to(Path.cwd())}",
-        "device": f"CPU, {os.cpu_count()} cores, {workers} worker{'s' * (workers > 1)}",
-        "torch": torch.__version__,
-    }
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_timed, work, job): job.name for job in todo}
-        for future in as_completed(futures):
-            name = futures[future]
-            if error := future.exception():
-                failures.append(error)
-                print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
-                continue
-            runs[name] = run = future.result()
-            minutes += run["seconds"] / 60 / workers
-            results = noted | about | {"minutes": minutes, "runs": runs}
-            with written_whole(_results_of(script)) as beside:
-                beside.write_text(json.dumps(_rounded(results)))
-            print(f"{name}: {run['seconds']:.0f} s", flush=True)
+    script, jobs, workers = Path(script), list(jobs), workers or os.cpu_count() or 1
+    _require_names_of_their_own(jobs)
+    with _alone(script):
+        noted, failures = load_results(script), []
+        runs, minutes = noted.pop("runs"), noted.pop("minutes", 0.0)
+        _require_same_facts(_results_of(script), noted, json.loads(json.dumps(dict(facts))))
+        todo = [job for job in jobs if job.name not in runs]
+        about = dict(facts) | {
+            "command": f"python {script.resolve().relative_to(Path.cwd())}",
+            "device": f"CPU, {os.cpu_count()} cores, {workers} worker{'s' * (workers > 1)}",
+            "torch": torch.__version__,
+        }
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_timed, work, job): job.name for job in todo}
+            for future in as_completed(futures):
+                name = futures[future]
+                if error := future.exception():
+                    failures.append(error)
+                    print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
+                    continue
+                runs[name] = run = future.result()
+                minutes = round(minutes + run["seconds"] / 60 / workers, 6)
+                with written_whole(_results_of(script)) as beside:
+                    beside.write_text(json.dumps(noted | about | {"minutes": minutes, "runs": runs}))
+                print(f"{name}: {run['seconds']:.0f} s", flush=True)
     if failures:
         raise failures[0]
-    return load_results(script)["runs"]
+    return runs
 
 
 def load_results(script: str | Path) -> dict:
@@ -119,12 +125,15 @@ def tune_rates(
             among them, so it should remember them, as `run_jobs` does.
 
     Raises:
-        ValueError: all runs of a case diverged, so nothing says where its best rate lies.
+        ValueError: all runs of a case diverged, or its losses no longer depend on the rate where it is
+            smallest, so nothing says where its best rate lies; or a first rate that is not above 0.
 
     >>> tune_rates(["valley"], [0.01, 0.02], lambda pairs: {pair: (pair[1] - 0.08) ** 2 for pair in pairs})
     {'valley': 0.08}
     """
     first_rates = list(first_rates)
+    for rate in first_rates:
+        require_positive_number("A first rate", rate)
     rates = {case: first_rates.copy() for case in cases}
     while True:
         losses = losses_of([(case, rate) for case in rates for rate in rates[case]])
@@ -139,6 +148,12 @@ def tune_rates(
         if all(min(rates[case]) < best[case] < max(rates[case]) for case in rates):
             return best
         for case, rate in best.items():
+            lowest = sorted(rates[case])[:3]
+            if rate == lowest[0] and [losses[case, each] for each in lowest] == [losses[case, rate]] * 3:
+                raise ValueError(
+                    f"The losses of {case!r} are the same with the rates {lowest}, so smaller ones would not "
+                    "tell which is best. Begin with larger ones, or leave the case out."
+                )
             if rate == min(rates[case]):
                 rates[case].append(rate / 2)
             elif rate == max(rates[case]):
@@ -147,6 +162,29 @@ def tune_rates(
 
 def _results_of(script: Path) -> Path:
     return script.with_suffix(".json")
+
+
+def _require_names_of_their_own(jobs: Sequence[Job]) -> None:
+    times = Counter(job.name for job in jobs)
+    if shared := [name for name in times if times[name] > 1]:
+        raise ValueError(
+            f"{times[shared[0]]} jobs have the name {shared[0]!r}, under which one result is kept. Put what "
+            "tells them apart into their names."
+        )
+
+
+@contextmanager
+def _alone(script: Path) -> Iterator[None]:
+    """Keep out other programs that run the same script: each would write over the results of the other."""
+    with ExitStack() as hold:
+        try:
+            hold.enter_context(locked(script))
+        except FileExistsError:
+            raise FileExistsError(
+                f"{script} is already being run by another program. Wait for its end; a result that it has "
+                "kept is not computed again."
+            ) from None
+        yield
 
 
 def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[str, object]) -> None:
@@ -166,9 +204,11 @@ def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[
 
 
 def _timed(work: Callable[[Job], dict], job: Job) -> dict:
+    """A result as it will be read again; one that does not fit into JSON is a failure of this job alone."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    return work(job) | {"seconds": time.perf_counter() - start}
+    run = work(job) | {"seconds": time.perf_counter() - start}
+    return json.loads(json.dumps(_rounded(run)))
 
 
 def _rounded(value):

@@ -15,6 +15,10 @@ Choices, and the traps behind them:
   template is shown what a message spells like one in other letters, one for one; what is a control token in
   its text then is its own, and the rest is put back and read as text. The text of a template is for showing;
   `encode_chat` is for a model.
+- What a template makes of a text is the template's. One that takes letters out of texts, changes them or puts
+  texts together (``replace``, ``lower``, ``join``) can make a control token of what no message spells, and it
+  controls, just as the ``<|image|>`` does that a template writes for an ``<image>``. Nothing here can tell
+  the two apart. So look at what a template does to texts before strangers write them.
 - A normaliser can make a control token of what does not look like one: where it writes small letters,
   ``<END>`` is read as ``<end>``. So the tokenizer is asked what it would read as one.
 - Control tokens in an answer, other than the one that ended it, are read as text in the next turn, too: a
@@ -27,11 +31,12 @@ Choices, and the traps behind them:
 """
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 
 from .context import KVCache
 from .decoder import Decoder
@@ -166,7 +171,8 @@ def encode_chat(
     """The tokens of a conversation: a control token stands where the template puts it, and nowhere else.
 
     What a message spells like one is read as text. Where no message does, the tokens are those of the
-    template's text, as in transformers. See `tokenizer.control_tokens` for what is one.
+    template's text, as in transformers, with what it made of a message's letters. See
+    `tokenizer.control_tokens` for what is one.
 
     Args:
         tokenizer: the model's.
@@ -212,11 +218,9 @@ class _Controls:
         controls = {token.content: i for i, token in control_tokens(tokenizer).items()}
         self.tokenizer, self.ids = tokenizer, frozenset(controls.values())
         self._beginnings = _beginnings(tuple(controls))
-        # takes added tokens out of a text as the tokenizer does, and leaves what is between them whole
-        self._finder = Tokenizer(models.WordLevel({" ": 0}, unk_token=" "))
-        if tokenizer.normalizer is not None:
-            self._finder.normalizer = tokenizer.normalizer
-        self._finder.add_tokens(list(tokenizer.get_added_tokens_decoder().values()))
+        self._finder = _finder(
+            tuple(tokenizer.get_added_tokens_decoder().values()), pickle.dumps(tokenizer.normalizer)
+        )
         added = self._finder.get_added_tokens_decoder()
         self._control = {
             i: controls[token.content] for i, token in added.items() if token.content in controls
@@ -280,9 +284,11 @@ class _Controls:
         table = str.maketrans(hide)
 
         def hidden(text: str) -> str:
+            pieces, done = [], 0
             for start, end in self.spelt(text):
-                text = text[:start] + text[start:end].translate(table) + text[end:]
-            return text
+                pieces += text[done:start], text[max(start, done) : end].translate(table)
+                done = end
+            return "".join((*pieces, text[done:]))
 
         return template(
             [each if each.get("role") in trusted else _in_texts(hidden, each) for each in messages]
@@ -290,14 +296,25 @@ class _Controls:
 
     def _renamed(self, text: str) -> str:
         """A text in which control tokens have the names by which the twin knows them."""
-        names, renamed, done = self.twin.get_added_tokens_decoder(), "", 0
+        names, pieces, done = self.twin.get_added_tokens_decoder(), [], 0
         for start, end, i in self._found(text):
-            renamed += text[done:start] + names[i].content.strip()
+            pieces += text[done:start], names[i].content.strip()
             done = end
-        return renamed + text[done:]
+        return "".join((*pieces, text[done:]))
 
 
-@cache  # corpora are encoded text by text with one tokenizer
+# corpora are encoded text by text with one tokenizer, so what is made from it is kept
+@lru_cache(maxsize=2)
+def _finder(added: tuple[AddedToken, ...], normalizer: bytes) -> Tokenizer:
+    """Takes added tokens out of a text as their tokenizer does, and leaves what is between them whole."""
+    finder = Tokenizer(models.WordLevel({" ": 0}, unk_token=" "))
+    if (step := pickle.loads(normalizer)) is not None:
+        finder.normalizer = step
+    finder.add_tokens(list(added))
+    return finder
+
+
+@lru_cache(maxsize=2)
 def _beginnings(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name[:length] for name in names for length in range(1, len(name)))
 

@@ -28,8 +28,10 @@ Choices, and the traps behind them:
   each step more than the cache's own work, and not all that changes a model changes what one could ask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import index
+from typing import SupportsIndex
 from weakref import ref
 
 import torch
@@ -62,8 +64,8 @@ def dense_attention(
     if mask is None and 1 < queries < keys:
         mask = causal_mask(queries, keys, query.device)
     if queries == 1:  # the group becomes the query axis, so that no key is copied for it
-        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, key, value, mask).view(batch, heads, 1, -1)
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, key, value, mask).reshape(batch, heads, 1, -1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
     )
@@ -294,7 +296,7 @@ class KVCache(Context):
             given = torch.zeros_like(self.padding) if self._given is None else self._given
             self.padding = torch.minimum(self.padding, given.clamp(min=length))
 
-    def select(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Iterable[SupportsIndex]) -> None:
         """Make the batch consist of these rows; a row may come several times, or not at all.
 
         So samples of one prompt share its prefill (``select([0] * 8)``), and beams go on from the best.
@@ -302,7 +304,7 @@ class KVCache(Context):
         Raises:
             ValueError: there is no such row, or none is named.
         """
-        rows, batch = list(rows), self._batch
+        rows, batch = [index(row) for row in rows], self._batch  # a tensor would choose along two dimensions
         if not rows or not all(0 <= row < batch for row in rows):
             raise ValueError(
                 f"rows is {rows}; expected some of 0 to {batch - 1}, the rows that the cache holds."
@@ -423,10 +425,11 @@ class Tree(Context):
             [1, 0, 1]], dtype=torch.int32)
     """
 
-    def __init__(self, cache: KVCache, parents: Sequence[int]) -> None:
+    def __init__(self, cache: KVCache, parents: Iterable[SupportsIndex]) -> None:
+        parents = tuple(index(parent) for parent in parents)
         if not parents:
             raise ValueError("parents is empty; a tree has one guess at least.")
-        self.cache, self.parents = cache, tuple(parents)
+        self.cache, self.parents = cache, parents
         self.ancestors = torch.eye(len(parents), dtype=torch.bool)
         depths: list[int] = []
         for place, parent in enumerate(parents):

@@ -18,6 +18,8 @@ Choices and traps:
 - The end token belongs to the document that it ends, and is predicted from it.
 - Rotary positions act by their differences, so where a document's positions begin changes nothing but
   rounding. They begin at 0, as they would alone.
+- Not so where the rotary frequencies follow the length of the text ("dynamic", "longrope" around its border):
+  the length of the window decides for all documents in it.
 - The mask has ``tokens ** 2`` entries for each row, where the causal one needs none. With it a step of
   `lite-1m` takes 1.06 times as long (windows of 512, one CPU core).
 """

@@ -61,8 +61,8 @@ def stream(
         samples: rows that go on from each prompt, in the order of the prompts; they share its prefill.
 
     Raises:
-        ValueError: an empty prompt, more tokens than the model was made for, or a cache that another model
-            has filled; before the first step.
+        ValueError: an empty prompt, more tokens than the model was made for, a stop id that the model lacks,
+            or a cache that another model has filled; before the first step.
         FloatingPointError: scores that are no finite numbers.
     """
     require_positive_integer("max_new_tokens", max_new_tokens)
@@ -159,12 +159,20 @@ def pad_left(
 
 
 def resolve_stop_ids(model: Decoder, stop_ids: Iterable[int] | None) -> tuple[int, ...]:
-    """The token ids that end a text: those given, or where none were given the model's own."""
+    """The token ids that end a text: those given, or where none were given the model's own.
+
+    Raises:
+        ValueError: something that is no id of the model.
+    """
     if stop_ids is None:
         return model.config.eos_token_id
     found = tuple(stop_ids) if isinstance(stop_ids, Iterable) else (None,)
-    if not all(isinstance(each, int) for each in found):
-        raise ValueError(f"stop_ids is {stop_ids!r}; expected a list of token ids, [] for none.")
+    vocab_size = model.config.vocab_size
+    if not all(isinstance(each, int) and 0 <= each < vocab_size for each in found):
+        raise ValueError(
+            f"stop_ids is {stop_ids!r}; expected a list of token ids, which this model has from 0 to "
+            f"{vocab_size - 1}, [] for none."
+        )
     return found
 
 

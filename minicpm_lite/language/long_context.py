@@ -10,6 +10,7 @@ Choices, and the traps behind them:
 - One factor for each pair, ``rotary_dim / 2`` in all, and with latent attention only the rotated part counts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -109,12 +110,21 @@ def search_factors(
         children: new candidates in a round; ``len(starts) + generations * children`` are tried in all.
         parents: the best candidates so far, from which children are made.
         seed: decides the children.
+
+    Raises:
+        ValueError: no first candidate, or candidates of different lengths.
+        FloatingPointError: no candidate has a finite loss.
     """
+
+    def judged(candidate: Float[Tensor, " half"]) -> tuple[float, Float[Tensor, " half"]]:
+        value = loss(candidate)
+        return (math.inf if math.isnan(value) else value), candidate  # what diverged is worse than any other
+
     if not len(starts) or any(start.shape != starts[0].shape for start in starts):
         raise ValueError("starts must hold at least one candidate, and all of one length.")
     require_positive_integer("parents", parents)
     generator = torch.Generator().manual_seed(seed)
-    tried = [(loss(start), start) for start in starts]
+    tried = [judged(start) for start in starts]
     for _ in range(generations):
         best = sorted(tried, key=lambda each: each[0])[:parents]
         for _ in range(children):
@@ -123,5 +133,8 @@ def search_factors(
             child = torch.where(from_first, best[first][1], best[second][1])
             child = child * (1 + 0.1 * torch.randn(len(child), generator=generator))
             child = child.clamp(1.0, 1.25 * factor).cummax(0).values
-            tried.append((loss(child), child))
-    return min(tried, key=lambda each: each[0])[1]
+            tried.append(judged(child))
+    least, best = min(tried, key=lambda each: each[0])
+    if least == math.inf:
+        raise FloatingPointError(f"The loss of none of the {len(tried)} candidates is a finite number.")
+    return best

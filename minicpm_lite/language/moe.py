@@ -12,6 +12,8 @@ Choices, and the traps behind them:
 - Tokens are sorted by expert once, so each expert is called once, on a contiguous slice. There is no loop
   over tokens. That step depends on the data, so it is left out of compiled graphs; the rest is compiled.
 - Rescaling is what makes copies of one network equal to that network, and so upcycling exact.
+- With one visit a token the rescaled weight is 1 whatever the router says, and the loss has no gradient for
+  it: it learns the balance alone. (Switch Transformers, of one visit, multiply by p itself.)
 - The balance loss is taken in each layer and averaged over layers. transformers pools the tokens of all
   layers first, so that an overloaded expert in one layer is excused by an idle one of the same number in
   another. Both agree on one layer, and on layers that are loaded alike.

@@ -96,7 +96,7 @@ def scaled_frequencies(config: ModelConfig, length: int) -> tuple[Float[Tensor, 
             frequencies = plain * kept + plain / factor * (1 - kept)
         case "longrope":
             factors = scaling.long_factor if length > original else scaling.short_factor
-            frequencies = plain / torch.tensor(factors)
+            frequencies = plain / torch.tensor(factors, dtype=torch.float32)
             ratio = factor or config.max_position_embeddings / original
             magnitude = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     return frequencies, magnitude if scaling.attention_factor is None else scaling.attention_factor
@@ -123,4 +123,5 @@ def _yarn_kept(scaling: RopeScaling, dim: int, theta: float) -> Float[Tensor, " 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
     high = high + 0.001 if high == low else high  # a step, not a division by zero
-    return 1 - ((torch.arange(dim // 2) - low) / (high - low)).clamp(0, 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float32)
+    return 1 - ((pairs - low) / (high - low)).clamp(0, 1)

@@ -46,13 +46,14 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards, also behind an error, it is as it was, training or not."""
-    training = model.training
+    """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was."""
+    before = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for part, training in before:
+            part.training = training
 
 
 def token_losses(
@@ -68,7 +69,7 @@ def token_losses(
         context: what the tokens may look at; left out, each window is a text of its own.
     """
     logits = model(readable(window)[:, :-1], context)  # (batch, length, vocab)
-    targets = torch.where(predicted(window), window[:, 1:], -1)
+    targets = torch.where(predicted(window), window[:, 1:], -1).long()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return losses.view_as(targets)
 

@@ -20,7 +20,8 @@ Choices and traps:
   text with an end token. That belongs to the training it was made for: a long text would lose its end without
   a word, and a prompt would be over before its answer. So it is switched off. What is put in front stays.
 - Added tokens are text as they stand; the letters of ``đem`` are no stand-ins for bytes. (`tokenizers` reads
-  them as such, and so decodes them to something else.)
+  them as such, and so decodes them to something else.) Only where the name is one that a merge makes, as of
+  ``Ġthe``, they are: the token is that word, and has its id.
 """
 
 import json
@@ -45,6 +46,7 @@ __all__ = [
     "fast_tokenizer",
     "misread_tokens",
     "reading_all_as_text",
+    "require_several",
     "require_text",
     "split_words",
     "train_tokenizer",
@@ -194,8 +196,7 @@ class BytePairTokenizer:
         description = json.loads(tokenizer.to_str())
         steps = description["pre_tokenizer"] or {}
         steps = steps.get("pretokenizers", [steps])
-        digits = {"type": "Digits", "individual_digits": True}
-        splits_digits = steps[0] == digits
+        splits_digits = steps[:1] == [{"type": "Digits", "individual_digits": True}]
         if splits_digits:
             steps = steps[1:]
         kinds = [(step.get("type"), step.get("add_prefix_space"), step.get("use_regex")) for step in steps]
@@ -223,8 +224,7 @@ class BytePairTokenizer:
                 "close the gaps."
             )
         added = tokenizer.get_added_tokens_decoder()
-        joined = {left + right for left, right in model["merges"]}
-        as_it_stands = {t.content for t in added.values()} - joined - _BYTE_OF.keys()
+        as_it_stands = {t.content for t in added.values()}.difference(_made_by_merges(model), _BYTE_OF)
         return cls(
             tuple(
                 token.encode() if token in as_it_stands else _token_bytes(token)
@@ -391,7 +391,16 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
 
 
 def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """By id, the added tokens whose letters `tokenizers` would take for bytes when it decodes them."""
+    """By id, the added tokens whose letters `tokenizers` would wrongly take for bytes when it decodes them.
+
+    Of what a merge makes, too, such as "Ġthe", the letters are bytes: it is a word of the vocabulary.
+    """
+    taken = _taken_for_bytes(tokenizer)
+    words = _made_by_merges(json.loads(tokenizer.to_str())["model"]) if taken else ()
+    return {token: name for token, name in taken.items() if name not in words}
+
+
+def _taken_for_bytes(tokenizer: Tokenizer) -> dict[int, str]:
     added = {token: each.content for token, each in tokenizer.get_added_tokens_decoder().items()}
     return {
         token: name
@@ -400,6 +409,12 @@ def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:
         and all(character in _BYTE_OF for character in name)
         and tokenizer.decode([token], skip_special_tokens=False) != name
     }
+
+
+def _made_by_merges(model: Mapping) -> list[str]:
+    """What each merge of a described model makes, in their order."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    return [left + right.removeprefix(prefix) for left, right in model.get("merges", [])]
 
 
 def control_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
@@ -437,10 +452,9 @@ def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
 def _twin(description: str) -> Tokenizer:
     tokenizer, twin = Tokenizer.from_str(description), json.loads(description)
     model = twin["model"]
-    prefix = model.get("continuing_subword_prefix") or ""
-    makes = [left + right.removeprefix(prefix) for left, right in model.get("merges", [])]
+    makes = _made_by_merges(model)
     # "Ġthe" as an added token has the id of " the", and must keep it
-    words = set(misread_tokens(tokenizer).values()).intersection(makes)
+    words = set(_taken_for_bytes(tokenizer).values()).intersection(makes)
     names = {token.content for token in control_tokens(tokenizer).values()} - words
     secret = {name: _secret_name(name) for name in names}
     for added in twin["added_tokens"]:
@@ -491,8 +505,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:
-    if isinstance(texts, str):
-        raise TypeError("texts is one string; give a list of strings, such as [text].")
+    require_several(texts)
     counts: Counter[str] = Counter()
     for text in texts:
         require_text(text)
@@ -527,6 +540,16 @@ def _check_size(vocab_size: int) -> None:
         raise ValueError(f"vocab_size is {vocab_size}; the 256 bytes alone take 256 entries.")
     if vocab_size > _MOST_ENTRIES:  # for which `tokenizers` would ask for memory at once, and end the process
         raise ValueError(f"vocab_size is {vocab_size}; expected at most {_MOST_ENTRIES} entries.")
+
+
+def require_several(texts: Iterable[str]) -> None:
+    """Refuse one text in place of several: it would be taken letter by letter.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string; give a list of strings, such as [text].")
 
 
 def require_text(text: str) -> None:

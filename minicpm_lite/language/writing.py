@@ -34,6 +34,7 @@ from .tokenizer import BYTE_TOKEN, BytePairTokenizer, fast_tokenizer, misread_to
 __all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
 
 _BYTES_OF_A_CHARACTER = 4
+_MOST_IDS = 1 << 32  # that a tokenizer can be asked for
 _MOST_DECODED = 16  # tokens, each time, however long the text is
 
 
@@ -238,11 +239,12 @@ def starts_twice(encoding: Encoding) -> bool:
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes):
         try:
-            return [index(token) for token in prompt]
+            ids = [index(token) for token in prompt]
         except TypeError:
-            raise ValueError(
-                f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids."
-            ) from None
+            ids = [-1]
+        if not all(0 <= token < _MOST_IDS for token in ids):
+            raise ValueError(f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids.")
+        return ids
     require_text(prompt)
     encoding = tokenizer.encode(prompt)
     if starts_twice(encoding):

@@ -162,18 +162,23 @@ def load_chat_template(path_or_id: str | Path) -> str | None:
 def load_special_tokens(path_or_id: str | Path) -> dict[str, str]:
     """The tokens that a model's chat template may name: ``bos_token``, ``eos_token`` and others it has.
 
+    Of older folders, whose ``tokenizer_config.json`` does not list the added tokens, the file
+    ``special_tokens_map.json`` has the last word, as in transformers.
+
     Raises:
         FileNotFoundError: there is no such path.
         ValueError: a file is damaged.
     """
-    path = _local(path_or_id, ["tokenizer_config.json"])
+    path = _local(path_or_id, ["tokenizer_config.json", "special_tokens_map.json"])
     if _is_gguf(path):
         file = read_gguf(path)
         tokens = file.metadata.get("tokenizer.ggml.tokens", ())
         ids = {f"{name}_token": special_id(file, name) for name in ("bos", "eos")}
         return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    file = path / "tokenizer_config.json"
+    file, older = path / "tokenizer_config.json", path / "special_tokens_map.json"
     values = read_json(file) if file.is_file() else {}
+    if "added_tokens_decoder" not in values and older.is_file():
+        values |= read_json(older)
     named = {name: value for name, value in values.items() if name.endswith("_token")}
     texts = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -12,7 +12,8 @@ Choices, and the traps behind them:
   token, too, and so it is done here. Where a text begins with a space there are two.
 - What no piece covers is written in bytes: the pieces <0x00> to <0xFF>. What they do not cover is unknown.
 - Some tokens are found in a text before it is cut: control and user-defined ones, and sentencepiece's unknown
-  one.
+  one. Not so what is spelt with a "▁", as runs of spaces are in files of before July 2024: no text holds it
+  as it stands, and it is joined like any piece.
 - A sentencepiece tokenizer begins texts with its start token unless the file says otherwise; a byte-level one
   does not unless the file says so. A sentencepiece file may leave out which tokens are the unknown one, start
   and end: then they are 0, 1 and 2.
@@ -57,6 +58,11 @@ def gguf_tokenizer(path: str | Path) -> Tokenizer:
     if "tokenizer.ggml.token_type" in file.metadata:
         types = _list(file, "token_type", int, len(tokens))
     sentencepiece = kind == "llama"
+    if sentencepiece:
+        types = [
+            _NORMAL if kind == _USER_DEFINED and _SPACE in token else kind
+            for token, kind in zip(tokens, types, strict=True)
+        ]
     tokenizer = (_sentencepiece if sentencepiece else _byte_level)(file, tokens, types)
     special = (_CONTROL, _UNKNOWN) if sentencepiece else (_CONTROL,)
     for token, kind in zip(tokens, types, strict=True):
@@ -87,7 +93,13 @@ def special_id(file: GGUFFile, name: str) -> object:
 
 
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
-    rules = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    rules = file.metadata.get("tokenizer.ggml.pre")
+    if rules is None:
+        raise ValueError(
+            f"{file.path} does not say by which rules its model splits text (tokenizer.ggml.pre), and with "
+            "other rules the same text gets other tokens. Take tokenizer.json from the model's folder, or a "
+            "newer file."
+        )
     if rules not in ("gpt-2", "gpt2", "smollm"):
         raise ValueError(
             f"{file.path} splits text by the rules {shown(rules)}; known are gpt-2 and smollm. With other "

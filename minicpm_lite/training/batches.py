@@ -56,6 +56,7 @@ class Rows(Protocol):
         ...
 
 
+@runtime_checkable
 class Batches(Protocol):
     """The batch of each step."""
 

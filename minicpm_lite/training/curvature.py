@@ -9,7 +9,8 @@ Choices and traps:
 - The second derivative is a difference of gradients, not of losses: a loss of 3 in float32 is exact to some
   1e-7, which a division by the square of a small step blows up.
 - Derivatives are taken where the update began, in float32, of what was minimised there, with the batch that
-  it was computed from. Only what is trained moves; frozen parameters have no part in it.
+  it was computed from, and with the buffers of then. Only what is trained moves; frozen parameters have no
+  part in it.
 - The gradient of a small batch is mostly noise, and so are its norm and its cosine with the next one.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..config import require_positive_number
 from .batches import batch_to
+from .state import hold_buffers
 from .trainer import Trainer
 
 __all__ = ["DecayReading", "directional_curvature", "directional_derivatives", "watch_decay"]
@@ -94,7 +96,7 @@ class DecayReading:
         grad_norm: of its gradient, before clipping.
         cosine: between its gradient and that of the update before.
         first: derivative of its batch's loss along the update, before it; nats a token per unit length.
-        second: the second derivative there.
+        second: the second derivative there. Both are nan for an update that moved nothing, at a rate of 0.
     """
 
     step: int
@@ -126,10 +128,11 @@ def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[Decay
         trainer.train(trainer.step + every - 1, progress=False)
         gradient_before = _flat([parameter.grad for parameter in parameters])
         place = [parameter.detach().clone() for parameter in parameters]
+        buffers_there = hold_buffers(trainer.model)
         trainer.train(trainer.step + 1, progress=False)
         gradient = _flat([parameter.grad for parameter in parameters])
         update = [p.detach() - start for p, start in zip(parameters, place, strict=True)]
-        first, second = _derivatives_at(trainer, parameters, place, update)
+        first, second = _derivatives_at(trainer, parameters, place, buffers_there, update)
         yield DecayReading(
             trainer.step,
             trainer.schedule(trainer.step),
@@ -142,19 +145,30 @@ def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[Decay
 
 
 def _derivatives_at(
-    trainer: Trainer, parameters: list[Tensor], place: list[Tensor], update: list[Tensor]
+    trainer: Trainer,
+    parameters: list[Tensor],
+    place: list[Tensor],
+    buffers_there: Callable[[], None],
+    update: list[Tensor],
 ) -> tuple[float, float]:
-    """Derivatives along the last update, at the place it began; the weights stay as they are."""
+    """Derivatives along the last update, at the place it began; weights and buffers stay as they are."""
+    if not any(part.any() for part in update):
+        return math.nan, math.nan  # there is no direction
     batch = batch_to(trainer.batches[trainer.step - 1], place[0].device)
+    buffers_now = hold_buffers(trainer.model)
+
+    def loss() -> Tensor:
+        buffers_there()  # a loss in training mode may move them
+        return trainer.objective.loss(trainer.model, batch)[0]
+
     now = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, start in zip(parameters, place, strict=True):
             parameter.copy_(start)
     try:
-        return directional_derivatives(
-            lambda: trainer.objective.loss(trainer.model, batch)[0], parameters, update
-        )
+        return directional_derivatives(loss, parameters, update)
     finally:
+        buffers_now()
         with torch.no_grad():
             for parameter, value in zip(parameters, now, strict=True):
                 parameter.copy_(value)

@@ -19,7 +19,8 @@ Choices, and the traps behind them:
   the processes' means is another number. So each pass counts by its share of the whole step's tokens.
 - **Weights do not depend on the world size.** A decoder is made without memory, on the meta device. Then each
   process draws each parameter whole, from a generator seeded by its name, and keeps its part: one parameter
-  at a time in memory. What has weights already, a released model or an adapter in it, is cut as it is.
+  at a time in memory. What has weights already, a released model or an adapter in it, is cut as it is;
+  it must be the same in every process, or the model would be pieced together of several.
 - **The step's gradient is a sum.** Each process hands in its share of the mean, so FSDP is told to add up,
   where it would take the mean.
 - **A parameter may be reached in some processes only**, as an eye is where only they read images. The others
@@ -57,7 +58,7 @@ from torch.optim import Optimizer
 
 from ..language.decoder import Decoder
 from ..language.layers import RMSNorm
-from .processes import add_up, local_device, world_size
+from .processes import add_up, local_device, on_each, world_size
 from .settings import TrainerConfig
 
 __all__ = ["cut_again", "initialise", "leave_unreached", "shard"]
@@ -75,7 +76,8 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
         config: its precision is that of the gathered weights; ``compile`` compiles block by block.
 
     Raises:
-        ValueError: no processes were joined, or something that no decoder draws is on the meta device.
+        ValueError: no processes were joined, or something that no decoder draws is on the meta device, or
+            weights differ between the processes.
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -85,6 +87,7 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
     on_meta = {decoder: _to_draw(decoder) for decoder in decoders}
     _require_the_rest(model, on_meta)
+    _require_the_same(model)
     device = local_device()
     mesh = init_device_mesh(device.type, (world_size(),))
     reduced = torch.bfloat16 if config.precision == "bfloat16" else None
@@ -142,6 +145,26 @@ def _require_the_rest(model: nn.Module, on_meta: dict[Decoder, set[str]]) -> Non
                 f"{name} of the {type(model).__name__} is on the meta device, and only a decoder's own "
                 "weights are drawn while it is cut. Give it its values."
             )
+
+
+def _require_the_same(model: nn.Module) -> None:
+    """Refuse weights that differ between the processes."""
+    first, *others = on_each(lambda: _checksums(model) if world_size() > 1 else {})
+    for name in first:
+        if any(theirs.get(name) != first[name] for theirs in others):
+            raise ValueError(
+                f"{name} of the {type(model).__name__} differs between the processes, and each would keep "
+                "its part. Seed them alike before the model is made, or load the same weights in all."
+            )
+
+
+def _checksums(model: nn.Module) -> dict[str, int]:
+    """Of each parameter that has values, by its name."""
+    return {
+        name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta
+    }
 
 
 @torch.no_grad()

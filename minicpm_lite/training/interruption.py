@@ -4,8 +4,10 @@ A cluster that takes a machine back sends SIGTERM and waits some seconds; a pers
 Either may come in the middle of a step, and to one process of many. So it is noted only. With the loss of the
 step it is added up over the processes; then all of them save, and all of them end.
 
-A second signal acts at once, as it would have acted without us. One that the program ignores, as a program
-begun in the background ignores SIGINT, stays ignored.
+A Ctrl-C after that acts at once, as it would have acted without us. SIGTERM never does: a cluster that sends
+it to every process sends it to torchrun, too, which passes it on, so each gets it twice; and whoever will not
+wait has SIGKILL. A signal that the program ignores, as one begun in the background ignores SIGINT, stays
+ignored.
 """
 
 import signal
@@ -45,18 +47,18 @@ class Interruption:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        self._restore(signal.SIGINT, signal.SIGTERM)
         if self._wish is not None and error[0] is None:  # it came after the last step
             raise self.error(self.wishes())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._wish = number
-        self._restore()
+        self._restore(signal.SIGINT)
 
-    def _restore(self) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        self._before = {}
+    def _restore(self, *numbers: int) -> None:
+        for each in numbers:
+            if each in self._before:
+                signal.signal(each, self._before.pop(each))
 
     def wishes(self) -> Tensor:
         """Whether this process was told to stop by SIGINT, and whether by SIGTERM: numbers to add up."""

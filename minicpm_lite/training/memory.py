@@ -76,7 +76,7 @@ def plan_memory(model: ModelConfig, trainer: TrainerConfig, layout: Layout, gpus
     block = sum(p.numel() for p in decoder.layers[0].parameters())
     root = sum(p.numel() for p in decoder.parameters()) - block * len(decoder.layers)
     width = 2 if trainer.precision == "bfloat16" else 4
-    windows = layout.micro_batch or max(1, trainer.batch_size // gpus)
+    windows = layout.rows_at_once(trainer.batch_size, gpus)
     tokens = windows * trainer.sequence_length
     per_block, rest = _activations(model, windows, trainer.sequence_length, trainer.precision)
     if layout.activation_checkpointing:

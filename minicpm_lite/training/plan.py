@@ -86,7 +86,7 @@ class TrainingPlan:
 def published_decay(recipe: TrainingRecipe | None) -> int | None:
     """Steps in which a decay of the published half-life leaves a tenth of the peak; None if none was."""
     half_life = recipe and recipe.decay_half_life_steps
-    return half_life and math.ceil(half_life * math.log2(10))
+    return half_life and math.ceil(min(half_life, 1e18) * math.log2(10))  # more steps fit into no run
 
 
 def plan_training(

@@ -45,7 +45,7 @@ class RoundedCopy:
     def __init__(self, model: nn.Module) -> None:
         self._whole = model
         self._rounded = {
-            parameter: nn.Parameter(parameter.detach().to(_dtype(parameter)), parameter.requires_grad)
+            parameter: nn.Parameter(parameter.detach().to(_dtype(parameter)), parameter.is_floating_point())
             for parameter in model.parameters()
         }
         stand_in = {id(whole): rounded for whole, rounded in self._rounded.items()}
@@ -57,9 +57,9 @@ class RoundedCopy:
 
     @torch.no_grad()
     def refreshed(self) -> nn.Module:
-        """The copy, with the module's present weights, buffers, modes and configs."""
+        """The copy, with the module's present weights, what of them is frozen, buffers, modes and configs."""
         for whole, rounded in self._rounded.items():
-            rounded.copy_(whole)
+            rounded.requires_grad_(whole.requires_grad).copy_(whole)
             rounded.grad = None  # of a pass that was interrupted
         for mine, theirs in zip(self._model.modules(), self._whole.modules(), strict=True):
             mine.training = theirs.training

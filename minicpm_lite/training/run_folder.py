@@ -11,13 +11,15 @@ behind it.
 
 A folder is one run's, since whoever writes there prunes checkpoints. While it is open no other program opens
 it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there. A
-branch has the past of its trunk and is another run, so it must not find checkpoints of that past. What an
-attempt without a checkpoint left is replaced; a run that is refused changes nothing.
+branch has the past of its trunk and is another run; a checkpoint says where its run branched. What an attempt
+without a checkpoint left is replaced, lines included; a run that is refused changes nothing.
 """
 
 import json
 import math
 import shutil
+import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -29,7 +31,7 @@ from ..files import locked, written_whole
 from ..optional import require
 from .branch import require_same_past
 from .processes import on_first, rank
-from .sharded_checkpoint import checkpoints, read_facts
+from .sharded_checkpoint import checkpoints, read_facts, require_shared
 from .state import require_same_run
 from .wsd import Schedule
 
@@ -51,12 +53,13 @@ class RunFolder:
         keep: how many of the newest checkpoints stay.
         decay_start: a step whose checkpoint always stays.
         tensorboard: write events, too.
-        tokenizer: a file, of which a copy is kept; None: it is not known.
+        tokenizer: a file, of which a copy is kept, once for the run; None: it is not known.
 
     Raises:
         FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
             tokenizer where that of the run is not known; or another program has it open.
-        OSError: it cannot be written.
+        ValueError: the tokenizer is not the one that the data note.
+        OSError: it cannot be written, or some processes do not see it.
     """
 
     def __init__(
@@ -76,10 +79,18 @@ class RunFolder:
         self._metrics = self._events = None
         self._hold = ExitStack()
         try:
+            on_first(self._make)
+            require_shared(self.path)
             on_first(lambda: self._open(step, identity, schedule, branched_at, tokenizer))
         except BaseException:
             self._hold.close()
             raise
+
+    def _make(self) -> None:
+        if self._tensorboard:
+            _writer()  # before anything is changed
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._hold.enter_context(locked(self.path))
 
     def _open(
         self,
@@ -89,10 +100,6 @@ class RunFolder:
         branched_at: int | None,
         tokenizer: str | Path | None,
     ) -> None:
-        if self._tensorboard:
-            _writer()  # before anything is changed
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._hold.enter_context(locked(self.path))
         found = checkpoints(self.path)
         if found and max(found) > step:
             raise FileExistsError(
@@ -103,7 +110,10 @@ class RunFolder:
         if found:
             self._require_own(found, identity, schedule, branched_at)
         kept = self.path / TOKENIZER
-        if tokenizer is not None:  # the run's own, whatever an earlier attempt may have left
+        if tokenizer is not None:
+            _require_noted(Path(tokenizer), identity["text"])
+        own = found and kept.exists()  # and its ids are what they were
+        if tokenizer is not None and not own:  # whatever an earlier attempt may have left
             with written_whole(kept) as beside:
                 shutil.copyfile(tokenizer, beside)
         elif kept.exists() and not found:
@@ -114,22 +124,18 @@ class RunFolder:
         for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
             shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
         path = self.path / _METRICS
+        past = step if found else 0  # up to there, lines are of this run
         if path.exists():
             with written_whole(path) as beside, path.open("rb") as old, beside.open("wb") as new:
-                new.writelines(takewhile(lambda line: _step(line) <= step, old))
+                new.writelines(takewhile(lambda line: _step(line) <= past, old))
         self._metrics = path.open("a")
         if self._tensorboard:
             events = str(self.path / "tensorboard")
-            self._events = _writer().SummaryWriter(events, purge_step=step + 1)
+            self._events = _writer().SummaryWriter(events, purge_step=past + 1)
 
     def _require_own(
         self, found: dict[int, Path], identity: dict[str, dict], schedule: Schedule, branched_at: int | None
     ) -> None:
-        if branched_at is not None and min(found) <= branched_at:
-            raise FileExistsError(
-                f"{self.path} holds a checkpoint of step {min(found)}, and this run branched from another "
-                f"one at step {branched_at}. Choose another folder, so that both can go on."
-            )
         newest = found[max(found)]
         try:
             facts = read_facts(newest)
@@ -137,6 +143,11 @@ class RunFolder:
             require_same_past(newest, facts, schedule)
         except ValueError as error:
             raise FileExistsError(f"{error} Choose another folder for this run.") from None
+        if facts["branched_at"] != branched_at:
+            raise FileExistsError(
+                f"{newest} is of a run that {_origin(facts['branched_at'])}, and this run "
+                f"{_origin(branched_at)}. Choose another folder, so that both can go on."
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -179,6 +190,23 @@ class RunFolder:
                 gone = self.path / f".{found[step].name}.pruned"
                 found[step].rename(gone)  # so that half a one is none
                 shutil.rmtree(gone)
+
+
+def _require_noted(tokenizer: Path, text: dict) -> None:
+    """Refuse a tokenizer that is not the one of which the data that are read note the checksum."""
+    sources = [source for source in text.get("sources", [text]) if isinstance(source, Mapping)]
+    noted = {source["tokenizer"] for source in sources if source.get("tokenizer") is not None}
+    if noted and zlib.crc32(tokenizer.read_bytes()) not in noted:
+        raise ValueError(
+            f"{tokenizer} is not the tokenizer that made the ids of this run: its checksum is not the one "
+            f"that was noted with them. Give the {TOKENIZER} beside them."
+        )
+
+
+def _origin(branched_at: int | None) -> str:
+    if branched_at is None:
+        return "began at step 0"
+    return f"branched from another one at step {branched_at}"
 
 
 def _step(line: bytes) -> float:

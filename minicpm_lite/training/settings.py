@@ -27,7 +27,7 @@ class TrainerConfig:
             sums of gradients and the moments stay in float32. See `minicpm_lite.training.precision`.
         compile: compile forward and backward. On 2 CPU cores this takes about half a minute and then makes
             a small model's steps about a third faster: it pays for runs of several minutes.
-        seed: decides the order of the data.
+        seed: decides the order of the data; a whole number that fits in 32 bits.
     """
 
     batch_size: int = 12
@@ -46,6 +46,10 @@ class TrainerConfig:
         require_positive_number("max_grad_norm", self.max_grad_norm)
         if self.weight_decay != 0:
             require_positive_number("weight_decay", self.weight_decay)
+        if not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas is {self.betas!r}; expected two numbers from 0 to below 1.")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 32):
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to {(1 << 32) - 1}.")
         for name, known in (("parametrization", Parametrization), ("precision", Precision)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(get_args(known))}.")
@@ -76,3 +80,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.micro_batch is not None:
             require_positive_integer("micro_batch", self.micro_batch)
+
+    def rows_at_once(self, batch_size: int, processes: int) -> int:
+        """Rows of the largest pass, when so many processes share a batch evenly."""
+        own = max(1, batch_size // processes)
+        return own if self.micro_batch is None else min(self.micro_batch, own)

@@ -16,15 +16,20 @@ Choices, and the traps behind them:
 - While it writes, a process holds its part a second time, as bytes in the host's memory.
 - Only tensors are written. Steps, schedules and configs are facts, in JSON. Since version 2 they say how
   often each parameter was moved, and since version 3 the losses are there; older ones are not read any more.
+- Where machines share no file system, each would write its part to a disk of its own, and none would be
+  whole. `require_shared` looks first.
 - What every process holds, as a buffer, is written once, as one of them holds it.
 - The folder is written beside its place and renamed, see `minicpm_lite.files`. What a killed process leaves
   is named ``.….writing`` and no one takes it for a checkpoint.
 """
 
+import errno
 import json
 import math
+import os
 import re
 import sys
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -49,6 +54,7 @@ __all__ = [
     "load_weights",
     "read_facts",
     "read_tensors",
+    "require_shared",
     "require_whole",
     "write_checkpoint",
 ]
@@ -67,11 +73,13 @@ def write_checkpoint(folder: str | Path, state: dict[str, Tensor], facts: dict) 
         facts: fits into JSON; ``step`` names the checkpoint.
 
     Raises:
-        OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
-            checkpoints stand.
+        OSError: it cannot be written, the disk is full, or some processes do not see the folder; nothing
+            half-written is left, and earlier checkpoints stand.
     """
     final = Path(folder) / f"step-{facts['step']:08d}"
     try:
+        on_first(lambda: final.parent.mkdir(parents=True, exist_ok=True))
+        require_shared(final.parent)
         with _written_together(final) as beside:
             writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
             try:
@@ -92,6 +100,32 @@ def write_checkpoint(folder: str | Path, state: dict[str, Tensor], facts: dict) 
     return final
 
 
+def require_shared(folder: Path) -> None:
+    """Refuse a folder that is another one for some processes, as on machines that share no file system.
+
+    Raises:
+        OSError: a sentence that names the first process that does not see it; or it cannot be written.
+    """
+    if world_size() == 1:
+        return
+    name = on_first(lambda: _new_file(folder))
+    seen = on_each(lambda: (folder / name).exists())
+    on_first((folder / name).unlink)
+    if not all(seen):
+        raise OSError(
+            errno.ENOENT,
+            f"{folder} is another folder for process {seen.index(False)} than for process 0. Give one on a "
+            "file system that all machines share",
+        )
+
+
+def _new_file(folder: Path) -> str:
+    """Its name, which no file ever had there."""
+    descriptor, path = tempfile.mkstemp(prefix=".seen-", dir=folder)
+    os.close(descriptor)
+    return Path(path).name
+
+
 @contextmanager
 def _written_together(path: Path) -> Iterator[Path]:
     """`written_whole` for all processes: the first one makes the place and names it, and all of them write.
@@ -99,18 +133,13 @@ def _written_together(path: Path) -> Iterator[Path]:
     What is raised within must be raised in all processes.
     """
     place = ExitStack()
-    beside = on_first(lambda: _entered(place, path))
+    beside = on_first(lambda: place.enter_context(written_whole(path)))
     try:
         yield beside
     except Exception:
         on_first(lambda: place.__exit__(*sys.exc_info()))
         raise
     on_first(place.close)
-
-
-def _entered(place: ExitStack, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return place.enter_context(written_whole(path))
 
 
 def _add_facts(folder: Path, facts: dict) -> None:

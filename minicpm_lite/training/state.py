@@ -8,7 +8,7 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from .processes import on_each
 from .settings import TrainerConfig
 
 __all__ = [
     "buffers_given_back",
     "checkpoint_shapes",
     "checkpoint_tensors",
+    "hold_buffers",
     "make_moments",
     "own_buffers",
+    "require_one_run",
     "require_same_run",
     "run_identity",
     "updates_made",
@@ -77,6 +80,17 @@ def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -
                 )
 
 
+def require_one_run(facts: dict[str, dict]) -> None:
+    """Refuse processes that were given different runs, in all of them: each hands in its own facts.
+
+    Raises:
+        ValueError: a sentence that names the first field that differs from the first process's.
+    """
+    first, *others = on_each(lambda: facts)
+    for number, theirs in enumerate(others, start=1):
+        require_same_run(f"What process {number} was given", theirs, first)
+
+
 def own_buffers(model: nn.Module) -> None:
     """Give each number of an expanded buffer its own place in memory, so that it can be written to."""
     for module in model.modules():
@@ -84,20 +98,30 @@ def own_buffers(model: nn.Module) -> None:
             module._buffers[name] = buffer.contiguous()
 
 
-@contextmanager
-def buffers_given_back(model: nn.Module) -> Iterator[None]:
-    """Give the buffers what they held before, if anything is raised within."""
+def hold_buffers(model: nn.Module) -> Callable[[], None]:
+    """Note what the buffers hold; the function that comes gives it back to them, as often as it is called."""
     before = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+
+    @torch.no_grad()
+    def give_back() -> None:
+        for module, name, buffer, held in before:
+            module._buffers[name] = buffer.copy_(held)
+
+    return give_back
+
+
+@contextmanager
+def buffers_given_back(model: nn.Module) -> Iterator[None]:
+    """Give the buffers what they held before, if anything is raised within."""
+    give_back = hold_buffers(model)
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for module, name, buffer, held in before:
-                module._buffers[name] = buffer.copy_(held)
+        give_back()
         raise
 
 

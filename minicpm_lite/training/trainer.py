@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
+from ..data.shards import Shards
 from ..data.windows import TokenWindows, Windows
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, readable
@@ -58,11 +60,12 @@ from .state import (
     checkpoint_tensors,
     make_moments,
     own_buffers,
+    require_one_run,
     require_same_run,
     run_identity,
     updates_made,
 )
-from .update import NotFinite, update
+from .update import NotFinite, NothingPredicted, update
 from .wsd import WSD, Schedule
 
 __all__ = ["Trainer"]
@@ -102,7 +105,7 @@ class Trainer:
         model: what is trained; its frozen parameters (``requires_grad=False``) stay as they are. Sharded, it
             is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
             ``logits`` of its decoder, since these are what gathers weights.
-        batches: a stream of tokens, windows, or the batch of each step.
+        batches: a stream of tokens, in memory or in shards; windows; or the batch of each step.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
@@ -115,9 +118,10 @@ class Trainer:
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
-        ValueError: everything is frozen, or what is trained holds numbers shorter than float32, windows do
-            not fit the model or the config, or there are several processes and the layout keeps the model
-            whole or the batch cannot be shared evenly, or the model is on the meta device and not drawn, see
+        ValueError: everything is frozen, or what is trained holds numbers shorter than float32; windows do
+            not fit the model or the config, or the batches give none of a step; there are several processes,
+            and the layout keeps the model whole, the batch cannot be shared evenly, or they were given
+            different models, data or configs; or the model is on the meta device and not drawn, see
             `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
@@ -134,18 +138,23 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        batches: Int[Tensor, " tokens"] | Windows | Batches,
+        batches: Int[Tensor, " tokens"] | Shards | Windows | Batches,
         schedule: Schedule,
         config: TrainerConfig = TrainerConfig(),
         objective: Objective = next_token,
         layout: Layout = Layout(),
     ) -> None:
-        if isinstance(batches, Tensor):
+        if isinstance(batches, Tensor | Shards):
             batches = TokenWindows(batches, config.sequence_length, config.seed)
         if isinstance(batches, Windows):
             require_fitting(batches, config, model.config if isinstance(model, Decoder) else None)
             batches = WindowBatches(batches, config.batch_size)
             require_even(config.batch_size, world_size())
+        if not isinstance(batches, Batches):
+            raise ValueError(
+                f"The batches are a {type(batches).__name__}; expected tokens, shards, windows, or an object "
+                "of which [step] is the batch of a step and identity() says what is read."
+            )
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
@@ -162,6 +171,7 @@ class Trainer:
         self.objective, self.layout = objective, layout
         self._rounded, self._loss = None, objective.loss
         if layout.sharded:
+            require_one_run(self._identity())
             shard(model, config)
         if layout.activation_checkpointing:
             recompute_blocks(model)  # around the blocks that `shard` compiled, and before they are copied
@@ -189,10 +199,14 @@ class Trainer:
         skip_non_finite: int = 0,
         tokenizer: str | Path | None = None,
     ) -> None:
-        """Make updates up to step ``until`` (left out: to the end of the schedule).
+        """Make updates up to step ``until`` (left out: to the end of the schedule), all in training mode.
 
-        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint;
-        a second one ends it at once, perhaps half-way through an update. Only the main thread notes them.
+        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint; a
+        Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main thread notes
+        them.
+
+        An error while a batch is read, nothing to predict in it, or a loss that is not finite leaves the run
+        as it was before that step; with a folder, what was made up to there is saved first.
 
         Args:
             until: the step to stop at.
@@ -205,42 +219,45 @@ class Trainer:
                 over because their loss or gradient is not finite. Such a step changes nothing but the step
                 number.
             tokenizer: the tokenizer.json that made the ids which are read; a copy is kept in the folder, for
-                `generate` and `export`.
+                `generate` and `export`. A folder that has the run's own keeps it.
 
         Raises:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
-            FloatingPointError: a loss or a gradient is not finite; the run is as it was before that step, and
-                with a folder, a checkpoint is taken.
+            FloatingPointError: a loss or a gradient is not finite.
             ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
-                holds nothing to predict, or a shard is damaged, and the run is as it was before that step; or
-                a checkpoint could not bring the schedule back.
+                holds nothing to predict, or a shard is damaged; a checkpoint could not bring the schedule
+                back; the tokenizer is not the one that shards note; or processes were told different things.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
         """
         until = self.schedule.total_steps if until is None else until
+        if not isinstance(until, Integral):
+            raise ValueError(f"until is {until!r}; expected a whole number, the step to stop at.")
         require_positive_integer("checkpoint_every", checkpoint_every)
         require_positive_integer("keep", keep)
         if skip_non_finite != 0:
             require_positive_integer("skip_non_finite", skip_non_finite)
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
-        if folder:
-            schedule_facts(self.schedule)  # a checkpoint will need them
+        told = {"step": self.step, "until": until, "checkpoint_every": checkpoint_every,
+                "skip_non_finite": skip_non_finite, "folder": "given" if folder else "left out"}  # fmt: skip
+        saved = {"schedule": schedule_facts(self.schedule)} if folder else {}  # which a checkpoint will need
+        require_one_run({"call of train": told} | saved)
         self._trouble = self._stop = None  # what was reported before may have been mended
         self._interruption = Interruption()
         calm_threads()
         cut_again(self.model)
         _require_same_choice(self.model, self.optimizer)
         self.model.train()
+        began = self.step
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
         with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
-                try:
-                    metrics = self._update(skip_non_finite)
-                except FloatingPointError:
-                    if run is not None:  # the run is as it was before this step: nothing of it is lost
-                        self.save(folder)
-                    raise
+                started = time.perf_counter()
+                with self._saving_after(folder, began, Exception):
+                    read = self._read()
+                with self._saving_after(folder, began, NothingPredicted, NotFinite):
+                    metrics = self._update(*read, started, skip_non_finite)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is not None:
                     try:
@@ -272,10 +289,22 @@ class Trainer:
             with RunFolder(folder, *past, keep, decay_start, tensorboard, tokenizer) as run:
                 yield run
 
-    def _update(self, skip_non_finite: int = 0) -> dict:
-        """One update, and its metrics. Interrupted before its end, it leaves the run as it was."""
-        started = time.perf_counter()
-        passes, units, seen = self._read()
+    @contextmanager
+    def _saving_after(
+        self, folder: str | Path | None, began: int, *errors: type[Exception]
+    ) -> Iterator[None]:
+        """Save what was made since a step, if an error comes that all processes raise between two steps."""
+        try:
+            yield
+        except errors:
+            if folder and self.step > began:
+                self.save(folder)
+            raise
+
+    def _update(
+        self, passes: list[tuple[Batch, int]], units: int, seen: int, started: float, skip_non_finite: int
+    ) -> dict:
+        """One update of what was read, and its metrics. Interrupted before its end, it changes nothing."""
         model = self.model if self._rounded is None else self._rounded.refreshed()
         self._reached.clear()
         skipped = False
@@ -376,7 +405,7 @@ class Trainer:
         return total / units
 
     def branch(
-        self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Windows | Batches | None = None
+        self, schedule: Schedule, batches: Int[Tensor, " tokens"] | Shards | Windows | Batches | None = None
     ) -> "Trainer":
         """A copy of this run that goes on under another schedule; this one is left as it is.
 
@@ -385,7 +414,8 @@ class Trainer:
         fine-tuning has; so going back to the peak from a decay is allowed here, though it undoes the decay.
 
         Raises:
-            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint.
+            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint. Or
+                the other data were cut with another tokenizer.
         """
         if self.layout.sharded:
             raise ValueError(
@@ -396,6 +426,8 @@ class Trainer:
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout
         )
+        text, before = other.batches.identity(), self.batches.identity()
+        require_one_tokenizer({"the data of the branch": text, "those of this run": before})
         other.step = other._branched_at = self.step
         other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
@@ -443,7 +475,7 @@ class Trainer:
         """Start from a checkpoint of another run's stable stage, perhaps with other text.
 
         Weights, moments and step are taken over; the step goes on, and with it the place in the data. Make
-        the trainer with `decay_schedule` of the checkpoint.
+        the trainer with `decay_schedule` of the checkpoint. The model may know other tokens that end a text.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -452,6 +484,7 @@ class Trainer:
         """
         identity = self._identity()
         text = identity.pop("text")
+        identity.get("model config", {}).pop("eos_token_id", None)  # other text may end at other tokens
 
         def check() -> None:
             stable_schedule(checkpoint)

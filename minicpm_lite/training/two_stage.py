@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..config import require_positive_integer
 from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, predicted, readable
@@ -58,13 +59,17 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
     """Loss and exactness of the given answers. The model is left as it was, training or not.
 
     Raises:
-        ValueError: there is no example, or one has no question, so that nothing stands before its answer.
+        ValueError: there is no example; or one has no question, so that nothing stands before its answer, or
+            no answer; or ``batch_size`` is below 1.
     """
+    require_positive_integer("batch_size", batch_size)
     examples = tuple(examples)
     if not examples:
         raise ValueError("There is no example to score.")
     if not all(example.question for example in examples):
         raise ValueError("An example has no question; give it one token at least, such as the start token.")
+    if not all(example.answer for example in examples):
+        raise ValueError("An example has no answer, so there is nothing to score; leave it out.")
     device, parts = model.embed_tokens.weight.device, []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):

@@ -17,7 +17,11 @@ from torch.optim import Optimizer
 from .batches import Batch
 from .wsd import Schedule
 
-__all__ = ["NotFinite", "update"]
+__all__ = ["NotFinite", "NothingPredicted", "update"]
+
+
+class NothingPredicted(ValueError):
+    """No process has anything to predict in a step; all processes raise it together."""
 
 
 class NotFinite(FloatingPointError):
@@ -52,12 +56,12 @@ def update(
         The reported loss of the step, and the norm of its gradient before clipping.
 
     Raises:
-        ValueError: the step has nothing to learn from.
+        NothingPredicted: the step has nothing to learn from.
         NotFinite: loss or gradient.
     """
     units = sum(weight for _, weight in passes) if units is None else units
     if not units:
-        raise ValueError(
+        raise NothingPredicted(
             f"The batch of step {step} holds nothing that is to be predicted, so it has no loss. Leave such "
             "batches out."
         )

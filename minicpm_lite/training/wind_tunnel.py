@@ -170,7 +170,8 @@ def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
     """A parabola in the logarithm of x: the best learning rate or batch size between the measured ones.
 
     Raises:
-        ValueError: fewer than 3 different x, or the parabola opens downwards and has no lowest point.
+        ValueError: fewer than 3 different x, or the parabola has no lowest point: it opens downwards, or what
+            it bends is no more than rounding.
     """
     x, y = _positive("x", x), _numbers("y", y)
     _same_length(x=x, y=y)
@@ -178,8 +179,11 @@ def fit_parabola(x: Sequence[float], y: Sequence[float]) -> Parabola:
         raise ValueError(f"A parabola needs at least 3 different x; there are {len(set(x))}.")
     center = np.log(x).mean()  # so that the squares stay small
     bend, slope, height = np.polyfit(np.log(x) - center, y, 2)
-    if not bend > 0:
-        raise ValueError("The parabola opens downwards and has no lowest point; measure a wider range of x.")
+    if not bend * np.ptp(np.log(x)) ** 2 > 1e-12 * np.abs(y).max():
+        raise ValueError(
+            "The parabola opens downwards, or is a straight line, and has no lowest point; measure a wider "
+            "range of x."
+        )
     at = -slope / (2 * bend)
     inside = np.log(x).min() <= center + at <= np.log(x).max()
     return Parabola(float(np.exp(center + at)), float(height - bend * at**2), float(bend), bool(inside))
@@ -279,7 +283,13 @@ class LossSurface:
 
     @property
     def K(self) -> float:
-        """``(alpha C_N / (beta C_D)) ** (1 / (alpha + beta))``."""
+        """``(alpha C_N / (beta C_D)) ** (1 / (alpha + beta))``.
+
+        Raises:
+            ValueError: N or D makes no difference on this surface.
+        """
+        if not (self.C_N > 0 and self.C_D > 0):
+            raise ValueError("On this surface the loss does not fall with both N and D: it has no optimum.")
         ratio = self.alpha * self.C_N / (self.beta * self.C_D)
         return ratio ** (1 / (self.alpha + self.beta))
 
@@ -295,8 +305,6 @@ class LossSurface:
             ValueError: ``flops`` is not above 0, or N or D makes no difference on this surface.
         """
         require_positive_number("flops", flops)
-        if not (self.C_N > 0 and self.C_D > 0):
-            raise ValueError("On this surface the loss does not fall with both N and D: it has no optimum.")
         N = self.K * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return N, flops / 6 / N
 
@@ -457,5 +465,7 @@ def _line_through_logs(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def _middle(values: np.ndarray, confidence: float) -> tuple[float, float]:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a part between 0 and 1, such as 0.95.")
+    if not len(values):
+        raise ValueError("The law was fitted without bootstrap samples; give fit_power_law draws above 0.")
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -42,6 +42,17 @@ def test_what_was_typed_wrongly(capsys, argv, sentence):
     says(capsys, argv, sentence)
 
 
+@pytest.mark.parametrize("local, sentences", [(None, 1), ("0", 1), ("1", 0)])
+def test_one_process_of_a_machine_says_it(monkeypatch, capsys, local, sentences):
+    """Whatever else a cluster sets; what joins no processes has no other to say it."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert main(["verify", "nowhere"]) == 2
+    assert capsys.readouterr().err.count("minicpm-lite: ") == sentences
+
+
 def test_an_interrupted_command(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt

@@ -35,8 +35,11 @@ def test_a_small_text_says_how_many_ids_it_gave(at_home, capsys):
         (["novel.txt", "--out", "made.json", "--vocab-size", "256"], "Invalid value for '--vocab-size'"),
         (["novel.txt", "--out", "no/such/made.json"], "made.json could not be written: No such file"),
         (["empty.txt", "--out", "made.json"], "holds no text"),
-        (["novel.txt", "--out", "made.json", "--end", ""], "--end is '', which is empty"),
-        (["novel.txt", "--out", "made.json", "--end", "t"], "--end is 't', which texts hold, too"),
+        (["novel.txt", "--out", "made.json", "--end", "th"], "--end is 'th', which texts hold, too"),
+        *(
+            (["novel.txt", "--out", "made.json", "--end", end], f"--end is {end!r}. Give a token of several")
+            for end in ("", " ", "\n", "t", "—", "  ")
+        ),
         (["broken.jsonl", "--out", "made.json"], "Line 2 of broken.jsonl is no JSON object"),
     ],
 )

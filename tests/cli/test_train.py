@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -436,8 +437,36 @@ def test_a_model_knows_where_its_texts_end(at_home, capsys):
     ):
         assert main(train(*data(*folders), *short, "--out", f"run{number}")) == 0
         assert load_weights(at_home / f"run{number}" / "step-00000002").config.eos_token_id == end
+    named = yaml.safe_load(Path("tiny.yaml").read_text())
+    for folders, says_config, end in [
+        (["ended"], [2, 7], (2, 7)),  # 2 ends a turn, perhaps
+        (["ended"], [2, 9], (7,)),
+        (["ended", "other"], [7], (7, 8)),
+        (["one"], [2, 9], (2, 9)),
+    ]:
+        named["model"]["eos_token_id"] = says_config
+        Path("named.yaml").write_text(yaml.safe_dump(named))
+        words = [*train(*data(*folders), *short, "--out", "named"), "--config", "named.yaml"]
+        assert main(words) == main([*words, "--resume"]) == 0
+        assert load_weights(at_home / "named" / "step-00000002").config.eos_token_id == end
+        shutil.rmtree("named")
     decay = ["--decay-from", "run0/step-00000002", "--decay", "2", "--out", "decayed"]
     assert main(train(*data("ended", "one"), *decay)) == 0, "what the model is does not change with its texts"
+    assert main(train(*data("ended", "other"), *decay[:-1], "more", "--until", "3")) == 0
+    assert load_weights(at_home / "more" / "step-00000003").config.eos_token_id == (7, 8)
+    assert main(train(*data("ended", "other"), "--out", "more", "--resume")) == 0
+    assert load_weights(at_home / "more" / "step-00000004").config.eos_token_id == (7, 8)
+
+
+def test_a_folder_with_a_colon_in_its_name(at_home):
+    for folder, tokens in (("own", 290), ("own:2", 280), ("half:way", 270)):
+        write_shards(folder, [np.arange(tokens)], 300)
+    short = [*STEP, "--steps", "2", "--warmup", "1", "--decay", "0"]
+    for number, (source, tokens) in enumerate(
+        [("own:2", 280), ("own:2:3", 280), ("own:3", 290), ("half:way", 270)]
+    ):
+        assert main(train("--data", source, *short, "--out", f"run{number}")) == 0
+        assert read_facts(f"run{number}/step-00000002")["text"]["tokens"] == tokens
 
 
 def test_a_run_goes_on_from_a_named_step(at_home, capsys):

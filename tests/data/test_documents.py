@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +45,17 @@ def test_files_are_asked_for_before_any_is_read(tmp_path):
     for name in ("c.pdf", "d.gz", "e.parquet.gz"):
         with pytest.raises(ValueError, match=f"{name} is neither .txt nor .jsonl"):
             require_texts([tmp_path / name])
+
+
+def test_each_file_is_looked_up_once(tmp_path, monkeypatch):
+    """Not once for each of the others, of which there may be thousands."""
+    looked_up, resolve = [], Path.resolve
+    monkeypatch.setattr(Path, "resolve", lambda path: looked_up.append(path) or resolve(path))
+    files = [tmp_path / f"{number}.txt" for number in range(20)]
+    for file in files:
+        file.touch()
+    require_texts(files)
+    assert looked_up == files
 
 
 PLACES = dict(
@@ -124,6 +136,44 @@ def test_a_start_token_stands_where_it_stands_before_a_prompt():
         assert fast_tokenizer(tokenizer).encode(text).ids[0] == start
 
 
+@pytest.mark.parametrize("end", ["\n", "—", "the", "</s>"])
+def test_an_end_that_a_text_holds_is_refused(end):
+    """A text would be two to whoever reads; only what is a control token, however it is spelt, is never in one."""
+    tokenizer = train_tokenizer("the cat — and the hat\n" * 20, 290)
+    if end != "the":
+        tokenizer.add_tokens([end])
+    end_id = tokenizer.token_to_id(end)
+    texts = ["a cat", f"a cat{end} and a hat"]
+    if end == "</s>":
+        found = list(encoded(texts, tokenizer, end_id))
+        assert [(ids.count(end_id), ids[-1]) for ids in found] == [(1, end_id)] * 2
+    else:
+        with pytest.raises(ValueError, match="A text holds the token that is to end documents, .* as two"):
+            list(encoded(texts, tokenizer, end_id))
+        assert list(encoded(texts[:1], tokenizer, end_id)) == [[*tokenizer.encode("a cat").ids, end_id]]
+
+
+def test_a_start_token_that_is_the_end_too_is_none_of_the_text():
+    tokenizer = train_tokenizer(TEXT, 280)
+    tokenizer.add_special_tokens(["<s>"])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", start)])
+    assert list(encoded(["a"], tokenizer, start)) == [[start, *tokenizer.encode("a").ids[1:], start]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        ("one text", "texts is one string"),
+        (["a", "b \ud800"], r"unpaired surrogate, U\+D800"),
+        (["a", 5], "type int"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_not_encoded(texts, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        list(encoded(texts, train_tokenizer(TEXT, 280), None))
+
+
 def test_a_corpus_is_not_held_in_memory(monkeypatch):
     monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1 << 12)
     tokenizer = train_tokenizer(TEXT, 280)
@@ -170,6 +220,13 @@ def test_rows_without_a_text(tmp_path, texts, kind, field, sentence):
     table(tmp_path / "a.parquet", texts, kind)
     with pytest.raises(ValueError, match=sentence):
         list(read_documents(tmp_path / "a.parquet", field))
+
+
+def test_a_table_with_two_columns_of_the_name(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has 2 columns 'text'; one holds the texts"):
+        list(read_documents(tmp_path / "a.parquet", "text"))
 
 
 def test_bytes_of_a_table_that_are_no_text(tmp_path):

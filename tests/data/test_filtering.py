@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from minicpm_lite import optional
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.data import filtering
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
+from minicpm_lite.data.dedup import MinHash, near_duplicates
 from minicpm_lite.data.filtering import (
     QualityClassifier,
     area_under_roc,
@@ -186,14 +187,29 @@ def test_as_good_as_fasttext(classifier, tmp_path):
 def test_wrong_versions_are_seen(bug, monkeypatch):
     """Each moves the scores away from those of the right one, which autograd confirms above."""
     good, bad = (BAD, GOOD) if bug == "labels swapped" else (GOOD, BAD)
-    wrong = QualityClassifier(dim=16, lr=1.0, epochs=40)
+    lr = 0.03 if bug == "sum instead of mean" else 1.0  # with which a sum does not diverge
+    wrong = QualityClassifier(dim=16, lr=lr, epochs=40)
     if bug == "rate never falls":
         wrong.lr = type("Constant", (float,), {"__mul__": lambda self, other: float(self)})(1.0)
     if bug == "sum instead of mean":
         rows = wrong._rows
         monkeypatch.setattr(wrong, "_rows", lambda bag: (*rows(bag)[:2], 1))
-    right = QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD).scores(NEW_GOOD)
+    right = QualityClassifier(dim=16, lr=lr, epochs=40).fit(GOOD, BAD).scores(NEW_GOOD)
     assert not np.allclose(right, wrong.fit(good, bad).scores(NEW_GOOD), atol=0.02)
+
+
+def test_a_classifier_that_diverged_is_refused(tmp_path):
+    """With scores of nan one pipeline would keep every document, and the other drop them all."""
+    diverging = QualityClassifier(dim=16, lr=1.0, epochs=5).fit(GOOD[:20], BAD[:20])
+    diverging.lr = 1e4
+    with pytest.raises(FloatingPointError, match="diverged with a learning rate of 10000.0; take a smaller"):
+        diverging.fit(GOOD[:20], BAD[:20])
+    with pytest.raises(RuntimeError, match="has not been trained"):
+        diverging.scores(NEW_GOOD)
+    diverging.weights = np.full(len(diverging.known), np.nan, np.float32)
+    diverging.save(tmp_path / "quality.safetensors")
+    with pytest.raises(ValueError, match="holds a classifier that diverged"):
+        QualityClassifier.load(tmp_path / "quality.safetensors")
 
 
 def test_it_survives_the_disk_and_refuses_what_it_did_not_write(classifier, tmp_path):
@@ -308,6 +324,28 @@ def test_bits_per_byte_reads_every_byte_of_a_text_as_text(kind):
     assert tokenizer.encode(CONTROL).ids == [tokenizer.token_to_id(CONTROL)], "as it was"
 
 
+ADDED = [AddedToken("帽", lstrip=True), AddedToken("é"), AddedToken("Ġa"), AddedToken("   ")]
+
+
+def test_bits_per_byte_counts_the_bytes_of_added_tokens():
+    """Of one character, with the blanks that they take with them, and spelt like the bytes of another."""
+    tokenizer, _ = byte_level()
+    tokenizer.add_tokens(ADDED)
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.lists(st.sampled_from(["帽", "é", "Ġa", "   ", " ", "雨", " a", "a"]), min_size=1))
+    def check(pieces):
+        text = "q" + "".join(pieces)  # a token of one byte, which is not predicted
+        with torch.no_grad():
+            nats = token_losses(model, torch.tensor([tokenizer.encode(text).ids])).sum().item()
+        found = bits_per_byte(model, tokenizer, [text], 500)[0]
+        np.testing.assert_allclose(found, nats / np.log(2) / (len(text.encode()) - 1))
+
+    check()
+
+
 def test_half_a_character_is_one_sentence():
     tokenizer, _ = byte_level()
     model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
@@ -364,6 +402,18 @@ def test_documents_can_be_read_once_only(classifier):
     )]  # fmt: skip
     assert small[0].weights.tolist() == small[1].weights.tolist()
     assert area_under_roc(iter([3, 2]), iter([1, 2])) == 0.875
+
+
+def test_one_text_in_place_of_several_is_refused(classifier):
+    """It would be taken letter by letter, and the answer would be one for each letter."""
+    tokenizer, _ = byte_level()
+    model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
+    for call in (identify_languages, classifier.scores, near_duplicates, MinHash().signatures,
+                 lambda text: classifier.fit(text, ["a"]), lambda text: classifier.fit(["a"], text),
+                 lambda text: drop_reasons(text, classifier),
+                 lambda text: bits_per_byte(model, tokenizer, text)):  # fmt: skip
+        with pytest.raises(TypeError, match="texts is one string; give a list of strings"):
+            call("a man of the world")
 
 
 def test_what_cannot_be_is_one_sentence(classifier):

@@ -10,12 +10,16 @@ pytest.importorskip("datatrove", reason="the engine is an extra")
 pytest.importorskip("orjson", reason="datatrove reads JSON lines with it")
 
 from datatrove.pipeline.readers import JsonlReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.dedup import MinHash, first_of_each, near_duplicates
+from minicpm_lite.data.documents import read_documents
 from minicpm_lite.data.filtering import QualityClassifier, identify_languages, normalise
 from minicpm_lite.data.pipeline import LanguageBlock, SignatureBlock, TextReader, filtering_stages
 from minicpm_lite.data.web_pool import build_pool, pieces_of
+from minicpm_lite.files import locked
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +100,56 @@ def test_each_file_meets_its_own_duplicates(tmp_path, kept_by_the_second):
         ([b'{"text": 5}'], "Line 1 of a.jsonl is no JSON object with a text under 'text'"),
         ([b'["text"]'], "Line 1 of a.jsonl is no JSON object"),
         ([b'{"text": "\xe9"}'], "a.jsonl is not UTF-8 text in or behind line 1"),
+        (
+            [b"", b'{"text": "a \\ud800"}'],
+            r"Line 2 of a.jsonl holds half a character, U\+D800, which no UTF-8",
+        ),
+        ([b'{"text": "a", "url": "\\ud800"}'], "Line 1 of a.jsonl holds something beside its text that"),
+        ([b'{"text": "a", "media": 5}'], "Line 1 of a.jsonl holds something beside its text that the engine"),
+        ([b'{"text": "a", "media": [{"id": "b"}]}'], "cannot write again .* missing 2 required"),
+        (
+            [b'{"text": "a", "hash": 18446744073709551616}'],
+            "cannot write again .Integer exceeds 64-bit range",
+        ),
+        ([b'{"text": "a", "tree": ' + b"[" * 400 + b"]" * 400 + b"}"], "cannot write again .Recursion limit"),
+        (
+            [b'{"text": "a", "metadata": "' + b"[" * 9999 + b'"}'],
+            "cannot write again .maximum recursion depth",
+        ),
     ],
 )
 def test_a_line_without_a_text_is_refused(tmp_path, lines, sentence):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match=sentence):
         list(TextReader(str(tmp_path)).run())
+
+
+LINES = [
+    '{"text": "one"}',
+    '{"text": "帽子"}',
+    '{"text": "\\ud83d\\ude00"}',
+    '{"text": "\\ud800"}',
+    '{"text": 5}',
+    '["text"]',
+    "\ufeff",
+    " ",
+    "",
+]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(LINES), max_size=4), st.sampled_from(["", "\ufeff"]))
+def test_texts_are_those_of_read_documents(tmp_path_factory, lines, mark):
+    """The two readers refuse the same lines, and give the same texts."""
+    folder = tmp_path_factory.mktemp("x")
+    (folder / "a.jsonl").write_text(mark + "\n".join(lines), encoding="utf-8")
+    try:
+        expected = list(read_documents(folder / "a.jsonl", "text"))
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error).replace(f"{folder}/", "").replace("+", r"\+")):
+            list(TextReader(str(folder)).run())
+    else:
+        assert [document.text for document in TextReader(str(folder)).run()] == expected
 
 
 def test_lines_are_read_as_the_engine_reads_them(tmp_path):
@@ -144,6 +192,18 @@ def test_a_folder_of_other_work_is_refused(tmp_path):
     QualityClassifier(dim=4, min_count=1).fit(["good words"], ["other ones"]).save(classifier)
     with pytest.raises(ValueError, match=sentence.format("source, classifier")):
         filtering_stages(source, work, classifier, tasks=2)
+
+
+def test_a_work_folder_is_for_one_program_at_a_time(tmp_path):
+    source, work, classifier = tmp_path / "source", tmp_path / "work", tmp_path / "quality.safetensors"
+    source.mkdir()
+    (source / "0.jsonl").write_text(json.dumps({"text": "one"}))
+    QualityClassifier(dim=4, min_count=1).fit(["good words"], ["bad ones"]).save(classifier)
+    first, *_ = filtering_stages(source, work, classifier)
+    with locked(work), pytest.raises(FileExistsError, match="work is being written by another program"):
+        first.run()
+    first.run()
+    assert (work / "logs" / "1_signatures" / "completions" / "00000").is_file()
 
 
 def test_what_cannot_be_is_one_sentence(tmp_path):

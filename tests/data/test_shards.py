@@ -1,6 +1,7 @@
 """Shards: nothing is lost on the way to disk, and nothing damaged is read."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -8,11 +9,13 @@ import time
 import tracemalloc
 import zlib
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from minicpm_lite.data import shards as module
 from minicpm_lite.data.shards import Shards, tokenizer_checksum, write_shards
@@ -115,6 +118,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
         ([[1, -2]], "Array 0 holds the id -2"),
         ([[0.5]], "Array 0 has 1 dimensions and the type float64; expected token ids"),
         ([[[1]]], "Array 0 has 2 dimensions"),
+        ([[1], [[1], [2, 3]]], "Array 1 has rows of different lengths; expected token ids"),
         ([[True]], "the type bool"),
         ([[], []], "There was no token to write"),
     ],
@@ -408,6 +412,12 @@ def test_each_block_is_checked_once(folder, monkeypatch):
     assert len(checked) == 3 * 5 + 2
 
 
+def test_a_single_place_is_no_stretch(folder, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose check would come before
+    with pytest.raises(TypeError, match=r"read in stretches, such as \[0:512\]; got \[5\]"):
+        Shards(folder)[5]
+
+
 def test_a_stretch_with_steps_is_refused(folder):
     with pytest.raises(ValueError, match="has a step of 2"):
         Shards(folder)[0:10:2]
@@ -419,8 +429,16 @@ def test_the_end_token_is_noted(tmp_path, folder):
     assert Shards(folder).end is None
     plain = write_shards(tmp_path / "y", [[5, 0], [6, 0]], 10)
     assert shards.identity() == plain.identity(), "what is read is the same"
-    with pytest.raises(ValueError, match="The end token is 10; the vocabulary has ids from 0 to 9"):
-        write_shards(tmp_path / "z", [[1]], 10, end=10)
+
+
+@pytest.mark.parametrize("end", [10, -1, True, 1.0, "1", np.int64(1)])
+def test_an_end_that_is_no_id_is_refused_before_anything_is_written(tmp_path, monkeypatch, end):
+    """What JSON does not know, or what the folder would be refused for when it is read."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose check would come before
+    arrays = iter([[1], [2]])
+    with pytest.raises(ValueError, match=f"The end token is {re.escape(repr(end))}; expected an id .* to 9"):
+        write_shards(tmp_path / "z", arrays, 10, end=end)
+    assert next(arrays) == [1] and not (tmp_path / "z").exists()
 
 
 def test_folders_that_do_not_say_how_documents_end_are_read(folder):
@@ -435,6 +453,16 @@ def test_the_tokenizer_is_noted(tmp_path):
     assert tokenizer_checksum(train_tokenizer("Sense and Sensibility " * 9, 270)) != shards.tokenizer
     with pytest.raises(ValueError, match="The tokenizer has 270 ids and vocab_size is 269"):
         write_shards(tmp_path / "y", [[1]], 269, tokenizer)
+
+
+def test_a_tokenizer_that_was_written_and_read_is_the_same(tmp_path):
+    """Of Unigram's scores a digit is lost on the way."""
+    tokenizer = Tokenizer(models.Unigram([(f"w{i}", -(i**0.5)) for i in range(99)], 0, False))
+    assert Tokenizer.from_str(tokenizer.to_str()).to_str() != tokenizer.to_str(), "as it is today"
+    shards = write_shards(tmp_path / "x", [[1]], 100, tokenizer)
+    shards.verify()
+    assert tokenizer_checksum(tokenizer) == shards.tokenizer
+    assert tokenizer_checksum(Tokenizer.from_file(str(shards.tokenizer_file()))) == shards.tokenizer
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from minicpm_lite.data import windows as module
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import Permutation, TokenWindows, Windows, batch_of
+from minicpm_lite.language.scoring import context_only
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,12 @@ def test_steps_share_no_window(stream):
     windows = TokenWindows(stream(range(1000)), 8, 0)
     steps = torch.cat([batch_of(windows, step, 3) for step in range(4)])
     assert torch.equal(steps, torch.stack([windows[index] for index in range(12)]))
+
+
+def test_marked_tokens_are_known_by_their_ids():
+    ids = torch.arange(3, 100)
+    marked = torch.where(ids % 3 == 0, context_only(ids), ids)
+    assert TokenWindows(marked, 8, 0).id_range() == (3, 99)
 
 
 def test_windows_know_what_they_hold(stream):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from IPython.core.autocall import ZMQExitAutocall
 
-from minicpm_lite.lab import exercise, exercises
+from minicpm_lite.lab import exercises
+from minicpm_lite.lab.exercises import exercise
 
 
 @exercise("twice")

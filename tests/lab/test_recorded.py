@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from minicpm_lite.files import locked
 from minicpm_lite.lab.recorded import load_results, run_jobs, tune_rates
 
 
@@ -25,6 +27,8 @@ class Square:
 def square(job: Square) -> dict:
     if job.number == 13:
         raise ValueError("thirteen")
+    if job.number == 17:
+        return {"square": np.float32(17) ** 2}  # JSON knows no such number
     time.sleep(0.05)
     return {"square": job.number**2, "third": job.number / 3, "curve": [(1, 2 / 3)]}
 
@@ -34,20 +38,23 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "recorded" / "squares.py"
     script.parent.mkdir()
-    runs = run_jobs(script, [Square(2), Square(3)], square, {"what": "squares"}, workers=1)
+    script.touch()
+    facts = {"what": "squares", "eps": 3e-7}
+    runs = run_jobs(script, [Square(2), Square(3)], square, facts, workers=1)
     assert runs["square/3"]["square"] == 9 and runs["square/2"]["third"] == 0.666667
     kept = load_results(script)
+    assert kept["runs"] == runs and kept["eps"] == 3e-7, "a fact is not rounded"
     assert kept["what"] == "squares" and kept["command"] == "python recorded/squares.py"
     assert kept["minutes"] > 0 and "1 worker" in kept["device"]
 
     kept["runs"]["square/2"]["square"] = "not computed again"
     script.with_suffix(".json").write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="thirteen"):
-        run_jobs(script, [Square(2), Square(13), Square(5)], square, {"what": "squares"}, workers=1)
+        run_jobs(script, [Square(2), Square(13), Square(17), Square(5)], square, facts, workers=1)
     runs = load_results(script)["runs"]
     assert runs["square/2"]["square"] == "not computed again"
-    assert runs["square/5"]["square"] == 25  # run after the failure, and kept
-    assert list(script.parent.iterdir()) == [script.with_suffix(".json")]  # nothing half written
+    assert runs["square/5"]["square"] == 25 and len(runs) == 3  # run after both failures, and kept
+    assert set(script.parent.iterdir()) == {script, script.with_suffix(".json")}  # nothing half written
 
 
 def noted(folder, facts: dict) -> Path:
@@ -55,18 +62,25 @@ def noted(folder, facts: dict) -> Path:
     (folder / "squares.json").write_text(
         json.dumps(facts | {"minutes": 1, "runs": {"square/2": {"square": 4}}})
     )
+    (folder / "squares.py").touch()
     return folder / "squares.py"
 
 
 @pytest.mark.parametrize(
-    "facts", [{"batch": 16}, {"batch": 8, "model": {"width": 64}}, {"batch": 8, "budgets": (200, 400, 800)}]
+    "facts",
+    [
+        {"batch": 16},
+        {"batch": 8, "model": {"width": 64}},
+        {"batch": 8, "budgets": (200, 400, 800)},
+        {"batch": 8, "eps": 3e-7},
+    ],
 )
 def test_results_of_other_facts_are_not_put_beside_new_ones(tmp_path, monkeypatch, facts):
     monkeypatch.chdir(tmp_path)
-    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400]})
+    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400], "eps": 1e-8})
     before = script.with_suffix(".json").read_bytes()
     with pytest.raises(
-        ValueError, match=r"squares\.json holds results of (batch 8|width 32|budgets \[200, 400\]);"
+        ValueError, match=r"squares\.json holds results of (batch 8|width 32|budgets \[200, 400\]|eps 1e-08);"
     ):
         run_jobs(script, [Square(2), Square(3)], square, facts, workers=1)
     assert script.with_suffix(".json").read_bytes() == before
@@ -83,10 +97,27 @@ def test_results_of_other_facts_are_not_put_beside_new_ones(tmp_path, monkeypatc
 )
 def test_facts_may_be_added(tmp_path, monkeypatch, facts):
     monkeypatch.chdir(tmp_path)
-    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400], "rate": 0.666667})
+    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400], "rate": 2 / 3})
     before = script.with_suffix(".json").read_bytes()
     assert run_jobs(script, [Square(2)], square, facts, workers=1) == {"square/2": {"square": 4}}
     assert script.with_suffix(".json").read_bytes() == before, "nothing was run, so nothing is written"
+
+
+def test_jobs_of_one_name_are_refused(tmp_path):
+    """Of two results under one name the second would replace the first."""
+    jobs = [Square(2), Square(3), Square(2)]
+    with pytest.raises(ValueError, match="2 jobs have the name 'square/2', under which one result is kept"):
+        run_jobs(noted(tmp_path, {}), jobs, square, {}, workers=1)
+
+
+def test_a_script_is_run_by_one_program_at_a_time(tmp_path, monkeypatch):
+    """Each holds the results that it read at its start, and would write over those of the other."""
+    monkeypatch.chdir(tmp_path)
+    script = noted(tmp_path, {})
+    taken = pytest.raises(FileExistsError, match=r"squares\.py is already being run by another program")
+    with locked(script), taken:
+        run_jobs(script, [Square(2)], square, {}, workers=1)
+    assert run_jobs(script, [Square(2)], square, {}, workers=1) == {"square/2": {"square": 4}}
 
 
 @pytest.mark.parametrize("grid", list(permutations([0.01, 0.02, 0.04, 0.08])))
@@ -101,6 +132,25 @@ def test_a_run_that_diverged_is_never_the_best(grid, diverged):
 def test_rates_of_which_all_diverge_are_refused():
     with pytest.raises(ValueError, match=r"All runs of 'b' diverged, with the rates \[0\.1, 0\.2\]"):
         tune_rates("ab", [0.1, 0.2], lambda pairs: {(c, r): 1.0 if c == "a" else math.nan for c, r in pairs})
+
+
+@pytest.mark.parametrize("loss_of", [lambda rate: 1.0, lambda rate: round(1 + rate**2, 6)])
+def test_a_search_ends_where_the_rate_makes_no_difference(loss_of):
+    """As where every rate hurts: the smaller ones do nothing at all."""
+    with pytest.raises(ValueError, match="The losses of 'flat' are the same with the rates"):
+        tune_rates(["flat"], [0.01, 0.02], lambda pairs: {pair: loss_of(pair[1]) for pair in pairs})
+
+
+@pytest.mark.parametrize("grid", [[0.01, 0.02], [0.01, 0.02, 0.04]])
+def test_two_rates_beside_a_valley_may_be_equally_good(grid):
+    losses_of = lambda pairs: {pair: abs(math.log2(pair[1] / 0.01) - 0.5) for pair in pairs}  # noqa: E731
+    assert tune_rates(["valley"], grid, losses_of) == {"valley": 0.01}
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, math.nan])
+def test_rates_that_cannot_be_halved_are_refused(rate):
+    with pytest.raises(ValueError, match="A first rate is .*; expected a number greater than 0"):
+        tune_rates(["x"], [rate, 0.02], lambda pairs: pytest.fail("nothing is run"))
 
 
 def test_iterators_are_read_once_for_all_cases():
@@ -126,6 +176,7 @@ def test_results_that_are_no_longer_whole_are_refused(tmp_path, content, says):
 
 
 def test_a_pipe_is_neither_read_nor_replaced(tmp_path):
+    (tmp_path / "squares.py").touch()
     os.mkfifo(tmp_path / "squares.json")
     with pytest.raises(ValueError, match=r"squares\.json is a folder, a pipe or a device"):
         run_jobs(tmp_path / "squares.py", [Square(2)], square, {}, workers=1)

@@ -88,6 +88,19 @@ def test_cached_equals_uncached_however_the_ids_are_cut(cuts, batch):
     assert_close(run_cached(model, ids, cuts, KVCache(64)), model(ids), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_attention_may_come_in_any_layout(monkeypatch):
+    """On a GPU it comes with the queries before the heads in memory."""
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    expected, attention = model(ids), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert_close(run_cached(model, ids, [5, 6, 7], KVCache(64)), expected, atol=1e-5, rtol=1e-5)
+
+
 class PositionsFromZero(KVCache):
     def begin(self, x):
         return super().begin(x) - self.length

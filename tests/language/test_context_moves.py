@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -276,6 +277,25 @@ def test_selected_rows_go_on_as_the_rows_they_come_from(kind, padding):
     rest = make_ids(4, 2, seed=2)
     assert_close(model(rest, cache), model(rest, other), **CLOSE)
     assert cache.nbytes == other.nbytes
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.tensor, np.array, tuple, lambda rows: [torch.tensor(r) for r in rows]]
+)
+@torch.no_grad()
+def test_rows_and_parents_may_be_what_a_search_has_in_hand(kind):
+    """A tensor of them, which as an index would mean another thing."""
+    model, ids = make_model(), make_ids(3, 4)
+    caches = KVCache(16), KVCache(16)
+    for cache, rows, parents in zip(
+        caches, ([2, 0, 2], kind([2, 0, 2])), ([-1, 0], kind([-1, 0])), strict=True
+    ):
+        model(ids, cache)
+        cache.select(rows)
+        model(make_ids(3, 2, seed=2), Tree(cache, parents))
+        cache.take([0, 1])
+    rest = make_ids(3, 2, seed=3)
+    assert torch.equal(model(rest, caches[0]), model(rest, caches[1]))
 
 
 @pytest.mark.parametrize("kind", [KVCache, Int8Cache])

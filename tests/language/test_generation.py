@@ -426,6 +426,8 @@ def test_the_last_token_is_not_read():
         (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, padding=torch.tensor([0])), r"one for each of the 2 rows|i64\[1\]"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=7), "stop_ids is 7|argument stop_ids|stop_ids"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=["a"]), "stop_ids"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=[300, 5]), r"stop_ids is \[300, 5\]; expected a list of token ids, which this model has from 0 to 299"),
+        (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, stop_ids=[-1]), r"stop_ids is \[-1\]"),
         (lambda m: generate(m, make_ids(WRITER, 1, 5), 5, samples=0), "samples is 0"),
         (lambda m: generate(m, make_ids(WRITER, 2, 9), 5, context=read_by(m, 9, 40)), "The cache has read 9 tokens, and ids holds 9; give the whole text"),
         (lambda m: generate(m, make_ids(WRITER, 2, 4), 5, context=read_by(m, 9, 40)), "The cache has read 9 tokens, and ids holds 4; .* go back with its truncate"),

@@ -123,6 +123,21 @@ def test_search_keeps_a_start_that_nothing_beats():
     assert torch.equal(found, starts[0])
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_candidate_that_diverged_is_worse_than_any_other(first):
+    """Whether it is tried first or last."""
+    starts = [torch.full((4,), 1.5), torch.full((4,), 2.0)]
+    bad = starts[first]
+
+    def loss(factors):
+        return math.nan if torch.equal(factors, bad) else (factors - 1.8).abs().sum().item()
+
+    found = search_factors(loss, starts, 2.0, generations=2)
+    assert loss(found) <= loss(starts[1 - first])
+    with pytest.raises(FloatingPointError, match="The loss of none of the 18 candidates is a finite number"):
+        search_factors(lambda factors: math.nan, starts, 2.0, generations=2)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [

@@ -259,6 +259,18 @@ def test_wrong_versions_are_told_apart(name, monkeypatch):
 # What each method does to the pairs
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_frequencies_are_in_float32_whatever_torch_makes_tensors_of(name):
+    config = scaled(name)
+    expected, magnitude = scaled_frequencies(config, 100)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = scaled_frequencies(config, 100)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0].dtype == torch.float32 and torch.equal(found[0], expected) and found[1] == magnitude
+
+
 def test_yarn_keeps_the_fastest_and_divides_the_slowest_exactly():
     config = extend_context(load_config("minicpm4-0.5b"), "yarn", 4.0)
     plain = rotary_frequencies(64, 10_000.0)

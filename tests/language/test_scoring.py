@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import (
     context_only,
+    evaluating,
     next_token_loss,
     predicted,
     readable,
@@ -46,6 +47,27 @@ def test_equal_to_the_loop_over_positions(name, marked):
     losses = token_losses(model, window)
     assert_close(losses.double(), position_by_position(model, ids, marked), atol=2e-6, rtol=1e-6)
     assert torch.equal(losses == 0, marked[:, 1:])
+
+
+@torch.no_grad()
+def test_ids_of_32_bits_are_scored_as_those_of_64():
+    """A decoder reads both."""
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    window = torch.where(MARKED[1], context_only(ids), ids)
+    assert torch.equal(token_losses(model, window.int()), token_losses(model, window))
+    assert torch.equal(next_token_loss(model, window.int()), next_token_loss(model, window))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_gives_each_part_its_mode_back(training):
+    """One may be held in another mode than the rest, as what is frozen is."""
+    model = make_model(GROUPED).train(training)
+    model.layers[1].train(not training)
+    before = [part.training for part in model.modules()]
+    with pytest.raises(RuntimeError, match="mine"), evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise RuntimeError("mine")
+    assert [part.training for part in model.modules()] == before and len(set(before)) == 2
 
 
 def shifted_twice(model, window):

@@ -468,9 +468,14 @@ def test_added_tokens_are_text_as_they_stand(names, data):
 
 def test_an_added_token_that_bytes_or_a_merge_make_stays_what_they_make():
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe"])
-    assert tokenizer.get_vocab_size() == 800
-    assert BytePairTokenizer.from_tokenizers(tokenizer).vocabulary == MINE.vocabulary
+    tokenizer.add_tokens(["é", "Ġthe", "đem"])
+    assert tokenizer.get_vocab_size() == 801
+    mine = BytePairTokenizer.from_tokenizers(tokenizer)
+    assert mine.vocabulary == (*MINE.vocabulary, "đem".encode())
+    ids = tokenizer.encode("over the đem the top").ids
+    writer = TextWriter(tokenizer)
+    written = "".join(writer.push(token) for token in ids) + writer.finish()
+    assert written == mine.decode(ids) == "over the đem the top"
 
 
 def test_long_words_are_not_remembered():

@@ -352,6 +352,12 @@ def test_orders_to_cut_or_pad_are_not_followed():
         (lambda m: TextWriter(TOKENIZER, "ab"), "stop is 'ab'; expected a list of strings"),
         (lambda m: list(stream_text(m, TOKENIZER, "a", 5, stop_ids=["a"])), "stop_ids"),
         (
+            lambda m: generate_text(m, TOKENIZER, [[~5, 4]], 5),
+            r"A prompt is \[-6, 4\]; expected a text, or its",
+        ),
+        (lambda m: list(stream_text(m, TOKENIZER, [1 << 40], 5)), r"A prompt is \[1099511627776\]"),
+        (lambda m: list(stream_text(m, TOKENIZER, [5000], 5)), "from 5000 to 5000; the model knows 0 to 299"),
+        (
             lambda m: list(stream_text(m, TOKENIZER, "a", 5, stop="ab")),
             "stop is 'ab'; expected a list of strings",
         ),

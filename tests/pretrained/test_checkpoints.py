@@ -894,6 +894,29 @@ def test_special_tokens_that_a_template_may_name(tmp_path):
         load_special_tokens(tmp_path)
 
 
+@pytest.mark.parametrize("lists_added_tokens", [False, True])
+@pytest.mark.parametrize("named", [{}, {"bos_token": "<s>", "eos_token": "</s>"}])
+def test_special_tokens_of_an_older_folder_are_those_of_transformers(tmp_path, lists_added_tokens, named):
+    """There a file of its own has the last word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = train_tokenizer("some plain words of a chat " * 20, 290)
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|end|>"])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    if lists_added_tokens:
+        added = tokenizer.get_added_tokens_decoder().items()
+        settings["added_tokens_decoder"] = {
+            i: {"content": each.content, "special": True} for i, each in added
+        }
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    older = {"bos_token": {"content": "<s>"}, "eos_token": "<|end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    theirs = AutoTokenizer.from_pretrained(tmp_path).special_tokens_map
+    assert load_special_tokens(tmp_path) == theirs
+    assert (theirs.get("eos_token") == "<|end|>") == (not lists_added_tokens)
+
+
 def test_special_tokens_of_a_gguf_file():
     assert load_special_tokens(smollm2_file()) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 

@@ -186,6 +186,31 @@ def test_sentencepiece_joins_what_llama_cpp_joins(text, keys, tmp_path_factory):
     assert tokenizer.encode(text).ids == [1, *ids]
 
 
+@pytest.mark.parametrize("longest", [2, 3, 4, 8, 16])
+@given(
+    text=st.lists(st.sampled_from([" ", "  ", "     ", "\n", "the", "man", "<用户>"]), max_size=12).map(
+        "".join
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_runs_of_spaces_that_are_user_defined_are_joined(text, longest, keys, tmp_path_factory):
+    """As they are spelt with "▁", no text holds them before it is cut."""
+    runs = ["▁" * length for length in range(2, longest + 1)]
+    keys = keys | {
+        "tokens": keys["tokens"] + runs,
+        "scores": keys["scores"] + [0.0] * len(runs),
+        "token_type": keys["token_type"] + [4] * len(runs),
+    }
+    path = tmp_path_factory.getbasetemp() / f"spaces-{longest}.gguf"
+    if not path.exists():
+        write_tokenizer(path, **keys, merges=None)
+    tokenizer = gguf_tokenizer(path)
+    expected = [as_llama_cpp_does(part, keys) if part else [] for part in text.split("<用户>")]
+    with_controls = [token for part in expected for token in (3, *part)][1:]
+    assert tokenizer.encode(text, add_special_tokens=False).ids == with_controls
+    assert len(tokenizer.get_added_tokens_decoder()) == len(SPECIAL)
+
+
 def test_sentencepiece_cuts_long_texts_as_llama_cpp_does(keys, tmp_path):
     tokenizer = gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))
     text, start = load_austen(), random.Random(0)
@@ -368,6 +393,7 @@ def test_text_is_split_by_the_rules_of_llama_cpp(smollm2):
     [
         ("tokenizer.ggml.model", "bert", "of the kind 'bert'; byte-level ones"),
         ("tokenizer.ggml.pre", "qwen2", "by the rules 'qwen2'; known are gpt-2 and smollm"),
+        ("tokenizer.ggml.pre", None, "does not say by which rules its model splits text"),
         ("tokenizer.ggml.merges", None, "lacks the key tokenizer.ggml.merges"),
     ],
 )

@@ -1,11 +1,13 @@
 """Derivatives are exact on a quadratic, and watching a run does not change it."""
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.language.decoder import Decoder
@@ -15,6 +17,7 @@ from minicpm_lite.training.curvature import (
     directional_derivatives,
     watch_decay,
 )
+from minicpm_lite.training.objective import Objective
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -180,6 +183,70 @@ def test_watching_changes_nothing_and_reads_what_it_says():
     assert reading.lr == pytest.approx(by_hand.schedule(10))
     assert reading.first == pytest.approx((gradients[1] @ update / update.norm()).item(), rel=1e-3)
     assert reading.curvature == directional_curvature(reading.first, reading.second)
+
+
+class Centred(torch.nn.Module):
+    """Keeps a mean that each pass in training mode moves, and takes it off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        x = self.layer(x.to(self.layer.weight.dtype)).float()
+        if self.training:
+            self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Rows:
+    def __getitem__(self, step):
+        return torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) + 1
+
+    def identity(self):
+        return {}
+
+
+def _sizes(model, batch):
+    loss = (model(batch) - 1).square().mean()
+    return loss, loss.detach()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_watching_moves_no_buffers_and_reads_with_those_of_the_update(precision):
+    def run():
+        torch.manual_seed(0)
+        config, objective = TrainerConfig(precision=precision), Objective("sizes", _sizes, len)
+        return Trainer(Centred(), Rows(), WSD(0.05, 1, 20, 9), config, objective)
+
+    watched, alone, by_hand = run(), run(), run()
+    readings = list(watch_decay(watched, 17, every=5))
+    alone.train(17, progress=False)
+    assert watched.losses == alone.losses
+    assert torch.equal(watched.model.mean, alone.model.mean)
+
+    by_hand.train(9, progress=False)
+    model, batch = copy.deepcopy(by_hand.model), by_hand.batches[9]
+    by_hand.train(10, progress=False)
+    parts = list(model.parameters())
+    update = [p.detach() - start.detach() for p, start in zip(by_hand.model.parameters(), parts, strict=True)]
+
+    def loss():
+        return (functional_call(model, {"mean": model.mean.clone()}, batch) - 1).square().mean()
+
+    reading = readings[1]
+    assert (reading.first, reading.second) == directional_derivatives(loss, parts, update)
+
+
+@pytest.mark.parametrize("form", ["linear", "sqrt"])
+def test_an_update_at_a_rate_of_0_has_no_direction(form):
+    torch.manual_seed(0)
+    schedule = WSD(0.01, 1, 3, 4, form=form, final_ratio=0)
+    before, last = watch_decay(Trainer(Decoder(MODEL), TOKENS, schedule, CONFIG), 8, every=4)
+    assert before.first < 0 and before.curvature > 0
+    assert last.lr == 0 and last.grad_norm > 0 and -1 <= last.cosine <= 1
+    assert math.isnan(last.first) and math.isnan(last.second) and math.isnan(last.curvature)
 
 
 def test_a_reading_takes_two_updates():

@@ -809,6 +809,17 @@ def failures(folder) -> dict:
     note("odd", lambda: make(config=replace(CONFIG, batch_size=3)))
     note("infinite", lambda: trained(make(schedule=WSD(1e30, 0, 10, 0))))
     note("whole", plain)
+    other_text = TokenWindows(TOKENS + rank, 16, 0)  # as of an older copy on another machine
+    note("other text", lambda: make(windows=other_text, model=replace(MODEL, vocab_size=42)))
+    note("other model", lambda: make(model=replace(MODEL, hidden_size=32 + 8 * rank)))
+    note("other seed", lambda: make(config=replace(CONFIG, seed=rank)))
+    torch.manual_seed(rank)
+    note(
+        "other weights",
+        lambda: Trainer(Decoder(MODEL), WINDOWS, SCHEDULE, CONFIG, layout=Layout(sharded=True)),
+    )
+    note("other rate", lambda: trained(make(schedule=WSD(0.01 + rank, 0, 10, 0)), folder=folder / "rate"))
+    note("other end", lambda: trained(make(), 3 + rank))
 
     class Odd(Captions):
         def __getitem__(self, step):
@@ -827,6 +838,18 @@ def failures(folder) -> dict:
 
     note("of a class of its own", lambda: trained(captioner(Layout(sharded=True), batches=Unsent())))
     note("odd batch", lambda: trained(captioner(Layout(sharded=True), batches=Odd())))
+    home = Path.cwd()
+    for name, work in {  # each with a folder "run" on a disk of its own
+        "own disks": lambda: trained(make(), folder="run"),
+        "own disks in a save": lambda: make().save("run"),
+    }.items():
+        own = folder / name / str(rank)
+        own.mkdir(parents=True)
+        os.chdir(own)
+        note(name, work)
+        said[f"left on {name}"] = sorted(str(path) for path in (folder / name).rglob("run/*"))
+        os.chdir(home)
+        torch.distributed.barrier()
     note("absent", lambda: make().load(folder / "nowhere"))
     note("foreign", lambda: trained(trained(make(objective=BRIER), 6), folder=folder / "run"))
     if rank == 0:
@@ -853,6 +876,18 @@ def test_an_error_of_one_process_is_everyone_s(tmp_path):
     assert "is not finite" in one["infinite"]
     assert "A step has 3 rows, which 2 processes cannot share evenly" in one["odd batch"]
     assert "2 processes were started, and the layout keeps the model whole in each" in one["whole"]
+    for name in ("own disks", "own disks in a save"):
+        assert "run is another folder for process 1 than for process 0. Give one on" in one[name]
+        assert one[f"left on {name}"] == []
+    for name, sentence in {
+        "text": "What process 1 was given belongs to another text: its checksum is",
+        "model": "What process 1 was given belongs to another model config: its hidden_size is 40, this run's is 32.",
+        "seed": "What process 1 was given belongs to another trainer config: its seed is 1, this run's is 0.",
+        "weights": "embed_tokens.weight of the Decoder differs between the processes",
+        "rate": "What process 1 was given belongs to another schedule: its peak_lr is 1.01, this run's is 0.01.",
+        "end": "What process 1 was given belongs to another call of train: its until is 4, this run's is 3.",
+    }.items():
+        assert one[f"other {name}"].startswith(f"ValueError: {sentence}")
     assert "FileNotFoundError: There is no checkpoint at" in one["absent"]
     assert one["of a class of its own"] == "RuntimeError: Local: picture 7 is truncated"
     assert "FileExistsError" in one["foreign"] and "belongs to another objective" in one["foreign"]

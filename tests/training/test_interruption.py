@@ -74,11 +74,22 @@ def test_in_the_last_step_too(signalled, tmp_path):
     assert run.step == max(checkpoints(tmp_path)) == 10
 
 
-def test_a_second_signal_acts_at_once(signalled, tmp_path):
-    run = signalled(7, signal.SIGINT, signal.SIGINT)
+@pytest.mark.parametrize("first", ENDS)
+def test_a_ctrl_c_after_a_signal_acts_at_once(signalled, tmp_path, first):
+    run = signalled(7, first, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run.train(folder=tmp_path, progress=False)
     assert run.step == 3 and not checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGINT, signal.SIGTERM]])
+def test_a_cluster_may_say_it_more_than_once(signalled, tmp_path, numbers):
+    """Slurm says it to each process, and torchrun, to which it is said as well, passes it on."""
+    run = signalled(7, *numbers)
+    with pytest.raises(SystemExit):
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == max(checkpoints(tmp_path)) == 4
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS
 
 
 def test_what_the_program_ignores_stays_ignored(signalled, tmp_path):

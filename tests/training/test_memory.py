@@ -91,6 +91,12 @@ def test_memory_by_hand():
     assert plan.memory.logits == 4096 * 122_753 * 10
 
 
+def test_a_micro_batch_of_more_than_there_is():
+    all_there_is = plan_memory(MODEL, TRAINER, Layout(), gpus=2)
+    assert plan_memory(MODEL, TRAINER, Layout(64), gpus=2) == all_there_is
+    assert plan_memory(MODEL, TRAINER, Layout(1), gpus=2).total < all_there_is.total
+
+
 def test_more_gpus_less_memory_and_checkpointing_less_still():
     model = load_config("minicpm4-0.5b")
     totals = [plan_training(model, gpus=gpus).memory.total for gpus in (1, 8, 64)]

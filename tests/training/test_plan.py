@@ -65,6 +65,8 @@ def test_a_decay_to_a_tenth_by_its_half_life():
     assert published_decay(recipe) == plan_training(MODEL, recipe).schedule.decay_steps == 100
     assert 0.5 ** (100 / 30) <= 0.1 < 0.5 ** (99 / 30)
     assert published_decay(replace(recipe, decay_half_life_steps=None)) is published_decay(None) is None
+    with pytest.raises(ValueError, match="of decay do not fit into 1,000 steps"):
+        plan_training(MODEL, replace(recipe, decay_half_life_steps=1e308), steps=1000)
 
 
 def test_the_reason_of_a_length_is_the_one_that_decided():

@@ -66,6 +66,18 @@ def test_frozen_weights_are_rounded_and_have_no_gradient():
     assert whole[0].weight.grad is None and whole[1].weight.grad.item() == 3
 
 
+def test_weights_frozen_or_set_free_later():
+    whole = nn.Sequential(line(1.001), line(2.0))
+    whole[0].requires_grad_(False)
+    copy = RoundedCopy(whole)
+    for frozen, free in ((1, 0), (0, 1)):
+        whole[frozen].requires_grad_(False)
+        whole[free].requires_grad_(True)
+        whole.zero_grad()
+        backward(copy, 3.0)
+        assert whole[frozen].weight.grad is None and whole[free].weight.grad is not None
+
+
 def test_tied_weights_stay_tied():
     whole = nn.Sequential(line(2.0), line(2.0))
     whole[1].weight = whole[0].weight

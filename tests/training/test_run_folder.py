@@ -5,12 +5,20 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
+from minicpm_lite import ModelConfig
+from minicpm_lite.data.mixtures import MixtureWindows
+from minicpm_lite.data.shards import write_shards
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.files import locked
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training import run_folder
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import checkpoints, latest_checkpoint
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 CONFIG = TrainerConfig(batch_size=2, sequence_length=8)
@@ -59,6 +67,22 @@ def test_a_folder_with_a_later_run_is_not_overwritten(make, tmp_path):
     with pytest.raises(FileExistsError, match="holds a checkpoint of step 6, and this run is at step 0"):
         trained(make(), folder=tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_lines_of_an_attempt_without_a_checkpoint_are_no_other_run_s(make, tmp_path):
+    """Also where the other begins later: it branched, or it goes on from elsewhere."""
+    trunk, decay = make(schedule=WSD(0.01, 2, 100, 0)), tmp_path / "decay"
+    trained(trunk, 6, folder=tmp_path / "trunk")
+    start = latest_checkpoint(tmp_path / "trunk")
+    for go_on in (Trainer.branch_from, Trainer.load):
+        decay.mkdir()
+        (decay / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 5)))
+        run = make(schedule=decay_schedule(start, 4))
+        go_on(run, start)
+        trained(run, 8, folder=decay)
+        trained(run, folder=decay)
+        assert [line["step"] for line in lines(decay)] == [7, 8, 9, 10]
+        shutil.rmtree(decay)
 
 
 def test_a_full_disk_while_metrics_are_written(make, tmp_path, monkeypatch):
@@ -150,8 +174,31 @@ def test_the_folder_holds_the_tokenizer_of_its_run(make, tmp_path):
     assert kept.read_text() == "second"
     again = make()
     again.load(latest_checkpoint(run))
-    trained(again, 4, folder=run)
-    assert kept.read_text() == "second", "its own, since there are checkpoints of it"
+    for until, tokenizer in ((4, None), (6, tmp_path / "first")):
+        trained(again, until, folder=run, tokenizer=tokenizer)
+        assert kept.read_text() == "second", "its own, since there are checkpoints of it"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_tokenizer_that_did_not_make_the_ids_is_refused(layout, tmp_path, mixed):
+    """Where shards note which did; in a run that begins and in one that goes on."""
+    made, run = train_tokenizer("the cat sat on a mat " * 9, 290), tmp_path / "run"
+    made.add_special_tokens(["<wrong>"])
+    made.save(str(tmp_path / "wrong.json"))
+    made = train_tokenizer("the cat sat on a mat " * 9, 290)
+    shards = write_shards(tmp_path / "shards", [made.encode("the cat sat on a mat " * 99).ids], 300, made)
+    windows = TokenWindows(shards, CONFIG.sequence_length, CONFIG.seed)
+    if mixed:
+        other = TokenWindows(torch.arange(99), CONFIG.sequence_length, CONFIG.seed)
+        windows = MixtureWindows({"shards": windows, "other": other}, [(0, {"shards": 1, "other": 1})])
+    trainer = Trainer(
+        Decoder(ModelConfig(16, 16, 1, 2, 300)), windows, WSD(0.01, 2, 4, 4), CONFIG, layout=layout
+    )
+    for until in (2, 4):
+        with pytest.raises(ValueError, match="wrong.json is not the tokenizer that made the ids of this run"):
+            trained(trainer, until, folder=run, tokenizer=tmp_path / "wrong.json")
+        trained(trainer, until, folder=run, tokenizer=shards.tokenizer_file())
+        assert (run / "tokenizer.json").read_bytes() == shards.tokenizer_file().read_bytes()
 
 
 def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):

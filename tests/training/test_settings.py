@@ -20,6 +20,12 @@ def test_the_tokens_of_a_step():
         (dict(parametrization="ntk"), "parametrization is 'ntk'; choose standard or mup"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(sequence_length=-1), "sequence_length is -1"),
+        (dict(betas=(0.9, 1)), r"betas is \(0.9, 1\); expected two numbers from 0 to below 1"),
+        (dict(betas=(0.9,)), r"betas is \(0.9,\)"),
+        (dict(seed=1.5), "seed is 1.5; expected a whole number from 0 to 4294967295"),
+        (dict(seed="7"), "seed is '7'"),
+        (dict(seed=1 << 32), "seed is 4294967296"),
+        (dict(seed=-1), "seed is -1"),
         (dict(max_grad_norm=-1), "max_grad_norm is -1"),
         (dict(weight_decay=-0.1), "weight_decay is -0.1"),
     ],
@@ -27,6 +33,11 @@ def test_the_tokens_of_a_step():
 def test_impossible_trainers(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         replace(CONFIG, **change)
+
+
+def test_no_pass_is_larger_than_a_process_s_part():
+    assert Layout(64).rows_at_once(16, 8) == 2 and Layout(2).rows_at_once(16, 1) == 2
+    assert Layout().rows_at_once(16, 8) == 2 and Layout().rows_at_once(16, 1) == 16
 
 
 def test_an_impossible_layout():

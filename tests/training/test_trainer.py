@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import MixtureConfig
+from minicpm_lite.data.shards import write_shards
 from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
@@ -31,7 +32,7 @@ from minicpm_lite.training.objective import Objective, next_token, within_docume
 from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights
+from minicpm_lite.training.sharded_checkpoint import checkpoints, latest_checkpoint, load_weights
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -102,6 +103,11 @@ def test_gradients_are_clipped():
     run.train(3, progress=False)
     assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
     assert min(run.grad_norms) > 1e-2, "what is recorded is the norm before clipping"
+
+
+def test_half_a_step_is_none():
+    with pytest.raises(ValueError, match="until is 1.5; expected a whole number, the step to stop at"):
+        make().train(1.5, progress=False)
 
 
 def test_same_seed_same_run_other_seed_other_data():
@@ -325,6 +331,23 @@ def test_an_evaluation_that_fails_leaves_the_mode_as_it_was():
         assert run.model.training is mode
 
 
+def test_shards_are_a_stream_too(tmp_path):
+    shards = write_shards(tmp_path / "shards", [TOKENS.tolist()], 40)
+    windows = TokenWindows(shards, CONFIG.sequence_length, CONFIG.seed)
+    one, other = (Trainer(make().model, batches, SCHEDULE, CONFIG) for batches in (shards, windows))
+    for run in (one, other):
+        run.train(3, progress=False)
+    assert one.losses == other.losses and one.branch(SCHEDULE, shards).step == 3
+
+
+@pytest.mark.parametrize("batches", [[TOKENS], iter([TOKENS]), torch.utils.data.DataLoader(TOKENS)], ids=type)
+def test_what_gives_no_batch_of_a_step(batches):
+    with pytest.raises(
+        ValueError, match=f"The batches are a {type(batches).__name__}; expected tokens, shar"
+    ):
+        Trainer(Decoder(MODEL), batches, SCHEDULE, CONFIG)
+
+
 def test_a_model_without_weights():
     with torch.device("meta"):
         model = Decoder(MODEL)
@@ -470,12 +493,12 @@ def test_branches_of_a_run_that_computes_blocks_again():
     assert trunk.step == 3 and trunk.losses == plain.losses[:3]
 
 
-def test_a_step_that_predicts_nothing_is_refused():
-    """The first edition recorded nan and went on."""
+def test_a_step_that_predicts_nothing_is_refused(tmp_path):
+    """The first edition recorded nan and went on; what was made before is kept."""
     run = Trainer(Decoder(MODEL), Conversations(silent=[3]), SCHEDULE, CONFIG)
     with pytest.raises(ValueError, match="batch of step 4 holds nothing that is to be predicted"):
-        run.train(progress=False)
-    assert run.step == len(run.losses) == 3
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == len(run.losses) == 3 and list(checkpoints(tmp_path)) == [3]
 
 
 # Any module, any objective, any batches.
@@ -637,7 +660,7 @@ def test_passes_of_pairs_are_the_whole():
     one, other = ranker(), ranker(layout=Layout(4))
     for run in (one, other):
         run.model.eval()
-        run._update()
+        run._update(*run._read(), started=0.0, skip_non_finite=0)
     assert other.losses == pytest.approx(one.losses, abs=1e-6)
 
 
@@ -896,6 +919,80 @@ def test_what_was_made_before_a_step_that_is_not_finite_is_kept(tmp_path):
     for each, folder in ((resumed, tmp_path), (whole, None)):
         each.train(folder=folder, progress=False, skip_non_finite=1)
     assert repr(resumed.losses) == repr(whole.losses)
+
+
+class Unreadable(Poisoned):
+    """Pairs of which a step cannot be read."""
+
+    def __getitem__(self, step):
+        if step + 1 in self.steps:
+            raise self.value
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, KeyError])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_was_made_before_a_batch_that_cannot_be_read_is_kept(tmp_path, error, sharded):
+    with processes() if sharded else nullcontext():
+        run, whole = (poisoned(layout=Layout(sharded=sharded)) for _ in "ab")
+        run.batches, whole.batches = Unreadable(6, value=error("a disk")), Unreadable(value=error("a disk"))
+        run.batches.identity = whole.batches.identity
+        with pytest.raises(error, match="a disk"):
+            run.train(folder=tmp_path, progress=False)
+        assert list(checkpoints(tmp_path)) == [5]
+        whole.load(latest_checkpoint(tmp_path))
+        whole.train(folder=tmp_path, progress=False)
+        run.batches = whole.batches  # mended
+        run.train(progress=False)
+        assert run.losses == whole.losses and run.step == 10
+
+
+def test_an_error_of_the_objective_is_perhaps_one_process_s_alone(tmp_path):
+    """Those that train on would not save with it, so it ends at once."""
+
+    def failing(model, batch):
+        if run.step == 5:
+            raise FloatingPointError("a guard of one's own")
+        return _spread(model, batch)
+
+    run = poisoned()
+    run._loss = failing
+    with pytest.raises(FloatingPointError, match="a guard of one's own"):
+        run.train(folder=tmp_path, progress=False)
+    assert run.step == 5 and not checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("first", [Poisoned(1), Unreadable(1, value=OSError("a disk"))])
+def test_an_attempt_that_made_no_step_leaves_no_checkpoint(tmp_path, first):
+    """So that another, with other settings, may begin in the folder."""
+    run = poisoned()
+    run.batches = first
+    with pytest.raises((FloatingPointError, OSError)):
+        run.train(folder=tmp_path, progress=False)
+    assert not checkpoints(tmp_path)
+    poisoned(precision="bfloat16").train(folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_branch_that_stopped_at_its_first_step_goes_on(tmp_path, saved):
+    """Whether or not a checkpoint of its first moment was taken, which is its own and not the trunk's."""
+    trunk = poisoned(7)
+    trunk.train(6, folder=tmp_path / "trunk", progress=False)
+
+    def branch(*steps) -> Trainer:
+        run = poisoned(7)
+        run.batches = Poisoned(*steps)
+        run.branch_from(tmp_path / "trunk" / "step-00000006")
+        return run
+
+    stopped, whole = branch(7), branch()
+    with pytest.raises(FloatingPointError, match="gradient of step 7"):
+        stopped.train(folder=tmp_path / "decay", progress=False)
+    assert not checkpoints(tmp_path / "decay")
+    if saved:
+        whole.save(tmp_path / "decay")
+    whole.train(folder=tmp_path / "decay", progress=False)
+    assert whole.step == 10
 
 
 def test_a_branch_counts_the_steps_that_it_skips_itself(tmp_path):

@@ -101,6 +101,13 @@ def test_an_answer_to_no_question_is_not_scored(answer):
         score_answers(Decoder(MODEL), [*EXAMPLES, EncodedExample((), answer)])
 
 
+def test_what_cannot_be_scored():
+    with pytest.raises(ValueError, match="has no answer"):
+        score_answers(Decoder(MODEL), [*EXAMPLES, EncodedExample((3,), ())])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        score_answers(Decoder(MODEL), EXAMPLES, batch_size=0)
+
+
 @pytest.fixture(scope="module")
 def taught():
     """A model that has learned four answers by heart, one of them wrong."""

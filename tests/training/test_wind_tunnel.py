@@ -138,6 +138,20 @@ def test_a_parabola_is_found_again(at, bend, value, spread):
     assert fitted(at * math.e) == pytest.approx(value + bend, rel=1e-6, abs=1e-6)
 
 
+@given(
+    at=st.floats(1e-3, 1e5),
+    spread=st.floats(1.3, 4),
+    points=st.integers(3, 8),
+    slope=st.sampled_from([0.0, 1.0, -0.3]),
+    height=st.sampled_from([3.1, -7.0, 1 / 3, 2.345, 0.0]),
+)
+def test_a_straight_line_has_no_lowest_point(at, spread, points, slope, height):
+    """Rounding bends it a little, up or down."""
+    x = at * spread ** np.arange(points)
+    with pytest.raises(ValueError, match="opens downwards, or is a straight line"):
+        fit_parabola(x, height + slope * np.log(x))
+
+
 def test_a_parabola_in_x_itself_is_another():
     """The logarithm matters: rates come in factors."""
     x = np.array([1.0, 2, 4, 8])
@@ -326,6 +340,8 @@ def test_a_sigmoid_that_forgets_chance_is_off():
         (lambda: fit_parabola([1, 2], [3, 4]), "at least 3 different x; there are 2"),
         (lambda: fit_parabola([1, 1, 2], [3, 3, 4]), "at least 3 different x; there are 2"),
         (lambda: fit_parabola([1, 2, 3], [3, 4, 3]), "opens downwards"),
+        (lambda: fit_power_law([1, 2, 3], [1, 2, 3], draws=0).band(1), "without bootstrap samples"),
+        (lambda: LossSurface(0, 1, 0, 1, 1).K, "does not fall with both N and D"),
         (lambda: fit_parabola([0, 2, 3], [3, 4, 3]), "x must be a row of finite numbers above 0"),
         (lambda: fit_power_law([1, 2], [3, 4]), "needs 3 points with different x; there are 2"),
         (lambda: fit_power_law([2, 2, 2], [3, 4, 5]), "needs 3 points with different x"),

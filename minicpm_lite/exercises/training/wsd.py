@@ -13,6 +13,8 @@ from ...lab.quiz import Quiz
         lambda total, share: total * share,
         lambda total, share: total - 100,
         lambda total, share: int(total * (1 - share)),  # 100 * (1 - 0.9) is 9.99…
+        lambda total, share: total - int(total * share),
+        lambda total, share: total * (1 - share),
     ),
 )
 def decay_start(answer):
@@ -26,6 +28,9 @@ def decay_start(answer):
     assert same(answer(100, 0.9), 10), (
         "Of 100 updates 90 % are 90. A computer's 0.9 is a little off: round, do not cut off."
     )
+    assert same(answer(1607, 0.1), 1446), (
+        "A tenth of 1,607 updates is 160.7. A decay of whole updates nearest to that has 161."
+    )
     assert same(answer(50, 0.0), 50), "Without a decay the stable phase ends with the run."
 
 
@@ -38,7 +43,7 @@ def decay_start(answer):
         lambda decay_steps, ratio: round(decay_steps / math.log2(1 / ratio)),
     ),
 )
-def half_life(answer):
+def half_life_for(answer):
     """0.5 to the power of decay_steps / half_life is the ratio."""
     assert same(answer(100, 0.5), 100), "To end at a half after 100 updates, the rate halves once."
     assert same(answer(100, 0.25), 50), "To end at a quarter after 100 updates, the rate halves twice."
@@ -57,6 +62,11 @@ def _exponential(s, peak, W, T, S):
     return peak * min(s / W, 1) * 0.1 ** (max(s - T, 0) / (S - T))
 
 
+def _smooth_start(s, peak, W, T, S):
+    start = (1 - math.cos(math.pi * min(s / W, 1))) / 2
+    return peak * min(start, max(0, (S - s) / (S - T)))
+
+
 def _below_zero(s, peak, W, T, S):
     return peak * min(s / W, 1, (S - s) / (S - T))
 
@@ -66,6 +76,7 @@ def _below_zero(s, peak, W, T, S):
     wrong=(
         _half_cosine,
         _exponential,
+        _smooth_start,
         _below_zero,
         lambda s, peak, W, T, S: peak * min((s + 1) / W, 1, max(0, (S - s) / (S - T))),
         lambda s, peak, W, T, S: peak * min(s / W, 1, max(0, (100 - s) / 20)),
@@ -74,7 +85,7 @@ def _below_zero(s, peak, W, T, S):
 def linear_wsd(answer):
     """Each edge is exact, and beyond the end the rate stays at zero."""
     for peak, W, T, S in ((0.01, 10, 80, 100), (3.0, 4, 20, 50)):
-        assert answer(0, peak, W, T, S) == 0 and same(answer(W // 2, peak, W, T, S), peak / 2), (
+        assert all(same(answer(s, peak, W, T, S), peak * s / W) for s in range(W)), (
             "The warm-up climbs in a straight line from 0 at step 0 to the peak at step `W`: at half of `W` "
             "it is half the peak."
         )

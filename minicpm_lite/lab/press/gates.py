@@ -231,9 +231,10 @@ def _reporting_folded(notebook: Notebook) -> Iterator[str]:
         folded = cell.metadata.get("jupyter", {}).get("source_hidden") and "hide-input" in tags(cell)
         reports = _calls(cell.source, *_REPORTING)
         if reports and not folded and "solution" not in tags(cell):
+            name = ast.unparse(reports[0].func)
             yield (
-                f"Cell {number} shows code that only reports ({reports[0].func.attr}); put it into a cell of "
-                "its own, tagged hide-input and with source_hidden."
+                f"Cell {number} shows code that only reports ({name}); put it into a cell of its own, tagged "
+                "hide-input and with source_hidden."
             )
 
 
@@ -284,13 +285,9 @@ def _walk(source: str) -> list[ast.AST]:
 
 
 def _calls(source: str, *names: str) -> list[ast.Call]:
-    """The calls in a cell of methods (or of functions in a module) that have one of these names."""
-    nodes = _walk(source)
-    return [
-        n
-        for n in nodes
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in names
-    ]
+    """The calls in a cell of functions and methods that have one of these names."""
+    calls = [node for node in _walk(source) if isinstance(node, ast.Call)]
+    return [call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", None)) in names]
 
 
 def _has_blank(source: str) -> bool:

@@ -152,7 +152,7 @@ def check_in_the_open(nb):
 
 
 def quiz_in_the_open(nb):
-    nb.cells.append(code('lab.Quiz([("What is twice 2?", ["3", "4"], 1, "Two twos.")])'))
+    nb.cells.append(code('Quiz([("What is twice 2?", ["3", "4"], 1, "Two twos.")])'))
 
 
 def solution_without_tag(nb):
@@ -229,7 +229,7 @@ def too_large(nb):
         (check_in_the_open, "_no_answers", "answers can be read"),
         (quiz_in_the_open, "_no_answers", "answers can be read"),
         (solution_without_tag, "_no_answers", "no tag solution"),
-        (reporting_shown, "_reporting_folded", "only reports (say)"),
+        (reporting_shown, "_reporting_folded", "only reports (lab.say)"),
         (reporting_folded_on_the_page_alone, "_reporting_folded", "only reports"),
         (wide, "_narrow", "a line of 80 columns; the page shows 79"),
         (solution_open_in_lab, "_solutions_folded", "open in JupyterLab"),
