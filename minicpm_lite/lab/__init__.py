@@ -6,8 +6,8 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `Drawing`, `Explorer`, `difference` and `Evidence`. The checks of its exercises and
-its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
+and then has `say`, `table`, `Drawing`, `Explorer`, `difference` and `Evidence`. The checks of its exercises
+and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
 ``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
