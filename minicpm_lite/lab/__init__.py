@@ -1,4 +1,4 @@
-"""What only the notebooks use: a common start, tables, explorable figures, comparisons, evidence.
+"""What only the notebooks use: a start, tables, drawings, explorable figures, comparisons, evidence.
 
 A chapter begins with::
 
@@ -6,8 +6,8 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `source`, `Explorer`, `difference` and `Evidence`. The checks of its exercises
-and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
+and then has `say`, `table`, `source`, `Drawing`, `Explorer`, `difference` and `Evidence`. The checks of its
+exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
 ``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
@@ -18,14 +18,16 @@ from importlib.metadata import version
 
 from ..runtime import calm_threads, seed_everything, tune_cpu
 from .display import say, source, table
+from .drawing import Drawing
 from .evidence import Evidence
 from .explorer import Explorer
 from .machine import device
 from .paired import difference, power, smallest_effect
+from .plots import show_plots_as_svg
 from .style import use_book_style
 
 __all__ = [
-    "Evidence", "Explorer", "device", "difference", "power", "say", "smallest_effect", "source",
+    "Drawing", "Evidence", "Explorer", "device", "difference", "power", "say", "smallest_effect", "source",
     "start", "table",
 ]  # fmt: skip
 
@@ -52,3 +54,4 @@ def start(library: str, seed: int) -> None:
     tune_cpu()
     calm_threads()
     use_book_style()
+    show_plots_as_svg()

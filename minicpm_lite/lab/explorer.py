@@ -1,37 +1,45 @@
 """One figure, two lives: an ipywidgets slider in a live kernel, plain HTML in the static book.
 
 Both are made from the same frames, drawn once for each value. The HTML needs no kernel, no network and no
-library: an image, a range input and a few lines of script. It works by mouse, touch and keyboard; a screen
+library: a drawing, a range input and a few lines of script. It works by mouse, touch and keyboard; a screen
 reader hears the value together with the description of its frame. Where scripts do not run (a notebook that
 Jupyter does not trust yet) the first frame shows, with a line that says what to do.
+
+Frames are SVGs and differ in little: each is stored as a list of its elements, and each element once.
 """
 
-import base64
 import hashlib
-import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 
-from PIL import Image
-
 from ..optional import require
+from .plots import plot_svg
 from .style import KEEP_KEYS, THEME
+from .svg import UNFOLD, image, inline
 
 ipywidgets = require("ipywidgets", install="minicpm_lite[notebooks]", purpose="use the book's notebooks")
 plt = require("matplotlib.pyplot", install="minicpm_lite[notebooks]", purpose="use the book's notebooks")
 
-_SCRIPT = """(() => {
-const figure = document.currentScript.parentElement, image = figure.querySelector('img');
+_SCRIPT = (
+    """(() => {
+const figure = document.currentScript.parentElement;
 const slider = figure.querySelector('input'), output = figure.querySelector('output');
-const frames = JSON.parse(figure.querySelector('[type="application/json"]').textContent);
-frames[+slider.value].src = image.src;
+const {parts, frames} = JSON.parse(figure.querySelector('[type="application/json"]').textContent);
+let svg = ("""
+    + UNFOLD
+    + """)(figure.querySelector('img'));
+const box = document.createElement('div');
 const show = () => { const frame = frames[+slider.value];
-image.src = frame.src; image.alt = frame.alt; output.textContent = frame.text;
+box.innerHTML = frame.parts.map(part => parts[part]).join('');
+svg.replaceWith(box.firstElementChild); svg = figure.querySelector('svg');
+svg.setAttribute('aria-label', frame.alt); output.textContent = frame.text;
 slider.setAttribute('aria-valuetext', frame.text + '. ' + frame.alt); };
 slider.addEventListener('input', show); show();
 figure.querySelector('small').hidden = true;
 })()"""
+)
 
 
 class Explorer:
@@ -43,7 +51,6 @@ class Explorer:
         label: what the slider sets, with its unit.
         alt: takes one value and returns one sentence that says what the frame shows.
         start: index of the value shown first.
-        colors: colours kept in each frame; line plots need 32, photographs and heat maps more, at most 256.
 
     Raises:
         ValueError: fewer than two values, or `start` is not the index of one.
@@ -57,7 +64,6 @@ class Explorer:
         label: str,
         alt: Callable[[object], str],
         start: int = 0,
-        colors: int = 32,
     ) -> None:
         if len(values) < 2:
             raise ValueError(f"An Explorer moves between at least two values; it was given {len(values)}.")
@@ -66,23 +72,27 @@ class Explorer:
         self.label, self.start = label, start
         self.texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
         self.alts = [_sentence(alt, value) for value in values]
-        self.frames = [_png(draw, value, colors) for value in values]
+        content = json.dumps([label, self.texts, self.alts])
+        self.identity = "explorer-" + hashlib.sha256(content.encode()).hexdigest()[:10]
+        self.frames = [_svg(draw, value, self.identity) for value in values]
 
     def html(self) -> str:
         """The static life."""
-        first = self.frames[self.start]
-        frames = [  # the first frame stands in the image already, and the script takes it from there
-            {"text": text, "alt": alt} | ({} if frame is first else {"src": _data_uri(frame)})
-            for text, alt, frame in zip(self.texts, self.alts, self.frames, strict=True)
+        elements = [re.split(r"(?=<)", frame) for frame in self.frames]
+        places = {part: place for place, part in enumerate(dict.fromkeys(sum(elements, [])))}
+        frames = [
+            {"text": text, "alt": alt, "parts": [places[part] for part in parts]}
+            for text, alt, parts in zip(self.texts, self.alts, elements, strict=True)
         ]
-        data = json.dumps(frames, ensure_ascii=False).replace("<", r"\u003c")
+        data = json.dumps(
+            {"parts": list(places), "frames": frames}, ensure_ascii=False, separators=(",", ":")
+        )
+        data = data.replace("<", r"\u003c")
         text, alt = escape(self.texts[self.start]), escape(self.alts[self.start])
         slider_style = "flex:1 1 12rem;min-width:0;height:2.75rem;margin:0"
-        identity = hashlib.sha256(b"".join(self.frames) + data.encode()).hexdigest()[:10]
         return (
-            f'{THEME}<figure class="lab-piece" id="explorer-{identity}" '
-            'style="margin:1rem auto;max-width:42rem">'
-            f'<img src="{_data_uri(first)}" alt="{alt}" style="max-width:100%;height:auto">'
+            f'{THEME}<figure class="lab-piece" id="{self.identity}" style="margin:1rem auto;max-width:42rem">'
+            f"{image(self.frames[self.start], self.alts[self.start])}"
             '<div style="display:flex;align-items:center;gap:1rem">'
             '<label style="display:flex;flex-wrap:wrap;align-items:center;column-gap:1rem;flex:1">'
             f"<span>{escape(self.label)}</span>"
@@ -105,8 +115,7 @@ class Explorer:
         picture = ipywidgets.HTML()  # not ipywidgets.Image, which cannot carry a text for screen readers
 
         def show(index: int) -> None:
-            source, alt = _data_uri(self.frames[index]), escape(self.alts[index])
-            picture.value = f'<img src="{source}" alt="{alt}" style="max-width:100%;height:auto">'
+            picture.value = inline(self.frames[index], self.alts[index])
 
         slider.observe(lambda change: show(change["new"]), "value")
         show(self.start)
@@ -127,20 +136,13 @@ def _sentence(alt: Callable[[object], str], value: object) -> str:
     return text
 
 
-def _png(draw: Callable[[object], plt.Figure], value: object, colors: int) -> bytes:
+def _svg(draw: Callable[[object], plt.Figure], value: object, prefix: str) -> str:
     figure = draw(value)
     if not isinstance(figure, plt.Figure):
         raise TypeError(
             f"draw returned {type(figure).__name__} for the value {value!r}; expected a matplotlib figure: "
             "end the function with `return figure`."
         )
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=110)
+    svg = plot_svg(figure, prefix)
     plt.close(figure)
-    image = Image.open(full).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
-    image.save(small, "PNG", optimize=True)
-    return small.getvalue()
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return svg

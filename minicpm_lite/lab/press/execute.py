@@ -21,7 +21,8 @@ from ... import __version__
 from ...optional import require
 from .. import machine
 from ..machine import cores, device
-from .notebook import KEY, MEASURED, Notebook
+from ..svg import describe
+from .notebook import KEY, MEASURED, Notebook, alt_text
 from .stamps import stamp, why_stale
 
 INSTALL = "minicpm_lite[notebooks]"
@@ -141,7 +142,7 @@ def execute(notebook: Notebook) -> None:
 
 
 def normalise(nb: "nbformat.NotebookNode") -> None:
-    """Drop from a notebook that has just run what would differ in the next run."""
+    """Drop from a notebook that has just run what would differ in the next run, and describe its plots."""
     nb.metadata.pop("widgets", None)
     nb.metadata["language_info"] = {"name": "python"}
     nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -149,6 +150,9 @@ def normalise(nb: "nbformat.NotebookNode") -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in map(_normal, cell.outputs) if output]
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}) and alt_text(cell):
+                    output.data["text/html"] = describe(output.data["text/html"], alt_text(cell))
 
 
 def _normal(output: "nbformat.NotebookNode") -> "nbformat.NotebookNode | None":

@@ -7,8 +7,9 @@ from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
+from ..svg import UNDESCRIBED
 from .execute import PROGRESS_BAR
-from .notebook import MEASURED, Notebook, tags
+from .notebook import KEY, MEASURED, Notebook, alt_text, tags
 from .stamps import LIBRARY, parse_cell, why_stale
 from .student import SOLUTION_MARKER
 
@@ -47,6 +48,7 @@ _REMOTE = re.compile(r"(https?:)?//")
 _REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
 _CDN = re.compile(r"https?://[\w.-]*(?:\bcdn|cdnjs|jsdelivr|unpkg|googleapis|gstatic)[\w./-]*")
 _MARKDOWN_IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<source>[^)\s]*)")
+_DATA_URI = re.compile(r"data:(image/[\w.+-]+)")
 _MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|[\w./-]*/site-packages/")
 
 
@@ -136,14 +138,38 @@ def _reads_everywhere(notebook: Notebook) -> Iterator[str]:
 
 def _described(notebook: Notebook) -> Iterator[str]:
     for number, cell in notebook.code:
-        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
-        if any(mime.startswith("image/") for data in _data(cell) for mime in data) and not alt.strip():
+        images = any(mime.startswith("image/") for data in _data(cell) for mime in data)
+        if (
+            images
+            and not alt_text(cell)
+            or any(UNDESCRIBED in data.get("text/html", "") for data in _data(cell))
+        ):
             yield f"Cell {number} shows a picture without alt text (`mystnb: {{image: {{alt: …}}}}`)."
     for number, text in _pages(notebook):
         undescribed = [image for image in _MARKDOWN_IMAGE.finditer(text) if not image["alt"].strip()]
         undescribed += [1 for tag, values in _elements(text) if tag == "img" and not values.get("alt")]
         if undescribed:
             yield f"Cell {number} holds an image without alt text."
+
+
+def _pictures_are_svg(notebook: Notebook) -> Iterator[str]:
+    for number, cell in notebook.code:
+        if cell.metadata.get(KEY, {}).get("raster", "").strip():
+            continue
+        kinds = [mime for data in _data(cell) for mime in data if mime.startswith("image/")]
+        for data in _data(cell):
+            sources = [
+                values.get("src") or ""
+                for tag, values in _elements(data.get("text/html", ""))
+                if tag == "img"
+            ]
+            kinds += [kind[1] for source in sources if (kind := _DATA_URI.match(source))]
+        if rasters := sorted({kind for kind in kinds if kind != "image/svg+xml"}):
+            yield (
+                f"Cell {number} shows a picture that is no SVG ({', '.join(rasters)}). A plot is one after "
+                "lab.start, a mechanism is a lab.Drawing; a photograph says in the metadata why it is none "
+                f"(`{KEY}: {{raster: …}}`)."
+            )
 
 
 def _offline(notebook: Notebook) -> Iterator[str]:

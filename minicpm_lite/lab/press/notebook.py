@@ -12,7 +12,9 @@ from ...optional import require
 nbformat = require("nbformat", install="minicpm_lite[notebooks]", purpose="read notebooks")
 jsonschema = require("jsonschema", install="minicpm_lite[notebooks]", purpose="read notebooks")
 
-KEY = "minicpm_lite"  # in the notebook's metadata: stamp, version, seconds, peak_memory_mb, device
+# In the notebook's metadata: stamp, version, seconds, peak_memory_mb, device. In those of a cell: raster, why
+# its picture is no SVG.
+KEY = "minicpm_lite"
 
 MEASURED = re.compile(r"^\*\*One run of this notebook takes\*\*.*", re.MULTILINE)
 
@@ -141,6 +143,11 @@ def cost(run: dict) -> tuple[str, str]:
 def tags(cell: nbformat.NotebookNode) -> set[str]:
     """The tags of a cell."""
     return set(cell.metadata.get("tags", []))
+
+
+def alt_text(cell: nbformat.NotebookNode) -> str:
+    """What the metadata of a cell say of its plot, for readers who do not see it; empty if nothing."""
+    return cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "").strip()
 
 
 def find(places: Iterable[Path]) -> list[Path]:

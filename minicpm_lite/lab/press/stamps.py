@@ -2,7 +2,8 @@
 
 A stamp holds three hashes, so that a stale one says why:
 
-- ``cells``: source and tags of the code cells. Not the prose, not the outputs.
+- ``cells``: source and tags of the code cells, and the alt text that their plots carry. Not the prose, not
+  the outputs.
 - ``library``: every module of minicpm_lite that the code reaches through imports, as syntax trees without
   docstrings and comments; the configs it loads; and the folder ``assets`` beside a module that names it.
 - ``recorded``: the files beside the notebook that its code uses. These are its recorded runs
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from .notebook import Notebook, tags
+from .notebook import Notebook, alt_text, tags
 
 LIBRARY = Path(__file__).parents[2]
 _READS_ONE_CONFIG = {"load_config", "load_recipe", "load_rope_scaling"}
@@ -40,7 +41,7 @@ _SHOWN = re.compile(r"From `([\w.]+)`:\n\n```python\n(.*)\n```", re.DOTALL)  # a
 
 def stamp(notebook: Notebook, library: Path = LIBRARY) -> dict[str, str]:
     """The stamp that the notebook would get if it ran now."""
-    cells = [(cell.source.rstrip(), sorted(tags(cell))) for _, cell in notebook.code]
+    cells = [(cell.source.rstrip(), sorted(tags(cell)), alt_text(cell)) for _, cell in notebook.code]
     trees, beside = _code(notebook)
     modules = _reached(trees, library.parent, library.name)
     code = {name: _meaning(path.read_bytes()) for name, path in sorted(modules.items())}

@@ -20,12 +20,15 @@ from small_chapter import (
     chapter,
     code,
     sealed,
+    shown,
 )
 
+from minicpm_lite.lab import svg
 from minicpm_lite.lab.press.__main__ import main
-from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, problems, student_problems
+from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, _pictures_are_svg, problems, student_problems
 from minicpm_lite.lab.press.notebook import KEY, Notebook
 from minicpm_lite.lab.press.student import student_copy, write_student_copies
+from minicpm_lite.lab.svg import UNDESCRIBED
 
 
 def test_the_clean_chapter_passes(write, capsys):
@@ -53,6 +56,12 @@ def traceback_shown(nb):
 
 def no_alt_text(nb):
     del nb.cells[PICTURE].metadata["mystnb"]
+    nb.cells[PICTURE].outputs = [shown(UNDESCRIBED)]
+
+
+def stored_image_without_alt_text(nb):
+    del nb.cells[PICTURE].metadata["mystnb"]
+    nb.cells[PICTURE].outputs = [new_output("display_data", {"image/png": "aGk="})]
 
 
 def markdown_image_without_alt_text(nb):
@@ -226,6 +235,7 @@ def too_large(nb):
         (holds("See [](#ex-twice)."), "_reads_everywhere", "[](#ex-twice)"),
         (holds("See [the exercise](ex-twice)."), "_reads_everywhere", "write #ex-twice"),
         (no_alt_text, "_described", "without alt text"),
+        (stored_image_without_alt_text, "_described", "without alt text"),
         (markdown_image_without_alt_text, "_described", "without alt text"),
         (html_image_without_alt_text, "_described", "without alt text"),
         (cdn_in_output, "_offline", "network"),
@@ -320,6 +330,37 @@ def test_a_chapter_spoilt_after_its_run_fails_one_gate(write, spoil, gate, says)
     notebook = Notebook.read(path)
     assert [g.__name__ for g in GATES if list(g(notebook))] == [gate]
     assert any(says in problem for problem in problems(path))
+
+
+PNG = "data:image/png;base64,aGk="
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ({"image/png": "aGk="}, "image/png"),
+        ({"image/jpeg": "aGk=", "text/html": "<p>A photograph</p>"}, "image/jpeg"),
+        ({"text/html": f'<p><img alt="A line." src="{PNG}"></p>'}, "image/png"),
+        (shown("A line.").data | {"image/png": "aGk="}, "image/png"),
+    ],
+)
+def test_a_picture_that_is_no_svg_needs_a_reason(write, data, kind):
+    nb = chapter()
+    nb.cells[PICTURE].outputs = [new_output("display_data", data)]
+    [problem] = _pictures_are_svg(Notebook.read(write(nb)))
+    assert f"Cell {PICTURE + 1} shows a picture that is no SVG ({kind})" in problem
+    nb.cells[PICTURE].metadata[KEY] = {"raster": " "}
+    assert len(list(_pictures_are_svg(Notebook.read(write(nb))))) == 1, "a blank is no reason"
+    nb.cells[PICTURE].metadata[KEY] = {"raster": "A photograph has no lines to draw."}
+    assert list(_pictures_are_svg(Notebook.read(write(nb)))) == []
+
+
+@pytest.mark.parametrize("body", ["<path d='M0 0'/>", f"<image href='{PNG}' width='4' height='4'/>"])
+def test_an_svg_needs_no_reason_not_even_with_a_matrix_of_pixels(write, body):
+    nb = chapter()
+    html = svg.picture(svg.document(360, 200, body), "A line.")
+    nb.cells[PICTURE].outputs = [new_output("display_data", {"text/html": html})]
+    assert list(_pictures_are_svg(Notebook.read(write(nb)))) == []
 
 
 def test_check_tells_and_fails(write, capsys):

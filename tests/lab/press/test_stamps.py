@@ -69,8 +69,10 @@ def test_code_and_tags_count_but_prose_and_outputs_do_not(notebook):
     before = stamp(topic)
     topic.nb.cells[0].source = "# Another title"
     topic.nb.cells[PICTURE].outputs = []
-    topic.nb.cells[PICTURE].metadata["mystnb"] = {"image": {"alt": "Another text."}}
     assert stamp(topic) == before
+    topic.nb.cells[START].metadata["mystnb"] = {"image": {"alt": "Another text."}}
+    assert changed(before, stamp(topic)) == {"cells"}, "the stored plot carries its description"
+    before = stamp(topic)
     topic.nb.cells[START].metadata["tags"] = ["hide-input"]
     assert changed(before, stamp(topic)) == {"cells"}
     topic.nb.cells[START].metadata["tags"] = []
