@@ -253,8 +253,29 @@ class _AnyDirective(_docutils.Directive):
 
     has_content, optional_arguments, final_argument_whitespace = True, 1, True
     option_spec = dict.fromkeys(
-        "align alt caption class emphasize-lines figwidth header-rows height hidden icon label language "
-        "lineno-start linenos name nonumber open scale sorted width widths".split(),
+        [
+            "align",
+            "alt",
+            "caption",
+            "class",
+            "emphasize-lines",
+            "figwidth",
+            "header-rows",
+            "height",
+            "hidden",
+            "icon",
+            "label",
+            "language",
+            "lineno-start",
+            "linenos",
+            "name",
+            "nonumber",
+            "open",
+            "scale",
+            "sorted",
+            "width",
+            "widths",
+        ],
         str,
     )
 
