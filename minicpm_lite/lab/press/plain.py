@@ -253,31 +253,11 @@ class _AnyDirective(_docutils.Directive):
 
     has_content, optional_arguments, final_argument_whitespace = True, 1, True
     option_spec = dict.fromkeys(
-        [
-            "align",
-            "alt",
-            "caption",
-            "class",
-            "emphasize-lines",
-            "figwidth",
-            "header-rows",
-            "height",
-            "hidden",
-            "icon",
-            "label",
-            "language",
-            "lineno-start",
-            "linenos",
-            "name",
-            "nonumber",
-            "open",
-            "scale",
-            "sorted",
-            "width",
-            "widths",
-        ],
+        ["align", "alt", "caption", "class", "emphasize-lines", "figwidth", "header-rows", "height", "hidden",
+         "icon", "label", "language", "lineno-start", "linenos", "name", "nonumber", "open", "scale",
+         "sorted", "width", "widths"],
         str,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
