@@ -12,6 +12,8 @@ from pathlib import Path
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
+from minicpm_lite.lab.press.plain import cost, measured
+
 from .tables import parse, table
 
 EVIDENCE = "application/vnd.minicpm-lite.evidence+json"
@@ -73,19 +75,6 @@ def read_chapters(env) -> list[Chapter]:
     ]
 
 
-def cost(run: dict) -> tuple[str, str]:
-    """Minutes and peak memory of a run as text.
-
-    >>> cost({"seconds": 75, "peak_memory_mb": 1234.5})
-    ('1.2 min', '1,234 MB')
-    >>> cost({"seconds": 12, "peak_memory_mb": 99})
-    ('12 s', '99 MB')
-    """
-    seconds = run["seconds"]
-    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    return time, f"{run['peak_memory_mb']:,.0f} MB"
-
-
 def runs(seeds: list[int]) -> str:
     """How often an experiment was run.
 
@@ -132,9 +121,7 @@ class Measured(SphinxDirective):
                 subtype="measured",
             )
             return parse(self, "Not measured yet.")
-        time, memory = cost(chapter.run)
-        device = chapter.run["device"]
-        return parse(self, f"**{time}** and **{memory}** of memory at its peak, measured on {device}.")
+        return parse(self, measured(chapter.run))
 
 
 class Chapters(BookDirective):
@@ -147,9 +134,9 @@ class Chapters(BookDirective):
         rows, seconds = [], 0.0
         for chapter in self.chapters():
             if chapter.docname.startswith(folder):
-                measured = chapter.run.keys() >= {"seconds", "peak_memory_mb"}
-                seconds += chapter.run["seconds"] if measured else 0
-                time, memory = cost(chapter.run) if measured else ("–", "–")
+                known = chapter.run.keys() >= {"seconds", "peak_memory_mb"}
+                seconds += chapter.run["seconds"] if known else 0
+                time, memory = cost(chapter.run) if known else ("–", "–")
                 rows.append([f"{{doc}}`/{chapter.docname}`", time, memory])
         if not self.arguments:
             rows.append(["**All together**", f"{seconds / 60:.1f} min", ""])

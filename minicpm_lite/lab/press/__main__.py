@@ -7,8 +7,9 @@ from pathlib import Path
 from .execute import run
 from .gates import problems
 from .grade import SECONDS, grade, table, write_csv
+from .nbgrader import nbgrader_copy
 from .notebook import find
-from .student import write_student_copies
+from .student import student_copy, write_student_copies
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     checks = commands.add_parser("check", help="print everything that keeps a notebook from being committed")
     students = commands.add_parser("student", help="write copies without solutions and outputs")
     students.add_argument("out", type=Path, metavar="OUT", help="the folder to write to")
+    students.add_argument("--nbgrader", action="store_true", help="with the marks of an nbgrader assignment")
     grades = commands.add_parser("grade", help="grade students' notebooks by the checks, shut in (Linux)")
     grades.add_argument(
         "folder", type=Path, metavar="FOLDER", help="the submissions, with folders in it or not"
@@ -56,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.csv:
                 write_csv(found, options.csv)
             return 0
-        for path in write_student_copies(paths, options.out):
+        made = nbgrader_copy if options.nbgrader else student_copy
+        for path in write_student_copies(paths, options.out, made):
             print(path)
         return 0
     except (OSError, ValueError) as error:

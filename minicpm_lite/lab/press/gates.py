@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-from markdown_it import MarkdownIt
-
+from ...optional import require
 from .execute import PROGRESS_BAR
 from .notebook import Notebook, tags
 from .stamps import LIBRARY, parse_cell, why_stale
+
+_markdown_it = require("markdown_it", install="minicpm_lite[book]", purpose="check students' copies")
 
 SECONDS = 180
 PEAK_MEMORY_MB = 3_000
@@ -77,7 +78,7 @@ def _student_code_problems(cell) -> Iterator[str]:
 
 def _raw(source: str) -> Iterator[str]:
     """What plain Markdown would show as it is written: directives, roles, labels, attributes and the like."""
-    for token in MarkdownIt("commonmark").enable("table").parse(source):
+    for token in _markdown_it.MarkdownIt("commonmark").enable("table").parse(source):
         if token.type == "fence" and token.info.startswith("{"):
             yield token.info
         elif token.type == "inline":

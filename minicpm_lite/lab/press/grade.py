@@ -28,7 +28,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from ...files import written_whole
 from ..display import plain_table
 from .execute import ONE_THREAD
-from .judge import _read_message, _write_message
+from .judge import read_message, write_message
 from .notebook import Notebook, find, nbformat, tags
 from .sandbox import Sandbox
 
@@ -59,7 +59,7 @@ def grade(folder: Path, originals: Iterable[Path], seconds: int = SECONDS) -> li
     Args:
         folder: the submissions, under any names.
         originals: the chapters that they may be of.
-        seconds: for all calls of one answer together.
+        seconds: for one answer with its check.
 
     Raises:
         OSError: there is nothing to grade, or this system cannot shut students' code in.
@@ -70,11 +70,11 @@ def grade(folder: Path, originals: Iterable[Path], seconds: int = SECONDS) -> li
     chapters = [chapter for path in originals if (chapter := _Chapter.of(Notebook.read(path)))]
     known = {chapter.checks: chapter for chapter in chapters}
     grades: list[Grade] = []
-    handed_in: dict[str, dict[str, list[_Cell]]] = {}
+    handed_in: dict[str, dict[str, list[Cell]]] = {}
     for path in paths:
         name = path.relative_to(folder).as_posix() if path != folder else path.name
         try:
-            cells = [_Cell.read(cell) for _, cell in Notebook.read(path).code]
+            cells = [Cell.read(cell) for _, cell in Notebook.read(path).code]
         except (OSError, ValueError) as error:
             grades.append(Grade(name, "", "", "ungraded", str(error).replace(str(path), path.name)))
             continue
@@ -115,7 +115,7 @@ def table(grades: Sequence[Grade]) -> str:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """A code cell, read and not run."""
 
     text: str
@@ -124,7 +124,7 @@ class _Cell:
     unreadable: str = ""  # why it has no statements
 
     @classmethod
-    def read(cls, cell: nbformat.NotebookNode) -> "_Cell":
+    def read(cls, cell: nbformat.NotebookNode) -> "Cell":
         text, marks = TransformerManager().transform_cell(cell.source), frozenset(tags(cell))
         try:
             return cls(text, ast.parse(text).body, marks)
@@ -133,10 +133,10 @@ class _Cell:
         except (ValueError, RecursionError, MemoryError) as error:
             return cls(text, [], marks, f"{type(error).__name__}: {error}")
 
-    def answers(self, method: str | None = None) -> list["_Task"]:
+    def answers(self, method: str | None = None) -> list["Task"]:
         """What it gives to checks: in ``check.NAME(answer)``, or in ``check.NAME.method(answer)``."""
         calls = filter(None, map(_check_called, self.statements))
-        return [_Task(name, answer, self.source) for name, called, answer in calls if called == method]
+        return [Task(name, answer, self.source) for name, called, answer in calls if called == method]
 
     @property
     def source(self) -> str:
@@ -155,7 +155,7 @@ class _Cell:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What a judge is asked: does this answer, made by this code, pass this check?"""
 
     check: str
@@ -170,14 +170,14 @@ class _Chapter:
 
     name: str
     checks: str
-    exercises: list[_Task]
-    solutions: list[_Task]
+    exercises: list[Task]
+    solutions: list[Task]
     statements: list[ast.stmt]
 
     @classmethod
     def of(cls, notebook: Notebook) -> "_Chapter | None":
         """The chapter in a notebook; None if it imports no module of checks."""
-        cells = [_Cell.read(cell) for _, cell in notebook.code]
+        cells = [Cell.read(cell) for _, cell in notebook.code]
         checks = _checks(cells)
         if not checks:
             return None
@@ -188,13 +188,13 @@ class _Chapter:
         name = "/".join(notebook.path.absolute().with_suffix("").parts[-2:])
         return cls(name, checks, exercises, solutions, others)
 
-    def grades(self, submissions: dict[str, list[_Cell]], seconds: int) -> Iterator[Grade]:
+    def grades(self, submissions: dict[str, list[Cell]], seconds: int) -> Iterator[Grade]:
         """Grade submissions of this chapter."""
         tasks = {
             name: [self._task(exercise, cells) for exercise in self.exercises]
             for name, cells in submissions.items()
         }
-        answers = [task for own in tasks.values() for task in own if isinstance(task, _Task)]
+        answers = [task for own in tasks.values() for task in own if isinstance(task, Task)]
         used = {name for task in [*answers, *self.solutions] for name in _free(task)}
         with _Starter(self, _source_of(self.statements, used), seconds) as judge:
             book = {solution.check: judge(solution) for solution in self.solutions}
@@ -204,12 +204,12 @@ class _Chapter:
                     if state != "right":
                         verdict = "ungraded", f"The book's own solution is not found right: {why}"
                     else:
-                        verdict = judge(task) if isinstance(task, _Task) else task
+                        verdict = judge(task) if isinstance(task, Task) else task
                     yield Grade(name, self.name, exercise.check, *verdict)
 
-    def _task(self, exercise: _Task, cells: list[_Cell]) -> "_Task | tuple[str, str]":
+    def _task(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
         """A student's answer to an exercise, or the verdict where there is nothing to judge."""
-        found: list[_Task | _Cell] = []
+        found: list[Task | Cell] = []
         for cell in cells:
             called = [task for task in cell.answers() if task.check == exercise.check]
             if called:
@@ -221,7 +221,7 @@ class _Chapter:
         match found:
             case []:
                 return "unfinished", f"No cell calls check.{exercise.check} or defines {exercise.answer}."
-            case [*_, _Cell(unreadable=why)]:
+            case [*_, Cell(unreadable=why)]:
                 return "wrong", f"The cell cannot be read as Python: {why}."
         answer = found[-1]
         own = {name for each in ast.parse(answer.source).body for name in _bound(each)}
@@ -248,19 +248,19 @@ class _Starter:
             bufsize=0,
         )
         chapter = {"checks": self.chapter.checks, "source": self.source}
-        _write_message(self.process.stdin.fileno(), json.dumps(chapter).encode())
-        if problem := _read_message(self.process.stdout.fileno()):
+        write_message(self.process.stdin.fileno(), json.dumps(chapter).encode())
+        if problem := read_message(self.process.stdout.fileno()):
             self.__exit__()
             raise ValueError(
                 f"{self.chapter.name}: its own cells fail, so nothing of it is graded: {problem.decode()}"
             )
         return self
 
-    def __call__(self, task: _Task) -> tuple[str, str]:
+    def __call__(self, task: Task) -> tuple[str, str]:
         asked = vars(task) | {"seconds": self.seconds}
         os.write(self.process.stdin.fileno(), b"+")
-        _write_message(self.process.stdin.fileno(), json.dumps(asked).encode())
-        state, message = json.loads(_read_message(self.process.stdout.fileno()))
+        write_message(self.process.stdin.fileno(), json.dumps(asked).encode())
+        state, message = json.loads(read_message(self.process.stdout.fileno()))
         return state, message
 
     def __exit__(self, *error: object) -> None:
@@ -270,7 +270,7 @@ class _Starter:
         self.folder.cleanup()
 
 
-def _checks(cells: Iterable[_Cell]) -> str | None:
+def _checks(cells: Iterable[Cell]) -> str | None:
     """The module that some cells import as ``check``."""
     for statement in (each for cell in cells for each in cell.statements):
         match statement:
@@ -296,7 +296,7 @@ def _is_left_out(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and bool(names & {"check", "get_ipython"})
 
 
-def _free(task: _Task) -> set[str]:
+def _free(task: Task) -> set[str]:
     """The names that an answer reads."""
     return {name for text in (task.source, task.answer, task.helpers) for name in _read(ast.parse(text))}
 

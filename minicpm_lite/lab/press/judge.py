@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...runtime import seed_everything
 from ..exercises import Exercise, Verdict, _does_nothing, _used
 from .sandbox import Sandbox, limit_memory, python_itself
 
@@ -72,15 +73,16 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     torch.set_num_threads(1)
-    chapter = json.loads(_read_message(commands))
+    seed_everything(0)
+    chapter = json.loads(read_message(commands))
     names: dict[str, object] = {"__name__": _CHAPTER}
     try:
         checks = import_module(chapter["checks"])
         exec(compile(chapter["source"], _CHAPTER, "exec"), names)
     except Exception as error:
-        _write_message(verdicts, f"{type(error).__name__}: {error}".encode())
+        write_message(verdicts, f"{type(error).__name__}: {error}".encode())
         return
-    _write_message(verdicts, b"")
+    write_message(verdicts, b"")
     while os.read(commands, 1):  # the judge reads the rest: no student's code comes into this process
         judge = os.fork()
         if not judge:
@@ -92,14 +94,14 @@ def _judge_next(commands: int, verdicts: int, checks: types.ModuleType, names: d
     """Judge the exercise that comes next, in a process that ends with it."""
     folder = Path(tempfile.mkdtemp(prefix="grading-"))
     try:
-        task = json.loads(_read_message(commands))
+        task = json.loads(read_message(commands))
         tempfile.tempdir = str(folder)  # what a check writes for an answer to read
         limit_memory(2 * MEMORY_MB)
         verdict = _judge(getattr(checks, task["check"]), _Answer(task, names, folder))
     except BaseException as error:  # a fault of the check, or of this file: no student is to blame
         verdict = Verdict("ungraded", f"The check failed itself: {type(error).__name__}: {error}")
     shutil.rmtree(folder, ignore_errors=True)
-    _write_message(verdicts, json.dumps([verdict.state, verdict.message]).encode())
+    write_message(verdicts, json.dumps([verdict.state, verdict.message]).encode())
     os._exit(0)
 
 
@@ -108,7 +110,7 @@ def _wait(judge: int, verdicts: int) -> None:
     _, status = os.waitpid(judge, 0)
     if status:
         why = "Your code brought its judge down: its result was too large, or it did not end."
-        _write_message(verdicts, json.dumps(["wrong", why]).encode())
+        write_message(verdicts, json.dumps(["wrong", why]).encode())
 
 
 def _judge(exercise: Exercise, answer: "_Answer") -> Verdict:
@@ -241,9 +243,9 @@ class _Answer:
     def _heard(self, functions: list[Callable], commands: int, results: int) -> tuple:
         """What an answer's process says in the end; until then it may ask for calls of functions."""
         while True:
-            match said := _unpacked(_read_message(results, self.deadline)):
+            match said := _unpacked(read_message(results, self.deadline)):
                 case ("call", int() as number, tuple() as args, dict() as kwargs):
-                    _write_message(commands, _packed(_outcome(functions[number], args, kwargs)))
+                    write_message(commands, _packed(_outcome(functions[number], args, kwargs)))
                 case ("returned", _) | ("raised", str(), str(), int()):
                     return said
                 case ("odd", str() as what):
@@ -264,7 +266,7 @@ def _answer(sandbox: Sandbox, work: Callable, functions: int, commands: int, res
             message = _packed(said)
         except Exception:
             message = _packed(("odd", f"it is or holds what cannot be sent ({type(said[1]).__name__})"))
-        _write_message(results, message)
+        write_message(results, message)
     os._exit(0)
 
 
@@ -280,8 +282,8 @@ def _stand_in(number: int, commands: int, results: int) -> Callable:
     """In an answer's process, a function of the check: it asks the judge to call it."""
 
     def asked(*args: object, **kwargs: object) -> object:
-        _write_message(results, _packed(("call", number, args, kwargs)))
-        kind, *said = torch.load(io.BytesIO(_read_message(commands)), weights_only=False)  # from the judge
+        write_message(results, _packed(("call", number, args, kwargs)))
+        kind, *said = torch.load(io.BytesIO(read_message(commands)), weights_only=False)  # from the judge
         if kind == "raised":
             raise _error(*said)
         return said[0]
@@ -397,7 +399,7 @@ def _record(name: str) -> type | None:
     return found if ours and (is_dataclass(found) or issubclass(found, tuple)) else None
 
 
-def _read_message(source: int, deadline: float | None = None) -> bytes:
+def read_message(source: int, deadline: float | None = None) -> bytes:
     """Read a message.
 
     Raises:
@@ -423,7 +425,7 @@ def _read(source: int, length: int, deadline: float | None) -> bytes:
     return bytes(parts)
 
 
-def _write_message(target: int, message: bytes) -> None:
+def write_message(target: int, message: bytes) -> None:
     rest = memoryview(struct.pack("<q", len(message)) + message)
     while rest:
         rest = rest[os.write(target, rest) :]

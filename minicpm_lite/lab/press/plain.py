@@ -89,6 +89,19 @@ def frames(source: str) -> Iterator[tuple[str, int, int]]:
             yield name, *token.map
 
 
+def cost(record: dict) -> tuple[str, str]:
+    """Minutes and peak memory of a run as text.
+
+    >>> cost({"seconds": 75, "peak_memory_mb": 1234.5})
+    ('1.2 min', '1,234 MB')
+    >>> cost({"seconds": 12, "peak_memory_mb": 99})
+    ('12 s', '99 MB')
+    """
+    seconds = record["seconds"]
+    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return time, f"{record['peak_memory_mb']:,.0f} MB"
+
+
 def measured(record: dict) -> str:
     """What the last run of a notebook cost, from its record, as the card of a chapter says it.
 
@@ -100,9 +113,7 @@ def measured(record: dict) -> str:
     """
     if not record.keys() >= {"seconds", "peak_memory_mb", "device"}:
         raise ValueError("shows what its run cost, but it was never run")
-    seconds = record["seconds"]
-    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    memory = f"{record['peak_memory_mb']:,.0f} MB"
+    time, memory = cost(record)
     return f"**{time}** and **{memory}** of memory at its peak, measured on {record['device']}."
 
 

@@ -223,7 +223,8 @@ def python_itself() -> list[Path]:
     places = [sys.prefix, sys.base_prefix, "/usr/lib", "/lib", "/lib64", "/usr/lib64", "/etc/ld.so.cache"]
     places += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     places += ["/dev/null", "/dev/urandom", "/dev/zero"]
-    return [library, *(Path(place) for place in places if place != "/" and Path(place).exists())]
+    recorded = (library / "recorded").iterdir()  # in a checkout, links that lead out of the library
+    return [library, *recorded, *(Path(place) for place in places if place != "/" and Path(place).exists())]
 
 
 def _ruleset(folder: Path, readable: Iterable[Path]) -> int:

@@ -6,7 +6,7 @@ that it runs alone in an empty folder.
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from filecmp import cmp
 from pathlib import Path
 
@@ -43,8 +43,13 @@ def student_copy(notebook: Notebook, path: Path) -> Notebook:
     return Notebook(path, nb)
 
 
-def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
+def write_student_copies(
+    paths: Iterable[Path], out: Path, made: Callable[[Notebook, Path], Notebook] = student_copy
+) -> list[Path]:
     """Write copies of notebooks, and of the files beside them that they name, to folders in `out`.
+
+    Args:
+        made: makes a copy of a notebook, to be written to a path.
 
     Raises:
         FileExistsError: a copy would overwrite a file, perhaps a student's work; nothing was written.
@@ -54,7 +59,7 @@ def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
     beside: dict[Path, Path] = {}
     for path in paths:
         notebook, folder = Notebook.read(path), out / path.resolve().parent.name
-        copies[folder / path.name] = student_copy(notebook, folder / path.name)
+        copies[folder / path.name] = made(notebook, folder / path.name)
         for file in needed_files(notebook):
             beside[Path(os.path.normpath(folder / os.path.relpath(file, path.parent)))] = file
     taken = [target for target in copies if target.exists()]

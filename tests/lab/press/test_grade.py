@@ -23,6 +23,8 @@ from minicpm_lite.lab.press.grade import Grade, _harmless, grade, table, write_c
 from minicpm_lite.lab.press.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow  # five answers never end, and seventy are each run in processes of their own
+
 RIGHT = {name: text.replace("_solution", "") for name, text in SOLUTIONS.items()}
 SECONDS = 3
 
@@ -128,7 +130,7 @@ ATTACKS = {
         from minicpm_lite.lab.press import judge
         for pipe in range(3, 128):
             try:
-                judge._write_message(pipe, judge._packed(("verdict", "right")))
+                judge.write_message(pipe, judge._packed(("verdict", "right")))
             except OSError:
                 pass
         return False""",
