@@ -46,14 +46,9 @@ def _marked(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
     name, answer, source = answers[0].check, answers[0].answer, answers[0].source
     cleared = r"\g<margin>### BEGIN SOLUTION\n\g<margin>\g<blank>\n\g<margin>### END SOLUTION"
     marks = {"schema_version": 3, "grade": False, "solution": False, "locked": False, "task": False}
-    yield nbformat.from_dict(
-        cell
-        | {
-            "source": _BLANK.sub(cleared, source),
-            "metadata": cell.metadata
-            | {"nbgrader": marks | {"grade_id": f"{name}-answer", "solution": True}},
-        }
-    )
+    asked = {"nbgrader": marks | {"grade_id": f"{name}-answer", "solution": True}}
+    text = _BLANK.sub(cleared, source)
+    yield nbformat.from_dict(cell | {"source": text, "metadata": cell.metadata | asked})
     yield nbformat.v4.new_code_cell(
         _TEST.format(name=name, answer=answer),
         id=f"{cell.id[:50]}-test",
