@@ -24,6 +24,7 @@ FLOORS = {
     "__init__": 8,  # the package itself: it offers what stands further up
     "cli": 9,
     "lab": 10,
+    "exercises": 11,
 }  # fmt: skip
 BY_NAME = {"import_module", "__import__", "require"}
 OWN = re.compile(r"minicpm_lite(\.\w+)*|(\.\w*)+")  # a name of the library, whole or relative

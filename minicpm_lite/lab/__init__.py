@@ -1,4 +1,4 @@
-"""What only the notebooks use: a common start, tables, explorable figures, exercises, quizzes, evidence.
+"""What only the notebooks use: a common start, tables, explorable figures, comparisons, evidence.
 
 A chapter begins with::
 
@@ -6,8 +6,9 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `Explorer`, `exercise`, `Quiz`, `Evidence` and `recorded_file`. Running, stamping
-and checking whole notebooks is ``python -m minicpm_lite.lab.press``.
+and then has `say`, `table`, `Explorer`, `difference`, `Evidence` and `recorded_file`. The checks of its
+exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
+``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
 browser. What it shows works in a live kernel and in a static page, offline, in light and in dark.
@@ -19,13 +20,15 @@ from pathlib import Path
 from ..runtime import calm_threads, seed_everything, tune_cpu
 from .display import say, table
 from .evidence import Evidence
-from .exercises import exercise
 from .explorer import Explorer
 from .machine import device
-from .quiz import Quiz
+from .paired import difference, power, smallest_effect
 from .style import use_book_style
 
-__all__ = ["Evidence", "Explorer", "Quiz", "device", "exercise", "recorded_file", "say", "start", "table"]
+__all__ = [
+    "Evidence", "Explorer", "device", "difference", "power", "recorded_file", "say", "smallest_effect",
+    "start", "table",
+]  # fmt: skip
 
 
 def start(library: str, seed: int) -> None:

@@ -12,8 +12,11 @@ from typing import Literal, get_args
 from .display import pipe_table, plain_table
 
 MIME = "application/vnd.minicpm-lite.evidence+json"
-Verdict = Literal["reproduced", "direction only", "not at this scale"]
-_ICONS = {"reproduced": "✓", "direction only": "↗", "not at this scale": "○"}
+Verdict = Literal[
+    "verified", "reproduced", "direction only", "not told apart", "not at this scale", "refuted as described"
+]
+# A sign beside the word, so that colour is never the only carrier.
+ICONS: dict[Verdict, str] = dict(zip(get_args(Verdict), "=✓↗≈○✗", strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,11 @@ class Evidence:
         seeds: the seeds of the runs; empty for an exact count.
         device: `minicpm_lite.lab.device()`.
         minutes: how long the measurement took.
-        verdict: "reproduced", "direction only" or "not at this scale".
+        verdict: "verified", an identity or an exact count, which can fail only through a fault of ours;
+            "reproduced", the published effect under the rule and the power that were named before; "direction
+            only", the same sign beyond noise, and not the published size or form; "not told apart", the
+            interval holds both; "not at this scale", absent or the other way beyond noise, with the reason
+            tried; "refuted as described", a common description that is wrong by derivation or exactly.
 
     Raises:
         ValueError: a text is empty, the source has no key, or the verdict is another word.
@@ -56,8 +63,8 @@ class Evidence:
                 f"source is {self.source!r}; expected a key of the bibliography and the place, such as "
                 "'@hu2024minicpm, section 4.3'."
             )
-        if self.verdict not in get_args(Verdict):
-            raise ValueError(f"verdict is {self.verdict!r}; expected one of {', '.join(get_args(Verdict))}.")
+        if self.verdict not in ICONS:
+            raise ValueError(f"verdict is {self.verdict!r}; expected one of {', '.join(ICONS)}.")
 
     def record(self) -> dict[str, object]:
         """What the evidence page reads: the fields, with plain lists and numbers."""
@@ -70,7 +77,7 @@ class Evidence:
         run = f"{seeds}, {self.device}, {self.record()['minutes']:g} min"
         headers, numeric = ["Compared", "Published", "Measured here"], [False] * 3
         rows = [["Figure", self.published, self.measured], ["Scale", self.published_scale, self.scale]]
-        verdict = f"{_ICONS[self.verdict]} {self.verdict}"
+        verdict = f"{ICONS[self.verdict]} {self.verdict}"
         cited = re.sub(r"@([\w:.-]*\w)", r"{cite}`\1`", self.source)
         plain = plain_table([*rows, ["From", self.source, run]], headers, numeric)
         pipes = pipe_table([*rows, ["From", cited, run]], headers, numeric)

@@ -104,8 +104,8 @@ class Exercise:
                 raise AssertionError(f"The check {self.name!r} calls a wrong answer {state}: {what}.")
         if len(wrong) < _WRONG_ANSWERS or not self.wrong:
             raise AssertionError(
-                f"The check {self.name!r} knows {len(wrong)} wrong answers, {len(self.wrong)} of them written "
-                f"by hand; {_WRONG_ANSWERS} are asked for, with the usual misunderstanding by hand."
+                f"The check {self.name!r} knows {len(wrong)} wrong answers, {len(self.wrong)} by hand; "
+                f"{_WRONG_ANSWERS} are asked for, with the usual misunderstanding by hand."
             )
         self._show(verdict)
 

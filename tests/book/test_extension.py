@@ -65,7 +65,7 @@ def built(tmp_path_factory):
         "# Book\n"
         + "".join(
             f"\n```{{{directive}}}\n```\n"
-            for directive in ("evidence-table", "chapters", "model-table", "bibliography")
+            for directive in ("evidence-totals", "evidence-table", "chapters", "model-table", "bibliography")
         )
         + "\n```{api} sample_part\n```\n"
         + "\n```{minicpm-lite} train --help\n```\n"
@@ -146,6 +146,8 @@ def test_evidence_table_shows_the_record_and_its_links(built):
     for text in ("Decay lowers the loss", "−0.12 nats", "3 seeds, 2 CPU cores, 2.5 min", "↗ direction only"):
         assert text in page
     assert 'href="notebooks/training/wsd.html"' in page
+    assert 'id="wsd-1"' in page and 'href="#wsd-1"' in page
+    assert "<strong>1 claims</strong>: 1 direction only. Beside them 0 identities" in page
     assert "Doe" in page and "@key2024" not in page
 
 
@@ -204,7 +206,7 @@ def test_record_without_a_field_is_refused(tmp_path):
 
 
 def test_unknown_verdict_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="verdict 'proved'; expected one of 'reproduced'"):
+    with pytest.raises(ValueError, match="verdict 'proved'; expected one of 'verified', 'reproduced'"):
         read_chapter(write_notebook(tmp_path / "a.ipynb", records=[RECORD | {"verdict": "proved"}]), "a")
 
 

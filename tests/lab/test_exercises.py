@@ -12,7 +12,8 @@ import pytest
 import torch
 from IPython.core.autocall import ZMQExitAutocall
 
-from minicpm_lite.lab import exercise, exercises
+from minicpm_lite.lab import exercises
+from minicpm_lite.lab.exercises import exercise
 
 
 @exercise("twice")
@@ -233,7 +234,7 @@ def test_a_solution_is_accepted_when_the_check_refuses_what_is_wrong(shown):
         ([lambda x: 2 * x], [2], "calls a wrong answer right: the first result each time instead"),
         ([lambda x: 2 * x, lambda x: x * x], [2, 3], "calls a wrong answer right: number 2"),
         ([lambda x: None], [2, 3], "calls a wrong answer unfinished: number 1"),
-        ([], [2, 3], "knows 3 wrong answers, 0 of them written by hand; 4 are asked for"),
+        ([], [2, 3], "knows 3 wrong answers, 0 by hand; 4 are asked for"),
     ],
 )
 def test_a_check_that_is_lax_is_refused(shown, wrong, values, refusal):

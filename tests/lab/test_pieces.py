@@ -12,6 +12,7 @@ import pytest
 import minicpm_lite
 from minicpm_lite import lab
 from minicpm_lite.lab import display, evidence, style
+from minicpm_lite.lab.quiz import Quiz
 
 
 @pytest.fixture
@@ -134,15 +135,15 @@ def test_an_explorer_refuses(arguments, error, says):
 
 def test_a_quiz_of_generators():
     questions = [("2 * 3?", ["5", "6"], 1, "Two threes."), ("1 + 1?", ["2", "3"], 0, "Two.")]
-    generated = lab.Quiz(
+    generated = Quiz(
         (question, (option for option in options), *rest) for question, options, *rest in questions
     )
-    assert repr(generated) == repr(lab.Quiz(questions))
-    assert generated._repr_html_() == lab.Quiz(questions)._repr_html_()
+    assert repr(generated) == repr(Quiz(questions))
+    assert generated._repr_html_() == Quiz(questions)._repr_html_()
 
 
 def test_a_quiz():
-    page = lab.Quiz([("Is `1 < 2`?", ["yes", "no"], 0, 'It "is".')])._repr_html_()
+    page = Quiz([("Is `1 < 2`?", ["yes", "no"], 0, 'It "is".')])._repr_html_()
     assert "<code>1 &lt; 2</code>" in page and 'data-right="0"' in page and "It &quot;is&quot;." in page
     for options, right, says in (
         (["a"], 0, "two or more"),
@@ -150,7 +151,7 @@ def test_a_quiz():
         (["a", "b"], 2, "0 to 1"),
     ):
         with pytest.raises(ValueError, match=says):
-            lab.Quiz([("?", options, right, "")])
+            Quiz([("?", options, right, "")])
 
 
 EVIDENCE = {

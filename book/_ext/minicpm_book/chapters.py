@@ -1,4 +1,4 @@
-"""What the chapters say about themselves: ``{measured}``, ``{chapters}`` and ``{evidence-table}``.
+"""What the chapters say about themselves: what a run cost, which claims were tested, what became of them.
 
 An executed notebook carries what its run cost in ``metadata.minicpm_lite`` (seconds, peak_memory_mb, device),
 and each of its claims as an output of the type below. Both are read from the file; nothing is executed.
@@ -6,27 +6,37 @@ and each of its claims as an output of the type below. Both are read from the fi
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
+from minicpm_lite.lab.evidence import ICONS
+from minicpm_lite.lab.evidence import MIME as EVIDENCE
 from minicpm_lite.lab.press.plain import cost, measured
 
 from .tables import parse, table
 
-EVIDENCE = "application/vnd.minicpm-lite.evidence+json"
 FIELDS = {
     "claim", "published", "source", "published_scale",
     "measured", "scale", "seeds", "device", "minutes", "verdict",
 }  # fmt: skip
-# A sign beside the word, so that colour is never the only carrier.
-VERDICTS = {
-    "reproduced": "✔ reproduced",
-    "direction only": "↗ direction only",
-    "not at this scale": "○ not at this scale",
-}
+# The buttons hide and show the rows of a verdict; without a script all rows show, and no button does.
+FILTER = """(() => {
+const group = document.querySelector('.evidence-filter');
+const rows = [...document.querySelectorAll('table.evidence tbody tr')];
+group.hidden = false;
+group.addEventListener('click', event => {
+  const button = event.target.closest('button');
+  if (!button) return;
+  button.setAttribute('aria-pressed', button.getAttribute('aria-pressed') !== 'true');
+  const shown = [...group.querySelectorAll('[aria-pressed=true]')].map(each => each.firstChild.data.trim());
+  for (const row of rows)
+    row.hidden = !shown.some(verdict => row.cells[0].textContent.trim().startsWith(verdict));
+}); })()"""
 logger = logging.getLogger(__name__)
 
 
@@ -57,10 +67,10 @@ def read_chapter(path: Path, docname: str) -> Chapter:
             raise ValueError(
                 f"{docname}: evidence {number} lacks {', '.join(sorted(missing))}. Run the notebook again."
             )
-        if record["verdict"] not in VERDICTS:
+        if record["verdict"] not in ICONS:
             raise ValueError(
                 f"{docname}: evidence {number} has the verdict {record['verdict']!r}; "
-                f"expected one of {', '.join(map(repr, VERDICTS))}."
+                f"expected one of {', '.join(map(repr, ICONS))}."
             )
     return Chapter(docname, notebook.get("metadata", {}).get("minicpm_lite", {}), records)
 
@@ -143,30 +153,66 @@ class Chapters(BookDirective):
         return [table(self, ["Chapter", "Run time", "Peak memory"], rows, numeric={1, 2})]
 
 
+def totals(records: list[dict]) -> str:
+    """How many claims there are, and what became of them; identities are counted apart.
+
+    >>> totals([{"verdict": v} for v in ("reproduced", "verified", "not told apart", "reproduced")])
+    '**3 claims**: 2 reproduced, 1 not told apart. Beside them 1 identity or count, verified exactly.'
+    """
+    counts = Counter(record["verdict"] for record in records)
+    verified = counts.pop("verified", 0)
+    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ICONS if counts[verdict])
+    identities = "identity or count" if verified == 1 else "identities and counts"
+    return f"**{counts.total()} claims**: {parts}. Beside them {verified} {identities}, verified exactly."
+
+
+class EvidenceTotals(BookDirective):
+    """``{evidence-totals}``: one sentence, how many claims and which verdicts."""
+
+    def run(self):
+        return parse(self, totals([record for chapter in self.chapters() for record in chapter.evidence]))
+
+
 class EvidenceTable(BookDirective):
     """``{evidence-table}``: every claim of the book, the published figure beside the measured one."""
 
     def run(self):
-        rows = []
+        rows, places, used = [], [], Counter()
         for chapter in self.chapters():
-            for record in chapter.evidence:
+            topic = chapter.docname.rpartition("/")[2]
+            for number, record in enumerate(chapter.evidence, start=1):
                 published = f"{record['published_scale']}; {cite(record['source'])}"
                 measured = f"{record['scale']}; {runs(record['seeds'])}, {record['device']}, "
                 measured += f"{record['minutes']:g} min"
                 rows.append(
                     [
+                        f"{ICONS[record['verdict']]} {record['verdict']}",
                         f"{record['claim']}\n\n{{doc}}`/{chapter.docname}`",
                         f"**{record['published']}**\n\n{published}",
                         f"**{record['measured']}**\n\n{measured}",
-                        VERDICTS[record["verdict"]],
                     ]
                 )
+                places.append(f"{topic.replace('_', '-')}-{number}")
+                used[record["verdict"]] += 1
         if not rows:
             return parse(self, "No chapter has recorded evidence yet.")
-        return [table(self, ["Claim", "Published", "Measured here", "Verdict"], rows, name="evidence")]
+        buttons = "".join(
+            f'<button type="button" aria-pressed="true">{ICONS[verdict]} {verdict} '
+            f"<span>{used[verdict]}</span></button>"
+            for verdict in ICONS
+            if used[verdict]
+        )
+        filters = f'<div class="evidence-filter" role="group" aria-label="Show rows" hidden>{buttons}</div>'
+        headers = ["Verdict", "Claim", "Published", "Measured here"]
+        return [
+            nodes.raw("", filters, format="html"),
+            table(self, headers, rows, name="evidence", places=places),
+            nodes.raw("", f"<script>{FILTER}</script>", format="html"),
+        ]
 
 
 def setup(app):
     app.add_directive("measured", Measured)
     app.add_directive("chapters", Chapters)
+    app.add_directive("evidence-totals", EvidenceTotals)
     app.add_directive("evidence-table", EvidenceTable)

@@ -12,7 +12,12 @@ def parse(directive, text: str) -> list[nodes.Node]:
 
 
 def table(
-    directive, headers: list[str], rows: list[list[str]], numeric: set[int] = frozenset(), name: str = ""
+    directive,
+    headers: list[str],
+    rows: list[list[str]],
+    numeric: set[int] = frozenset(),
+    name: str = "",
+    places: list[str] | None = None,
 ) -> nodes.table:
     """Build a table from MyST cells.
 
@@ -22,6 +27,7 @@ def table(
         rows: one list of cells for each row, as long as ``headers``.
         numeric: columns that are set to the right.
         name: a class for the style sheet.
+        places: a name for each row, by which a link finds it; the row's first cell shows that link.
     """
     group = nodes.tgroup(cols=len(headers))
     group += [nodes.colspec(colwidth=1) for _ in headers]
@@ -33,5 +39,9 @@ def table(
             entry += parse(directive, cell)
             row += entry
         section += row
+    for row, place in zip(body, places or [], strict=False):
+        row["ids"].append(place)
+        link = f'<a class="headerlink" href="#{place}" aria-label="Link to this row">#</a>'
+        row[0] += nodes.raw("", link, format="html")
     group += [head, body]
     return nodes.table("", group, classes=["generated", *([name] if name else [])])

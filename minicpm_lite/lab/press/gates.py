@@ -18,8 +18,14 @@ _markdown_it = require("markdown_it", install="minicpm_lite[book]", purpose="che
 SECONDS = 180
 PEAK_MEMORY_MB = 3_000
 FILE_BYTES = 3_000_000
-WRONG_ANSWERS = 2
+COLUMNS = 79
 
+_HINTS = 2
+_REASONING_WORDS = 12
+_PROSE = re.compile(
+    r"\{solution-start\}[^\n]*|:class: dropdown|`{3,}"
+)  # what is no prose in a solution's text
+_REPORTING = ("say", "table", "Evidence", "subplots")
 _LOADED = {"script", "img", "link", "iframe", "source", "video", "audio", "embed", "object"}
 _REMOTE = re.compile(r"(https?:)?//")
 _REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
@@ -171,34 +177,76 @@ def _keeps_names(notebook: Notebook) -> Iterator[str]:
 
 
 def _exercises_complete(notebook: Notebook) -> Iterator[str]:
-    exercises: list[list] = []
+    """Frame with two hints, blank, check; then a solution that reasons, and that the same check accepts."""
+    open_check, frame = None, ""
+    for number, cell in enumerate(notebook.nb.cells, start=1):
+        if cell.cell_type == "markdown":
+            frame += cell.source
+        elif "exercise" in tags(cell):
+            if open_check:
+                yield f"The exercise in cell {open_check[0]} has no solution that its check accepts."
+            yield from _exercise_problems(number, cell, frame)
+            open_check, frame = (number, _checked(cell.source)), ""
+        elif "solution" in tags(cell):
+            accepted = [ast.unparse(call.func.value) for call in _calls(cell.source, "accepts")]
+            if open_check and open_check[1] in accepted:
+                if len(_PROSE.sub("", frame).split()) < _REASONING_WORDS:
+                    yield f"The solution in cell {number} does not reason: say why in two or three sentences."
+                open_check = None
+            frame = ""
+        elif cell.source.strip():
+            frame = ""
+    if open_check:
+        yield f"The exercise in cell {open_check[0]} has no solution that its check accepts."
+
+
+def _exercise_problems(number: int, cell, frame: str) -> Iterator[str]:
+    if "{exercise-start}" not in frame:
+        yield f"The exercise in cell {number} does not stand right behind its text ({{exercise-start}})."
+    if frame.count('<details class="hint">') < _HINTS:
+        yield f"The exercise in cell {number} has fewer than {_HINTS} folded hints: where to look, then how."
+    if not _has_blank(cell.source):
+        yield f"The exercise in cell {number} has no blank (`...`): its answer is filled in."
+    if _checked(cell.source) is None:
+        yield f"The last line of the exercise in cell {number} does not call its check, `check.…(answer)`."
+    elif not any("Your turn" in data.get("text/plain", "") for data in _data(cell)):
+        yield f"The exercise in cell {number} is not shown as unfinished: leave its blank empty."
+
+
+def _checked(source: str) -> str | None:
+    """The check that the last line of a cell calls."""
+    tree = parse_cell(source)
+    match tree.body[-1] if tree and tree.body else None:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="check")) as called)):
+            return ast.unparse(called)
+    return None
+
+
+def _no_answers(notebook: Notebook) -> Iterator[str]:
+    """What a reader shall find out cannot be read in the notebook."""
     for number, cell in notebook.code:
-        if "exercise" in tags(cell):
-            exercises.append([(number, cell)])
-        elif tags(cell) & {"check", "solution", "wrong"}:
-            if exercises:
-                exercises[-1].append((number, cell))
-            else:
-                yield f"Cell {number} is a check, solution or wrong answer before any cell tagged exercise."
-    for cells in exercises:
-        number, followers = cells[0][0], cells[1:]
-        by_tag = {tag: [c for _, c in followers if tag in tags(c)] for tag in ("check", "solution", "wrong")}
-        checks = "".join(cell.source + "\n" for cell in by_tag["check"])
-        if not _calls(checks, "exercise"):
-            yield f"The exercise in cell {number} has no check."
-        elif not any(
-            "Unfinished" in data.get("text/plain", "") for c in by_tag["check"] for data in _data(c)
-        ):
-            yield f"The exercise in cell {number} is not shown as unfinished: leave its blank empty."
-        if not any(_calls(cell.source, "accepts") for cell in by_tag["solution"]):
-            yield f"The exercise in cell {number} has no solution that its check accepts."
-        rejected = [
-            arg for cell in by_tag["wrong"] for call in _calls(cell.source, "rejects") for arg in call.args
-        ]
-        if len(rejected) < WRONG_ANSWERS:
-            yield f"The exercise in cell {number} rejects {len(rejected)} wrong answers, not {WRONG_ANSWERS}."
-        if any(isinstance(node, ast.Assert) and not node.msg for node in _walk(checks)):
-            yield f"The check of the exercise in cell {number} has an assert without a hint for the student."
+        if "solution" in tags(cell):
+            continue
+        if _calls(cell.source, "exercise", "Quiz"):
+            yield (
+                f"Cell {number} holds a check or a quiz, so its answers can be read; put it into the "
+                "chapter's module of minicpm_lite.exercises."
+            )
+        if _calls(cell.source, "accepts"):
+            yield f"Cell {number} accepts a solution, but has no tag solution: it would not be folded."
+
+
+def _reporting_folded(notebook: Notebook) -> Iterator[str]:
+    """The reader sees the lesson; how its figures and tables are set is folded, on the page and in Lab."""
+    for number, cell in notebook.code:
+        folded = cell.metadata.get("jupyter", {}).get("source_hidden") and "hide-input" in tags(cell)
+        reports = _calls(cell.source, *_REPORTING)
+        if reports and not folded and "solution" not in tags(cell):
+            name = ast.unparse(reports[0].func)
+            yield (
+                f"Cell {number} shows code that only reports ({name}); put it into a cell of its own, tagged "
+                "hide-input and with source_hidden."
+            )
 
 
 def _solutions_folded(notebook: Notebook) -> Iterator[str]:
@@ -209,12 +257,20 @@ def _solutions_folded(notebook: Notebook) -> Iterator[str]:
                 if (marker[1] == "-start") == inside and marker[1]:
                     yield f"Cell {number} has {marker[0]}, but {'one' if inside else 'none'} is open."
                 inside = marker[1] == "-start"
-        elif "solution" in tags(cell) and not inside:
-            yield f"The solution in cell {number} is not between {{solution-start}} and {{solution-end}}."
-        elif "wrong" in tags(cell) and "remove-cell" not in tags(cell):
-            yield f"The wrong answers in cell {number} would show in the book; tag the cell remove-cell too."
+        elif "solution" in tags(cell):
+            if not inside:
+                yield f"The solution in cell {number} is not between {{solution-start}} and {{solution-end}}."
+            if not cell.metadata.get("jupyter", {}).get("source_hidden"):
+                yield f"The solution in cell {number} is open in JupyterLab: set source_hidden."
     if inside:
         yield "The last {solution-start} has no {solution-end}."
+
+
+def _narrow(notebook: Notebook) -> Iterator[str]:
+    for number, cell in notebook.code:
+        widest = max(cell.source.splitlines(), key=len)
+        if len(widest) > COLUMNS:
+            yield f"Cell {number} has a line of {len(widest)} columns; the page shows {COLUMNS}."
 
 
 GATES = (
@@ -227,7 +283,10 @@ GATES = (
     _clean,
     _keeps_names,
     _exercises_complete,
+    _no_answers,
+    _reporting_folded,
     _solutions_folded,
+    _narrow,
 )
 
 
@@ -237,13 +296,9 @@ def _walk(source: str) -> list[ast.AST]:
 
 
 def _calls(source: str, *names: str) -> list[ast.Call]:
-    """The calls in a cell of methods (or of functions in a module) that have one of these names."""
-    nodes = _walk(source)
-    return [
-        n
-        for n in nodes
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in names
-    ]
+    """The calls in a cell of functions and methods that have one of these names."""
+    calls = [node for node in _walk(source) if isinstance(node, ast.Call)]
+    return [call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", None)) in names]
 
 
 def _has_blank(source: str) -> bool:

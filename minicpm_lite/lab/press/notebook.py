@@ -34,12 +34,13 @@ _METADATA = {
                 "properties": {
                     "metadata": {
                         "properties": {
+                            "jupyter": {"type": "object"},
                             "mystnb": {
                                 "type": "object",
                                 "properties": {
                                     "image": {"type": "object", "properties": {"alt": _TEXT}},
                                 },
-                            }
+                            },
                         }
                     }
                 }

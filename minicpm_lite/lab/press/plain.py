@@ -505,7 +505,7 @@ class _Cell:
 
     def _link(self, places: list[int], content: str, start: int, end: int, target: str, closing: int) -> None:
         words = content[start + 1 : closing]
-        if _ADDRESS.match(target) or (target.startswith("#") and words):
+        if _ADDRESS.match(target):
             return
         made = self._reference(target.removeprefix("#"), words)
         if words and not made.startswith("["):

@@ -15,7 +15,26 @@ def code(source: str, text: str | None = None, tags: tuple[str, ...] = (), **met
     return new_code_cell(source, outputs=outputs, metadata=metadata)
 
 
-START, PICTURE, PROMPT, BLANK, CHECK, SOLUTION_START, SOLUTION, SOLUTION_END, WRONG = range(1, 10)
+START, PICTURE, PROMPT, BLANK, SOLUTION_START, SOLUTION, SOLUTION_END = range(1, 8)
+
+PROMPT_TEXT = """```{exercise-start} Twice
+:label: ex-twice
+```
+Write `twice`.
+
+<details class="hint"><summary>Hint: where to look</summary>
+
+At the plus sign.
+
+</details>
+<details class="hint"><summary>Hint: how</summary>
+
+Add it to itself.
+
+</details>
+
+```{exercise-end}
+```"""
 
 
 def chapter():
@@ -27,23 +46,25 @@ def chapter():
     picture.outputs = [
         new_output("display_data", {"image/png": "aGk=", "text/plain": "<Figure size 600x300>"})
     ]
-    start = "```{exercise-start} Twice\n:label: ex-twice\n```\nWrite `twice`.\n\n```{exercise-end}\n```"
+    reasoning = "Twice a number is the number and as much again, so it is added to itself."
     cells = [
         new_markdown_cell("# A topic\n\nSee [the paper](https://arxiv.org/abs/2404.06395)."),
         code('from minicpm_lite import lab\n\nlab.start(library="0.2", seed=0)'),
         picture,
-        new_markdown_cell(start),
-        code("def twice(x):\n    ...", tags=("exercise",)),
+        new_markdown_cell(PROMPT_TEXT),
         code(
-            '@lab.exercise("twice")\ndef check_twice(answer):\n    assert answer(2) == 4, "Twice 2 is 4."\n'
-            "check_twice(twice)",
-            "✎ Unfinished (twice): There is no answer yet.",
-            ("check",),
+            "def twice(x):\n    ...\n\n\ncheck.twice(twice)",
+            "✎ Your turn (twice): Put your code where the `...` stands, and run this cell again.",
+            ("exercise",),
         ),
-        new_markdown_cell("```{solution-start} ex-twice\n:class: dropdown\n```"),
-        code("check_twice.accepts(lambda x: 2 * x)", "✓ Right (twice): All checks passed.", ("solution",)),
+        new_markdown_cell(f"```{{solution-start}} ex-twice\n:class: dropdown\n```\n{reasoning}"),
+        code(
+            "check.twice.accepts(lambda x: x + x)",
+            "✓ Right (twice): All checks passed.",
+            ("solution",),
+            jupyter={"source_hidden": True},
+        ),
         new_markdown_cell("```{solution-end}\n```"),
-        code("check_twice.rejects(lambda x: x, lambda x: x**3)", tags=("wrong", "remove-cell")),
     ]
     nb = new_notebook(cells=cells)
     for place, cell in enumerate(nb.cells):

@@ -3,8 +3,9 @@
 import torch
 
 from minicpm_lite.config import ModelConfig
-from minicpm_lite.lab import Quiz, exercise
+from minicpm_lite.lab.exercises import exercise
 from minicpm_lite.lab.mistakes import same
+from minicpm_lite.lab.quiz import Quiz
 
 
 @exercise("twice", wrong=(lambda x: x**2,), without=("a loop", "sum"))

@@ -25,7 +25,7 @@ CELLS = [
     "display(ipywidgets.IntSlider()._repr_mimebundle_() | {'text/html': '<b>1</b>'}, raw=True)",
     "import torch\n\nmemory = bytearray(200_000_000)\n"
     f"print(sys.executable == {sys.executable!r}, torch.get_num_threads())",
-    "from minicpm_lite.lab import exercise\n\n"
+    "from minicpm_lite.lab.exercises import exercise\n\n"
     "print(exercise('exits')(lambda answer: answer()).judge(lambda: exit()).state)",
 ]
 

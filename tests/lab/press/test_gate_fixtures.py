@@ -1,5 +1,6 @@
 """Each gate refuses the notebook it is there for, and no other gate does; the clean chapter passes all."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -10,14 +11,12 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_output
 from small_chapter import (
     BLANK,
-    CHECK,
     PICTURE,
     PROMPT,
     SOLUTION,
     SOLUTION_END,
     SOLUTION_START,
     START,
-    WRONG,
     chapter,
     code,
     sealed,
@@ -100,42 +99,80 @@ def redefines_by_assignment(nb):
 
 
 def no_check(nb):
-    del nb.cells[CHECK]
-    nb.cells[SOLUTION - 1].source = "check.accepts(1)"
+    nb.cells[BLANK].source = "def twice(x):\n    ..."
 
 
-def check_without_hint(nb):
-    nb.cells[CHECK].source = nb.cells[CHECK].source.replace(', "Twice 2 is 4."', "")
+def no_frame(nb):
+    nb.cells[PROMPT].source = (
+        nb.cells[PROMPT].source.split("```\n", 1)[1].replace("```{exercise-end}\n```", "")
+    )
+
+
+def one_hint(nb):
+    nb.cells[PROMPT].source = nb.cells[PROMPT].source.replace('<details class="hint">', "<details>", 1)
+
+
+def something_between(nb):
+    nb.cells.insert(BLANK, code("1 + 1", "2"))
 
 
 def no_solution(nb):
     del nb.cells[SOLUTION]
 
 
-def one_wrong_answer(nb):
-    nb.cells[WRONG].source = "check_twice.rejects(lambda x: x)"
+def other_solution(nb):
+    nb.cells[SOLUTION].source = "check.thrice.accepts(lambda x: 3 * x)"
+
+
+def no_reasoning(nb):
+    nb.cells[SOLUTION_START].source = "```{solution-start} ex-twice\n:class: dropdown\n```\nHere it is."
 
 
 def blank_filled_in(nb):
-    nb.cells[BLANK].source = "def twice(x):\n    return 2 * x"
-    nb.cells[CHECK].outputs = nb.cells[SOLUTION].outputs
+    nb.cells[BLANK].source = "def twice(x):\n    return 2 * x\n\n\ncheck.twice(twice)"
 
 
-def wrong_answers_shown(nb):
-    nb.cells[WRONG].metadata["tags"] = ["wrong"]
+def answer_shown(nb):
+    nb.cells[BLANK].outputs = nb.cells[SOLUTION].outputs
 
 
-def check_before_exercise(nb):
-    nb.cells.insert(PROMPT, code("check_nothing(1)", tags=("check",)))
+def check_in_the_open(nb):
+    source = '@lab.exercise("twice")\ndef check_twice(answer):\n    assert answer(2) == 4, "Twice 2 is 4."'
+    nb.cells.insert(PROMPT, code(source))
+
+
+def quiz_in_the_open(nb):
+    nb.cells.append(code('Quiz([("What is twice 2?", ["3", "4"], 1, "Two twos.")])'))
+
+
+def solution_without_tag(nb):
+    nb.cells.append(code("check.twice.accepts(lambda x: 2 * x)"))
+
+
+def reporting_shown(nb):
+    nb.cells[PICTURE].source += '\nlab.say("It rises.")'
+
+
+def reporting_folded_on_the_page_alone(nb):
+    reporting_shown(nb)
+    nb.cells[PICTURE].metadata["tags"] = ["hide-input"]
+
+
+def solution_open_in_lab(nb):
+    del nb.cells[SOLUTION].metadata["jupyter"]
+
+
+def wide(nb):
+    nb.cells[PICTURE].source += "\n# " + 78 * "-"
 
 
 def solution_not_folded(nb):
-    nb.cells[SOLUTION_START] = new_markdown_cell("The solution.", id="cell-6")
-    nb.cells[SOLUTION_END] = new_markdown_cell("That was it.", id="cell-8")
+    nb.cells[SOLUTION_START].source = nb.cells[SOLUTION_START].source.replace("{solution-start}", "text")
+    nb.cells[SOLUTION_END].source = "That was it."
 
 
 def solution_not_closed(nb):
-    nb.cells[SOLUTION_END] = new_markdown_cell("That was it.", id="cell-8")
+    nb.cells[SOLUTION_END].source = "That was it."
 
 
 def solution_closed_twice(nb):
@@ -169,13 +206,22 @@ def too_large(nb):
             "_keeps_names",
             "redefines WSD, a public name of minicpm_lite.training.wsd",
         ),
-        (no_check, "_exercises_complete", "no check"),
-        (check_without_hint, "_exercises_complete", "without a hint"),
-        (no_solution, "_exercises_complete", "no solution"),
-        (one_wrong_answer, "_exercises_complete", "1 wrong answers"),
-        (blank_filled_in, "_exercises_complete", "not shown as unfinished"),
-        (check_before_exercise, "_exercises_complete", "before any cell tagged exercise"),
-        (wrong_answers_shown, "_solutions_folded", "remove-cell"),
+        (no_check, "_exercises_complete", "does not call its check"),
+        (no_frame, "_exercises_complete", "right behind its text"),
+        (one_hint, "_exercises_complete", "fewer than 2 folded hints"),
+        (something_between, "_exercises_complete", "right behind its text"),
+        (no_solution, "_exercises_complete", "no solution that its check accepts"),
+        (other_solution, "_exercises_complete", "no solution that its check accepts"),
+        (no_reasoning, "_exercises_complete", "does not reason"),
+        (blank_filled_in, "_exercises_complete", "no blank"),
+        (answer_shown, "_exercises_complete", "not shown as unfinished"),
+        (check_in_the_open, "_no_answers", "answers can be read"),
+        (quiz_in_the_open, "_no_answers", "answers can be read"),
+        (solution_without_tag, "_no_answers", "no tag solution"),
+        (reporting_shown, "_reporting_folded", "only reports (lab.say)"),
+        (reporting_folded_on_the_page_alone, "_reporting_folded", "only reports"),
+        (wide, "_narrow", "a line of 80 columns; the page shows 79"),
+        (solution_open_in_lab, "_solutions_folded", "open in JupyterLab"),
         (solution_not_folded, "_solutions_folded", "not between"),
         (solution_not_closed, "_solutions_folded", "has no {solution-end}"),
         (solution_closed_twice, "_solutions_folded", "none is open"),
@@ -291,9 +337,9 @@ def test_no_value_in_a_notebook_ends_a_check(tmp_path, monkeypatch):
         for place in chance.sample(places, chance.choice([1, 2])):
             *above, last = place
             holder = content
-            for key in above:
-                holder = holder[key] if isinstance(holder, dict | list) else None
-            if isinstance(holder, dict | list):
+            with contextlib.suppress(TypeError, LookupError):  # the first value may have held the second
+                for key in above:
+                    holder = holder[key]
                 holder[last] = chance.choice(ODD)
         path.write_text(json.dumps(content))
         assert all(isinstance(problem, str) for problem in problems(path))

@@ -69,6 +69,7 @@ ROLES = {
     "{ref}`part`": "*The first part*",
     "[](part)": "*The first part*",
     "see [there](part), please": "see there, please",
+    "(here)=\n\nsee [there](#part) and [here](#here)": "see there and here",
     "[the {term}`glossary`](../../book/glossary.md)": "the glossary",
     "[](../../book/part.md)": "*The first part*",
     "[a paper](https://arxiv.org/abs/2) stays": "[a paper](https://arxiv.org/abs/2) stays",
