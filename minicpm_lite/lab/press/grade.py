@@ -63,7 +63,7 @@ def grade(folder: Path, originals: Iterable[Path], seconds: int = SECONDS) -> li
 
     Raises:
         OSError: there is nothing to grade, or this system cannot shut students' code in.
-        ValueError: an original is no notebook, or its own cells fail.
+        ValueError: an original is no notebook, or its checks cannot be imported.
     """
     paths = find([folder])
     Sandbox(Path(tempfile.gettempdir()), [], seconds, 0).close()  # or say what is missing for one
@@ -125,12 +125,13 @@ class Cell:
 
     @classmethod
     def read(cls, cell: nbformat.NotebookNode) -> "Cell":
-        text, marks = TransformerManager().transform_cell(cell.source), frozenset(tags(cell))
+        text, marks = cell.source, frozenset(tags(cell))
         try:
+            text = TransformerManager().transform_cell(text)
             return cls(text, ast.parse(text).body, marks)
         except SyntaxError as error:
             return cls(text, [], marks, f"{error.msg} (line {error.lineno} of its cell)")
-        except (ValueError, RecursionError, MemoryError) as error:
+        except Exception as error:  # null bytes, endless nesting, and whatever else a student hands in
             return cls(text, [], marks, f"{type(error).__name__}: {error}")
 
     def answers(self, method: str | None = None) -> list["Task"]:
@@ -196,7 +197,7 @@ class _Chapter:
         }
         answers = [task for own in tasks.values() for task in own if isinstance(task, Task)]
         used = {name for task in [*answers, *self.solutions] for name in _free(task)}
-        with _Starter(self, _source_of(self.statements, used), seconds) as judge:
+        with _Starter(self, _needed(self.statements, used), seconds) as judge:
             book = {solution.check: judge(solution) for solution in self.solutions}
             for name, own in tasks.items():
                 for exercise, task in zip(self.exercises, own, strict=True):
@@ -209,6 +210,12 @@ class _Chapter:
 
     def _task(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
         """A student's answer to an exercise, or the verdict where there is nothing to judge."""
+        try:
+            return self._found(exercise, cells)
+        except RecursionError:
+            return "wrong", "What stands in the cell is nested too deeply."
+
+    def _found(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
         found: list[Task | Cell] = []
         for cell in cells:
             called = [task for task in cell.answers() if task.check == exercise.check]
@@ -227,14 +234,14 @@ class _Chapter:
         own = {name for each in ast.parse(answer.source).body for name in _bound(each)}
         known = {name for each in self.statements for name in _bound(each)} | set(dir(builtins)) | own
         others = [each for cell in cells for each in cell.own_statements]
-        return replace(answer, helpers=_source_of(others, _free(answer) - known, known))
+        return replace(answer, helpers="\n".join(_needed(others, _free(answer) - known, known)))
 
 
 class _Starter:
     """The process from which judges are forked, with a chapter's definitions read; call it with a task."""
 
-    def __init__(self, chapter: _Chapter, source: str, seconds: int) -> None:
-        self.chapter, self.source, self.seconds = chapter, source, seconds
+    def __init__(self, chapter: _Chapter, statements: list[str], seconds: int) -> None:
+        self.chapter, self.statements, self.seconds = chapter, statements, seconds
 
     def __enter__(self) -> "_Starter":
         self.folder = tempfile.TemporaryDirectory(prefix="grading-")
@@ -247,13 +254,11 @@ class _Starter:
             env=environment | ONE_THREAD | {"HOME": self.folder.name, "TMPDIR": self.folder.name},
             bufsize=0,
         )
-        chapter = {"checks": self.chapter.checks, "source": self.source}
+        chapter = {"checks": self.chapter.checks, "statements": self.statements}
         write_message(self.process.stdin.fileno(), json.dumps(chapter).encode())
         if problem := read_message(self.process.stdout.fileno()):
             self.__exit__()
-            raise ValueError(
-                f"{self.chapter.name}: its own cells fail, so nothing of it is graded: {problem.decode()}"
-            )
+            raise ValueError(f"The checks of {self.chapter.name} cannot be imported: {problem.decode()}")
         return self
 
     def __call__(self, task: Task) -> tuple[str, str]:
@@ -324,7 +329,7 @@ def _bound(statement: ast.stmt) -> set[str]:
     return names
 
 
-def _source_of(statements: Sequence[ast.stmt], names: set[str], known: Iterable[str] = ()) -> str:
+def _needed(statements: Sequence[ast.stmt], names: set[str], known: Iterable[str] = ()) -> list[str]:
     """Those of some statements that bind these names, and the names that they themselves read, and so on."""
     wanted, chosen = set(names), set()
     while True:
@@ -332,7 +337,7 @@ def _source_of(statements: Sequence[ast.stmt], names: set[str], known: Iterable[
             number for number, each in enumerate(statements) if number not in chosen and _bound(each) & wanted
         }
         if not more:
-            return "\n".join(ast.unparse(statements[number]) for number in sorted(chosen))
+            return [ast.unparse(statements[number]) for number in sorted(chosen)]
         chosen |= more
         wanted |= {name for number in more for name in _read(statements[number])} - set(known)
 

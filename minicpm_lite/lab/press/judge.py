@@ -12,11 +12,12 @@ What comes back is data, read by PyTorch's loader of weights, which makes number
 containers of them, and nothing that could act. Arguments need no copy, because a fork inherits them; what the
 function changed in them is sent back too. A function that the check hands over is called in the judge.
 
-An answer's process can so only say what its function returned. It knows the check, though, as every student
+So an answer's process can only say what its function returned. It knows the check, though, as every student
 does who reads the library; and an answer that looks its results up there is right without being an answer.
 """
 
 import ast
+import builtins
 import inspect
 import io
 import json
@@ -48,6 +49,8 @@ from .sandbox import Sandbox, limit_memory, python_itself
 
 MEMORY_MB = 2048
 _MOST_BYTES = 256 * 2**20  # of one message
+_CHAPTER_SECONDS = 180
+_MOST_LETTERS = 500  # of a message
 _GRACE = 5.0  # seconds between the end of an answer's time and that of its judge
 _CHAPTER, _CELL = "the chapter", "the cell of an exercise"
 _SAME, _TENSOR = "\0same", "\0tensor"  # marks in what is sent of arguments
@@ -75,19 +78,43 @@ def main() -> None:
     torch.set_num_threads(1)
     seed_everything(0)
     chapter = json.loads(read_message(commands))
-    names: dict[str, object] = {"__name__": _CHAPTER}
     try:
         checks = import_module(chapter["checks"])
-        exec(compile(chapter["source"], _CHAPTER, "exec"), names)
     except Exception as error:
         write_message(verdicts, f"{type(error).__name__}: {error}".encode())
         return
+    names = _definitions(chapter["statements"])
     write_message(verdicts, b"")
     while os.read(commands, 1):  # the judge reads the rest: no student's code comes into this process
         judge = os.fork()
         if not judge:
             _judge_next(commands, verdicts, checks, names)
         _wait(judge, verdicts)
+
+
+def _definitions(statements: list[str]) -> dict[str, object]:
+    """The names that statements of the original chapter define.
+
+    What fails, or comes after the time of a chapter, is left out: whoever does not use it shall not notice.
+    """
+
+    def out_of_time(*_: object) -> None:
+        raise TimeoutError
+
+    names: dict[str, object] = {"__name__": _CHAPTER}
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(_CHAPTER_SECONDS)
+    with suppress(TimeoutError):
+        for statement in statements:
+            try:
+                exec(compile(statement, _CHAPTER, "exec"), names)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                print(f"{statement.splitlines()[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return names
 
 
 def _judge_next(commands: int, verdicts: int, checks: types.ModuleType, names: dict) -> None:
@@ -101,7 +128,7 @@ def _judge_next(commands: int, verdicts: int, checks: types.ModuleType, names: d
     except BaseException as error:  # a fault of the check, or of this file: no student is to blame
         verdict = Verdict("ungraded", f"The check failed itself: {type(error).__name__}: {error}")
     shutil.rmtree(folder, ignore_errors=True)
-    write_message(verdicts, json.dumps([verdict.state, verdict.message]).encode())
+    write_message(verdicts, json.dumps([verdict.state, verdict.message[:_MOST_LETTERS]]).encode())
     os._exit(0)
 
 
@@ -171,7 +198,8 @@ class _Answer:
                     code = compile(ast.Module([statement], []), _CELL, "exec")
                     inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
                     named = [each for each in inner if each.co_name in (name, "<lambda>")]
-                    names[name] = types.FunctionType(named[-1], names)
+                    if named:
+                        names[name] = types.FunctionType(named[-1], names)
         found = names.get(self.expression)
         return found if inspect.isfunction(found) else None
 
@@ -304,7 +332,7 @@ def _kind(value: object) -> tuple[str, object]:
 
 def _error(name: str, message: str) -> BaseException:
     """An error by its name: one of Python's own, or else one of this name."""
-    known = getattr(__import__("builtins"), name, None)
+    known = getattr(builtins, name, None)
     if not (isinstance(known, type) and issubclass(known, BaseException)):
         known = type(name, (Exception,), {})
     if issubclass(known, UnicodeError | OSError):  # whose arguments are not one text
@@ -321,7 +349,7 @@ def _content(value: object) -> object:
         case nn.Module():
             return [_content(tensor) for tensor in [*value.parameters(), *value.buffers()]]
         case Tensor():
-            return {_TENSOR: value.detach(), "grad": value.grad}
+            return {_TENSOR: value.detach(), "grad": value.grad if value.is_leaf else None}
         case list() | tuple():
             return type(value)(map(_content, value)) if type(value) in (list, tuple) else _SAME
         case dict():
@@ -340,7 +368,16 @@ def _renewed(value: object, content: object) -> object:
             for tensor, new in zip([*value.parameters(), *value.buffers()], content, strict=True):
                 _renewed(tensor, new)
         case Tensor(), {"\0tensor": Tensor() as data, "grad": grad}:
-            value.data, value.grad = data, grad
+            if value.shape != data.shape:
+                value.data = data
+            elif not torch.equal(value, data):
+                with torch.no_grad():
+                    value.copy_(data)  # also where it is a part of another tensor
+            if value.is_leaf:
+                value.grad = grad
+        case tuple(), tuple():
+            for each, new in zip(value, content, strict=True):
+                _renewed(each, new)
         case list(), list():
             old = [*value, *[None] * len(content)]
             value[:] = [_renewed(each, new) for each, new in zip(old, content, strict=False)]

@@ -6,6 +6,9 @@ from small_chapter import code
 SOLUTIONS = {
     "twice": "def twice_solution(x):\n    return factor(2) * (x + 0)",
     "halve": "def halve_solution(numbers, f):\n    numbers[:] = [f(number) for number in numbers]",
+    "clear": "def clear_solution(part, array, table, *, names, several):\n"
+    "    part.zero_(), array.fill(0), table['a'].mul_(0), table['b'].clear(), names.clear()\n"
+    "    several[0].zero_(), several[1][0].zero_()",
     "by_pencil": "by_pencil_solution = (3, 4)",
     "push": "def push_solution(model, x):\n    model(x).mean().backward()",
     "shape": "shape_solution = load_config('lite-1m')\nshape_solution = replace(shape_solution, hidden_size=8)",
@@ -13,6 +16,7 @@ SOLUTIONS = {
 BLANKS = {
     "twice": "def twice(x):\n    ...  # your code",
     "halve": "def halve(numbers, f):\n    ...",
+    "clear": "def clear(part, array, table, *, names, several):\n    ...",
     "by_pencil": "by_pencil = ...  # two numbers",
     "push": "def push(model, x):\n    ...",
     "shape": "shape = ...",
@@ -38,6 +42,7 @@ def chapter(names=tuple(SOLUTIONS), module="small_exercises"):
             "a lesson",
         ),
         code("raise RuntimeError('what no exercise needs is not run when it is graded')", tags=("slow",)),
+        code("broken = 1 / 0", tags=("slow",)),
     ]
     for name in names:
         frame = f"```{{exercise-start}} Write {name} (easy)\n:label: ex-{name}\n```\n\nWrite `{name}`.{HINTS}"

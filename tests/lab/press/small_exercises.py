@@ -1,5 +1,6 @@
 """The exercises of the small chapter in `second_edition`, as a module of `minicpm_lite.exercises` holds them."""
 
+import numpy as np
 import torch
 
 from minicpm_lite.config import ModelConfig
@@ -31,6 +32,19 @@ def halve(answer):
         )
         assert same(numbers, halves), "Change the list itself."
         assert len(calls) == len(numbers), "Call the function for each number."
+
+
+@exercise("all in place", wrong=(lambda *arguments: None,))
+def clear(answer):
+    """Whatever holds numbers, they become zero in it."""
+    for size in (2, 3):
+        whole, array, table = torch.ones(2, size), np.ones(size), {"a": torch.ones(size), "b": [1]}
+        names, several = {"x"}, (torch.ones(size), [torch.ones(1), "text"])
+        answer(whole[1], array, table, names=names, several=several)
+        assert same(whole, [[1] * size, [0] * size]), "A part of a tensor is changed in the whole."
+        assert same(array, [0] * size) and names == set(), "The array is zero, the set empty."
+        assert same(table, {"a": [0] * size, "b": []}), "The table's tensor is zero, its list empty."
+        assert same(several[0], [0] * size) and same(several[1][0], [0]), "What a tuple holds is zero."
 
 
 @exercise("by pencil", wrong=((1, 2),))

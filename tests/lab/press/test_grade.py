@@ -35,6 +35,7 @@ WRONG = {
         "ZeroDivisionError: division by zero (line 4 of",
     ),
     "halve": ("def halve(numbers, f):\n    return f(numbers[0])", "wrong", "Nothing is returned."),
+    "clear": ("def clear(*args, **kwargs):\n    args[0].zero_()", "wrong", "The array is zero, the set empty."),
     "by_pencil": ("by_pencil = (3, 5)", "wrong", "Count again."),
     "push": ("def push(model, x):\n    model(x).sum().backward()", "wrong", "Call backward on the mean."),
     "shape": ("shape = {'hidden_size': 8}", "wrong", "It is a ModelConfig of width 8."),
@@ -58,6 +59,9 @@ ANSWERS = {
     "prints": ("print('a' * 10**6)\ndef twice(x):\n    print(x)\n    return 2 * (x + 0)", "right", "Twice is"),
     "its own error": ("class Mine(Exception): pass\ndef twice(x):\n    raise Mine('no')", "wrong", "Mine: no (line 3"),
     "an array": ("import numpy as np\ndef twice(x):\n    return np.asarray(2 * (x + 0))", "right", "Twice is"),
+    "what fails in the original": (
+        "def twice(x):\n    return 2 * (x + 0) + 0 * broken", "wrong", "NameError: name 'broken' is not defined",
+    ),
     "the original's definitions": ("def twice(x):\n    return factor(2) * (x + 0)", "right", "Twice is"),
     "a loop without end": ("def twice(x):\n    while True:\n        pass", "wrong", f"within {SECONDS} seconds"),
     "no end when it is defined": ("while True:\n    pass\ndef twice(x):\n    return 2 * x", "wrong", "within"),
@@ -248,6 +252,7 @@ def graded(tmp_path_factory):
         (folder / "in" / "deep.ipynb").write_text(
             nbformat.writes(submission(twice=f"twice = {'(' * 500}1{')' * 500}"))
         )
+        (folder / "in" / "long.ipynb").write_text(nbformat.writes(submission(twice="twice = 1" + "+ 1" * 3000)))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
             patch.setenv("TOKEN", "secret")
@@ -257,12 +262,12 @@ def graded(tmp_path_factory):
 
 
 def test_right_answers(graded):
-    assert [graded[0]["right", name].verdict for name in RIGHT] == ["right"] * 5
+    assert [graded[0]["right", name].verdict for name in RIGHT] == ["right"] * 6
     assert graded[0]["right", "twice"].message == "Twice is `x + x`."
 
 
 def test_an_empty_submission_is_unfinished(graded):
-    assert [graded[0]["empty", name].verdict for name in RIGHT] == ["unfinished"] * 5
+    assert [graded[0]["empty", name].verdict for name in RIGHT] == ["unfinished"] * 6
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -302,6 +307,7 @@ def test_cells_are_found_wherever_they_stand(graded):
         ("another chapter", "", "ungraded", "imports json as check"),
         ("broken.ipynb", "", "ungraded", "broken.ipynb is not a notebook"),
         ("deep.ipynb", "twice", "wrong", "cannot be read as Python: too many nested parentheses"),
+        ("long.ipynb", "twice", "wrong", ""),
     ],
 )
 def test_what_cannot_be_graded_is_said(graded, name, exercise, verdict, says):
@@ -314,10 +320,10 @@ def test_every_exercise_of_every_submission_has_a_row(graded, tmp_path):
     rows = list(csv.DictReader((tmp_path / "grades.csv").open(encoding="utf-8")))
     assert len(rows) == len(graded[2])
     right = [row for row in rows if row["submission"].startswith("right/")]
-    assert [row["points"] for row in right] == ["1"] * 5 and right[0]["chapter"] == "part/topic"
+    assert [row["points"] for row in right] == ["1"] * 6 and right[0]["chapter"] == "part/topic"
     lines = table(graded[2]).splitlines()
     assert re.search(
-        r"right/copy.*part/topic +5/5 +✓ twice  ✓ halve  ✓ by_pencil  ✓ push  ✓ shape", "\n".join(lines)
+        r"right/copy.*part/topic +6/6 +✓ twice  ✓ halve  ✓ clear  ✓ by_pencil  ✓ push  ✓ shape", "\n".join(lines)
     )
     assert lines[0].split() == ["submission", "chapter", "points", "exercises"]
 
@@ -342,11 +348,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "There is no notebook and no folder at nowhere" in capsys.readouterr().err
 
 
-def test_an_original_that_fails_itself_is_said(tmp_path, monkeypatch):
+def test_checks_that_cannot_be_imported_are_named(tmp_path):
     nb = chapter(["twice"], module="not_installed")
     nbformat.write(nb, tmp_path / "topic.ipynb")
     with pytest.raises(
-        ValueError, match="its own cells fail, .*: ModuleNotFoundError: No module named 'not_ins"
+        ValueError, match="The checks of .*/topic cannot be imported: ModuleNotFoundError"
     ):
         grade(tmp_path, [tmp_path / "topic.ipynb"])
 

@@ -47,9 +47,9 @@ def test_a_copy_has_exercises_and_hints_but_no_solutions(part, tmp_path, capsys)
     assert student_problems(copy) == []
     cells = nbformat.read(copy, as_version=4).cells
     ids = [cell.id for cell in cells]
-    assert ids == ["install", *(f"cell-{place}" for place in (0, 1, 2, 3, 4, 5, 6, 10, 11, 15, 16))]
+    assert ids == ["install", *(f"cell-{place}" for place in (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 16, 17))]
     assert cells[1].source == "# A topic\n\nWe double."
-    exercise, blank = cells[6].source, cells[7].source
+    exercise, blank = cells[7].source, cells[8].source
     assert exercise.startswith("**Exercise 1: Write twice (easy)**\n\nWrite `twice`.\n\n<details")
     assert exercise.count("<details") == exercise.count("</details>") == 2
     assert blank.endswith("check.twice(twice)")
