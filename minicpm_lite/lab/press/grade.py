@@ -183,11 +183,18 @@ class _Chapter:
         if not checks:
             return None
         exercises = [task for cell in cells if "exercise" in cell.marks for task in cell.answers()]
-        solutions = [task for cell in cells if "solution" in cell.marks for task in cell.answers("accepts")]
+        solved = [cell for cell in cells if "solution" in cell.marks]
         lessons = [cell for cell in cells if not cell.marks & {"exercise", "solution"}]
-        others = [statement for cell in lessons for statement in cell.own_statements]
+        statements = [statement for cell in lessons for statement in cell.own_statements]
+        answers = [statement for cell in solved for statement in cell.own_statements]
+        known = {name for each in statements for name in _bound(each)} | set(dir(builtins))
+        solutions = [  # without what else their cells say and show
+            replace(task, source="\n".join(_needed(answers, _read(ast.parse(task.answer)), known)))
+            for cell in solved
+            for task in cell.answers("accepts")
+        ]
         name = "/".join(notebook.path.absolute().with_suffix("").parts[-2:])
-        return cls(name, checks, exercises, solutions, others)
+        return cls(name, checks, exercises, solutions, statements)
 
     def grades(self, submissions: dict[str, list[Cell]], seconds: int) -> Iterator[Grade]:
         """Grade submissions of this chapter."""

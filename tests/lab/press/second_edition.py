@@ -11,7 +11,7 @@ SOLUTIONS = {
     "    several[0].zero_(), several[1][0].zero_()",
     "by_pencil": "by_pencil_solution = (3, 4)",
     "push": "def push_solution(model, x):\n    model(x).mean().backward()",
-    "shape": "shape_solution = load_config('lite-1m')\nshape_solution = replace(shape_solution, hidden_size=8)",
+    "shape": "shape_solution = load_config('lite-1m')\nshape_solution = replace(shape_solution, hidden_size=5 + by_pencil_solution[0])",
 }
 BLANKS = {
     "twice": "def twice(x):\n    ...  # your code",
