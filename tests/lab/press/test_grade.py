@@ -35,7 +35,11 @@ WRONG = {
         "ZeroDivisionError: division by zero (line 4 of",
     ),
     "halve": ("def halve(numbers, f):\n    return f(numbers[0])", "wrong", "Nothing is returned."),
-    "clear": ("def clear(*args, **kwargs):\n    args[0].zero_()", "wrong", "The array is zero, the set empty."),
+    "clear": (
+        "def clear(*args, **kwargs):\n    args[0].zero_()",
+        "wrong",
+        "The array is zero, the set empty.",
+    ),
     "by_pencil": ("by_pencil = (3, 5)", "wrong", "Count again."),
     "push": ("def push(model, x):\n    model(x).sum().backward()", "wrong", "Call backward on the mean."),
     "shape": ("shape = {'hidden_size': 8}", "wrong", "It is a ModelConfig of width 8."),
@@ -252,7 +256,9 @@ def graded(tmp_path_factory):
         (folder / "in" / "deep.ipynb").write_text(
             nbformat.writes(submission(twice=f"twice = {'(' * 500}1{')' * 500}"))
         )
-        (folder / "in" / "long.ipynb").write_text(nbformat.writes(submission(twice="twice = 1" + "+ 1" * 3000)))
+        (folder / "in" / "long.ipynb").write_text(
+            nbformat.writes(submission(twice="twice = 1" + "+ 1" * 3000))
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
             patch.setenv("TOKEN", "secret")
@@ -323,7 +329,8 @@ def test_every_exercise_of_every_submission_has_a_row(graded, tmp_path):
     assert [row["points"] for row in right] == ["1"] * 6 and right[0]["chapter"] == "part/topic"
     lines = table(graded[2]).splitlines()
     assert re.search(
-        r"right/copy.*part/topic +6/6 +✓ twice  ✓ halve  ✓ clear  ✓ by_pencil  ✓ push  ✓ shape", "\n".join(lines)
+        r"right/copy.*part/topic +6/6 +✓ twice  ✓ halve  ✓ clear  ✓ by_pencil  ✓ push  ✓ shape",
+        "\n".join(lines),
     )
     assert lines[0].split() == ["submission", "chapter", "points", "exercises"]
 
@@ -351,9 +358,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_checks_that_cannot_be_imported_are_named(tmp_path):
     nb = chapter(["twice"], module="not_installed")
     nbformat.write(nb, tmp_path / "topic.ipynb")
-    with pytest.raises(
-        ValueError, match="The checks of .*/topic cannot be imported: ModuleNotFoundError"
-    ):
+    with pytest.raises(ValueError, match="The checks of .*/topic cannot be imported: ModuleNotFoundError"):
         grade(tmp_path, [tmp_path / "topic.ipynb"])
 
 
