@@ -17,6 +17,7 @@ import json
 import os
 import re
 import subprocess
+import symtable
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -189,7 +190,7 @@ class _Chapter:
         answers = [statement for cell in solved for statement in cell.own_statements]
         known = {name for each in statements for name in _bound(each)} | set(dir(builtins))
         solutions = [  # without what else their cells say and show
-            replace(task, source="\n".join(_needed(answers, _read(ast.parse(task.answer)), known)))
+            replace(task, source="\n".join(_needed(answers, _read(task.answer), known)))
             for cell in solved
             for task in cell.answers("accepts")
         ]
@@ -221,6 +222,11 @@ class _Chapter:
             return self._found(exercise, cells)
         except RecursionError:
             return "wrong", "What stands in the cell is nested too deeply."
+        except SyntaxError as error:  # which Python finds only when it looks for names
+            return (
+                "wrong",
+                f"The cell cannot be read as Python: {error.msg} (line {error.lineno} of its cell).",
+            )
 
     def _found(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
         found: list[Task | Cell] = []
@@ -309,14 +315,26 @@ def _is_left_out(statement: ast.stmt) -> bool:
 
 
 def _free(task: Task) -> set[str]:
-    """The names that an answer reads."""
-    return {name for text in (task.source, task.answer, task.helpers) for name in _read(ast.parse(text))}
+    """The names that an answer reads and that are no names of its functions' own."""
+    return {name for text in (task.source, task.answer, task.helpers) for name in _read(text)}
 
 
-def _read(tree: ast.AST) -> set[str]:
-    return {
-        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
+def _read(source: str) -> set[str]:
+    """The global names that some code reads.
+
+    >>> sorted(_read("def area(x):\\n    y = x\\n    return y * z\\n\\narea(a)"))
+    ['a', 'area', 'z']
+    """
+    tables, names = [symtable.symtable(source, "a cell", "exec")], set()
+    for table in tables:
+        at_top = table.get_type() == "module"
+        names |= {
+            symbol.get_name()
+            for symbol in table.get_symbols()
+            if symbol.is_referenced() and (at_top or symbol.is_global())
+        }
+        tables += table.get_children()
+    return names
 
 
 def _bound(statement: ast.stmt) -> set[str]:
@@ -346,7 +364,7 @@ def _needed(statements: Sequence[ast.stmt], names: set[str], known: Iterable[str
         if not more:
             return [ast.unparse(statements[number]) for number in sorted(chosen)]
         chosen |= more
-        wanted |= {name for number in more for name in _read(statements[number])} - set(known)
+        wanted |= {name for number in more for name in _read(ast.unparse(statements[number]))} - set(known)
 
 
 def _harmless(value: object) -> object:

@@ -5,6 +5,7 @@ right if its attack succeeds, so that a verdict of "wrong" shows that it failed.
 """
 
 import csv
+import doctest
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from nbformat.v4 import new_markdown_cell
 from second_edition import SOLUTIONS, chapter
 from small_chapter import code
 
+from minicpm_lite.lab.press import grade as grade_module
 from minicpm_lite.lab.press import sandbox
 from minicpm_lite.lab.press.__main__ import main
 from minicpm_lite.lab.press.grade import Grade, _harmless, grade, table, write_csv
@@ -57,6 +59,7 @@ ANSWERS = {
     "returns dots": ("def twice(x):\n    y = x\n    return ...", "unfinished", "Put your code"),
     "no function": ("twice = 4", "wrong", "TypeError"),
     "not Python": ("def twice(x)\n    return 2 * x", "wrong", "cannot be read as Python: expected ':' (line 1"),
+    "not Python after all": ("nonlocal x\ndef twice(x):\n    return x", "wrong", "nonlocal declaration not allowed"),
     "fails when it is defined": ("x = 1 / 0\ndef twice(x):\n    return 2 * x", "wrong", "ZeroDivisionError"),
     "an unknown name": ("def twice(x):\n    return two * x", "wrong", "NameError: name 'two' is not defined (line 2"),
     "leaves": ("def twice(x):\n    exit()", "wrong", "ended the program"),
@@ -353,6 +356,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "\n'=cmd.ipynb," in text
     assert main(["grade", "nowhere"]) == 2
     assert "There is no notebook and no folder at nowhere" in capsys.readouterr().err
+
+
+def test_the_example_holds():
+    assert doctest.testmod(grade_module).failed == 0
 
 
 def test_checks_that_cannot_be_imported_are_named(tmp_path):
