@@ -6,15 +6,16 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `source`, `Drawing`, `Explorer`, `difference` and `Evidence`. The checks of its
-exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole notebooks is
-``python -m minicpm_lite.lab.press``.
+and then has `say`, `table`, `source`, `Drawing`, `Explorer`, `difference`, `Evidence` and `recorded_file`. The
+checks of its exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking whole
+notebooks is ``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
 browser. What it shows works in a live kernel and in a static page, offline, in light and in dark.
 """
 
 from importlib.metadata import version
+from pathlib import Path
 
 from ..runtime import calm_threads, seed_everything, tune_cpu
 from .display import say, source, table
@@ -27,7 +28,8 @@ from .plots import show_plots_as_svg
 from .style import use_book_style
 
 __all__ = [
-    "Drawing", "Evidence", "Explorer", "device", "difference", "power", "say", "smallest_effect", "source",
+    "Drawing", "Evidence", "Explorer", "device", "difference", "power", "recorded_file", "say",
+    "smallest_effect", "source",
     "start", "table",
 ]  # fmt: skip
 
@@ -55,3 +57,19 @@ def start(library: str, seed: int) -> None:
     calm_threads()
     use_book_style()
     show_plots_as_svg()
+
+
+def recorded_file(name: str) -> Path:
+    """A file of a recorded run, ``lab.recorded_file("training/wsd.json")``; it comes with the library.
+
+    So a notebook finds it from any folder. The file itself is ``notebooks/training/recorded/wsd.json``.
+
+    Raises:
+        FileNotFoundError: there is none of this name.
+    """
+    folder = Path(__file__).parents[1] / "recorded"
+    if not (folder / name).is_file():
+        files = [path for path in folder.glob("*/*.*") if path.suffix != ".py"]
+        known = sorted(path.relative_to(folder).as_posix() for path in files)
+        raise FileNotFoundError(f"No recorded run has the file {name!r}; there are {', '.join(known)}.")
+    return folder / name

@@ -114,9 +114,9 @@ class Chapters(BookDirective):
         rows, seconds = [], 0.0
         for chapter in self.chapters():
             if chapter.docname.startswith(folder):
-                measured = chapter.run.keys() >= {"seconds", "peak_memory_mb"}
-                seconds += chapter.run["seconds"] if measured else 0
-                time, memory = cost(chapter.run) if measured else ("–", "–")
+                known = chapter.run.keys() >= {"seconds", "peak_memory_mb"}
+                seconds += chapter.run["seconds"] if known else 0
+                time, memory = cost(chapter.run) if known else ("–", "–")
                 rows.append([f"{{doc}}`/{chapter.docname}`", time, memory])
         if not self.arguments:
             rows.append(["**All together**", f"{seconds / 60:.1f} min", ""])

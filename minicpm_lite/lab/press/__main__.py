@@ -1,4 +1,4 @@
-"""``python -m minicpm_lite.lab.press``: run stale notebooks, check all gates, write students' copies."""
+"""``python -m minicpm_lite.lab.press``: run stale notebooks, check gates, write students' copies, grade."""
 
 import argparse
 import sys
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from .execute import run
 from .gates import problems
+from .grade import SECONDS, grade, table, write_csv
+from .nbgrader import nbgrader_copy
 from .notebook import find
-from .student import write_student_copies
+from .student import student_copy, write_student_copies
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     checks = commands.add_parser("check", help="print everything that keeps a notebook from being committed")
     students = commands.add_parser("student", help="write copies without solutions and outputs")
     students.add_argument("out", type=Path, metavar="OUT", help="the folder to write to")
-    for command in (runs, checks, students):
+    students.add_argument("--nbgrader", action="store_true", help="with the marks of an nbgrader assignment")
+    grades = commands.add_parser("grade", help="grade students' notebooks by the checks, shut in (Linux)")
+    grades.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the submissions, with folders in it or not"
+    )
+    grades.add_argument("--csv", type=Path, metavar="FILE", help="write verdicts, points and messages to it")
+    grades.add_argument("--seconds", type=int, default=SECONDS, help="for each answer (default: %(default)s)")
+    for command in (runs, checks, students, grades):
         command.add_argument(
             "notebooks",
             nargs="*",
@@ -43,7 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
                 "\n".join(found) or f"No problems in {len(paths)} notebook{'s' if len(paths) != 1 else ''}."
             )
             return 1 if found else 0
-        for path in write_student_copies(paths, options.out):
+        if options.command == "grade":
+            found = grade(options.folder, paths, options.seconds)
+            print(table(found))
+            if options.csv:
+                write_csv(found, options.csv)
+            return 0
+        made = nbgrader_copy if options.nbgrader else student_copy
+        for path in write_student_copies(paths, options.out, made):
             print(path)
         return 0
     except (OSError, ValueError) as error:

@@ -5,13 +5,16 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
+from ...optional import require
 from ..svg import UNDESCRIBED
 from .execute import PROGRESS_BAR
 from .notebook import KEY, MEASURED, Notebook, alt_text, tags
 from .stamps import LIBRARY, parse_cell, why_stale
-from .student import SOLUTION_MARKER
+
+_markdown_it = require("markdown_it", install="minicpm_lite[book]", purpose="check students' copies")
 
 SECONDS = 180
 PEAK_MEMORY_MB = 3_000
@@ -49,6 +52,10 @@ _REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
 _CDN = re.compile(r"https?://[\w.-]*(?:\bcdn|cdnjs|jsdelivr|unpkg|googleapis|gstatic)[\w./-]*")
 _MARKDOWN_IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<source>[^)\s]*)")
 _DATA_URI = re.compile(r"data:(image/[\w.+-]+)")
+_SOLUTION_MARKER = re.compile(r"\{solution(-start|-end)?\}")
+_RAW_LINE = re.compile(r"\([\w.:-]+\)=|\{[.#][^}]*\}|:{3,}.*|%.*|\+\+\+.*")
+_RAW_ROLE = re.compile(r"\{[\w:-]+\}$")
+_RAW_PIECE = re.compile(r"\]\{[.#]|\{\{.*\}\}|\[\^\w+\]|\$ *\([\w.:-]+\)$")
 _MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|[\w./-]*/site-packages/")
 
 
@@ -64,22 +71,52 @@ def problems(path: Path) -> list[str]:
 def student_problems(path: Path) -> list[str]:
     """What a student's copy must not hold, or lacks, a sentence each."""
     found = []
-    for number, cell in enumerate(Notebook.read(path).nb.cells, start=1):
+    cells = Notebook.read(path).nb.cells
+    if not cells or "%pip install" not in cells[0].source:
+        found.append("The first cell does not install the library; the copy would not run alone.")
+    for number, cell in enumerate(cells, start=1):
         if tags(cell) & {"solution", "wrong"}:
             found.append(
                 f"Cell {number} is tagged as a solution or as wrong answers; a student must not get it."
             )
-        elif cell.cell_type == "markdown" and SOLUTION_MARKER.search(cell.source):
-            found.append(f"Cell {number} holds the frame of a solution.")
-        elif cell.cell_type == "code" and _calls(cell.source, "accepts", "rejects"):
-            found.append(
-                f"Cell {number} calls accepts or rejects, which belong to solutions and wrong answers."
-            )
-        elif "exercise" in tags(cell) and not _has_blank(cell.source):
-            found.append(f"Cell {number} is an exercise without a blank (`...`): its answer is filled in.")
-        if cell.get("outputs"):
-            found.append(f"Cell {number} has an output; a student's copy starts without any.")
+        elif cell.cell_type == "markdown":
+            found += [
+                f"Cell {number} holds {raw!r}, which only the book's site understands."
+                for raw in _raw(cell.source)
+            ]
+        elif cell.cell_type == "code":
+            found += [f"Cell {number} {problem}" for problem in _student_code_problems(cell)]
     return found
+
+
+def _student_code_problems(cell) -> Iterator[str]:
+    if _calls(cell.source, "accepts", "rejects"):
+        yield "calls accepts or rejects, which belong to solutions and wrong answers."
+    if _calls(cell.source, "Quiz"):
+        yield "holds the answers of a quiz; they belong into minicpm_lite.exercises."
+    for node in _walk(cell.source):
+        if isinstance(node, ast.Constant) and str(node.value).startswith("recorded/"):
+            yield f"reads {node.value} beside it, and a copy stands alone; say lab.recorded_file(...)."
+    if "exercise" in tags(cell) and not _has_blank(cell.source):
+        yield "is an exercise without a blank (`...`): its answer is filled in."
+    if cell.get("outputs"):
+        yield "has an output; a student's copy starts without any."
+
+
+def _raw(source: str) -> Iterator[str]:
+    """What plain Markdown would show as it is written: directives, roles, labels, attributes and the like."""
+    for token in _markdown_it.MarkdownIt("commonmark").enable("table").parse(source):
+        if token.type == "fence" and token.info.startswith("{"):
+            yield token.info
+        elif token.type == "inline":
+            yield from (line for line in token.content.split("\n") if _RAW_LINE.fullmatch(line))
+            for piece, following in pairwise([*token.children, None]):
+                if piece.type == "text" and (raw := _RAW_PIECE.search(piece.content)):
+                    yield raw[0]
+                elif (
+                    following and following.type == "code_inline" and (raw := _RAW_ROLE.search(piece.content))
+                ):
+                    yield f"{raw[0]}`{following.content}`"
 
 
 def _fresh(notebook: Notebook) -> Iterator[str]:
@@ -286,7 +323,7 @@ def _solutions_folded(notebook: Notebook) -> Iterator[str]:
     inside = False
     for number, cell in enumerate(notebook.nb.cells, start=1):
         if cell.cell_type == "markdown":
-            for marker in SOLUTION_MARKER.finditer(cell.source):
+            for marker in _SOLUTION_MARKER.finditer(cell.source):
                 if (marker[1] == "-start") == inside and marker[1]:
                     yield f"Cell {number} has {marker[0]}, but {'one' if inside else 'none'} is open."
                 inside = marker[1] == "-start"

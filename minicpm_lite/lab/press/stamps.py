@@ -7,7 +7,8 @@ A stamp holds three hashes, so that a stale one says why:
 - ``library``: every module of minicpm_lite that the code reaches through imports, as syntax trees without
   docstrings and comments; the configs it loads; and the folder ``assets`` beside a module that names it.
 - ``recorded``: the files beside the notebook that its code uses. These are its recorded runs
-  (``recorded/TOPIC*``), the modules it imports from its folder, and the files it names.
+  (``recorded/TOPIC*``), those it asks the library for (``lab.recorded_file("PART/FILE")``), the modules it
+  imports from its folder, and the files it names.
 
 The code is that of the cells and of the modules beside the notebook. It is read, not run. Imports are
 followed by name through a package's ``__init__``: ``from minicpm_lite import load_config`` reaches
@@ -78,9 +79,9 @@ def why_stale(notebook: Notebook, library: Path = LIBRARY) -> str | None:
     return ", and ".join(changed) or None
 
 
-def used_files(notebook: Notebook) -> list[Path]:
-    """The files beside a notebook that it uses: its recorded runs, modules it imports, and files it names."""
-    return _used(notebook, *_code(notebook))
+def needed_files(notebook: Notebook) -> list[Path]:
+    """The files that must stand beside a notebook: modules it imports, and files it names by their paths."""
+    return sorted(_needed(notebook, *_code(notebook)))
 
 
 def parse_cell(source: str) -> ast.Module | None:
@@ -119,11 +120,28 @@ def _code(notebook: Notebook) -> tuple[list[ast.Module], list[Path]]:
     return [*cells, *(_parse(module.read_bytes()) for module in modules)], modules
 
 
+def _needed(notebook: Notebook, trees: list[ast.Module], modules: list[Path]) -> set[Path]:
+    folder = notebook.path.parent
+    return {*modules} | {file for tree in trees for path in _paths(tree) for file in _matching(path, folder)}
+
+
 def _used(notebook: Notebook, trees: list[ast.Module], modules: list[Path]) -> list[Path]:
     folder = notebook.path.parent
-    named = {file for tree in trees for pattern in _paths(tree) for file in _matching(pattern, folder)}
     recorded = {file for file in folder.glob(f"recorded/{notebook.path.stem}*") if file.is_file()}
-    return sorted(recorded | {*modules} | named)
+    asked = {file for tree in trees for path in _recorded(tree) for file in _matching(path, folder)}
+    return sorted(recorded | asked | _needed(notebook, trees, modules))
+
+
+def _recorded(tree: ast.Module) -> Iterator[str]:
+    """The paths, from a notebook's folder, of what some code asks `lab.recorded_file` for.
+
+    >>> list(_recorded(ast.parse('lab.recorded_file("training/wsd.json")')))
+    ['../training/recorded/wsd.json']
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node.func, {}) == "recorded_file" and node.args:
+            part, _, file = (_path(node.args[0]) or "*/*").partition("/")
+            yield f"../{part}/recorded/{file}"
 
 
 def _paths(node: ast.AST) -> Iterator[str]:

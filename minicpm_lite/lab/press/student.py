@@ -1,45 +1,55 @@
-"""A student's copy of a notebook: the same chapter without solutions, wrong answers and outputs."""
+"""A student's copy of a notebook: the same chapter without solutions and outputs, complete in one file.
+
+It is plain Markdown, installs the library where that is missing, and finds recorded data in the library, so
+that it runs alone in an empty folder.
+"""
 
 import os
-import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from filecmp import cmp
 from pathlib import Path
 
+from ... import __version__
 from ...optional import require
-from .notebook import KEY, Notebook
-from .stamps import used_files
+from .notebook import KEY, Notebook, nbformat, tags
+from .plain import frames, plain_cells
+from .stamps import needed_files
 
 _nbconvert = require(
     "nbconvert.preprocessors", install="minicpm_lite[notebooks]", purpose="make a student's copy"
 )
 
-SOLUTION_MARKER = re.compile(r"\{solution(-start|-end)?\}")
-_EXERCISE_START = re.compile(r"```+\{exercise-start\}([^\n]*)\n(?::[^\n]*\n)*```+\n*")
-_EXERCISE_END = re.compile(r"\n*```+\{exercise-end\}\s*```+")
+_INSTALL = f"""\
+# Where the book's library is missing, as on Colab, this installs it.
+from importlib.metadata import distributions
+
+if "{__version__}" not in [found.version for found in distributions(name="minicpm_lite")]:
+    %pip install --quiet "minicpm_lite[notebooks]=={__version__}"
+"""
 
 
 def student_copy(notebook: Notebook, path: Path) -> Notebook:
     """The copy, to be written to `path`.
 
-    The frames of the exercises become headings, because Jupyter does not know the book's directives.
+    Raises:
+        ValueError: a cell holds what cannot be said in plain Markdown.
     """
-    nb, _ = _nbconvert.TagRemovePreprocessor(remove_cell_tags={"solution", "wrong"}).preprocess(
-        notebook.nb, {}
-    )
+    nb = nbformat.from_dict(notebook.nb | {"cells": [*_without_solutions(notebook.nb.cells)]})
+    nb.cells = plain_cells(Notebook(notebook.path, nb))
     nb, _ = _nbconvert.ClearOutputPreprocessor().preprocess(nb, {})
+    nb.cells.insert(0, nbformat.v4.new_code_cell(_INSTALL.strip(), id="install"))
     nb.metadata.pop(KEY, None)
-    nb.cells = [c for c in nb.cells if c.cell_type != "markdown" or not SOLUTION_MARKER.search(c.source)]
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            headed = _EXERCISE_START.sub(lambda start: f"**Exercise: {start[1].strip()}**\n\n", cell.source)
-            cell.source = _EXERCISE_END.sub("", headed)
     return Notebook(path, nb)
 
 
-def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
-    """Write copies of notebooks, and of the files beside them that they use, to folders in `out`.
+def write_student_copies(
+    paths: Iterable[Path], out: Path, made: Callable[[Notebook, Path], Notebook] = student_copy
+) -> list[Path]:
+    """Write copies of notebooks, and of the files beside them that they name, to folders in `out`.
+
+    Args:
+        made: makes a copy of a notebook, to be written to a path.
 
     Raises:
         FileExistsError: a copy would overwrite a file, perhaps a student's work; nothing was written.
@@ -49,8 +59,8 @@ def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
     beside: dict[Path, Path] = {}
     for path in paths:
         notebook, folder = Notebook.read(path), out / path.resolve().parent.name
-        copies[folder / path.name] = notebook
-        for file in used_files(notebook):
+        copies[folder / path.name] = made(notebook, folder / path.name)
+        for file in needed_files(notebook):
             beside[Path(os.path.normpath(folder / os.path.relpath(file, path.parent)))] = file
     taken = [target for target in copies if target.exists()]
     taken += [  # a file that was handed out with another chapter may stand there as it was
@@ -58,10 +68,28 @@ def write_student_copies(paths: Iterable[Path], out: Path) -> list[Path]:
     ]
     if taken:
         raise FileExistsError(f"{taken[0]} exists already; remove it, or give another folder.")
-    for target, notebook in copies.items():
+    for target, copy in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        student_copy(notebook, target).write()
+        copy.write()
     for target, file in beside.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, target)
     return list(copies)
+
+
+def _without_solutions(cells: Iterable[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
+    """The cells outside the frames of solutions, and what stands outside in the frames' own cells."""
+    inside = False
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            if not inside and not tags(cell) & {"solution", "wrong"}:
+                yield cell
+            continue
+        lines, kept, done = cell.source.split("\n"), [], 0
+        for name, first, last in frames(cell.source):
+            if name in ("solution-start", "solution-end"):
+                kept += [] if inside else lines[done:first]
+                inside, done = name == "solution-start", last
+        kept += [] if inside else lines[done:]
+        if any(map(str.strip, kept)):
+            yield nbformat.from_dict(cell | {"source": "\n".join(kept).strip("\n")})

@@ -8,7 +8,7 @@ import random
 
 import nbformat
 import pytest
-from nbformat.v4 import new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_markdown_cell, new_output
 from small_chapter import (
     BLANK,
     PICTURE,
@@ -25,9 +25,8 @@ from small_chapter import (
 
 from minicpm_lite.lab import svg
 from minicpm_lite.lab.press.__main__ import main
-from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, _pictures_are_svg, problems, student_problems
+from minicpm_lite.lab.press.gates import FILE_BYTES, GATES, _pictures_are_svg, problems
 from minicpm_lite.lab.press.notebook import KEY, Notebook
-from minicpm_lite.lab.press.student import student_copy, write_student_copies
 from minicpm_lite.lab.svg import UNDESCRIBED
 
 
@@ -383,60 +382,6 @@ def test_imports_and_names_of_its_own_redefine_nothing(write):
     nb = chapter()
     nb.cells[PICTURE].source += "\nfrom minicpm_lite import load_config\n\nnaive_WSD = load_config"
     assert problems(write(nb)) == []
-
-
-def test_a_students_copy_has_exercises_but_no_solutions(write, tmp_path, capsys):
-    path = write(chapter())
-    recorded = path.parent / "recorded" / "topic-loss.json"
-    recorded.parent.mkdir()
-    recorded.write_text("[]")
-    assert main(["student", str(tmp_path / "copies"), str(path)]) == 0
-    copy = tmp_path / "copies" / path.parent.name / path.name
-    assert capsys.readouterr().out.strip() == str(copy)
-    assert student_problems(copy) == []
-    cells = nbformat.read(copy, as_version=4).cells
-    assert [cell.id for cell in cells] == [f"cell-{place}" for place in (0, START, PICTURE, PROMPT, BLANK)]
-    assert cells[PROMPT].source.startswith("**Exercise: Twice**\n\nWrite `twice`.\n\n<details")
-    assert (copy.parent / "recorded" / "topic-loss.json").read_text() == "[]"
-    with pytest.raises(FileExistsError, match="exists already"):  # it may hold a student's work
-        write_student_copies([path], tmp_path / "copies")
-
-
-def test_what_a_student_wrote_beside_a_copy_is_not_overwritten(tmp_path):
-    part, out = tmp_path / "part", tmp_path / "copies"
-    part.mkdir()
-    (part / "helper.py").write_text("x = 1\n")
-    first, second, third = (
-        sealed(new_notebook(cells=[code("import helper")]), part / f"{n}.ipynb") for n in "abc"
-    )
-    write_student_copies([first], out)
-    assert write_student_copies([second], out) == [out / "part" / "b.ipynb"]  # the helper is as it was
-    (out / "part" / "helper.py").write_text("x = 2  # mine\n")
-    with pytest.raises(
-        FileExistsError, match=r"helper\.py exists already; remove it, or give another folder"
-    ):
-        write_student_copies([third], out)
-    assert (out / "part" / "helper.py").read_text() == "x = 2  # mine\n"
-    assert not (out / "part" / "c.ipynb").exists()
-
-
-@pytest.mark.parametrize(
-    ("cell", "says"),
-    [
-        (code("check_twice.accepts(lambda x: 2 * x)"), "accepts or rejects"),
-        (code("twice = lambda x: 2 * x", tags=("solution",)), "tagged as a solution"),
-        (code("lambda x: x", tags=("wrong",)), "wrong answers"),
-        (new_markdown_cell("```{solution-start} ex-twice\n```"), "frame of a solution"),
-        (code("def twice(x):\n    return 2 * x", tags=("exercise",)), "filled in"),
-        (code("1 + 1", "2"), "output"),
-    ],
-)
-def test_a_solution_left_in_a_students_copy_is_found(write, tmp_path, cell, says):
-    copy = student_copy(Notebook.read(write(chapter())), tmp_path / "copy.ipynb")
-    copy.nb.cells.append(cell)
-    copy.write()
-    [problem] = student_problems(copy.path)
-    assert says in problem
 
 
 ODD = (

@@ -12,7 +12,7 @@ from small_chapter import PICTURE, START, chapter
 from minicpm_lite import config
 from minicpm_lite.lab.press import stamps
 from minicpm_lite.lab.press.notebook import KEY, Notebook
-from minicpm_lite.lab.press.stamps import stamp, used_files, why_stale
+from minicpm_lite.lab.press.stamps import needed_files, stamp, why_stale
 
 MODULES = {
     "__init__.py": "from .config import load_config\n",
@@ -153,7 +153,9 @@ def test_recorded_runs_count(notebook, tmp_path):
     for file in ("recorded/topic.json", "recorded/stranger.json", "other/recorded/model.json"):
         (tmp_path / file).write_text("[1]")
     topic = notebook("x = 1", 'open("other/recorded/model.json")')
-    assert [file.name for file in used_files(topic)] == ["model.json", "topic.json"]
+    assert [file.name for file in needed_files(topic)] == [
+        "model.json"
+    ]  # of the others the library has copies
     before = stamp(topic)
     (tmp_path / "recorded" / "stranger.json").write_text("[2]")
     assert stamp(topic) == before
@@ -161,6 +163,22 @@ def test_recorded_runs_count(notebook, tmp_path):
         (tmp_path / file).write_text("[2]")
         assert changed(before, stamp(topic)) == {"recorded"}
         (tmp_path / file).write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    "asked", ["'training/wsd.json'", "f'training/{name}.json'", "f'{part}/wsd.json'", "name"]
+)
+def test_recorded_runs_that_come_with_the_library_count(notebook, tmp_path, asked):
+    here = tmp_path / "book" / "part"
+    file = tmp_path / "book" / "training" / "recorded" / "wsd.json"
+    for folder in (here, file.parent):
+        folder.mkdir(parents=True)
+    file.write_text("[1]")
+    topic = Notebook(here / "topic.ipynb", notebook(f"lab.recorded_file({asked})").nb)
+    assert needed_files(topic) == []
+    before = stamp(topic)
+    file.write_text("[2]")
+    assert changed(before, stamp(topic)) == {"recorded"}
 
 
 def test_a_stale_notebook_says_why(write, tmp_path):
@@ -252,7 +270,7 @@ def test_what_stands_beside_a_notebook_counts_if_it_is_used(library, notebook, t
         part = "library" if name == "language/rope.py" else "recorded"
         assert changed(before, stamp(topic, library)) == ({part} if name in used else set()), name
         file.write_text(content)
-    assert {str(file.relative_to(here)) for file in used_files(topic)} == used - {"language/rope.py"}
+    assert {str(file.relative_to(here)) for file in needed_files(topic)} == used - {"language/rope.py"}
 
 
 def test_what_stands_outside_the_notebooks_is_no_file_of_theirs(notebook, tmp_path):
@@ -263,4 +281,4 @@ def test_what_stands_outside_the_notebooks_is_no_file_of_theirs(notebook, tmp_pa
     inside.write_text("1")
     sources = f"open({str(outside)!r}), open('../../secret.txt'), open('../shared.txt')"
     topic = Notebook(tmp_path / "book" / "part" / "topic.ipynb", notebook(sources).nb)
-    assert used_files(topic) == [inside]
+    assert needed_files(topic) == [inside]
