@@ -51,7 +51,8 @@ def counts_up(scratch, stable, decay):
         (
             check.choose_bands,
             lambda n, target: min(
-                (b for b in range(1, n + 1) if n % b == 0), key=lambda b: abs(lsh_threshold(b, n // b) - target)
+                (b for b in range(1, n + 1) if n % b == 0),
+                key=lambda b: abs(lsh_threshold(b, n // b) - target),
             ),
         ),
         (check.break_even, counts_up),
