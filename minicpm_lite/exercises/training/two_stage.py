@@ -16,7 +16,6 @@ def _read(row):
     "read and predicted",
     wrong=(
         lambda row: ([max(token, ~token) for token in row], [max(token, -1) for token in row]),
-        lambda row: (_read([0, *row[1:], 0]), [max(token, -1) for token in row[1:]]),
         lambda row: (
             [-token if token < 0 else token for token in row[:-1]],
             [max(token, -1) for token in row[1:]],
@@ -87,12 +86,12 @@ def weight_for(answer):
 def surely_after(answer):
     """The count is above w m - 1: at least `count` once w m >= count."""
     assert answer(Fraction(1, 2), 1) == 2, (
-        "At weight one half, after 1 window the count may be 0 or 1: both are less than 1 away from one half. "
-        "And after 2?"
+        "At weight one half, after 1 window the count may be 0 or 1: both are less than 1 away from one "
+        "half. And after 2?"
     )
     assert answer(Fraction(1, 3), 2) == 6, (
-        "At a third, after 5 windows the share is 5/3, and a count of 1 is allowed. After 6 the share is 2, and "
-        "a count of 1 is 1 away."
+        "At a third, after 5 windows the share is 5/3, and a count of 1 is allowed. After 6 the share is 2, "
+        "and a count of 1 is 1 away."
     )
     assert answer(Fraction(2, 5), 1) == 3, (
         "At two fifths: after 2 windows the share is 0.8, and a count of 0 is allowed. After 3 it is 1.2."
@@ -150,8 +149,8 @@ def curvature_of(answer):
     )
     for slope in (1, -2, 0.5):
         assert same(result(lambda x, slope=slope: x * x + slope * x, 0.25), 2 / (1 + slope**2) ** 1.5), (
-            f"On a slope of {slope:g} the same second derivative bends less. By which factor, in the formula of "
-            "the text? And is your slope taken evenly from both sides?"
+            f"On a slope of {slope:g} the same second derivative bends less. By which factor, in the formula "
+            "of the text? And is your slope taken evenly from both sides?"
         )
     assert same(result(lambda x: x**4, 0.5), 0.5) and same(result(lambda x: x**4, 1.0), 2), (
         "For x⁴ the three values depend on h: at h = 0.5 they are 1/16, 0 and 1/16."
