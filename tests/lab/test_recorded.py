@@ -9,6 +9,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+import torch
 
 from minicpm_lite.lab.recorded import load_results, run_jobs, tune_rates
 
@@ -42,9 +43,13 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
 
     kept["runs"]["square/2"]["square"] = "not computed again"
     script.with_suffix(".json").write_text(json.dumps(kept))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     with pytest.raises(ValueError, match="thirteen"):
         run_jobs(script, [Square(2), Square(13), Square(5)], square, {"what": "squares"}, workers=1)
-    runs = load_results(script)["runs"]
+    kept = load_results(script)
+    assert kept["device"] == f"Some GPU and CPU, {os.cpu_count()} cores, 1 worker"
+    runs = kept["runs"]
     assert runs["square/2"]["square"] == "not computed again"
     assert runs["square/5"]["square"] == 25  # run after the failure, and kept
     assert list(script.parent.iterdir()) == [script.with_suffix(".json")]  # nothing half written
