@@ -242,7 +242,7 @@ def losses_of(pairs: list[tuple[str, float]]) -> dict[tuple[str, float], float]:
 
 
 def between(model: str, rate: float) -> float:
-    """Where the parabola through the losses at half the best rate of the grid, at it and at twice is lowest."""
+    """Where the parabola through the losses at half the best rate of the grid, it and twice it is lowest."""
     left, middle, right = losses_of([(model, rate * step) for step in (0.5, 1, 2)]).values()
     return float(f"{rate * 2 ** ((left - right) / (2 * (left - 2 * middle + right))):.2g}")
 
