@@ -5,10 +5,10 @@ library, the API reference from its modules, and what a command prints from the 
 second time.
 """
 
-from . import api, chapters, commands, downloads, markup, models, offline, sources
+from . import api, chapters, commands, downloads, first_figure, markup, models, offline, sources
 
 
 def setup(app):
-    for part in (offline, markup, sources, chapters, models, commands, api, downloads):
+    for part in (offline, markup, sources, chapters, first_figure, models, commands, api, downloads):
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
