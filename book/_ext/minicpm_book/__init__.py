@@ -5,10 +5,26 @@ library, the API reference from its modules, and what a command prints from the 
 second time.
 """
 
-from . import api, chapters, commands, downloads, first_figure, markup, models, offline, sources
+from . import (
+    api,
+    chapters,
+    commands,
+    downloads,
+    exercise_titles,
+    first_figure,
+    markup,
+    models,
+    offline,
+    sources,
+    tips,
+)
+
+PARTS = (
+    offline, markup, sources, tips, chapters, exercise_titles, first_figure, models, commands, api, downloads
+)  # fmt: skip
 
 
 def setup(app):
-    for part in (offline, markup, sources, chapters, first_figure, models, commands, api, downloads):
+    for part in PARTS:
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

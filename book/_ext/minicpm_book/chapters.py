@@ -170,7 +170,7 @@ class Chapters(BookDirective):
 
 
 class Cards(BookDirective):
-    """``{chapter-cards}``: a card for each chapter, with its summary and how long reading and running take."""
+    """``{chapter-cards}``: a card for each chapter, its summary, and how long reading and running take."""
 
     def run(self):
         cards = [

@@ -19,7 +19,7 @@ FIRST_UPDATE = 150  # before it the loss falls so far that the decays would look
 ALT = (
     "Held-out loss against update on a logarithmic axis. A thin line at a constant learning rate falls "
     "slowly. From it branch {count} thick, steep drops, each a decay of the rate over a tenth of the updates "
-    "so far. They end after {first:,} to {last:,} updates, {least:.2f} to {most:.2f} nats below their beginning."
+    "so far. They end after {first:,} to {last:,} updates, {least:.2f} to {most:.2f} nats below their start."
 )
 CAPTION = (
     "One training run, recorded in {{doc}}`/notebooks/training/wsd`: a model of a million parameters reads "
