@@ -10,7 +10,8 @@ from types import ModuleType
 import minicpm_book.api
 import minicpm_book.chapters
 import minicpm_book.commands
-import minicpm_book.first_figure
+import minicpm_book.exercise_titles
+import minicpm_book.glossary
 import minicpm_book.sources
 import pytest
 from minicpm_book.chapters import EVIDENCE, read_chapter
@@ -25,6 +26,33 @@ RECORD = {
 }  # fmt: skip
 CITED = "As [Doe (2024)](https://example.org/title) says; [the site](https://example.org/title)."
 MISCITED = "By [Roe, 2024](https://example.org/title) and [Doe, 2023](https://example.org/other)."
+GLOSSARY = """# Words
+
+Of {term}`decay` and {term}`µP`.
+
+````{exercise-start} Where does it begin? (easy)
+:label: ex
+````
+Find it.
+````{exercise-end}
+````
+````{solution-start} ex
+````
+There.
+````{solution-end}
+````
+
+```{letters}
+```
+
+```{glossary}
+decay
+  The fall of the rate {cite:p}`key2024`.
+
+µP
+  Rules for a {term}`decay`.
+```
+"""
 STUDY = {
     "trunk_curve": [[100, 4.0], [180, 3.5], [360, 3.0]],
     "decay_curves": {"200": [[180, 3.5], [200, 3.25]], "400": [[360, 3.0], [400, 2.5]]},
@@ -88,11 +116,13 @@ def built(tmp_path_factory):
         + "\n```{api} sample_part\n```\n"
         + "\n```{minicpm-lite} train --help\n```\n"
     )
+    (source / "words.md").write_text(GLOSSARY)
     (source / "refs.bib").write_text(
         "@misc{key2024, title={A title}, author={Doe, Jane}, year={2024}, url={https://example.org/title}}"
     )
     (source / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters:\n- file: notebooks/training/wsd\n- file: notebooks/training/bare\n"
+        "- file: words\n"
     )
     write_notebook(source / "notebooks/training/wsd.ipynb", records=[RECORD], run=RUN, text=f"{CITED}\n\n$x$")
     write_notebook(source / "notebooks/training/bare.ipynb", title="No run", text=MISCITED)
@@ -103,7 +133,7 @@ def built(tmp_path_factory):
     app = Sphinx(
         source, None, source / "out", source / "doctrees", "html", status=None, warning=warnings,
         confoverrides={
-            "extensions": ["myst_nb", "sphinx_design", "sphinx_external_toc", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
+            "extensions": ["myst_nb", "sphinx_design", "sphinx_exercise", "sphinx_external_toc", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
                            "sphinx.ext.mathjax", "sphinxcontrib.bibtex", "minicpm_book"],
             "nb_execution_mode": "off", "myst_enable_extensions": ["dollarmath", "colon_fence"], "project": "test",
             "bibtex_bibfiles": ["refs.bib"],
@@ -210,6 +240,23 @@ def test_a_record_without_the_curves_is_refused(tmp_path):
         read_study(tmp_path / "wsd.json")
 
 
+def test_a_term_carries_its_definition_without_citations(built):
+    page = html(built, "words")
+    assert 'href="#term-decay" title="The fall of the rate."' in page
+    assert 'title="Rules for a decay."' in page
+
+
+def test_letters_lead_to_their_first_term(built):
+    line = re.search(r'<p class="letters">(.*?)</p>', html(built, "words"), re.DOTALL)[1]
+    assert re.findall(r'href="#([^"]+)">(\w)<', line) == [("term-decay", "D"), ("term-P", "M")]
+
+
+def test_an_exercise_has_no_brackets_in_its_title(built):
+    page = html(built, "words")
+    assert 'Where does it begin?<span class="level">easy</span></p>' in page
+    assert ": Where does it begin?</a>" in page and "begin? (easy)" not in page
+
+
 def test_model_table_counts_the_published_parameters(built):
     page = html(built)
     assert "2,442,057,984" in page and "1,247,442,432" in page  # MiniCPM paper, Table 2
@@ -265,7 +312,15 @@ def test_records_keep_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", [minicpm_book.chapters, minicpm_book.sources, minicpm_book.api, minicpm_book.commands]
+    "module",
+    [
+        minicpm_book.chapters,
+        minicpm_book.sources,
+        minicpm_book.api,
+        minicpm_book.commands,
+        minicpm_book.exercise_titles,
+        minicpm_book.glossary,
+    ],
 )
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0

@@ -12,6 +12,7 @@ from . import (
     downloads,
     exercise_titles,
     first_figure,
+    glossary,
     markup,
     models,
     offline,
@@ -20,7 +21,8 @@ from . import (
 )
 
 PARTS = (
-    offline, markup, sources, tips, chapters, exercise_titles, first_figure, models, commands, api, downloads
+    offline, markup, sources, glossary, tips, chapters, exercise_titles, first_figure, models, commands, api,
+    downloads,
 )  # fmt: skip
 
 
