@@ -64,9 +64,14 @@ def test_search_finds_a_word(site, page):
 
 
 def test_a_folded_solution_opens(site, page):
+    """Its reasoning, and its code below it."""
     page.goto(site + "notebooks/training/wsd.html")
-    solution = page.locator(".solution.dropdown").first
-    body = solution.locator(".toggle-hidden, div.cell").first
-    before = body.is_visible()
-    solution.locator("button.toggle-button, summary, .admonition-title").first.click()
-    assert not before and body.is_visible()
+    reasoning = page.locator(".solution.dropdown").first
+    code = page.locator("div.cell.tag_solution").first
+    for fold, body in (
+        (reasoning.locator("button.toggle-button"), reasoning.locator(".solution-content")),
+        (code.get_by_text("Show the solution"), code.locator("pre").first),
+    ):
+        before = body.is_visible()
+        fold.click()
+        assert not before and body.is_visible()
