@@ -69,7 +69,7 @@ def test_a_folded_solution_opens(site, page):
     reasoning = page.locator(".solution.dropdown").first
     code = page.locator("div.cell.tag_solution").first
     for fold, body in (
-        (reasoning.locator("button.toggle-button"), reasoning.locator(".solution-content")),
+        (reasoning.locator("button.toggle-button"), reasoning.locator("section")),
         (code.get_by_text("Show the solution"), code.locator("pre").first),
     ):
         before = body.is_visible()

@@ -302,7 +302,7 @@ def _reporting_folded(notebook: Notebook) -> Iterator[str]:
 
 
 def _solutions_folded(notebook: Notebook) -> Iterator[str]:
-    """The reasoning in a folded box, behind it the code in a folded cell; both tagged, as copies omit them."""
+    """The reasoning in a folded box, behind it the code in a folded cell; copies leave out what is tagged."""
     reasoned = False
     for number, cell in enumerate(notebook.nb.cells, start=1):
         tagged = "solution" in tags(cell)

@@ -287,9 +287,9 @@ def too_large(nb):
         (solution_open_in_lab, "_solutions_folded", "open in JupyterLab"),
         (solution_open_on_the_page, "_solutions_folded", "open on the page"),
         (solution_without_prompt, "_solutions_folded", "Show the solution"),
-        (reasoning_open, "_solutions_folded", "holds nothing but"),
+        (reasoning_open, "_solutions_folded", "hold nothing but"),
         (reasoning_without_tag, "_solutions_folded", "tag it solution"),
-        (more_beside_the_reasoning, "_solutions_folded", "holds nothing but"),
+        (more_beside_the_reasoning, "_solutions_folded", "hold nothing but"),
         (reasoning_elsewhere, "_solutions_folded", "right behind its reasoning"),
     ],
 )
