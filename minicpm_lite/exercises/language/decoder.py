@@ -9,6 +9,9 @@ from ...lab.exercises import exercise
 from ...lab.mistakes import same
 
 
+_TWO_NOUNS = {"is": 0.426, "are": 0.426}
+
+
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
     scores = query @ key.T / math.sqrt(query.shape[1])
     return scores.masked_fill(hidden, -math.inf).softmax(dim=1) @ value
@@ -95,4 +98,153 @@ def share_keys(answer):
         assert same(got[:, 0, 0], expected), (
             f"{heads} query heads share {kept} key heads: how many form a group, and do its members stand "
             "side by side?"
+        )
+
+
+@exercise(
+    "forecast",
+    wrong=(
+        {"is": 0.956, "are": 0.001},
+        {"is": 0.001, "are": 0.956},
+        {"is": 0.5, "are": 0.5},
+        {"is": 0.15, "are": 0.85},
+        {"is": 0.05, "are": 0.05},
+    ),
+)
+def forecast(answer):
+    """Equal keys share the weight, opposite values cancel, and the echo takes what nobody claims."""
+    assert isinstance(answer, dict) and set(answer) == {"is", "are"}, (
+        'Expected a dictionary with two chances, {"is": ..., "are": ...}.'
+    )
+    assert ... not in answer.values(), "Put your two chances where the dots stand."
+    assert abs(answer["is"] - answer["are"]) < 0.02, (
+        "Both nouns have the same key. What are their weights, and what is the sum of their values?"
+    )
+    assert answer["is"] + answer["are"] < 0.95, (
+        "A third word takes a part: which one did every lane predict before attention?"
+    )
+    assert all(abs(answer[word] - chance) < 0.05 for word, chance in _TWO_NOUNS.items()), (
+        "They are equal. To see how much the third word takes, let the model finish a sentence in which no "
+        "noun tells its number."
+    )
+
+
+@exercise(
+    "mended block",
+    wrong=(
+        lambda x, norm, attention, feed_forward, r: _broken_block(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _post_norm(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _side_by_side(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _unscaled(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _first_only(x, norm, attention, feed_forward, r),
+    ),
+)
+def mended_block(answer):
+    """The parts read a normed copy; the stream itself is only added to."""
+    x = torch.tensor([[3.0, -6.0], [40.0, 30.0]])
+
+    def sign(x: Tensor) -> Tensor:
+        return x.sign()
+
+    def nothing(x: Tensor) -> Tensor:
+        return 0 * x
+
+    got = answer(x.clone(), sign, nothing, nothing, 0.5)
+    assert same(got, x), "If both parts find nothing, the stream must leave the block as it came, whatever its size."
+    got = answer(x.clone(), sign, lambda n: 10 * n, nothing, 0.5)
+    assert same(got, x + 5 * x.sign()), (
+        "With a norm that leaves only signs, an attention that multiplies by 10 and r = 0.5, 5 times the sign "
+        "is added to each number of the stream."
+    )
+    got = answer(x.clone(), sign, nothing, lambda n: 10 * n, 0.25)
+    assert same(got, x + 2.5 * x.sign()), "The feed-forward network reads a normed copy, and is scaled by `r`, too."
+    got = answer(x.clone(), sign, lambda n: -10 * n, lambda n: n + 1, 1.0)
+    expected = x - 10 * x.sign()
+    assert same(got, expected + expected.sign() + 1), (
+        "The feed-forward network reads the stream *after* attention has been added to it."
+    )
+    assert same(answer(2 * x, torch.tanh, torch.exp, torch.cos, 1.4), _mended_block(2 * x)), (
+        "With other functions for the norm and the parts the result is another one: use those that are given."
+    )
+
+
+def _mended_block(x: Tensor) -> Tensor:
+    x = x + 1.4 * x.tanh().exp()
+    return x + 1.4 * x.tanh().cos()
+
+
+def _broken_block(x, norm, attention, feed_forward, r):
+    x = norm(x)
+    x = x + r * attention(x)
+    x = norm(x)
+    return x + r * feed_forward(x)
+
+
+def _post_norm(x, norm, attention, feed_forward, r):
+    x = norm(x + r * attention(x))
+    return norm(x + r * feed_forward(x))
+
+
+def _side_by_side(x, norm, attention, feed_forward, r):
+    return x + r * attention(norm(x)) + r * feed_forward(norm(x))
+
+
+def _unscaled(x, norm, attention, feed_forward, r):
+    x = x + attention(norm(x))
+    return x + feed_forward(norm(x))
+
+
+def _first_only(x, norm, attention, feed_forward, r):
+    x = x + r * attention(norm(x))
+    return x + r * feed_forward(x)
+
+
+def _turned(x: Tensor, position, theta, sign=1, exponent=2, interleaved=False) -> Tensor:
+    half = len(x) // 2
+    angles = position * theta ** (-torch.arange(half) * exponent / len(x))
+    a, b = (x[0::2], x[1::2]) if interleaved else (x[:half], x[half:])
+    a, b = (
+        a * angles.cos() - sign * b * angles.sin(),
+        b * angles.cos() + sign * a * angles.sin(),
+    )
+    return torch.stack([a, b], 1).flatten() if interleaved else torch.cat([a, b])
+
+
+def _overwritten(x: Tensor, position, theta) -> Tensor:
+    half = len(x) // 2
+    angles = position * theta ** (-torch.arange(half) * 2 / len(x))
+    a = x[:half] * angles.cos() - x[half:] * angles.sin()
+    return torch.cat([a, x[half:] * angles.cos() + a * angles.sin()])
+
+
+@exercise(
+    "turn",
+    wrong=(
+        lambda x, position, theta: _turned(x, position, theta, interleaved=True),
+        lambda x, position, theta: _turned(x, position, theta, sign=-1),
+        lambda x, position, theta: _turned(x, position, theta, exponent=1),
+        lambda x, position, theta: _turned(x, position, 10_000.0),
+        _overwritten,
+    ),
+    without=("a loop", "naive_rotary", "apply_rotary"),
+)
+def turn(answer):
+    """Half-split pairs, the right speeds, the right direction."""
+    assert same(answer(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, 10_000.0), [1, 2, 3, 4]), (
+        "Position 0 turns nothing."
+    )
+    assert same(answer(torch.tensor([1.0, 0.0]), 1, 10_000.0), [math.cos(1), math.sin(1)]), (
+        "One pair turns by one radian for each position, from (1, 0) towards (0, 1). Check the signs of the sines."
+    )
+    assert same(answer(torch.tensor([1.0, 0.0, 0.0, 0.0]), 1, 10_000.0)[1], 0.0), (
+        "With four entries, entry 0 turns with entry 2, not with entry 1: the pairs are half a head apart."
+    )
+    assert same(answer(torch.tensor([0.0, 1.0, 0.0, 0.0]), 1, 10_000.0)[3], math.sin(0.01)), (
+        "With four entries and theta 10,000, pair 1 turns by 10000 ** (-2/4) = 0.01 radians at position 1."
+    )
+    x = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.5, 2.5, 0.25, -3.0])
+    for position, theta in ((5, 500.0), (40, 10_000.0)):
+        assert same(answer(x.clone(), position, theta), _turned(x, position, theta)), (
+            f"Eight entries at position {position} with theta {theta:,.0f}: does your answer use all three "
+            "arguments, and does each new half come from the two *old* ones?"
         )
