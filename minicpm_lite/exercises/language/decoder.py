@@ -248,3 +248,37 @@ def turn(answer):
             f"Eight entries at position {position} with theta {theta:,.0f}: does your answer use all three "
             "arguments, and does each new half come from the two *old* ones?"
         )
+
+
+def _predicted(start, added, layers, scale, parts=2, power=2):
+    r = 1.0 if scale is None else scale / math.sqrt(layers)
+    return math.sqrt(start**2 + parts * layers * r**power * added**2)
+
+
+@exercise(
+    "predict RMS",
+    wrong=(
+        lambda start, added, layers, scale: start + 2 * layers * (scale / layers**0.5 if scale else 1) * added,
+        lambda start, added, layers, scale: _predicted(start, added, layers, scale, parts=1),
+        lambda start, added, layers, scale: _predicted(start, added, layers, scale, power=1),
+        lambda start, added, layers, scale: _predicted(start, added, layers, scale and 1.4),
+        lambda start, added, layers, scale: _predicted(start, added, 2 * layers, scale, parts=1),
+    ),
+)
+def predict_rms(answer):
+    """With the multiplier, the number of blocks cancels."""
+    assert same(answer(3.0, 0.0, 10, None), 3), "If the blocks add nothing, the stream stays as it was."
+    assert same(answer(0.0, 1.0, 8, None), 4), (
+        "8 blocks add 16 times, each with mean square 1, to nothing: what is the root of the sum?"
+    )
+    assert same(answer(3.0, 2.0, 2, None), 5), (
+        "A start of 3 and 2 blocks whose parts have RMS 2: 9 and four times 4 are 25, and the RMS is 5."
+    )
+    deep, flat = answer(1.0, 0.5, 52, 1.4), answer(1.0, 0.5, 4, 1.4)
+    assert same(deep, flat), (
+        "With r = scale_depth / sqrt(layers) the depth must cancel. In the mean square, r counts squared."
+    )
+    assert same(deep, math.sqrt(1.98)), "start 1, added 0.5, scale_depth 1.4: 1 + 2 × 1.4² × 0.5² = 1.98."
+    assert same(answer(1.0, 2.0, 9, 3.0), math.sqrt(73)), (
+        "start 1, added 2, scale_depth 3: 1 + 2 × 3² × 2² = 73. Does your answer use all four arguments?"
+    )
