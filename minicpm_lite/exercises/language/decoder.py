@@ -1,12 +1,16 @@
 """Checks and quiz of the chapter on the decoder."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ...config import ModelConfig, load_config
 from ...lab.exercises import exercise
 from ...lab.mistakes import same
+from ...lab.quiz import Quiz
+from ...language.decoder import Decoder
 
 
 _TWO_NOUNS = {"is": 0.426, "are": 0.426}
@@ -282,3 +286,204 @@ def predict_rms(answer):
     assert same(answer(1.0, 2.0, 9, 3.0), math.sqrt(73)), (
         "start 1, added 2, scale_depth 3: 1 + 2 × 3² × 2² = 73. Does your answer use all four arguments?"
     )
+
+
+@exercise(
+    "block parameters",
+    wrong=(
+        lambda d, ff, q, kv, h: d * h * (2 * q + 2 * kv) + 3 * d * ff,  # no norms
+        lambda d, ff, q, kv, h: d * h * (2 * q + 2 * kv) + 2 * d * ff + 2 * d,
+        lambda d, ff, q, kv, h: 4 * d * h * q + 3 * d * ff + 2 * d,  # MHA
+        lambda d, ff, q, kv, h: 2 * d * d + 2 * d * h * kv + 3 * d * ff + 2 * d,
+    ),
+)
+def block_parameters(answer):
+    """40 such blocks and a last norm make the 2.4B's published count."""
+    assert same(answer(2, 0, 2, 2, 1), 20), (
+        "No feed-forward network, d = 2, two heads of width 1: four matrices of 2 by 2, and two norms of 2."
+    )
+    assert same(answer(2, 3, 2, 2, 1), 38), (
+        "With `ff` = 3 there are three more matrices of `d` by `ff`: gate, up and down."
+    )
+    assert same(answer(2, 0, 2, 1, 1), 16), "Keys and values have `kv` heads; queries and output have `q`."
+    assert same(answer(2, 0, 2, 2, 5), 84), (
+        "Heads of width 5 in a stream of width 2: the matrices go from `d` to heads times `head_dim` and back."
+    )
+    whole = 40 * answer(2304, 5760, 36, 36, 64) + 2304
+    assert same(whole, 2_442_057_984), f"The 2.4B would have {whole:,}."
+
+
+@exercise(
+    "longest text",
+    wrong=(
+        lambda c, free: free // (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim),
+        lambda c, free: free // (4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim),
+        lambda c, free: free / (4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim),
+        lambda c, free: free
+        // (4 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads)),
+        lambda c, free: free // (4 * c.num_key_value_heads * c.head_dim),
+    ),
+)
+def longest_text(answer):
+    """So grouped heads decide how much a phone can read."""
+    tiny = ModelConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1,
+        vocab_size=8,
+    )  # fmt: skip
+    got = answer(tiny, 16)
+    assert not same(got, 4), "A token keeps a key *and* a value."
+    assert not same(got, 0), "Only the key-value heads are kept, not all query heads."
+    assert same(got, 2), (
+        "One block with one key-value head of width 2: a token keeps 2 + 2 numbers of 2 bytes each. How many "
+        "tokens fit in 16 bytes?"
+    )
+    assert same(answer(tiny, 23), 2), "In 23 bytes fit 2 whole tokens."
+    assert same(answer(replace(tiny, num_hidden_layers=3), 240), 10), "Every block keeps its own."
+    assert same(answer(replace(tiny, head_dim=6), 240), 10), (
+        "A head may be wider than `hidden_size / num_attention_heads`: the config has its width."
+    )
+    assert same(answer(load_config("minicpm4-8b"), 2**30), 32768), "In the 8B, 1 GiB holds 32,768 tokens."
+
+
+def _equal_in_all(config: ModelConfig, layers: int, with_table: bool = True) -> ModelConfig:
+    sizes = {}
+    for heads in range(1, 25):
+        width = heads * config.head_dim
+        candidate = replace(
+            config,
+            hidden_size=width,
+            intermediate_size=round(width * config.intermediate_size / config.hidden_size),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+        )
+        sizes[candidate] = abs(_count(candidate, with_table) - _count(config, with_table))
+    return min(sizes, key=sizes.get)
+
+
+def _count(config: ModelConfig, with_table: bool = True) -> int:
+    with torch.device("meta"):
+        return Decoder(config).num_parameters(embeddings=with_table)
+
+
+_SHALLOW = ModelConfig(
+    hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=8, vocab_size=1024,
+    scale_emb=12, scale_depth=1.4, dim_model_base=64,
+)  # fmt: skip
+
+
+@exercise(
+    "equal in all",
+    wrong=(
+        lambda config, layers: _equal_in_all(config, layers, with_table=False),
+        lambda config, layers: replace(config, num_hidden_layers=layers),
+        lambda config, layers: replace(_equal_in_all(config, layers), intermediate_size=config.intermediate_size),
+        lambda config, layers: replace(_equal_in_all(config, layers), num_hidden_layers=config.num_hidden_layers),
+    ),
+)
+def equal_in_all(answer):
+    """Only what is held equal has changed; what does not come out even is reported."""
+    for config, layers in ((_SHALLOW, 8), (replace(_SHALLOW, vocab_size=256, head_dim=8), 5)):
+        got = answer(config, layers)
+        assert isinstance(got, ModelConfig), f"Expected a `ModelConfig`, not {type(got).__name__}."
+        assert got.num_hidden_layers == layers, f"{layers} blocks were asked for."
+        assert got.head_dim == config.head_dim and got.num_key_value_heads == got.num_attention_heads, (
+            "Heads keep their width, and each query head has its own key-value head."
+        )
+        assert got.hidden_size == got.num_attention_heads * got.head_dim, "The width consists of whole heads."
+        ratio = config.intermediate_size / config.hidden_size
+        assert abs(got.intermediate_size - ratio * got.hidden_size) <= 1, (
+            "The feed-forward width is the same multiple of the width as before."
+        )
+        off = abs(_count(got) - _count(config))
+        assert off <= abs(_count(_equal_in_all(config, layers)) - _count(config)), (
+            f"Yours is off by {off:,} parameters, the table counted; another number of heads comes nearer."
+        )
+
+
+_PHONE = load_config("minicpm-1.2b")
+
+
+@exercise(
+    "design",
+    wrong=(
+        _PHONE,  # its cache is too large
+        replace(_PHONE, num_key_value_heads=2),  # too small
+        load_config("minicpm4-8b"),
+        replace(_PHONE, num_key_value_heads=2, intermediate_size=4096, vocab_size=32_000),
+        replace(_PHONE, num_key_value_heads=2, intermediate_size=7000, num_hidden_layers=32),
+    ),
+)
+def design(answer):
+    """It fits. Now find out what it costs in loss."""
+    assert isinstance(answer, ModelConfig), f"Expected a `ModelConfig`, not {type(answer).__name__}."
+    assert answer.vocab_size == _PHONE.vocab_size, "Keep the vocabulary: 73,440."
+    assert answer.head_dim in (64, 128), f"Heads are {answer.head_dim} wide; choose 64 or 128."
+    assert answer.num_hidden_layers >= 40, f"{answer.num_hidden_layers} blocks: at least 40 were asked for."
+    kept = 4 * answer.num_hidden_layers * answer.num_key_value_heads * answer.head_dim * 32_768
+    assert kept <= 2**30, (
+        f"The cache takes {kept / 2**30:.2f} GiB at 32,768 tokens. Fewer key-value heads, or fewer blocks?"
+    )
+    size = _count(answer, with_table=False)
+    off = size / _count(_PHONE, with_table=False) - 1
+    assert abs(off) <= 0.02, (
+        f"{size:,} parameters without embeddings: {100 * off:+.1f} %. The feed-forward width is the easiest "
+        "place to put them back."
+    )
+
+
+quiz = Quiz(
+    [
+        (
+            "Two words shall be found by the same question, but hand over different things. They need",
+            ["the same key and different values", "different keys and the same value", "different queries"],
+            0,
+            "As cat and cats: the key is how a token is found, the value what it hands over.",
+        ),
+        (
+            "The stream is made ten times as large. What does the next block compute from it?",
+            ["Ten times as much", "The same", "A tenth"],
+            1,
+            "The block reads through an RMSNorm, which removes the size. Only its share in the sum changes.",
+        ),
+        (
+            "A query stands at position 900, a key at 890. Both move 100 positions on. Their score",
+            ["becomes smaller", "becomes larger", "stays the same"],
+            2,
+            "RoPE makes the product depend on the distance only.",
+        ),
+        (
+            "Why is a score divided by the root of the head's width?",
+            [
+                "So that the weights add up to 1",
+                "So that its typical size does not depend on the width",
+                "So that later tokens get nothing",
+            ],
+            1,
+            "A sum of random products grows as the root of their number; the softmax makes the sum 1 anyway.",
+        ),
+        (
+            "A model has 32 query heads and 2 key-value heads. Against MHA its cache is smaller by a factor of",
+            ["2", "16", "32"],
+            1,
+            "Each key-value head serves 32 / 2 = 16 query heads.",
+        ),
+        (
+            "You forget the division before the output. Greedy decoding, which always takes the highest score, "
+            "then gives",
+            ["the same text", "random text", "an error"],
+            0,
+            "The order of the scores is the same. Sampling and the loss do change.",
+        ),
+        (
+            "Why can a folded MiniCPM not keep its tables tied?",
+            [
+                "Llama does not allow it",
+                "The input table is multiplied, the output table divided",
+                "It would need more memory",
+            ],
+            1,
+            "They take different factors, so they are different tables.",
+        ),
+    ]
+)
