@@ -45,7 +45,7 @@ def run_jobs(
     facts: Mapping[str, object],
     workers: int | None = None,
 ) -> dict[str, dict]:
-    """Run the jobs that have no result yet, one thread each, and return the results of all.
+    """Run the jobs that have no result yet, one CPU thread each, and return the results of all.
 
     Args:
         script: the script's own ``__file__``; results stand beside it with the ending ``.json``.
@@ -73,7 +73,7 @@ def run_jobs(
         todo = [job for job in jobs if job.name not in runs]
         about = dict(facts) | {
             "command": f"python {script.resolve().relative_to(Path.cwd())}",
-            "device": f"CPU, {os.cpu_count()} cores, {workers} worker{'s' * (workers > 1)}",
+            "device": _device(workers),
             "torch": torch.__version__,
         }
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -201,6 +201,12 @@ def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[
                 f"{file} holds results of {name} {shown(before)}; now it is {shown(now)}. Results of two "
                 "kinds are not put into one file: move it away, or take the change back."
             )
+
+
+def _device(workers: int) -> str:
+    """What the workers share, in words."""
+    processors = f"{torch.cuda.get_device_name()} and CPU" if torch.cuda.is_available() else "CPU"
+    return f"{processors}, {os.cpu_count()} cores, {workers} worker{'s' * (workers > 1)}"
 
 
 def _timed(work: Callable[[Job], dict], job: Job) -> dict:

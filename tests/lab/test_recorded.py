@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from minicpm_lite.files import locked
 from minicpm_lite.lab.recorded import load_results, run_jobs, tune_rates
@@ -49,9 +50,13 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
 
     kept["runs"]["square/2"]["square"] = "not computed again"
     script.with_suffix(".json").write_text(json.dumps(kept))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     with pytest.raises(ValueError, match="thirteen"):
         run_jobs(script, [Square(2), Square(13), Square(17), Square(5)], square, facts, workers=1)
-    runs = load_results(script)["runs"]
+    kept = load_results(script)
+    assert kept["device"] == f"Some GPU and CPU, {os.cpu_count()} cores, 1 worker"
+    runs = kept["runs"]
     assert runs["square/2"]["square"] == "not computed again"
     assert runs["square/5"]["square"] == 25 and len(runs) == 3  # run after both failures, and kept
     assert set(script.parent.iterdir()) == {script, script.with_suffix(".json")}  # nothing half written
