@@ -157,8 +157,8 @@ def mended_block(answer):
     )
     got = answer(x.clone(), sign, lambda n: 10 * n, nothing, 0.5)
     assert same(got, x + 5 * x.sign()), (
-        "With a norm that leaves only signs, an attention that multiplies by 10 and r = 0.5, 5 times the sign "
-        "is added to each number of the stream."
+        "With a norm that leaves only signs, an attention that multiplies by 10 and r = 0.5, the stream "
+        "gains 5 times its signs."
     )
     got = answer(x.clone(), sign, nothing, lambda n: 10 * n, 0.25)
     assert same(got, x + 2.5 * x.sign()), (
@@ -311,7 +311,7 @@ def block_parameters(answer):
     )
     assert same(answer(2, 0, 2, 1, 1), 16), "Keys and values have `kv` heads; queries and output have `q`."
     assert same(answer(2, 0, 2, 2, 5), 84), (
-        "Heads of width 5 in a stream of width 2: the matrices go from `d` to heads times `head_dim` and back."
+        "Heads of width 5 in a stream of width 2: matrices go from `d` to heads times `head_dim`, and back."
     )
     whole = 40 * answer(2304, 5760, 36, 36, 64) + 2304
     assert same(whole, 2_442_057_984), f"The 2.4B would have {whole:,}."
@@ -475,14 +475,14 @@ quiz = Quiz(
             "A sum of random products grows as the root of their number; the softmax makes the sum 1 anyway.",
         ),
         (
-            "A model has 32 query heads and 2 key-value heads. Against MHA its cache is smaller by a factor of",
+            "A model has 32 query heads and 2 key-value heads. Against MHA its cache shrinks by a factor of",
             ["2", "16", "32"],
             1,
             "Each key-value head serves 32 / 2 = 16 query heads.",
         ),
         (
-            "You forget the division before the output. Greedy decoding, which always takes the highest score, "
-            "then gives",
+            "You forget the division before the output. Always taking the token with the highest score then "
+            "gives",
             ["the same text", "random text", "an error"],
             0,
             "The order of the scores is the same. Sampling and the loss do change.",
