@@ -1,0 +1,501 @@
+"""Checks and quiz of the chapter on the decoder."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig, load_config
+from ...lab.exercises import exercise
+from ...lab.mistakes import same
+from ...lab.quiz import Quiz
+
+_TWO_NOUNS = {"is": 0.426, "are": 0.426}
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+    scores = query @ key.T / math.sqrt(query.shape[1])
+    return scores.masked_fill(hidden, -math.inf).softmax(dim=1) @ value
+
+
+def _steps_back(tokens: int) -> Tensor:
+    place = torch.arange(tokens)
+    return place[:, None] - place
+
+
+def _window(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    back = _steps_back(len(query))
+    return _masked_attention(query, key, value, (back < 0) | (back >= window))
+
+
+def _window_and_one(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    return _window(query, key, value, window + 1)
+
+
+def _both_ways(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    return _masked_attention(query, key, value, _steps_back(len(query)).abs() >= window)
+
+
+def _whole_text(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    return _masked_attention(query, key, value, _steps_back(len(query)) < 0)
+
+
+def _masked_late(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    back = _steps_back(len(query))
+    weights = (query @ key.T / math.sqrt(query.shape[1])).softmax(dim=1)
+    return weights.masked_fill((back < 0) | (back >= window), 0.0) @ value
+
+
+def _undivided(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    return _window(query * math.sqrt(query.shape[1]), key, value, window)
+
+
+@exercise(
+    "attention with a window",
+    wrong=(_window_and_one, _both_ways, _whole_text, _masked_late, _undivided),
+    without=("a loop", "scaled_dot_product_attention", "dense_attention"),
+)
+def window_attention(answer):
+    """Two masks in one: nothing from the future, and nothing from too far back."""
+    zeros, value = torch.zeros(4, 2), torch.tensor([[8.0], [4.0], [6.0], [2.0]])
+    got = answer(zeros, zeros, value, 4)
+    assert same(got, [[8.0], [6.0], [6.0], [5.0]]), (
+        "Queries of zero, values 8, 4, 6, 2 and a window of 4: all scores are equal, so each token takes the "
+        "plain average of what it may see, 8, then (8 + 4) / 2, and so on. Does yours see the future, or do "
+        "its weights no longer add up to 1?"
+    )
+    assert same(answer(zeros, zeros, value, 2), [[8.0], [6.0], [5.0], [4.0]]), (
+        "The same with a window of 2: the last token sees 6 and 2, itself included, and their average is 4."
+    )
+    assert same(answer(zeros, zeros, value, 1), value), "With a window of 1 each token sees only itself."
+    generator = torch.Generator().manual_seed(0)
+    for tokens, width, window in ((6, 8, 3), (5, 4, 9)):
+        query, key, value = torch.randn(3, tokens, width, generator=generator)
+        assert same(answer(query, key, value, window), _window(query, key, value, window)), (
+            f"{tokens} tokens of width {width} with random queries and a window of {window}: the scores are "
+            "products of query and key, divided by the root of the width."
+        )
+
+
+@exercise(
+    "share keys",
+    wrong=(
+        lambda key, heads: key.repeat(heads // key.shape[0], 1, 1),
+        lambda key, heads: key.repeat_interleave(2, 0),
+        lambda key, heads: key.repeat_interleave(heads, 0),
+        lambda key, heads: key,
+    ),
+)
+def share_keys(answer):
+    """Neighbouring query heads share a key head."""
+    for kept, heads in ((2, 4), (2, 6), (3, 3), (1, 4)):
+        key = 10.0 * torch.arange(1, kept + 1)[:, None, None] * torch.ones(1, 2, 3)
+        got = answer(key, heads)
+        assert same(tuple(got.shape), (heads, 2, 3)), (
+            f"{heads} query heads, 2 tokens, width 3 need keys of shape ({heads}, 2, 3); yours have "
+            f"{tuple(got.shape)}."
+        )
+        expected = [10.0 * (1 + head * kept // heads) for head in range(heads)]
+        assert same(got[:, 0, 0], expected), (
+            f"{heads} query heads share {kept} key heads: how many form a group, and do its members stand "
+            "side by side?"
+        )
+
+
+@exercise(
+    "forecast",
+    wrong=(
+        {"is": 0.956, "are": 0.001},
+        {"is": 0.001, "are": 0.956},
+        {"is": 0.5, "are": 0.5},
+        {"is": 0.15, "are": 0.85},
+        {"is": 0.05, "are": 0.05},
+    ),
+)
+def forecast(answer):
+    """Equal keys share the weight, opposite values cancel, and the echo takes what nobody claims."""
+    assert isinstance(answer, dict) and set(answer) == {"is", "are"}, (
+        'Expected a dictionary with two chances, {"is": ..., "are": ...}.'
+    )
+    assert ... not in answer.values(), "Put your two chances where the dots stand."
+    assert abs(answer["is"] - answer["are"]) < 0.02, (
+        "Both nouns have the same key. What are their weights, and what is the sum of their values?"
+    )
+    assert answer["is"] + answer["are"] < 0.95, (
+        "A third word takes a part: which one did every lane predict before attention?"
+    )
+    assert all(abs(answer[word] - chance) < 0.05 for word, chance in _TWO_NOUNS.items()), (
+        "They are equal. To see how much the third word takes, let the model finish a sentence in which no "
+        "noun tells its number."
+    )
+
+
+@exercise(
+    "mended block",
+    wrong=(
+        lambda x, norm, attention, feed_forward, r: _broken_block(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _post_norm(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _side_by_side(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _unscaled(x, norm, attention, feed_forward, r),
+        lambda x, norm, attention, feed_forward, r: _first_only(x, norm, attention, feed_forward, r),
+    ),
+)
+def mended_block(answer):
+    """The parts read a normed copy; the stream itself is only added to."""
+    x = torch.tensor([[3.0, -6.0], [40.0, 30.0]])
+
+    def sign(x: Tensor) -> Tensor:
+        return x.sign()
+
+    def nothing(x: Tensor) -> Tensor:
+        return 0 * x
+
+    got = answer(x.clone(), sign, nothing, nothing, 0.5)
+    assert same(got, x), (
+        "If both parts find nothing, the stream must leave the block as it came, whatever its size."
+    )
+    got = answer(x.clone(), sign, lambda n: 10 * n, nothing, 0.5)
+    assert same(got, x + 5 * x.sign()), (
+        "With a norm that leaves only signs, an attention that multiplies by 10 and r = 0.5, the stream "
+        "gains 5 times its signs."
+    )
+    got = answer(x.clone(), sign, nothing, lambda n: 10 * n, 0.25)
+    assert same(got, x + 2.5 * x.sign()), (
+        "The feed-forward network reads a normed copy, and is scaled by `r`, too."
+    )
+    got = answer(x.clone(), sign, lambda n: -10 * n, lambda n: n + 1, 1.0)
+    expected = x - 10 * x.sign()
+    assert same(got, expected + expected.sign() + 1), (
+        "The feed-forward network reads the stream *after* attention has been added to it."
+    )
+    assert same(answer(x / 10, torch.tanh, torch.exp, torch.cos, 1.4), _mended_block(x / 10)), (
+        "With other functions for the norm and the parts the result is another one: use those that are given."
+    )
+
+
+def _mended_block(x: Tensor) -> Tensor:
+    x = x + 1.4 * x.tanh().exp()
+    return x + 1.4 * x.tanh().cos()
+
+
+def _broken_block(x, norm, attention, feed_forward, r):
+    x = norm(x)
+    x = x + r * attention(x)
+    x = norm(x)
+    return x + r * feed_forward(x)
+
+
+def _post_norm(x, norm, attention, feed_forward, r):
+    x = norm(x + r * attention(x))
+    return norm(x + r * feed_forward(x))
+
+
+def _side_by_side(x, norm, attention, feed_forward, r):
+    return x + r * attention(norm(x)) + r * feed_forward(norm(x))
+
+
+def _unscaled(x, norm, attention, feed_forward, r):
+    x = x + attention(norm(x))
+    return x + feed_forward(norm(x))
+
+
+def _first_only(x, norm, attention, feed_forward, r):
+    x = x + r * attention(norm(x))
+    return x + r * feed_forward(x)
+
+
+def _turned(x: Tensor, position, theta, sign=1, exponent=2, interleaved=False) -> Tensor:
+    half = len(x) // 2
+    angles = position * theta ** (-torch.arange(half) * exponent / len(x))
+    a, b = (x[0::2], x[1::2]) if interleaved else (x[:half], x[half:])
+    a, b = (
+        a * angles.cos() - sign * b * angles.sin(),
+        b * angles.cos() + sign * a * angles.sin(),
+    )
+    return torch.stack([a, b], 1).flatten() if interleaved else torch.cat([a, b])
+
+
+def _overwritten(x: Tensor, position, theta) -> Tensor:
+    half = len(x) // 2
+    angles = position * theta ** (-torch.arange(half) * 2 / len(x))
+    a = x[:half] * angles.cos() - x[half:] * angles.sin()
+    return torch.cat([a, x[half:] * angles.cos() + a * angles.sin()])
+
+
+@exercise(
+    "turn",
+    wrong=(
+        lambda x, position, theta: _turned(x, position, theta, interleaved=True),
+        lambda x, position, theta: _turned(x, position, theta, sign=-1),
+        lambda x, position, theta: _turned(x, position, theta, exponent=1),
+        lambda x, position, theta: _turned(x, position, 10_000.0),
+        _overwritten,
+    ),
+    without=("a loop", "naive_rotary", "apply_rotary"),
+)
+def turn(answer):
+    """Half-split pairs, the right speeds, the right direction."""
+    assert same(answer(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, 10_000.0), [1, 2, 3, 4]), (
+        "Position 0 turns nothing."
+    )
+    assert same(answer(torch.tensor([1.0, 0.0]), 1, 10_000.0), [math.cos(1), math.sin(1)]), (
+        "One pair turns by one radian for each position, from (1, 0) towards (0, 1). Check the signs."
+    )
+    assert same(answer(torch.tensor([1.0, 0.0, 0.0, 0.0]), 1, 10_000.0)[1], 0.0), (
+        "With four entries, entry 0 turns with entry 2, not with entry 1: the pairs are half a head apart."
+    )
+    assert same(answer(torch.tensor([0.0, 1.0, 0.0, 0.0]), 1, 10_000.0)[3], math.sin(0.01)), (
+        "With four entries and theta 10,000, pair 1 turns by 10000 ** (-2/4) = 0.01 radians at position 1."
+    )
+    x = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.5, 2.5, 0.25, -3.0])
+    for position, theta in ((5, 500.0), (40, 10_000.0)):
+        assert same(answer(x.clone(), position, theta), _turned(x, position, theta)), (
+            f"Eight entries at position {position} with theta {theta:,.0f}: does your answer use all three "
+            "arguments, and does each new half come from the two *old* ones?"
+        )
+
+
+def _predicted(start, added, layers, scale, parts=2, power=2):
+    r = 1.0 if scale is None else scale / math.sqrt(layers)
+    return math.sqrt(start**2 + parts * layers * r**power * added**2)
+
+
+@exercise(
+    "predict RMS",
+    wrong=(
+        lambda start, added, layers, scale: (
+            start + 2 * layers * (scale / layers**0.5 if scale else 1) * added
+        ),
+        lambda start, added, layers, scale: _predicted(start, added, layers, scale, parts=1),
+        lambda start, added, layers, scale: _predicted(start, added, layers, scale, power=1),
+        lambda start, added, layers, scale: _predicted(start, added, layers, scale and 1.4),
+        lambda start, added, layers, scale: _predicted(start, added, 2 * layers, scale, parts=1),
+    ),
+)
+def predict_rms(answer):
+    """With the multiplier, the number of blocks cancels."""
+    assert same(answer(3.0, 0.0, 10, None), 3), "If the blocks add nothing, the stream stays as it was."
+    assert same(answer(0.0, 1.0, 8, None), 4), (
+        "8 blocks add 16 times, each with mean square 1, to nothing: what is the root of the sum?"
+    )
+    assert same(answer(3.0, 2.0, 2, None), 5), (
+        "A start of 3 and 2 blocks whose parts have RMS 2: 9 and four times 4 are 25, and the RMS is 5."
+    )
+    deep, flat = answer(1.0, 0.5, 52, 1.4), answer(1.0, 0.5, 4, 1.4)
+    assert same(deep, flat), (
+        "With r = scale_depth / sqrt(layers) the depth must cancel. In the mean square, r counts squared."
+    )
+    assert same(deep, math.sqrt(1.98)), "start 1, added 0.5, scale_depth 1.4: 1 + 2 × 1.4² × 0.5² = 1.98."
+    assert same(answer(1.0, 2.0, 9, 3.0), math.sqrt(73)), (
+        "start 1, added 2, scale_depth 3: 1 + 2 × 3² × 2² = 73. Does your answer use all four arguments?"
+    )
+
+
+@exercise(
+    "block parameters",
+    wrong=(
+        lambda d, ff, q, kv, h: d * h * (2 * q + 2 * kv) + 3 * d * ff,  # no norms
+        lambda d, ff, q, kv, h: d * h * (2 * q + 2 * kv) + 2 * d * ff + 2 * d,
+        lambda d, ff, q, kv, h: 4 * d * h * q + 3 * d * ff + 2 * d,  # MHA
+        lambda d, ff, q, kv, h: 2 * d * d + 2 * d * h * kv + 3 * d * ff + 2 * d,
+    ),
+)
+def block_parameters(answer):
+    """40 such blocks and a last norm make the 2.4B's published count."""
+    assert same(answer(2, 0, 2, 2, 1), 20), (
+        "No feed-forward network, d = 2, two heads of width 1: four matrices of 2 by 2, and two norms of 2."
+    )
+    assert same(answer(2, 3, 2, 2, 1), 38), (
+        "With `ff` = 3 there are three more matrices of `d` by `ff`: gate, up and down."
+    )
+    assert same(answer(2, 0, 2, 1, 1), 16), "Keys and values have `kv` heads; queries and output have `q`."
+    assert same(answer(2, 0, 2, 2, 5), 84), (
+        "Heads of width 5 in a stream of width 2: matrices go from `d` to heads times `head_dim`, and back."
+    )
+    whole = 40 * answer(2304, 5760, 36, 36, 64) + 2304
+    assert same(whole, 2_442_057_984), f"The 2.4B would have {whole:,}."
+
+
+@exercise(
+    "longest text",
+    wrong=(
+        lambda c, free: free // (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim),
+        lambda c, free: free // (4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim),
+        lambda c, free: free / (4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim),
+        lambda c, free: (
+            free
+            // (4 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads))
+        ),
+        lambda c, free: free // (4 * c.num_key_value_heads * c.head_dim),
+    ),
+)
+def longest_text(answer):
+    """So grouped heads decide how much a phone can read."""
+    tiny = ModelConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1,
+        vocab_size=8,
+    )  # fmt: skip
+    got = answer(tiny, 16)
+    assert not same(got, 4), "A token keeps a key *and* a value."
+    assert not same(got, 0), "Only the key-value heads are kept, not all query heads."
+    assert same(got, 2), (
+        "One block with one key-value head of width 2: a token keeps 2 + 2 numbers of 2 bytes each. How many "
+        "tokens fit in 16 bytes?"
+    )
+    assert same(answer(tiny, 23), 2), "In 23 bytes fit 2 whole tokens."
+    assert same(answer(replace(tiny, num_hidden_layers=3), 240), 10), "Every block keeps its own."
+    assert same(answer(replace(tiny, head_dim=6), 240), 10), (
+        "A head may be wider than `hidden_size / num_attention_heads`: the config has its width."
+    )
+    assert same(answer(load_config("minicpm4-8b"), 2**30), 32768), "In the 8B, 1 GiB holds 32,768 tokens."
+
+
+def _equal_in_all(config: ModelConfig, layers: int, with_table: bool = True) -> ModelConfig:
+    sizes = {}
+    for heads in range(1, 25):
+        width = heads * config.head_dim
+        candidate = replace(
+            config,
+            hidden_size=width,
+            intermediate_size=round(width * config.intermediate_size / config.hidden_size),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+        )
+        sizes[candidate] = abs(_count(candidate, with_table) - _count(config, with_table))
+    return min(sizes, key=sizes.get)
+
+
+def _count(config: ModelConfig, with_table: bool = True) -> int:
+    d, width = config.hidden_size, config.head_dim
+    attention = 2 * d * width * (config.num_attention_heads + config.num_key_value_heads)
+    block = attention + 3 * d * config.intermediate_size + 2 * d
+    return config.num_hidden_layers * block + d + with_table * config.vocab_size * d
+
+
+_SHALLOW = ModelConfig(
+    hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=8, vocab_size=4096,
+    scale_emb=12, scale_depth=1.4, dim_model_base=64,
+)  # fmt: skip
+
+
+@exercise(
+    "equal in all",
+    wrong=(
+        lambda config, layers: _equal_in_all(config, layers, with_table=False),
+        lambda config, layers: replace(config, num_hidden_layers=layers),
+        lambda config, layers: replace(
+            _equal_in_all(config, layers), intermediate_size=config.intermediate_size
+        ),
+        lambda config, layers: replace(
+            _equal_in_all(config, layers), num_hidden_layers=config.num_hidden_layers
+        ),
+    ),
+)
+def equal_in_all(answer):
+    """Only what is held equal has changed; what does not come out even is reported."""
+    for config, layers in ((_SHALLOW, 8), (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9)):
+        got = answer(config, layers)
+        assert isinstance(got, ModelConfig), f"Expected a `ModelConfig`, not {type(got).__name__}."
+        assert got.num_hidden_layers == layers, f"{layers} blocks were asked for."
+        assert got.head_dim == config.head_dim and got.num_key_value_heads == got.num_attention_heads, (
+            "Heads keep their width, and each query head has its own key-value head."
+        )
+        assert got.hidden_size == got.num_attention_heads * got.head_dim, "The width consists of whole heads."
+        ratio = config.intermediate_size / config.hidden_size
+        assert abs(got.intermediate_size - ratio * got.hidden_size) <= 1, (
+            "The feed-forward width is the same multiple of the width as before."
+        )
+        off = abs(_count(got) - _count(config))
+        assert off <= abs(_count(_equal_in_all(config, layers)) - _count(config)), (
+            f"Yours is off by {off:,} parameters, the table counted; another number of heads comes nearer."
+        )
+
+
+_PHONE = load_config("minicpm-1.2b")
+
+
+@exercise(
+    "design",
+    wrong=(
+        _PHONE,  # its cache is too large
+        replace(_PHONE, num_key_value_heads=2),  # too small
+        load_config("minicpm4-8b"),
+        replace(_PHONE, num_key_value_heads=2, intermediate_size=4096, vocab_size=32_000),
+        replace(_PHONE, num_key_value_heads=2, intermediate_size=7000, num_hidden_layers=32),
+    ),
+)
+def design(answer):
+    """It fits. Now find out what it costs in loss."""
+    assert isinstance(answer, ModelConfig), f"Expected a `ModelConfig`, not {type(answer).__name__}."
+    assert answer.vocab_size == _PHONE.vocab_size, "Keep the vocabulary: 73,440."
+    assert answer.head_dim in (64, 128), f"Heads are {answer.head_dim} wide; choose 64 or 128."
+    assert answer.num_hidden_layers >= 40, f"{answer.num_hidden_layers} blocks: at least 40 were asked for."
+    kept = 4 * answer.num_hidden_layers * answer.num_key_value_heads * answer.head_dim * 32_768
+    assert kept <= 2**30, (
+        f"The cache takes {kept / 2**30:.2f} GiB at 32,768 tokens. Fewer key-value heads, or fewer blocks?"
+    )
+    size = _count(answer, with_table=False)
+    off = size / _count(_PHONE, with_table=False) - 1
+    assert abs(off) <= 0.02, (
+        f"{size:,} parameters without embeddings: {100 * off:+.1f} %. The feed-forward width is the easiest "
+        "place to put them back."
+    )
+
+
+quiz = Quiz(
+    [
+        (
+            "Two words shall be found by the same question, but hand over different things. They need",
+            ["the same key and different values", "different keys and the same value", "different queries"],
+            0,
+            "As cat and cats: the key is how a token is found, the value what it hands over.",
+        ),
+        (
+            "The stream is made ten times as large. What does the next block compute from it?",
+            ["Ten times as much", "The same", "A tenth"],
+            1,
+            "The block reads through an RMSNorm, which removes the size. Only its share in the sum changes.",
+        ),
+        (
+            "A query stands at position 900, a key at 890. Both move 100 positions on. Their score",
+            ["becomes smaller", "becomes larger", "stays the same"],
+            2,
+            "RoPE makes the product depend on the distance only.",
+        ),
+        (
+            "Why is a score divided by the root of the head's width?",
+            [
+                "So that the weights add up to 1",
+                "So that its typical size does not depend on the width",
+                "So that later tokens get nothing",
+            ],
+            1,
+            "A sum of random products grows as the root of their number; the softmax makes the sum 1 anyway.",
+        ),
+        (
+            "A model has 32 query heads and 2 key-value heads. Against MHA its cache shrinks by a factor of",
+            ["2", "16", "32"],
+            1,
+            "Each key-value head serves 32 / 2 = 16 query heads.",
+        ),
+        (
+            "You forget the division before the output. Always taking the token with the highest score then "
+            "gives",
+            ["the same text", "random text", "an error"],
+            0,
+            "The order of the scores is the same. Sampling and the loss do change.",
+        ),
+        (
+            "Why can a folded MiniCPM not keep its tables tied?",
+            [
+                "Llama does not allow it",
+                "The input table is multiplied, the output table divided",
+                "It would need more memory",
+            ],
+            1,
+            "They take different factors, so they are different tables.",
+        ),
+    ]
+)

@@ -1,0 +1,69 @@
+"""Right answers in another style than the chapter's are accepted."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from minicpm_lite import load_config
+from minicpm_lite.exercises.language import decoder as check
+
+
+def window_attention(query, key, value, window):
+    """In double precision, with a mask that is added."""
+    query, key, value = query.double(), key.double(), value.double()
+    allowed = torch.ones(len(query), len(query)).tril().triu(1 - window)
+    scores = torch.einsum("td,jd->tj", query, key) * query.shape[1] ** -0.5
+    return torch.softmax(scores + torch.log(allowed), dim=-1) @ value
+
+
+def turn_in_numpy(x, position, theta):
+    half = len(x) // 2
+    turned = (x[:half].numpy() + 1j * x[half:].numpy()) * np.exp(
+        1j * position * theta ** (-2 * np.arange(half) / len(x))
+    )
+    return np.concatenate([turned.real, turned.imag])
+
+
+def turn_in_place(x, position, theta):
+    angles = position * theta ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
+    first, second = x.clone().chunk(2)
+    x[: len(x) // 2] = first * angles.cos() - second * angles.sin()
+    x[len(x) // 2 :] = second * angles.cos() + first * angles.sin()
+    return x
+
+
+def mended_in_place(x, norm, attention, feed_forward, r):
+    x += r * attention(norm(x))
+    x += r * feed_forward(norm(x))
+    return x
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer"),
+    [
+        (check.window_attention, window_attention),
+        (check.share_keys, lambda key, heads: key[[h * len(key) // heads for h in range(heads)]]),
+        (check.forecast, {"is": 0.42, "are": torch.tensor(0.43)}),
+        (check.mended_block, mended_in_place),
+        (check.turn, turn_in_numpy),
+        (check.turn, turn_in_place),
+        (
+            check.predict_rms,
+            lambda start, added, layers, scale: torch.tensor(
+                start**2 + 2 * added**2 * (layers if scale is None else scale**2)
+            ).sqrt(),
+        ),
+        (check.block_parameters, lambda d, ff, q, kv, h: d * (2 * h * q + 2 * h * kv + 3 * ff + 2)),
+        (
+            check.longest_text,
+            lambda c, free: math.floor(free / c.num_hidden_layers / c.num_key_value_heads / c.head_dim / 4),
+        ),
+        (check.design, replace(load_config("minicpm-1.2b"), num_key_value_heads=2, intermediate_size=4100)),
+    ],
+)
+def test_other_styles(exercise, answer):
+    verdict = exercise.judge(answer)
+    assert verdict.state == "right", verdict.message
