@@ -15,7 +15,8 @@ from ..pretrained.checkpoints import (
     load_special_tokens,
     load_tokenizer,
 )
-from ..training.sharded_checkpoint import is_checkpoint, latest_checkpoint, load_weights
+from ..training.run_folder import require_noted
+from ..training.sharded_checkpoint import is_checkpoint, latest_checkpoint, load_weights, read_facts
 
 __all__ = ["OpenModel", "open_model"]
 
@@ -62,6 +63,7 @@ def open_model(place: str) -> OpenModel:
                 f"{run} holds no {TOKENIZER}, so what its model reads and writes is not known: its data said "
                 "nothing of it. Copy the file there, or give Trainer.train(tokenizer=...) in Python."
             )
+        require_noted(run / TOKENIZER, read_facts(checkpoint)["text"])  # it may have been copied elsewhere
         return OpenModel(load_weights(checkpoint), load_tokenizer(run))
     decoder = load_pretrained(place).eval()
     return OpenModel(decoder, load_tokenizer(place), load_chat_template(place), load_special_tokens(place))

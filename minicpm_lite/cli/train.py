@@ -161,8 +161,9 @@ def train(
           --data instructions:0.3 --out decayed \\
           --decay-from run/step-00100000 --decay 16000
 
-    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C and
-    SIGTERM end a run after its present step, with a checkpoint; a Ctrl-C after that ends it at once.
+    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C,
+    SIGTERM and a terminal that is closed end a run after its present step, with a checkpoint; a Ctrl-C after
+    that ends it at once.
     """
     from ..training.processes import on_first, processes, rank, world_size
     from ..training.settings import Layout

@@ -201,12 +201,9 @@ class Trainer:
     ) -> None:
         """Make updates up to step ``until`` (left out: to the end of the schedule), all in training mode.
 
-        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint; a
-        Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main thread notes
-        them.
-
-        An error while a batch is read, nothing to predict in it, or a loss that is not finite leaves the run
-        as it was before that step; with a folder, what was made up to there is saved first.
+        SIGTERM, SIGHUP and SIGINT (Ctrl-C) end the run after the present step, with a folder after a
+        checkpoint; a Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main
+        thread notes them.
 
         Args:
             until: the step to stop at.
@@ -229,7 +226,7 @@ class Trainer:
                 holds nothing to predict, or a shard is damaged; a checkpoint could not bring the schedule
                 back; the tokenizer is not the one that shards note; or processes were told different things.
             OSError: a full disk; earlier checkpoints stand.
-            KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
+            KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
         until = self.schedule.total_steps if until is None else until
         if not isinstance(until, Integral):

@@ -357,7 +357,7 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     assert not (at_home / "decayed").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     begin = [sys.executable, "-m", "minicpm_lite.cli", *train("--data", "one", "--out", "run", *LONG)]
     begin[begin.index("--steps") + 1] = "100000"
@@ -371,7 +371,7 @@ def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     saved = f"step-{len(lines(at_home / 'run')):08d}"
-    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert out.startswith("tiny.yaml: ") and out.endswith("100,000 steps of 64 tokens.\n")
     assert err == f"Stopped; run/{saved} is kept, and --resume goes on from there.\n"
 
