@@ -12,7 +12,13 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
-from ..language.tokenizer import fast_tokenizer, reading_all_as_text, require_several, require_text
+from ..language.tokenizer import (
+    fast_tokenizer,
+    reading_all_as_text,
+    require_all_bytes,
+    require_several,
+    require_text,
+)
 from ..optional import require
 
 __all__ = ["encoded", "read_documents", "require_texts", "row_in"]
@@ -107,11 +113,12 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iter
 
     Raises:
         TypeError: one string in place of several, or something that is none.
-        ValueError: half a character in a text, or the end.
+        ValueError: half a character in a text, the end, or a byte that the vocabulary has no token for.
     """
     require_several(texts)
     tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
     for batch in _batches(texts):
+        require_all_bytes(tokenizer, batch)
         for encoding in tokenizer.encode_batch_fast(batch):
             ids = encoding.ids
             if end in ids and (end, 0) in zip(ids, encoding.special_tokens_mask, strict=True):

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from .context import KVCache
 from .decoder import Decoder
@@ -218,9 +218,9 @@ class _Controls:
         controls = {token.content: i for i, token in control_tokens(tokenizer).items()}
         self.tokenizer, self.ids = tokenizer, frozenset(controls.values())
         self._beginnings = _beginnings(tuple(controls))
-        self._finder = _finder(
-            tuple(tokenizer.get_added_tokens_decoder().values()), pickle.dumps(tokenizer.normalizer)
-        )
+        # in a sequence, since a Replace alone cannot be unpickled
+        steps = normalizers.Sequence([tokenizer.normalizer] if tokenizer.normalizer is not None else [])
+        self._finder = _finder(tuple(tokenizer.get_added_tokens_decoder().values()), pickle.dumps(steps))
         added = self._finder.get_added_tokens_decoder()
         self._control = {
             i: controls[token.content] for i, token in added.items() if token.content in controls
@@ -308,8 +308,7 @@ class _Controls:
 def _finder(added: tuple[AddedToken, ...], normalizer: bytes) -> Tokenizer:
     """Takes added tokens out of a text as their tokenizer does, and leaves what is between them whole."""
     finder = Tokenizer(models.WordLevel({" ": 0}, unk_token=" "))
-    if (step := pickle.loads(normalizer)) is not None:
-        finder.normalizer = step
+    finder.normalizer = pickle.loads(normalizer)
     finder.add_tokens(list(added))
     return finder
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from minicpm_lite.data import documents as module
@@ -119,6 +120,14 @@ def test_control_tokens_that_texts_spell_are_text():
     texts = ["It says </s> and <|end|>", "<think>", "It is a truth"]
     expected = [plain.encode(text).ids + [281] for text in texts]
     assert list(encoded(texts, tokenizer, end=tokenizer.token_to_id("<|end|>"))) == expected
+
+
+def test_nothing_of_a_text_is_left_out():
+    lacking = Tokenizer(models.BPE())
+    lacking.pre_tokenizer, lacking.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    lacking.train_from_iterator([TEXT], trainers.BpeTrainer(show_progress=False))
+    with pytest.raises(ValueError, match="no token for byte 0xC3"):
+        list(encoded([TEXT, TEXT[:9] + "é"], lacking, None))
 
 
 def test_a_start_token_stands_where_it_stands_before_a_prompt():

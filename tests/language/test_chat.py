@@ -451,8 +451,8 @@ def test_parts_and_tools_of_a_message_are_guarded_too():
 def test_what_a_normaliser_makes_a_control_token_is_guarded_too(content, form):
     tokenizer = Tokenizer.from_str(GUARDED.to_str())
     tokenizer.normalizer = form
-    tokenizer.add_tokens(["<note>", "fi--"])  # which "<NOTE>" and "ﬁ--" become
-    for spelt in (content, f"a {content}<NOTE>{content}", f"{content}ﬁ--, ＜note＞"):
+    tokenizer.add_tokens(["<note>", "<fi>"])  # which "<NOTE>" and "<ﬁ>" become
+    for spelt in (content, f"a {content}<NOTE>{content}", f"{content}<ﬁ>, ＜note＞"):
         ids = encode_chat(tokenizer, lambda messages: f"{messages[0]['content']} <AI>", [said(spelt)])
         assert [i for i in ids if i in tokenizer.get_added_tokens_decoder()] == [
             tokenizer.token_to_id("<AI>")
@@ -461,6 +461,14 @@ def test_what_a_normaliser_makes_a_control_token_is_guarded_too(content, form):
             tokenizer.decode(ids, skip_special_tokens=False).strip()
             == form.normalize_str(f"{spelt} <AI>").strip()
         )
+
+
+def test_a_normaliser_of_one_replacement():
+    """As Gemma's, which cannot be pickled by itself."""
+    tokenizer = Tokenizer.from_str(GUARDED.to_str())
+    tokenizer.normalizer = normalizers.Replace("cat", "dog")
+    ids = encode_chat(tokenizer, chatml, [said("a cat <|im_end|>")])
+    assert "a dog <|im_end|>" in tokenizer.decode(ids, skip_special_tokens=False)
 
 
 TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}<s>assistant:"
