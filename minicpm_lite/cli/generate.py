@@ -16,6 +16,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="tokens at m
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the best token each time")]
 TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="choose among the N best tokens")]
 TopP = Annotated[float | None, typer.Option(metavar="P", help="choose among the best that make up P")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="end before this; may be given again")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="of chance")]
 
 
@@ -28,9 +29,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="end before this; may be given again")
-    ] = None,
+    stop: Stop = None,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs: one object")] = False,
 ) -> None:

@@ -3,6 +3,7 @@
     run/metrics.jsonl      {"step": 1, "units": 1536, "loss": 7.1, "lr": 0.001, ...}
         step-00001000/     a checkpoint, see `sharded_checkpoint`
         tokenizer.json     what made the ids that are read, if it is known
+        chat_template.jinja    how its model is asked, if somebody put it there
         tensorboard/       the same metrics as events, if they were asked for
 
 The first process keeps the metrics. A run that is killed leaves lines of steps that its last checkpoint has
