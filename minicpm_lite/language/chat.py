@@ -165,7 +165,7 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
 def encode_chat(
     tokenizer: Tokenizer | BytePairTokenizer,
     template: Template,
-    messages: Sequence[Mapping[str, object]],
+    messages: Iterable[Mapping[str, object]],
     add_special_tokens: bool = True,
 ) -> list[int]:
     """The tokens of a conversation: a control token stands where the template puts it, and nowhere else.
@@ -185,7 +185,7 @@ def encode_chat(
         TypeError, ValueError: as the template; or a message that is no table, or holds half a character, what
             is neither text nor number, or lists that are nested too deeply.
     """
-    text, reader = _Controls(fast_tokenizer(tokenizer)).read(template, messages)
+    text, reader = _Controls(fast_tokenizer(tokenizer)).read(template, list(messages))
     return _encode(reader, text, add_special_tokens)[0]
 
 

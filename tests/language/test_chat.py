@@ -18,7 +18,7 @@ from minicpm_lite.config import ModelConfig
 from minicpm_lite.language.chat import Chat, chatml, encode_chat, encode_text, minicpm_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.sampling import Sampling
-from minicpm_lite.language.templates import chat_template
+from minicpm_lite.language.templates import CHATML, MINICPM, chat_template
 from minicpm_lite.language.tokenizer import (
     BytePairTokenizer,
     control_tokens,
@@ -34,14 +34,6 @@ TALK = [
     {"role": "assistant", "content": "A model."},
     {"role": "user", "content": " 你好 "},
 ]
-MINICPM4 = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-    " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MINICPM = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{'<用户>' + message['content'].strip()"
-    " + '<AI>'}}{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
-)
 
 
 def rendered(template: str, messages: list[dict], add_generation_prompt: bool = True) -> str:
@@ -56,7 +48,13 @@ def rendered(template: str, messages: list[dict], add_generation_prompt: bool = 
 @pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:2], TALK[1:3]])
 @pytest.mark.parametrize("add", [True, False])
 def test_chatml_equals_its_jinja_template(messages, add):
-    assert chatml(messages, add_generation_prompt=add) == rendered(MINICPM4, messages, add)
+    assert chatml(messages, add_generation_prompt=add) == rendered(CHATML, messages, add)
+
+
+def test_messages_may_come_one_by_one():
+    source = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    for template in (chatml, chat_template(source)):
+        assert encode_chat(LETTERS, template, iter(TALK[1:3])) == encode_chat(LETTERS, template, TALK[1:3])
 
 
 def test_minicpm_chat_equals_its_jinja_template():
