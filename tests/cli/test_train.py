@@ -413,8 +413,36 @@ def test_the_dry_run_of_a_decay(at_home, capsys):
     assert main([*dry, "--gpus", "2"]) == 0
     said = capsys.readouterr().out
     assert "3 steps of warm-up" in said and "7 stable, 6 of decay" in said
+    assert "\nsteps          6 behind step 10 of 64 tokens" in said
     says(capsys, train("--decay-from", "nowhere", "--dry-run"), "There is no checkpoint at nowhere")
     says(capsys, train("--out", "nowhere", "--resume", "--dry-run"), "no checkpoint in nowhere to resume")
+
+
+@pytest.mark.parametrize(
+    ("words", "behind"),
+    [
+        ([*STEPS, "--out", "other"], 0),
+        ([*STEPS, "--out", "other", "--until", "9"], 0),
+        (["--out", "run", "--resume"], 10),
+        (["--out", "run", "--resume", "--until", "10"], 10),
+        (["--resume-from", "run/step-00000005", "--out", "run"], 5),
+        (["--out", "decayed", "--decay-from", "run/step-00000005", "--decay", "2"], 5),
+    ],
+)
+def test_a_dry_run_counts_the_steps_that_are_made(at_home, capsys, words, behind):
+    kept = ["--checkpoint-every", "5"]
+    assert main(train("--data", "one", "--out", "run", *STEPS, *kept, "--until", "10")) == 0
+    capsys.readouterr()
+    argv = train("--data", "one", *words)
+    assert main([*argv, "--dry-run", "--json", "--gpus", "1"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    if "--resume-from" in words:  # which what the folder holds must not be later than
+        shutil.rmtree("run/step-00000010")
+    assert main(argv) == 0
+    steps = [line["step"] for line in lines(at_home / words[words.index("--out") + 1])]
+    made = [step for step in steps if step > behind]
+    assert (plan["steps"], plan["tokens"], plan["behind_step"]) == (len(made), 64 * len(made), behind)
+    assert plan["flops"] == 6 * plan["active_parameters"] * plan["tokens"]
 
 
 def test_a_model_knows_where_its_texts_end(at_home, capsys):
