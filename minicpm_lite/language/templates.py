@@ -25,7 +25,8 @@ __all__ = ["CHATML", "MINICPM", "chat_template"]
 # As MiniCPM4 and MiniCPM-2B publish them; in Python they are `chat.chatml` and `chat.minicpm_chat`.
 CHATML = (
     r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
-    r" + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    r" + '<|im_end|>' + '\n'}}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MINICPM = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
