@@ -13,8 +13,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from .interruption import Interruption
 from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
-from .precision import RoundedCopy
+from .precision import rounded
 from .processes import add_up, on_first, raise_together, rank, world_size
 from .run_folder import RunFolder
 from .settings import Layout, TrainerConfig
@@ -98,6 +98,13 @@ def _require_same_choice(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
+def _require_no_hooks(model: nn.Module, how: str) -> None:
+    """Refuse hooks of gradients where other parameters will stand in the place of those that have them."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(f"{name} has a hook of its gradient, which would be lost when it is {how}")
+
+
 class Trainer:
     """One run of training: a model, its data, a schedule, and how far it has come.
 
@@ -118,10 +125,11 @@ class Trainer:
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
-        ValueError: everything is frozen, or what is trained holds numbers shorter than float32; windows do
-            not fit the model or the config, or the batches give none of a step; there are several processes,
-            and the layout keeps the model whole, the batch cannot be shared evenly, or they were given
-            different models, data or configs; or the model is on the meta device and not drawn, see
+        ValueError: everything is frozen, or what is trained holds numbers shorter than float32, or a
+            parameter that is to be cut over processes has a hook of its gradient; windows do not fit the
+            model or the config, or the batches give none of a step; there are several processes, and the
+            layout keeps the model whole, the batch cannot be shared evenly, or they were given different
+            models, data or configs; or the model is on the meta device and not drawn, see
             `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
@@ -169,14 +177,16 @@ class Trainer:
         own_buffers(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
-        self._rounded, self._loss = None, objective.loss
+        self._computing, self._loss = nullcontext, objective.loss
         if layout.sharded:
             require_one_run(self._identity())
+            _require_no_hooks(model, "cut over processes. Give Layout(), which keeps the model whole.")
             shard(model, config)
         if layout.activation_checkpointing:
-            recompute_blocks(model)  # around the blocks that `shard` compiled, and before they are copied
+            recompute_blocks(model)  # around the blocks that `shard` compiled
         if not layout.sharded:
-            self._rounded = RoundedCopy(model) if config.precision == "bfloat16" else None
+            if config.precision == "bfloat16":
+                self._computing = partial(rounded, model)
             self._loss = _compiled(objective.loss) if config.compile else objective.loss
         self.optimizer = adamw(model, config, schedule.peak_lr)
         self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
@@ -302,7 +312,6 @@ class Trainer:
         self, passes: list[tuple[Batch, int]], units: int, seen: int, started: float, skip_non_finite: int
     ) -> dict:
         """One update of what was read, and its metrics. Interrupted before its end, it changes nothing."""
-        model = self.model if self._rounded is None else self._rounded.refreshed()
         self._reached.clear()
         skipped = False
         try:
@@ -313,19 +322,17 @@ class Trainer:
                     self.model,
                     self.optimizer,
                     self.config.max_grad_norm,
-                    loss=lambda part: self._loss(model, batch_to(part, self._device)),
+                    loss=lambda part: self._loss(self.model, batch_to(part, self._device)),
                     passes=passes,
                     units=units,
                     add_up=self._add_up,
+                    computing=self._computing,
                 )
         except NotFinite:
             skipped = sum(map(math.isnan, self.losses[self._branched_at or 0 :])) < skip_non_finite
             if not skipped:
                 raise
             loss = grad_norm = math.nan
-        else:
-            if self._rounded:
-                self._rounded.hand_back()
         self.step += 1
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
@@ -411,14 +418,19 @@ class Trainer:
         fine-tuning has; so going back to the peak from a decay is allowed here, though it undoes the decay.
 
         Raises:
-            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint. Or
-                the other data were cut with another tokenizer.
+            ValueError: the model is cut over processes, or a parameter has a hook of its gradient; then
+                `save` it and `branch_from` the checkpoint. Or the other data were cut with another tokenizer.
         """
         if self.layout.sharded:
             raise ValueError(
                 "A model that is cut over processes is not copied. Save the run, make a Trainer with the "
                 "other schedule, and let it branch_from the checkpoint."
             )
+        _require_no_hooks(
+            self.model,
+            "copied. Save the run, make a Trainer with the other schedule, and let it branch_from the "
+            "checkpoint.",
+        )
         batches = self.batches if batches is None else batches
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout

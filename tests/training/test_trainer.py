@@ -751,6 +751,32 @@ def test_checks_of_a_vocabulary_are_for_decoders():
         Trainer(bigram, TokenWindows(TOKENS, 8, 0), SCHEDULE, CONFIG, objective)
 
 
+def test_hooks_of_gradients_act_or_are_refused():
+    """As of a mask that trains the rows of new tokens alone."""
+    mask = (torch.arange(40) >= 30).float()[:, None]
+    model = Decoder(MODEL)
+    model.embed_tokens.weight.register_hook(lambda gradient: gradient * mask)
+    with pytest.raises(
+        ValueError, match="embed_tokens.weight has a hook of its gradient, .* is cut over proc"
+    ):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+    run, before = Trainer(model, TOKENS, SCHEDULE, CONFIG), model.embed_tokens.weight.detach().clone()
+    run.train(2, progress=False)
+    assert (model.embed_tokens.weight != before).any(dim=1).tolist() == [False] * 30 + [True] * 10
+    with pytest.raises(ValueError, match="hook of its gradient, .* is copied. Save the run, make a Trainer"):
+        run.branch(SCHEDULE)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loss_of_another_module_is_refused(precision):
+    other, config = Decoder(MODEL), replace(CONFIG, precision=precision)
+    objective = Objective("other", lambda model, batch: next_token.loss(other, batch), next_token.weight)
+    run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, config, objective)
+    with pytest.raises(ValueError, match="No weight of the Decoder has a gradient in step 1: its loss was"):
+        run.train(progress=False)
+    assert run.step == 0
+
+
 def _unit_sums(model, window):
     wrong = token_losses(model, window).sum() / len(window)
     return wrong, wrong.detach()
