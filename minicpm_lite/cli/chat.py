@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .generate import MaxNewTokens, Model, Seed, Stop, Temperature, TopK, TopP
+from .generate import Model, Seed, Stop, Temperature, TopK, TopP, sampling_of
 
 __all__ = ["ChatTemplate", "chat"]
 
@@ -17,7 +17,10 @@ ChatTemplate = Annotated[
 
 def chat(
     model: Model,
-    max_new_tokens: MaxNewTokens = 500,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="tokens of an answer at most; else 500, or half of the room"),
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -40,10 +43,9 @@ def chat(
     import torch
 
     from ..language.chat import Chat
-    from ..language.sampling import Sampling
     from .model import open_model
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = sampling_of(temperature, top_k, top_p)
     opened, chance = open_model(model, template), torch.Generator().manual_seed(seed)
     if opened.template_source is None:
         print(
@@ -54,11 +56,13 @@ def chat(
     talk = Chat(
         opened.decoder, opened.tokenizer, opened.template, sampling, stop or (), room=room, generator=chance
     )
+    room = min(room, opened.decoder.config.max_position_embeddings)
+    most = min(500, room // 2) if max_new_tokens is None else max_new_tokens
     if system is not None:
         talk.messages = [{"role": "system", "content": system}]
     while question := _asked():
         try:
-            for piece in talk.answer(question, max_new_tokens):
+            for piece in talk.answer(question, most):
                 print(piece, end="", flush=True)
             print()
         except ValueError as error:  # no room for it, say; what was said before stands

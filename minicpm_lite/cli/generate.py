@@ -3,11 +3,14 @@
 import json
 import sys
 from itertools import chain
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["generate"]
+if TYPE_CHECKING:
+    from ..language.sampling import Sampling
+
+__all__ = ["generate", "sampling_of"]
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, a folder, a .gguf file, owner/name")
@@ -40,11 +43,10 @@ def generate(
     """
     import torch
 
-    from ..language.sampling import Sampling
     from ..language.writing import stream_text
     from .model import open_model
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = sampling_of(temperature, top_k, top_p)
     text = sys.stdin.read() if prompt == "-" else prompt
     opened = open_model(model)
     pieces = stream_text(
@@ -58,3 +60,20 @@ def generate(
     for piece in chain((text, first), pieces):
         print(piece, end="", flush=True)
     print()
+
+
+def sampling_of(temperature: float, top_k: int | None, top_p: float | None) -> "Sampling":
+    """How a token is chosen, by the options of a command.
+
+    Raises:
+        ValueError: an option is out of its range, or asks for a choice where the temperature leaves none.
+    """
+    from ..language.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        raise ValueError(
+            "--top-k and --top-p say among which tokens chance chooses, and at a temperature of 0 it has no "
+            "choice. Give a --temperature, such as 0.8."
+        )
+    return sampling

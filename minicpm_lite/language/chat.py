@@ -109,9 +109,11 @@ class Chat:
         text, reader = self._controls.read(self.template, messages)
         prompt = self._encode(text, reader)
         if (needed := len(prompt) + max_new_tokens - 1) > self._cache.room:
+            more = self._cache.room < self.model.config.max_position_embeddings
             raise ValueError(
                 f"The conversation and its answer need room for {needed} tokens, and this chat has it for "
-                f"{self._cache.room}. Ask for fewer new tokens, or begin a chat with more room."
+                f"{self._cache.room}{'' if more else ', which is all that the model was made for'}. Ask for "
+                f"fewer new tokens, or begin a chat {'with more room' if more else 'anew'}."
             )
         known = _common_length(self._fed[: self._cache.length], prompt)
         self._cache.truncate(min(known, len(prompt) - 1))

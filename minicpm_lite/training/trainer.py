@@ -61,6 +61,7 @@ from .state import (
     make_moments,
     own_buffers,
     require_one_run,
+    require_own_memory,
     require_same_run,
     run_identity,
     updates_made,
@@ -126,11 +127,11 @@ class Trainer:
 
     Raises:
         ValueError: everything is frozen, or what is trained holds numbers shorter than float32, or a
-            parameter that is to be cut over processes has a hook of its gradient; windows do not fit the
-            model or the config, or the batches give none of a step; there are several processes, and the
-            layout keeps the model whole, the batch cannot be shared evenly, or they were given different
-            models, data or configs; or the model is on the meta device and not drawn, see
-            `distributed.shard`.
+            parameter that is to be cut over processes has a hook of its gradient, or two tensors share
+            memory; windows do not fit the model or the config, or the batches give none of a step; there are
+            several processes, and the layout keeps the model whole, the batch cannot be shared evenly, or
+            they were given different models, data or configs; or the model is on the meta device and not
+            drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -175,6 +176,7 @@ class Trainer:
             )
         _require_long_enough(model)
         own_buffers(model)
+        require_own_memory(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
         self._computing, self._loss = nullcontext, objective.loss

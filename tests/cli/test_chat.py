@@ -52,6 +52,16 @@ def test_a_model_s_own_template_and_what_it_is_told_first(at_home, capsys, monke
     assert capsys.readouterr() == (f"> {answer}\n> ", "")
 
 
+def test_an_answer_has_half_of_the_room_at_most(at_home, capsys, monkeypatch):
+    shape = SHAPE | {"init_std": 0.5, "max_position_embeddings": 300}
+    save_pretrained(Decoder(ModelConfig(**shape)), "model", train_tokenizer(TEXT, 300))
+    talk = Chat(load_pretrained("model"), load_tokenizer("model"), chatml, room=300)
+    answer = "".join(talk.answer("It is?", 150))
+    monkeypatch.setattr("sys.stdin", io.StringIO("It is?\n"))
+    assert main(["chat", "model"]) == 0
+    assert capsys.readouterr().out == f"> {answer}\n> "
+
+
 @pytest.mark.parametrize("given", ["minicpm", "own.jinja"])
 def test_another_template_and_where_an_answer_ends(at_home, capsys, monkeypatch, given):
     shape = SHAPE | {"init_std": 0.5, "max_position_embeddings": 512}

@@ -777,6 +777,22 @@ def test_a_loss_of_another_module_is_refused(precision):
     assert run.step == 0
 
 
+@pytest.mark.parametrize("kind", ["a second parameter", "a buffer"])
+def test_tensors_that_share_memory_are_refused(kind):
+    """They could not be saved, and what is trained would be moved twice. One parameter at two places is tied."""
+    model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40, bias=False))
+    objective = Objective("none", lambda model, batch: None, len)
+    if kind == "a buffer":
+        model[1].register_buffer("before", model[0].weight.data)
+    else:
+        model[1].weight = nn.Parameter(model[0].weight)
+    with pytest.raises(ValueError, match=r"^0.weight and 1.(weight|before) share memory. To tie them, give"):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, objective)
+    tied = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40, bias=False))
+    tied[1].weight = tied[0].weight
+    Trainer(tied, TOKENS, SCHEDULE, CONFIG, objective)
+
+
 def _unit_sums(model, window):
     wrong = token_losses(model, window).sum() / len(window)
     return wrong, wrong.detach()
