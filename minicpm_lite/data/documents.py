@@ -183,6 +183,10 @@ def _kind(path: Path) -> str:
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file as bytes; of a .txt file, all of it at once."""
     try:
+        if (
+            path.suffix == ".gz" and not path.stat().st_size
+        ):  # which Python takes for a whole one without text
+            raise EOFError("it is empty")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield from [file.read()] if _kind(path) == ".txt" else file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -61,6 +61,14 @@ def test_each_file_is_looked_up_once(tmp_path, monkeypatch):
     assert looked_up == files
 
 
+def test_an_empty_gzip_file_is_none(tmp_path):
+    (tmp_path / "a.jsonl.gz").touch()
+    with pytest.raises(
+        ValueError, match="a.jsonl.gz is not a whole gzip file .it is empty.. It may be trunc"
+    ):
+        list(read_documents(tmp_path / "a.jsonl.gz", "text"))
+
+
 PLACES = dict(
     good=b'{"text": "one"}\n\n{"text": "two"}', latin=b'{"text": "on"}\n{"text": "\xe9"}', cut=b'{"text"'
 )
