@@ -234,12 +234,15 @@ class Trainer:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
             FloatingPointError: a loss or a gradient is not finite.
-            ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
-                holds nothing to predict, or a shard is damaged; a checkpoint could not bring the schedule
-                back; the tokenizer is not the one that shards note; or processes were told different things.
+            ValueError: parameters were frozen or set free since the trainer was made; with a folder, `losses`
+                or `grad_norms` was changed; the batch of a step holds nothing to predict, or a shard is
+                damaged; a checkpoint could not bring the schedule back; the tokenizer is not the one that
+                shards note; or processes were told different things.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
+        if folder:
+            self._require_curves()
         until = self.schedule.total_steps if until is None else until
         if not isinstance(until, Integral):
             raise ValueError(f"until is {until!r}; expected a whole number, the step to stop at.")
@@ -444,14 +447,25 @@ class Trainer:
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
 
+    def _require_curves(self) -> None:
+        """Refuse curves that were shortened, of which a checkpoint could not be loaded."""
+        if not len(self.losses) == len(self.grad_norms) == self.step:
+            raise ValueError(
+                f"The run is at step {self.step} and has {len(self.losses)} losses and "
+                f"{len(self.grad_norms)} norms of gradients; expected one of each a step. Leave these lists "
+                "whole, and plot a part of them."
+            )
+
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
 
         Raises:
-            ValueError: the schedule is one that a checkpoint could not bring back.
+            ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or
+                `grad_norms` was changed.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
+        self._require_curves()
         cut_again(self.model)
         facts = {
             "step": self.step,

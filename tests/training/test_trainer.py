@@ -793,6 +793,16 @@ def test_tensors_that_share_memory_are_refused(kind):
     Trainer(tied, TOKENS, SCHEDULE, CONFIG, objective)
 
 
+@pytest.mark.parametrize("change", [lambda run: run.losses.clear(), lambda run: setattr(run, "step", 3)])
+def test_curves_that_were_changed_are_refused_before_a_checkpoint_is_written(tmp_path, change):
+    run = trained(2)
+    change(run)
+    for go_on in (lambda: run.train(folder=tmp_path / "run", progress=False), lambda: run.save(tmp_path)):
+        with pytest.raises(ValueError, match=r"The run is at step \d and has \d losses and 2 norms"):
+            go_on()
+    assert not list(tmp_path.iterdir())
+
+
 def _unit_sums(model, window):
     wrong = token_losses(model, window).sum() / len(window)
     return wrong, wrong.detach()
