@@ -239,13 +239,11 @@ def train(
 def _announced(config: str, plan: "TrainingPlan") -> str:
     """What begins now, in a line: whoever left out --batch-tokens sees what a step takes."""
     step = plan.trainer.batch_tokens
-    return (
-        f"{config}: {plan.parameters:,} parameters; {plan.steps:,} steps{_behind(plan)} of {step:,} tokens."
-    )
+    return f"{config}: {plan.parameters:,} parameters; {_from(plan)}{plan.steps:,} steps of {step:,} tokens."
 
 
-def _behind(plan: "TrainingPlan") -> str:
-    return f" behind step {plan.made.start:,}" if plan.made.start else ""
+def _from(plan: "TrainingPlan") -> str:
+    return f"from step {plan.made.start:,} on, " if plan.made.start else ""
 
 
 def _published(config: str) -> TrainingRecipe | None:
@@ -463,7 +461,7 @@ def _as_dict(plan: "TrainingPlan", command: str) -> dict:
         "bytes_a_gpu": asdict(plan.memory) | {"total": plan.memory.total},
         "tokens": plan.tokens,
         "steps": plan.steps,
-        "behind_step": plan.made.start,
+        "from_step": plan.made.start,
         "trainer": asdict(plan.trainer),
         "schedule": asdict(plan.schedule),
         "flops": plan.flops,
@@ -489,7 +487,7 @@ def _print_plan(config: str, plan: "TrainingPlan", command: str) -> None:
                           f"{'computed again' if plan.layout.activation_checkpointing else 'kept'}"),
         ("  logits", f"{memory.logits / gb:.2f} GB"),
         ("tokens", f"{plan.tokens:,}"),
-        ("steps", f"{plan.steps:,}{_behind(plan)} of {trainer.batch_tokens:,} tokens: "
+        ("steps", f"{_from(plan)}{plan.steps:,} of {trainer.batch_tokens:,} tokens: "
                   f"{trainer.batch_size:,} windows of {trainer.sequence_length:,}, {at_once} at once on a "
                   "GPU"),
         ("schedule", f"{schedule.warmup_steps:,} steps of warm-up to {schedule.peak_lr:g} "

@@ -413,7 +413,7 @@ def test_the_dry_run_of_a_decay(at_home, capsys):
     assert main([*dry, "--gpus", "2"]) == 0
     said = capsys.readouterr().out
     assert "3 steps of warm-up" in said and "7 stable, 6 of decay" in said
-    assert "\nsteps          6 behind step 10 of 64 tokens" in said
+    assert "\nsteps          from step 10 on, 6 of 64 tokens" in said
     says(capsys, train("--decay-from", "nowhere", "--dry-run"), "There is no checkpoint at nowhere")
     says(capsys, train("--out", "nowhere", "--resume", "--dry-run"), "no checkpoint in nowhere to resume")
 
@@ -441,7 +441,7 @@ def test_a_dry_run_counts_the_steps_that_are_made(at_home, capsys, words, behind
     assert main(argv) == 0
     steps = [line["step"] for line in lines(at_home / words[words.index("--out") + 1])]
     made = [step for step in steps if step > behind]
-    assert (plan["steps"], plan["tokens"], plan["behind_step"]) == (len(made), 64 * len(made), behind)
+    assert (plan["steps"], plan["tokens"], plan["from_step"]) == (len(made), 64 * len(made), behind)
     assert plan["flops"] == 6 * plan["active_parameters"] * plan["tokens"]
 
 
