@@ -11,7 +11,8 @@ From a text to a model of one's own that others can open:
 A file a command. Each loads what it needs when it is called, so that a listing does not wait for a trainer.
 
 What goes wrong is said in one sentence on the error output, under torchrun once a machine; it stands in
-torchrun's own report, too. Exit codes: 0 done, 2 refused or failed, 130 interrupted, 143 ended by SIGTERM.
+torchrun's own report, too. Exit codes: 0 done, 2 refused or failed, 130 interrupted, 143 ended by SIGTERM,
+129 by a terminal that was closed.
 """
 
 import json

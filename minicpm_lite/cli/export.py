@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .chat import ChatTemplate
 from .generate import Model
 
 __all__ = ["export"]
@@ -17,8 +18,9 @@ def export(
         str | None,
         typer.Option(help="whose code computes it: llama, granite, mixtral, minicpm3, minicpm, ..."),
     ] = None,
+    template: ChatTemplate = None,
 ) -> None:
-    """Write a model in the Hugging Face layout, with its tokenizer.
+    """Write a model in the Hugging Face layout, with its tokenizer, and its chat template if it has one.
 
     Left out, --family is one that transformers opens without code from elsewhere, where there is one: llama,
     or granite where the model has MiniCPM's multipliers.
@@ -29,7 +31,7 @@ def export(
     from ..pretrained.checkpoints import save_pretrained
     from .model import open_model
 
-    opened = open_model(model)
+    opened = open_model(model, template)
     save_pretrained(
         opened.decoder,
         out,
@@ -38,4 +40,5 @@ def export(
         special_tokens=opened.special_tokens,
         model_type=family,
     )
-    print(f"{out}: {opened.decoder.num_parameters(True):,} parameters, with tokenizer.json.")
+    files = "tokenizer.json" if opened.template_source is None else "tokenizer.json and chat_template.jinja"
+    print(f"{out}: {opened.decoder.num_parameters(True):,} parameters, with {files}.")

@@ -3,11 +3,14 @@
 import json
 import sys
 from itertools import chain
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["generate"]
+if TYPE_CHECKING:
+    from ..language.sampling import Sampling
+
+__all__ = ["generate", "sampling_of"]
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, a folder, a .gguf file, owner/name")
@@ -16,6 +19,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="tokens at m
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the best token each time")]
 TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="choose among the N best tokens")]
 TopP = Annotated[float | None, typer.Option(metavar="P", help="choose among the best that make up P")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="end before this; may be given again")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="of chance")]
 
 
@@ -28,9 +32,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="end before this; may be given again")
-    ] = None,
+    stop: Stop = None,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="for programs: one object")] = False,
 ) -> None:
@@ -41,11 +43,10 @@ def generate(
     """
     import torch
 
-    from ..language.sampling import Sampling
     from ..language.writing import stream_text
     from .model import open_model
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = sampling_of(temperature, top_k, top_p)
     text = sys.stdin.read() if prompt == "-" else prompt
     opened = open_model(model)
     pieces = stream_text(
@@ -59,3 +60,20 @@ def generate(
     for piece in chain((text, first), pieces):
         print(piece, end="", flush=True)
     print()
+
+
+def sampling_of(temperature: float, top_k: int | None, top_p: float | None) -> "Sampling":
+    """How a token is chosen, by the options of a command.
+
+    Raises:
+        ValueError: an option is out of its range, or asks for a choice where the temperature leaves none.
+    """
+    from ..language.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        raise ValueError(
+            "--top-k and --top-p say among which tokens chance chooses, and at a temperature of 0 it has no "
+            "choice. Give a --temperature, such as 0.8."
+        )
+    return sampling

@@ -30,11 +30,11 @@ def shards(
 ) -> None:
     """Cut texts into tokens and write them as shards, the data of `minicpm-lite train`.
 
-    A .txt file is one document. A .jsonl file has one document in each line, and a .parquet file in each row,
-    under "text" unless --field names another. The tokenizer is a tokenizer.json as published with the models;
-    texts are read whole, whatever it says about cutting or padding them, behind its start token if it has
-    one, and a control token that a text spells, such as </s>, is text. All cores cut; the environment
-    variable RAYON_NUM_THREADS may say how many.
+    A .txt file is one document, and is held in memory. A .jsonl file has one in each line, and a .parquet
+    file in each row, under "text" unless --field names another. The tokenizer is a tokenizer.json as
+    published with the models; texts are read whole, whatever it says about cutting or padding them, behind
+    its start token if it has one, and a control token that a text spells, such as </s>, is text. All cores
+    cut; the environment variable RAYON_NUM_THREADS may say how many.
 
     \b
       minicpm-lite shards novel.txt --tokenizer tokenizer.json \\

@@ -161,8 +161,9 @@ def train(
           --data instructions:0.3 --out decayed \\
           --decay-from run/step-00100000 --decay 16000
 
-    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C and
-    SIGTERM end a run after its present step, with a checkpoint; a Ctrl-C after that ends it at once.
+    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C,
+    SIGTERM and a terminal that is closed end a run after its present step, with a checkpoint; a Ctrl-C after
+    that ends it at once.
     """
     from ..training.processes import on_first, processes, rank, world_size
     from ..training.settings import Layout
@@ -188,7 +189,7 @@ def train(
 
     if dry_run:
         start = _start(out, resume, resume_from, decay_from)
-        plan = _plan(model, recipe, asked, layout(cuda=True), start, gpus, cuda=True)
+        plan = _plan(model, recipe, asked, layout(cuda=True), start, until, gpus, cuda=True)
         command = _torchrun(context.obj, gpus, bool(data), bool(out))
         if as_json:
             print(json.dumps(_as_dict(plan, command), indent=1))
@@ -207,9 +208,7 @@ def train(
     with processes() as device:
         start = on_first(lambda: _start(out, resume, resume_from, decay_from))
         cuda = device.type == "cuda"
-        plan = _plan(model, recipe, asked, layout(cuda), start, world_size(), cuda)
-        if until is not None and until > plan.steps:
-            raise ValueError(f"--until is {until}, and the schedule ends at step {plan.steps}.")
+        plan = _plan(model, recipe, asked, layout(cuda), start, until, world_size(), cuda)
         shards, weights = _sources(data, model)
         windows = _windows(shards, weights, plan.trainer, start)
         objective = _objective(shards, within_documents, start)
@@ -240,7 +239,11 @@ def train(
 def _announced(config: str, plan: "TrainingPlan") -> str:
     """What begins now, in a line: whoever left out --batch-tokens sees what a step takes."""
     step = plan.trainer.batch_tokens
-    return f"{config}: {plan.parameters:,} parameters; {plan.steps:,} steps of {step:,} tokens."
+    return f"{config}: {plan.parameters:,} parameters; {_from(plan)}{plan.steps:,} steps of {step:,} tokens."
+
+
+def _from(plan: "TrainingPlan") -> str:
+    return f"from step {plan.made.start:,} on, " if plan.made.start else ""
 
 
 def _published(config: str) -> TrainingRecipe | None:
@@ -274,6 +277,7 @@ def _plan(
     asked: dict[str, float | str],
     layout,
     start: Start | None,
+    until: int | None,
     gpus: int,
     cuda: bool,
 ) -> "TrainingPlan":
@@ -282,7 +286,26 @@ def _plan(
 
     if start is None:
         settings = {"seed": 0, "precision": "bfloat16" if cuda else "float32"} | asked
-        return plan_training(model, recipe, gpus=gpus, layout=layout, **settings)
+        plan = plan_training(model, recipe, gpus=gpus, layout=layout, **settings)
+    else:
+        plan = _going_on(model, recipe, asked, layout, start, gpus)
+    last = plan.schedule.total_steps
+    if until is not None and until > last:
+        raise ValueError(f"--until is {until}, and the schedule ends at step {last}.")
+    return replace(plan, made=range(start.facts["step"] if start else 0, last if until is None else until))
+
+
+def _going_on(
+    model: ModelConfig,
+    recipe: TrainingRecipe | None,
+    asked: dict[str, float | str],
+    layout,
+    start: Start,
+    gpus: int,
+) -> "TrainingPlan":
+    """The plan of the run that a checkpoint belongs to, or of a decay from there."""
+    from ..training.plan import plan_training
+
     trainer, schedule = _saved(start, recipe, asked.get("decay_steps"), gpus)
     settings = {
         "steps": schedule.total_steps, "warmup_steps": schedule.warmup_steps,
@@ -438,6 +461,7 @@ def _as_dict(plan: "TrainingPlan", command: str) -> dict:
         "bytes_a_gpu": asdict(plan.memory) | {"total": plan.memory.total},
         "tokens": plan.tokens,
         "steps": plan.steps,
+        "from_step": plan.made.start,
         "trainer": asdict(plan.trainer),
         "schedule": asdict(plan.schedule),
         "flops": plan.flops,
@@ -463,8 +487,9 @@ def _print_plan(config: str, plan: "TrainingPlan", command: str) -> None:
                           f"{'computed again' if plan.layout.activation_checkpointing else 'kept'}"),
         ("  logits", f"{memory.logits / gb:.2f} GB"),
         ("tokens", f"{plan.tokens:,}"),
-        ("steps", f"{plan.steps:,} of {trainer.batch_tokens:,} tokens: {trainer.batch_size:,} windows of "
-                  f"{trainer.sequence_length:,}, {at_once} at once on a GPU"),
+        ("steps", f"{_from(plan)}{plan.steps:,} of {trainer.batch_tokens:,} tokens: "
+                  f"{trainer.batch_size:,} windows of {trainer.sequence_length:,}, {at_once} at once on a "
+                  "GPU"),
         ("schedule", f"{schedule.warmup_steps:,} steps of warm-up to {schedule.peak_lr:g} "
                      f"({trainer.parametrization}), {schedule.stable_steps:,} stable, "
                      f"{schedule.decay_steps:,} of decay to {schedule(schedule.total_steps):.3g}"),

@@ -145,7 +145,7 @@ class ConversationWindows:
         if index < 0:
             raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
         epoch, place = divmod(index, len(self.packed))
-        return self.packed[_order(len(self.packed), self.seed, epoch)[place]]
+        return self.packed[_order(len(self.packed), self.seed, epoch)[place]].clone()
 
     @property
     def predicted_share(self) -> float:

@@ -1,18 +1,30 @@
 """The documents of files: of .txt one each, of .jsonl one in each line, of .parquet one in each row.
 
 The first two may be gzipped. `read_documents` reads them, `encoded` cuts them into tokens.
+
+Trap: the `tokenizers` package takes a hundred bytes and more for each letter of a text that it cuts. So a
+long one is cut in pieces, where its tokens stay the same: each piece with some text in front, whose tokens
+are dropped, since many tokenizers write a blank before whatever comes first.
 """
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 from tokenizers import Tokenizer
 
-from ..language.tokenizer import fast_tokenizer, reading_all_as_text, require_several, require_text
+from ..language.tokenizer import (
+    fast_tokenizer,
+    reading_all_as_text,
+    require_all_bytes,
+    require_several,
+    require_text,
+)
 from ..optional import require
 
 __all__ = ["encoded", "read_documents", "require_texts", "row_in"]
@@ -20,6 +32,10 @@ __all__ = ["encoded", "read_documents", "require_texts", "row_in"]
 _KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 _ROWS = 1024  # of a table that are held at a time
 _BATCH_CHARACTERS = 1 << 22  # of text that is cut at a time
+_PIECE_CHARACTERS = 1 << 20  # of a text that is cut at once
+_AROUND = 200  # letters on both sides of a place that decide whether a text may be parted there
+_BETWEEN = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)")  # two words, or two lines
+_TRIES = 20
 
 
 def require_texts(paths: list[Path]) -> None:
@@ -99,6 +115,7 @@ def row_in(line: str, field: str, place: str) -> dict:
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
     """The token ids of each text, in order, with the id that ends a document, if any, behind them.
 
+    Those of a long text come in several lists, of which the last has the end.
     A start token stands before them where the tokenizer puts one, as it stands before a prompt.
     What a text spells like one of the tokenizer's `control_tokens` is text, so none of them stands in it. An
     end that is none of them must not stand in a text either, which would be two documents to whoever reads.
@@ -107,27 +124,51 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iter
 
     Raises:
         TypeError: one string in place of several, or something that is none.
-        ValueError: half a character in a text, or the end.
+        ValueError: half a character in a text, the end, or a byte that the vocabulary has no token for.
     """
     require_several(texts)
     tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
-    for batch in _batches(texts):
-        for encoding in tokenizer.encode_batch_fast(batch):
-            ids = encoding.ids
-            if end in ids and (end, 0) in zip(ids, encoding.special_tokens_mask, strict=True):
+    for batch in _batches(_pieces(texts, tokenizer)):
+        pieces = [piece for piece, _, _ in batch]
+        require_all_bytes(tokenizer, pieces)
+        for encoding, (_, in_front, last) in zip(tokenizer.encode_batch_fast(pieces), batch, strict=True):
+            ids = encoding.ids[in_front:]
+            if end in ids and (end, 0) in zip(ids, encoding.special_tokens_mask[in_front:], strict=True):
                 raise ValueError(
                     f"A text holds the token that is to end documents, {tokenizer.id_to_token(end)!r}, so it "
                     "would be read as two. Take a token that no text holds, such as </s>."
                 )
-            yield ids + behind
+            yield ids + behind if last else ids
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, held = [], 0
+def _pieces(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, int, bool]]:
+    """The pieces of each text: with text in front, the tokens in front, and whether it is the last."""
     for text in texts:
         require_text(text)
-        batch.append(text)
-        held += len(text) + 1
+        begin = front = in_front = 0
+        while len(text) - begin > _PIECE_CHARACTERS and (place := _parting(text, begin, tokenizer)):
+            yield text[front:place], in_front, False
+            begin, front = place, max(place - _AROUND, 0)
+            in_front = len(tokenizer.encode(text[front:begin]).ids)
+        yield text[front:], in_front, True
+
+
+def _parting(text: str, begin: int, tokenizer: Tokenizer) -> int | None:
+    """A place, a piece behind ``begin`` or a little more, where no token of the text goes across."""
+    for found in islice(_BETWEEN.finditer(text, begin + _PIECE_CHARACTERS), _TRIES):
+        place = found.end()
+        before = text[max(place - _AROUND, 0) : place]
+        ids, both = (tokenizer.encode(each).ids for each in (before, before + text[place : place + _AROUND]))
+        if both[: len(ids)] == ids:
+            return place
+    return None
+
+
+def _batches(pieces: Iterable[tuple[str, int, bool]]) -> Iterator[list[tuple[str, int, bool]]]:
+    batch, held = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        held += len(piece[0]) + 1
         if held >= _BATCH_CHARACTERS:
             yield batch
             batch, held = [], 0
@@ -142,6 +183,10 @@ def _kind(path: Path) -> str:
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file as bytes; of a .txt file, all of it at once."""
     try:
+        if (
+            path.suffix == ".gz" and not path.stat().st_size
+        ):  # which Python takes for a whole one without text
+            raise EOFError("it is empty")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield from [file.read()] if _kind(path) == ".txt" else file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

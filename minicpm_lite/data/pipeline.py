@@ -173,6 +173,7 @@ def filtering_stages(
     threshold: float = 0.5,
     minhash: MinHash | None = None,
     bands: int = 16,
+    languages: str | Iterable[str] = ("en",),
 ) -> list:
     """Four executors to be run in this order; a stage that was done before is skipped when run again.
 
@@ -188,6 +189,7 @@ def filtering_stages(
         threshold: least score of a document that is kept.
         minhash: the signatures; left out, 128 orders of 5-word shingles.
         bands: of each signature.
+        languages: that are kept; left out, English alone.
 
     Raises:
         FileNotFoundError: there is no source folder, or no classifier.
@@ -199,13 +201,13 @@ def filtering_stages(
         raise FileNotFoundError(f"There is no folder {source}; give one with files of JSON lines.")
     if not Path(classifier).is_file():
         raise FileNotFoundError(f"There is no classifier at {classifier}; write one with its method save().")
-    minhash, work = minhash or MinHash(), Path(work)
+    minhash, work, languages = minhash or MinHash(), Path(work), language_codes(languages)
     config = _engine_config(minhash, bands)
     kept_language = str(work / "language")
     blocks = {
         "1_signatures": (tasks, [
             TextReader(str(source)),
-            LanguageBlock(),
+            LanguageBlock(languages),
             _writers.JsonlWriter(kept_language, output_filename="${rank}.jsonl", compression=None),
             SignatureBlock(work / "signatures", minhash, bands),
         ]),
@@ -230,6 +232,7 @@ def filtering_stages(
         "threshold": threshold,
         "minhash": [minhash.num_perm, minhash.shingle_size, minhash.seed],
         "bands": bands,
+        "languages": sorted(languages),
     })  # fmt: skip
     (work / "language").mkdir(exist_ok=True)
     for rank in range(tasks):  # see the second trap

@@ -87,7 +87,8 @@ def write_shards(
 
     Raises:
         ValueError: an id outside the vocabulary, something that is no array of whole numbers, an end that is
-            no id, no token, or a vocabulary smaller than the tokenizer's or larger than 32 bits hold.
+            no id or that no array holds, no token, or a vocabulary smaller than the tokenizer's or larger
+            than 32 bits hold.
         FileExistsError: the folder already holds something, or another program is writing it.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
@@ -109,6 +110,7 @@ def write_shards(
     place = Path(folder).resolve()  # a link to an empty folder stays, the folder is filled
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
+    ended = end is None
     with _new_folder(place), written_whole(place) as beside:
         beside.mkdir(parents=True)
         for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
@@ -121,11 +123,17 @@ def write_shards(
                 _write_header(file, dtype, shard["tokens"])
                 file.seek(0, os.SEEK_END)
                 file.write(block.tobytes())
+            ended = ended or bool((block == end).any())
             shard["checksums"].append(zlib.crc32(block.tobytes()))
             shard["smallest"] = min(shard["smallest"], int(block.min()))
             shard["largest"] = max(shard["largest"], int(block.max()))
         if not shards:
             raise ValueError("There was no token to write.")
+        if not ended:
+            raise ValueError(
+                f"The end token is {end}, and no array holds it, so nothing would say where a document ends. "
+                "Put it behind the ids of each document."
+            )
         description = None if tokenizer is None else _description(tokenizer)
         index = _FORMAT | {
             "vocab_size": vocab_size,

@@ -8,6 +8,7 @@ sequences. `Windows` is the protocol, `TokenWindows` the sequence of one stream 
 
 Choices and traps:
 
+- A window is the caller's own: whoever marks in place what is read only does not write into the stream.
 - Each epoch begins at another offset, of less than a window, so that the cuts fall elsewhere.
 - An identity says of shards what their index says: the checksums of their files. The same tokens, cut into
   files of another size (``shard_tokens``), are other data: a run does not go on with them, and a decay reads
@@ -105,6 +106,11 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
+        if not isinstance(self.tokens, Tensor | Shards):
+            raise TypeError(
+                f"The stream is of type {type(self.tokens).__name__}; expected a tensor of token ids, "
+                "torch.as_tensor(ids), or Shards."
+            )
         if isinstance(self.tokens, Tensor) and self.tokens.dtype not in _KINDS:
             raise ValueError(
                 f"The stream is of type {self.tokens.dtype}; expected int64, int32 or int16: tokens.long()."
@@ -132,7 +138,7 @@ class TokenWindows:
         epoch_of = _computed_epoch if isinstance(self.tokens, Shards) else _drawn_epoch
         offset, order = epoch_of(self._in_epoch, self.length, self.seed, epoch)
         start = offset + order[place] * self.length
-        return self.tokens[start : start + self.length + 1].long()
+        return self.tokens[start : start + self.length + 1].to(torch.long, copy=True)
 
     def id_range(self) -> tuple[int, int]:
         """Smallest and largest token id in the stream."""

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from .context import KVCache
 from .decoder import Decoder
@@ -109,9 +109,11 @@ class Chat:
         text, reader = self._controls.read(self.template, messages)
         prompt = self._encode(text, reader)
         if (needed := len(prompt) + max_new_tokens - 1) > self._cache.room:
+            more = self._cache.room < self.model.config.max_position_embeddings
             raise ValueError(
                 f"The conversation and its answer need room for {needed} tokens, and this chat has it for "
-                f"{self._cache.room}. Ask for fewer new tokens, or begin a chat with more room."
+                f"{self._cache.room}{'' if more else ', which is all that the model was made for'}. Ask for "
+                f"fewer new tokens, or begin a chat {'with more room' if more else 'anew'}."
             )
         known = _common_length(self._fed[: self._cache.length], prompt)
         self._cache.truncate(min(known, len(prompt) - 1))
@@ -165,7 +167,7 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
 def encode_chat(
     tokenizer: Tokenizer | BytePairTokenizer,
     template: Template,
-    messages: Sequence[Mapping[str, object]],
+    messages: Iterable[Mapping[str, object]],
     add_special_tokens: bool = True,
 ) -> list[int]:
     """The tokens of a conversation: a control token stands where the template puts it, and nowhere else.
@@ -185,7 +187,7 @@ def encode_chat(
         TypeError, ValueError: as the template; or a message that is no table, or holds half a character, what
             is neither text nor number, or lists that are nested too deeply.
     """
-    text, reader = _Controls(fast_tokenizer(tokenizer)).read(template, messages)
+    text, reader = _Controls(fast_tokenizer(tokenizer)).read(template, list(messages))
     return _encode(reader, text, add_special_tokens)[0]
 
 
@@ -218,9 +220,9 @@ class _Controls:
         controls = {token.content: i for i, token in control_tokens(tokenizer).items()}
         self.tokenizer, self.ids = tokenizer, frozenset(controls.values())
         self._beginnings = _beginnings(tuple(controls))
-        self._finder = _finder(
-            tuple(tokenizer.get_added_tokens_decoder().values()), pickle.dumps(tokenizer.normalizer)
-        )
+        # in a sequence, since a Replace alone cannot be unpickled
+        steps = normalizers.Sequence([tokenizer.normalizer] if tokenizer.normalizer is not None else [])
+        self._finder = _finder(tuple(tokenizer.get_added_tokens_decoder().values()), pickle.dumps(steps))
         added = self._finder.get_added_tokens_decoder()
         self._control = {
             i: controls[token.content] for i, token in added.items() if token.content in controls
@@ -308,8 +310,7 @@ class _Controls:
 def _finder(added: tuple[AddedToken, ...], normalizer: bytes) -> Tokenizer:
     """Takes added tokens out of a text as their tokenizer does, and leaves what is between them whole."""
     finder = Tokenizer(models.WordLevel({" ": 0}, unk_token=" "))
-    if (step := pickle.loads(normalizer)) is not None:
-        finder.normalizer = step
+    finder.normalizer = pickle.loads(normalizer)
     finder.add_tokens(list(added))
     return finder
 

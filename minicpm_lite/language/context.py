@@ -330,7 +330,7 @@ class KVCache(Context):
             raise ValueError("The cache has read nothing yet; feed it a text first.")
         return len(next(iter(self._layers.values()))[0])
 
-    def take(self, path: Sequence[int] | Sequence[Sequence[int]]) -> None:
+    def take(self, path: Iterable[SupportsIndex] | Iterable[Sequence[SupportsIndex]]) -> None:
         """Of the guesses that were fed through a `Tree`, these become text; the others are forgotten.
 
         Args:
@@ -342,6 +342,7 @@ class KVCache(Context):
             ValueError: no tree was fed last, or it has no such branch.
         """
         batch = self._batch
+        path = [each.tolist() if hasattr(each, "tolist") else each for each in path]  # of numpy or torch
         paths = [path] * batch if all(isinstance(place, int) for place in path) else path
         if len(paths) != batch or not all(self._is_branch(one) for one in paths):
             raise ValueError(
@@ -364,7 +365,7 @@ class KVCache(Context):
             self.padding = moved if self.padding is None else self.padding + moved
         self.length, self.guesses = self.length + taken, ()
 
-    def _is_branch(self, path: Sequence[int]) -> bool:
+    def _is_branch(self, path: Sequence[SupportsIndex]) -> bool:
         return all(
             0 <= place < len(self.guesses) and self.guesses[place] == parent
             for parent, place in pairwise([-1, *path])

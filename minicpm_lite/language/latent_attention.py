@@ -20,6 +20,10 @@ cheaper, since its heads are narrower; for few queries over a long cache the abs
 the cheaper one. Either way the cache holds the normed latent and the rotated key, kv_lora_rank +
 qk_rope_head_dim values a token and layer.
 
+Trap: the absorbed form reads the ``weight`` of what stands in the place of W_kvb. Of an adapter that must be
+all by which it multiplies, not the weight that it adapts. With a bias, which no matrix holds, the form is the
+naive one.
+
 Both forms give attention keys and values of equal width (zeros behind the values, or the whole latent as
 value) and drop what is too much of the result: fast attention kernels take no others, and without them
 attention writes down every score: 86 GB for one layer of MiniCPM3 at 32K tokens in bfloat16.
@@ -89,7 +93,8 @@ class LatentAttention(nn.Module):
         latent = torch.cat([self.kv_a_layernorm(latent), apply_rotary(key_rotated, *rotary)], dim=-1)
         (latent,) = context.keep(self.layer, latent)  # (batch, 1, keys, kv_lora_rank + rope)
         cheaper = absorbed_is_cheaper(sizes, queries=x.shape[1], keys=latent.shape[2])
-        form = self.absorbed if cheaper else self.naive
+        biased = getattr(self.kv_b_proj, "bias", None) is not None  # which no matrix holds
+        form = self.absorbed if cheaper and not biased else self.naive
         out = form(query, apply_rotary(query_rotated, *rotary), latent, context)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * v_head_dim)
 

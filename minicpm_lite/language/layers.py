@@ -91,8 +91,9 @@ class FeedForward(nn.Module):
 def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> list[str]:
     """Put something else in the place of linear layers, in the model itself.
 
-    What takes the place has ``forward``, ``weight`` (a matrix, as latent attention reads it), ``in_features``
-    and ``out_features``, and so can be replaced again: by an adapter around a quantised layer, for instance.
+    What takes the place has ``forward``, ``weight``, ``in_features`` and ``out_features``, and so can be
+    replaced again: by an adapter around a quantised layer, for instance. Its ``weight`` is the matrix that
+    multiplies, all of it, as latent attention reads it: of an adapter the sum.
 
     Every linear layer inside is offered: routers of experts (``mlp.gate``) and an output layer (``lm_head``)
     too, which most changes should give back as they are. A module that is a linear layer itself has none

@@ -1,6 +1,7 @@
 """A model's own chat template, as it is published: a small program in Jinja that writes a conversation.
 
     chat_template(source)    from what `tokenizer_config.json` or `chat_template.jinja` holds to a template
+    CHATML, MINICPM          sources of two: of MiniCPM3, 4 and 4.1, and of the first MiniCPM models
 
 Choices, and the traps behind them:
 
@@ -19,7 +20,19 @@ from typing import NoReturn
 from ..optional import require
 from .chat import Template
 
-__all__ = ["chat_template"]
+__all__ = ["CHATML", "MINICPM", "chat_template"]
+
+# As MiniCPM4 and MiniCPM-2B publish them; in Python they are `chat.chatml` and `chat.minicpm_chat`.
+CHATML = (
+    r"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    r" + '<|im_end|>' + '\n'}}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MINICPM = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{'<用户>' + message['content'].strip() + '<AI>'}}{% else %}{{message['content'].strip()}}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def chat_template(source: str, variables: Mapping[str, object] | None = None) -> Template:

@@ -46,6 +46,7 @@ __all__ = [
     "fast_tokenizer",
     "misread_tokens",
     "reading_all_as_text",
+    "require_all_bytes",
     "require_several",
     "require_text",
     "split_words",
@@ -395,20 +396,16 @@ def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
     Of what a merge makes, too, such as "Ġthe", the letters are bytes: it is a word of the vocabulary.
     """
-    taken = _taken_for_bytes(tokenizer)
-    words = _made_by_merges(json.loads(tokenizer.to_str())["model"]) if taken else ()
-    return {token: name for token, name in taken.items() if name not in words}
-
-
-def _taken_for_bytes(tokenizer: Tokenizer) -> dict[int, str]:
     added = {token: each.content for token, each in tokenizer.get_added_tokens_decoder().items()}
-    return {
+    taken = {
         token: name
         for token, name in added.items()
         if len(name) > 1
         and all(character in _BYTE_OF for character in name)
         and tokenizer.decode([token], skip_special_tokens=False) != name
     }
+    words = _made_by_merges(json.loads(tokenizer.to_str())["model"]) if taken else ()
+    return {token: name for token, name in taken.items() if name not in words}
 
 
 def _made_by_merges(model: Mapping) -> list[str]:
@@ -420,14 +417,42 @@ def _made_by_merges(model: Mapping) -> list[str]:
 def control_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
     """By id, what a template may write into a text to steer a model, such as ``<|im_start|>``.
 
-    These are the added tokens of more than one character, special or not, but for bytes and runs of blanks.
+    These are the added tokens that are special, and of the others those between marks, such as ``<think>``,
+    since not all models declare theirs. An added word, as "mRNA", is text; so are bytes and runs of blanks.
     """
     added = tokenizer.get_added_tokens_decoder()
-    return {
-        i: token
-        for i, token in added.items()
-        if len(token.content.strip()) > 1 and not BYTE_TOKEN.fullmatch(token.content)
-    }
+    return {i: token for i, token in added.items() if _steers(token)}
+
+
+def _steers(token: AddedToken) -> bool:
+    name = token.content.replace("▁", " ").strip()  # sentencepiece's blank
+    if len(name) < 2 or BYTE_TOKEN.fullmatch(name):
+        return False
+    return token.special or not (name[0].isalnum() or name[-1].isalnum())
+
+
+def require_all_bytes(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    """Refuse texts of which a byte-level vocabulary would leave something out, for want of a token.
+
+    One that was trained without ``initial_alphabet=ByteLevel.alphabet()`` knows the bytes of its texts alone.
+
+    Raises:
+        ValueError: a sentence that names the byte.
+    """
+    model = tokenizer.model
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel) or getattr(model, "unk_token", None) is not None:
+        return
+    unknown = {byte for byte, letter in _CHARACTER_OF.items() if tokenizer.token_to_id(letter) is None}
+    if not unknown:
+        return
+    for text in texts:
+        read = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
+        if not unknown.isdisjoint(read.encode()):
+            byte = next(byte for byte in read.encode() if byte in unknown)
+            raise ValueError(
+                f"The vocabulary has no token for byte 0x{byte:02X}, which a text holds, so it would be left "
+                "out. Train the tokenizer with all 256 bytes, as train_tokenizer does, or clean the text."
+            )
 
 
 def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
@@ -453,9 +478,7 @@ def _twin(description: str) -> Tokenizer:
     tokenizer, twin = Tokenizer.from_str(description), json.loads(description)
     model = twin["model"]
     makes = _made_by_merges(model)
-    # "Ġthe" as an added token has the id of " the", and must keep it
-    words = set(_taken_for_bytes(tokenizer).values()).intersection(makes)
-    names = {token.content for token in control_tokens(tokenizer).values()} - words
+    names = {token.content for token in control_tokens(tokenizer).values()}
     secret = {name: _secret_name(name) for name in names}
     for added in twin["added_tokens"]:
         added["content"] = secret.get(added["content"], added["content"])

@@ -29,7 +29,14 @@ from torch import Tensor
 from .decoder import Decoder
 from .generation import pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
-from .tokenizer import BYTE_TOKEN, BytePairTokenizer, fast_tokenizer, misread_tokens, require_text
+from .tokenizer import (
+    BYTE_TOKEN,
+    BytePairTokenizer,
+    fast_tokenizer,
+    misread_tokens,
+    require_all_bytes,
+    require_text,
+)
 
 __all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
 
@@ -246,6 +253,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
             raise ValueError(f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids.")
         return ids
     require_text(prompt)
+    require_all_bytes(tokenizer, [prompt])
     encoding = tokenizer.encode(prompt)
     if starts_twice(encoding):
         warnings.warn(

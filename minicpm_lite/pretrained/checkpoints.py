@@ -16,6 +16,7 @@ Choices, and the traps behind them:
   text and not be told, so neither is kept, in reading or in writing.
 - A chat template stands in a file of its own, in older releases in ``tokenizer_config.json``. Where there are
   both the file counts, as in transformers.
+- Control tokens may be listed in ``tokenizer_config.json`` alone; a chat without them is spelt in letters.
 - A folder is written beside its place and renamed. A folder that holds anything is never touched, nor one
   that another program writes.
 - A chat template names tokens that stand in ``tokenizer_config.json``; without them it writes other prompts.
@@ -30,7 +31,7 @@ from pathlib import Path
 from reprlib import repr as shown
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_positive_integer
 from ..files import locked, written_whole
@@ -55,6 +56,7 @@ __all__ = [
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
 _CHAT_TEMPLATE = "chat_template.jinja"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -89,9 +91,9 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such path, or the folder holds no ``tokenizer.json``.
-        ValueError: the file is damaged, or a GGUF file's tokenizer is of a kind that is not rebuilt here.
+        ValueError: a file is damaged, or a GGUF file's tokenizer is of a kind that is not rebuilt here.
     """
-    path = _local(path_or_id, ["tokenizer.json"])
+    path = _local(path_or_id, ["tokenizer.json", "tokenizer_config.json"])
     if _is_gguf(path):
         return gguf_tokenizer(path)
     file = path / "tokenizer.json"
@@ -100,7 +102,10 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             f"{path} holds no tokenizer.json. Older releases ship tokenizer.model (sentencepiece) only; "
             "transformers' AutoTokenizer reads it, and its save_pretrained writes tokenizer.json."
         )
-    return read_tokenizer(file)
+    tokenizer = read_tokenizer(file)
+    if (settings := path / "tokenizer_config.json").is_file():
+        _add_listed(tokenizer, settings)
+    return tokenizer
 
 
 def read_tokenizer(file: str | Path) -> Tokenizer:
@@ -249,6 +254,29 @@ def save_pretrained(
             (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
         named = {stored_name(name, family): tensor for name, tensor in weights.items()}
         write_weights(beside, named, max_shard_bytes)
+
+
+def _add_listed(tokenizer: Tokenizer, settings: Path) -> None:
+    """Add the tokens that a ``tokenizer_config.json`` lists and the tokenizer lacks, as transformers does."""
+    listed = read_json(settings).get("added_tokens_decoder", {})
+    try:
+        tokens = [
+            (int(i), AddedToken(each["content"], **{flag: each[flag] for flag in _FLAGS if flag in each}))
+            for i, each in listed.items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{settings} holds {shown(listed)} as added_tokens_decoder; expected tokens by id."
+        ) from None
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for i, token in sorted(tokens, key=lambda each: each[0]):
+        if token.content not in known:
+            tokenizer.add_tokens([token])
+            if (given := tokenizer.token_to_id(token.content)) != i:
+                raise ValueError(
+                    f"{settings} lists {token.content!r} as id {i}, and behind tokenizer.json it has id "
+                    f"{given}. The two files do not belong together."
+                )
 
 
 def _is_gguf(path: Path) -> bool:

@@ -1,13 +1,14 @@
 """The wish to stop a run: a signal that is noted, until the run has saved what it has.
 
-A cluster that takes a machine back sends SIGTERM and waits some seconds; a person types Ctrl-C, SIGINT.
-Either may come in the middle of a step, and to one process of many. So it is noted only. With the loss of the
+A cluster that takes a machine back sends SIGTERM and waits some seconds; a person types Ctrl-C, SIGINT; a
+terminal that is closed, or a connection that breaks, says SIGHUP. Each may come in the middle of a step, and
+to one process of many. So it is noted only. With the loss of the
 step it is added up over the processes; then all of them save, and all of them end.
 
-A Ctrl-C after that acts at once, as it would have acted without us. SIGTERM never does: a cluster that sends
+A Ctrl-C after that acts at once, as it would have acted without us. The others never do: a cluster that sends
 it to every process sends it to torchrun, too, which passes it on, so each gets it twice; and whoever will not
-wait has SIGKILL. A signal that the program ignores, as one begun in the background ignores SIGINT, stays
-ignored.
+wait has SIGKILL. A signal that the program ignores, as one begun in the background ignores SIGINT and one
+under nohup SIGHUP, stays ignored.
 """
 
 import signal
@@ -20,9 +21,11 @@ from torch import Tensor
 
 __all__ = ["Interruption"]
 
+_NOTED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
 
 class Interruption:
-    """A context in which SIGTERM and SIGINT are noted; in another thread than the main one, neither is.
+    """A context in which these signals are noted; in another thread than the main one, none is.
 
     If a signal was noted and nothing else is raised within, the context ends as the signal would have it.
 
@@ -41,13 +44,13 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in _NOTED:
                 if signal.getsignal(each) is not signal.SIG_IGN:
                     self._before[each] = signal.signal(each, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore(signal.SIGINT, signal.SIGTERM)
+        self._restore(*_NOTED)
         if self._wish is not None and error[0] is None:  # it came after the last step
             raise self.error(self.wishes())
 
@@ -61,13 +64,13 @@ class Interruption:
                 signal.signal(each, self._before.pop(each))
 
     def wishes(self) -> Tensor:
-        """Whether this process was told to stop by SIGINT, and whether by SIGTERM: numbers to add up."""
-        return torch.tensor([self._wish == signal.SIGINT, self._wish == signal.SIGTERM], dtype=torch.float32)
+        """Whether this process was told to stop, by each of the signals: numbers to add up."""
+        return torch.tensor([self._wish == each for each in _NOTED], dtype=torch.float32)
 
     @staticmethod
     def error(wishes: Tensor) -> BaseException | None:
         """What ends the program if any process was told to stop: as these signals do, or None."""
-        interrupted, terminated = wishes.tolist()
-        if terminated:
-            return SystemExit(128 + signal.SIGTERM)
-        return KeyboardInterrupt() if interrupted else None
+        told = [each for each, wish in zip(_NOTED, wishes.tolist(), strict=True) if wish]
+        if not told:
+            return None
+        return KeyboardInterrupt() if told[0] == signal.SIGINT else SystemExit(128 + told[0])

@@ -84,7 +84,12 @@ def within_documents(end: int) -> Objective:
 
     Args:
         end: the id that ends a document, as `minicpm_lite.data.shards.Shards.end` notes it.
+
+    Raises:
+        ValueError: it is no id.
     """
+    if type(end) is not int:  # None, say, of shards that note no end
+        raise ValueError(f"The end is {end!r}; expected the id that ends each document.")
 
     def loss(
         model: Decoder, window: Int[Tensor, "batch window"]

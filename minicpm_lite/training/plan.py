@@ -1,9 +1,10 @@
 """What a training run will need, before it runs: parameters, memory a GPU, steps, schedule, arithmetic.
 
-    steps  = tokens of the recipe / tokens of a step
+    steps  = tokens of the recipe / tokens of a step      of which a run makes those behind its checkpoint
     FLOPs  = 6 N D
 
-N is the parameters that take part for a token, D the tokens of the run. Memory: see `plan_memory`.
+N is the parameters that take part for a token, D the tokens of the steps that are made.
+Memory: see `plan_memory`.
 
 Choices, and the traps behind them:
 
@@ -48,6 +49,7 @@ class TrainingPlan:
         active_parameters: N of ``6 N D``: with the output layer, without embedding table and idle experts.
         memory: bytes on each GPU.
         assumptions: a sentence for each number that was neither given nor published.
+        made: the steps of the schedule that the run makes, not those before the checkpoint it starts from.
     """
 
     model: ModelConfig
@@ -59,15 +61,16 @@ class TrainingPlan:
     active_parameters: int
     memory: MemoryPlan
     assumptions: tuple[str, ...]
+    made: range
 
     @property
     def steps(self) -> int:
-        """Updates."""
-        return self.schedule.total_steps
+        """Updates that the run makes."""
+        return len(self.made)
 
     @property
     def tokens(self) -> int:
-        """Tokens predicted in all steps."""
+        """Tokens predicted in them."""
         return self.steps * self.trainer.batch_tokens
 
     @property
@@ -185,5 +188,5 @@ def plan_training(
         )
     return TrainingPlan(
         model, trainer, layout, WSD(peak, warmup, steps - warmup - decay, decay), gpus, count.total, active,
-        plan_memory(model, trainer, layout, gpus), tuple(assumptions),
+        plan_memory(model, trainer, layout, gpus), tuple(assumptions), range(steps),
     )  # fmt: skip

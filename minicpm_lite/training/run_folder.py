@@ -3,6 +3,7 @@
     run/metrics.jsonl      {"step": 1, "units": 1536, "loss": 7.1, "lr": 0.001, ...}
         step-00001000/     a checkpoint, see `sharded_checkpoint`
         tokenizer.json     what made the ids that are read, if it is known
+        chat_template.jinja    how its model is asked, if somebody put it there
         tensorboard/       the same metrics as events, if they were asked for
 
 The first process keeps the metrics. A run that is killed leaves lines of steps that its last checkpoint has
@@ -35,7 +36,7 @@ from .sharded_checkpoint import checkpoints, read_facts, require_shared
 from .state import require_same_run
 from .wsd import Schedule
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "require_noted"]
 
 _METRICS = "metrics.jsonl"
 _EVENTS = {"loss", "lr", "grad_norm", "tokens_per_second"}
@@ -111,7 +112,7 @@ class RunFolder:
             self._require_own(found, identity, schedule, branched_at)
         kept = self.path / TOKENIZER
         if tokenizer is not None:
-            _require_noted(Path(tokenizer), identity["text"])
+            require_noted(Path(tokenizer), identity["text"])
         own = found and kept.exists()  # and its ids are what they were
         if tokenizer is not None and not own:  # whatever an earlier attempt may have left
             with written_whole(kept) as beside:
@@ -192,14 +193,22 @@ class RunFolder:
                 shutil.rmtree(gone)
 
 
-def _require_noted(tokenizer: Path, text: dict) -> None:
-    """Refuse a tokenizer that is not the one of which the data that are read note the checksum."""
+def require_noted(tokenizer: Path, text: dict) -> None:
+    """Refuse a tokenizer that is not the one of which the data that are read note the checksum.
+
+    Args:
+        tokenizer: a file.
+        text: what a run reads, as its facts have it.
+
+    Raises:
+        ValueError: it is another one. Where nothing was noted, any will do.
+    """
     sources = [source for source in text.get("sources", [text]) if isinstance(source, Mapping)]
     noted = {source["tokenizer"] for source in sources if source.get("tokenizer") is not None}
     if noted and zlib.crc32(tokenizer.read_bytes()) not in noted:
         raise ValueError(
             f"{tokenizer} is not the tokenizer that made the ids of this run: its checksum is not the one "
-            f"that was noted with them. Give the {TOKENIZER} beside them."
+            f"that was noted with them. Take the {TOKENIZER} of the run, or the one beside the shards."
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .processes import on_each
@@ -29,6 +30,7 @@ __all__ = [
     "make_moments",
     "own_buffers",
     "require_one_run",
+    "require_own_memory",
     "require_same_run",
     "run_identity",
     "updates_made",
@@ -112,6 +114,23 @@ def hold_buffers(model: nn.Module) -> Callable[[], None]:
             module._buffers[name] = buffer.copy_(held)
 
     return give_back
+
+
+def require_own_memory(model: nn.Module) -> None:
+    """Refuse two tensors in one place in memory: each would be moved by itself, and no file takes both.
+
+    Raises:
+        ValueError: a sentence that names them.
+    """
+    names: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in _kept(model).items():
+        if not (tensor.is_meta or isinstance(tensor, DTensor)) and tensor.numel():
+            other = names.setdefault((tensor.device, tensor.data_ptr()), name)
+            if other != name:
+                raise ValueError(
+                    f"{other} and {name} share memory. To tie them, give both modules the same Parameter; "
+                    "else give one of them a copy."
+                )
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from .interruption import Interruption
 from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
-from .precision import RoundedCopy
+from .precision import rounded
 from .processes import add_up, on_first, raise_together, rank, world_size
 from .run_folder import RunFolder
 from .settings import Layout, TrainerConfig
@@ -61,6 +61,7 @@ from .state import (
     make_moments,
     own_buffers,
     require_one_run,
+    require_own_memory,
     require_same_run,
     run_identity,
     updates_made,
@@ -98,6 +99,13 @@ def _require_same_choice(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
+def _require_no_hooks(model: nn.Module, how: str) -> None:
+    """Refuse hooks of gradients where other parameters will stand in the place of those that have them."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(f"{name} has a hook of its gradient, which would be lost when it is {how}")
+
+
 class Trainer:
     """One run of training: a model, its data, a schedule, and how far it has come.
 
@@ -118,11 +126,12 @@ class Trainer:
         grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
-        ValueError: everything is frozen, or what is trained holds numbers shorter than float32; windows do
-            not fit the model or the config, or the batches give none of a step; there are several processes,
-            and the layout keeps the model whole, the batch cannot be shared evenly, or they were given
-            different models, data or configs; or the model is on the meta device and not drawn, see
-            `distributed.shard`.
+        ValueError: everything is frozen, or what is trained holds numbers shorter than float32, or a
+            parameter that is to be cut over processes has a hook of its gradient, or two tensors share
+            memory; windows do not fit the model or the config, or the batches give none of a step; there are
+            several processes, and the layout keeps the model whole, the batch cannot be shared evenly, or
+            they were given different models, data or configs; or the model is on the meta device and not
+            drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -167,16 +176,19 @@ class Trainer:
             )
         _require_long_enough(model)
         own_buffers(model)
+        require_own_memory(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
-        self._rounded, self._loss = None, objective.loss
+        self._computing, self._loss = nullcontext, objective.loss
         if layout.sharded:
             require_one_run(self._identity())
+            _require_no_hooks(model, "cut over processes. Give Layout(), which keeps the model whole.")
             shard(model, config)
         if layout.activation_checkpointing:
-            recompute_blocks(model)  # around the blocks that `shard` compiled, and before they are copied
+            recompute_blocks(model)  # around the blocks that `shard` compiled
         if not layout.sharded:
-            self._rounded = RoundedCopy(model) if config.precision == "bfloat16" else None
+            if config.precision == "bfloat16":
+                self._computing = partial(rounded, model)
             self._loss = _compiled(objective.loss) if config.compile else objective.loss
         self.optimizer = adamw(model, config, schedule.peak_lr)
         self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
@@ -201,12 +213,9 @@ class Trainer:
     ) -> None:
         """Make updates up to step ``until`` (left out: to the end of the schedule), all in training mode.
 
-        SIGTERM and SIGINT (Ctrl-C) end the run after the present step, with a folder after a checkpoint; a
-        Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main thread notes
-        them.
-
-        An error while a batch is read, nothing to predict in it, or a loss that is not finite leaves the run
-        as it was before that step; with a folder, what was made up to there is saved first.
+        SIGTERM, SIGHUP and SIGINT (Ctrl-C) end the run after the present step, with a folder after a
+        checkpoint; a Ctrl-C after that ends it at once, perhaps half-way through an update. Only the main
+        thread notes them.
 
         Args:
             until: the step to stop at.
@@ -225,12 +234,15 @@ class Trainer:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
             FloatingPointError: a loss or a gradient is not finite.
-            ValueError: parameters were frozen or set free since the trainer was made; the batch of a step
-                holds nothing to predict, or a shard is damaged; a checkpoint could not bring the schedule
-                back; the tokenizer is not the one that shards note; or processes were told different things.
+            ValueError: parameters were frozen or set free since the trainer was made; with a folder, `losses`
+                or `grad_norms` was changed; the batch of a step holds nothing to predict, or a shard is
+                damaged; a checkpoint could not bring the schedule back; the tokenizer is not the one that
+                shards note; or processes were told different things.
             OSError: a full disk; earlier checkpoints stand.
-            KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM.
+            KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
+        if folder:
+            self._require_curves()
         until = self.schedule.total_steps if until is None else until
         if not isinstance(until, Integral):
             raise ValueError(f"until is {until!r}; expected a whole number, the step to stop at.")
@@ -305,7 +317,6 @@ class Trainer:
         self, passes: list[tuple[Batch, int]], units: int, seen: int, started: float, skip_non_finite: int
     ) -> dict:
         """One update of what was read, and its metrics. Interrupted before its end, it changes nothing."""
-        model = self.model if self._rounded is None else self._rounded.refreshed()
         self._reached.clear()
         skipped = False
         try:
@@ -316,19 +327,17 @@ class Trainer:
                     self.model,
                     self.optimizer,
                     self.config.max_grad_norm,
-                    loss=lambda part: self._loss(model, batch_to(part, self._device)),
+                    loss=lambda part: self._loss(self.model, batch_to(part, self._device)),
                     passes=passes,
                     units=units,
                     add_up=self._add_up,
+                    computing=self._computing,
                 )
         except NotFinite:
             skipped = sum(map(math.isnan, self.losses[self._branched_at or 0 :])) < skip_non_finite
             if not skipped:
                 raise
             loss = grad_norm = math.nan
-        else:
-            if self._rounded:
-                self._rounded.hand_back()
         self.step += 1
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
@@ -414,14 +423,19 @@ class Trainer:
         fine-tuning has; so going back to the peak from a decay is allowed here, though it undoes the decay.
 
         Raises:
-            ValueError: the model is cut over processes; then `save` it and `branch_from` the checkpoint. Or
-                the other data were cut with another tokenizer.
+            ValueError: the model is cut over processes, or a parameter has a hook of its gradient; then
+                `save` it and `branch_from` the checkpoint. Or the other data were cut with another tokenizer.
         """
         if self.layout.sharded:
             raise ValueError(
                 "A model that is cut over processes is not copied. Save the run, make a Trainer with the "
                 "other schedule, and let it branch_from the checkpoint."
             )
+        _require_no_hooks(
+            self.model,
+            "copied. Save the run, make a Trainer with the other schedule, and let it branch_from the "
+            "checkpoint.",
+        )
         batches = self.batches if batches is None else batches
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout
@@ -433,14 +447,25 @@ class Trainer:
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
 
+    def _require_curves(self) -> None:
+        """Refuse curves that were shortened, of which a checkpoint could not be loaded."""
+        if not len(self.losses) == len(self.grad_norms) == self.step:
+            raise ValueError(
+                f"The run is at step {self.step} and has {len(self.losses)} losses and "
+                f"{len(self.grad_norms)} norms of gradients; expected one of each a step. Leave these lists "
+                "whole, and plot a part of them."
+            )
+
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
 
         Raises:
-            ValueError: the schedule is one that a checkpoint could not bring back.
+            ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or
+                `grad_norms` was changed.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
+        self._require_curves()
         cut_again(self.model)
         facts = {
             "step": self.step,

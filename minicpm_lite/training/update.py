@@ -9,8 +9,10 @@ units (predicted tokens, pairs), and the step is the mean over all units of all 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -38,6 +40,7 @@ def update(
     passes: Sequence[tuple[Batch, int]],
     units: int | None = None,
     add_up: Callable[[Tensor], Tensor] = lambda reported: reported,
+    computing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[float, float]:
     """Move the weights once. An error before the end leaves them and the moments as they were.
 
@@ -51,6 +54,7 @@ def update(
         passes: what this process computes, each with the units that its loss is a mean over.
         units: of the whole step, if other processes have a part of it.
         add_up: the sum of a number over the processes.
+        computing: holds while a pass is computed, forward and backward.
 
     Returns:
         The reported loss of the step, and the norm of its gradient before clipping.
@@ -58,6 +62,7 @@ def update(
     Raises:
         NothingPredicted: the step has nothing to learn from.
         NotFinite: loss or gradient.
+        ValueError: the loss has no gradient for any weight of a whole model.
     """
     units = sum(weight for _, weight in passes) if units is None else units
     if not units:
@@ -70,9 +75,15 @@ def update(
         group["lr"] = schedule(step) * group["lr_ratio"]
     total = 0.0
     for batch, weight in passes:
-        minimised, reported = loss(batch)
-        (minimised * (weight / units)).backward()
+        with computing():
+            minimised, reported = loss(batch)
+            (minimised * (weight / units)).backward()
         total = total + reported.detach() * (weight / units)
+    if not isinstance(model, FSDPModule) and all(weight.grad is None for weight in model.parameters()):
+        raise ValueError(
+            f"No weight of the {type(model).__name__} has a gradient in step {step}: its loss was computed "
+            "by another module. Let the objective use the one that it is given."
+        )
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm_now = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss_now = add_up(total).item()

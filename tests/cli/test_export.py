@@ -9,6 +9,7 @@ from minicpm_lite import ModelConfig
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import write_shards
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.templates import MINICPM
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import load_chat_template, load_special_tokens, save_pretrained
 from minicpm_lite.training.sharded_checkpoint import load_weights
@@ -57,6 +58,16 @@ def test_a_template_finds_the_tokens_that_it_names(at_home):
     save_pretrained(model, "a", tokenizer, chat_template=template, special_tokens=named)
     assert main(["export", "a", "--out", "b"]) == 0
     assert load_special_tokens("b") == named and load_chat_template("b") == template
+
+
+def test_the_template_of_a_run_is_one_that_is_given_or_lies_in_its_folder(run, at_home, capsys):
+    assert main(["export", "run", "--out", "bare"]) == 0
+    assert load_chat_template("bare") is None and "chat_template" not in capsys.readouterr().out
+    assert main(["export", "run", "--template", "minicpm", "--out", "named"]) == 0
+    assert load_chat_template("named") == MINICPM and "chat_template.jinja" in capsys.readouterr().out
+    (run / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert main(["export", "run/step-00000003", "--out", "kept"]) == 0
+    assert load_chat_template("kept") == "{{ messages[0].content }}"
 
 
 def test_what_cannot_be_exported(run, at_home, capsys):

@@ -59,6 +59,8 @@ def test_a_stop_string_ends_it(model, capsys):
         (["nowhere", "It is"], "There is no folder or file nowhere"),
         (["model", "It is", "--temperature", "-1"], "Invalid value for '--temperature'"),
         (["model", "It is", "--top-p", "1.5"], "top_p is 1.5"),
+        (["model", "It is", "--top-p", "0.5"], "--top-k and --top-p say among which tokens chance chooses"),
+        (["model", "It is", "--top-k", "5"], "Give a --temperature, such as 0.8"),
         (["model", "", "--max-new-tokens", "5"], "Prompt 0 is empty"),
         (["model", "It is", "--max-new-tokens", "100"], "the model was made to read 64"),
     ],

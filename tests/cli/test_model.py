@@ -1,6 +1,7 @@
 """Whatever a command is given as a model: a run, a checkpoint, a folder, a file."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from shell import SHAPE
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.cli.model import open_model
+from minicpm_lite.data.shards import write_shards
 from minicpm_lite.language.chat import chatml
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import load_pretrained, save_pretrained
 from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.sharded_checkpoint import load_weights
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -41,6 +44,26 @@ def test_a_run_is_its_newest_checkpoint(run):
     newest, older = (open_model(str(folder / f"step-0000000{step}")).decoder for step in (4, 3))
     assert same(newest, model) and not same(older, model)
     assert opened.template is chatml
+
+
+def test_a_checkpoint_beside_another_runs_tokenizer_is_refused(tmp_path):
+    """As where the best checkpoint was copied into the folder of the next attempt."""
+    for number, text in enumerate(("the cat and the hat " * 9, "a dog or a log or a fog " * 9)):
+        tokenizer = train_tokenizer(text, 270)
+        shards = write_shards(tmp_path / f"shards-{number}", [tokenizer.encode(text).ids] * 9, 300, tokenizer)
+        model = Decoder(ModelConfig(**SHAPE))
+        trainer = Trainer(model, shards, WSD(0.01, 1, 2, 1), TrainerConfig(2, 8))
+        trainer.train(
+            folder=tmp_path / f"run-{number}",
+            progress=False,
+            tokenizer=tmp_path / f"shards-{number}" / "tokenizer.json",
+        )
+    assert same(
+        open_model(str(tmp_path / "run-0")).decoder, load_weights(tmp_path / "run-0" / "step-00000004")
+    )
+    shutil.copytree(tmp_path / "run-0" / "step-00000004", tmp_path / "run-1" / "step-00000009")
+    with pytest.raises(ValueError, match="is not the tokenizer that made the ids of this run"):
+        open_model(str(tmp_path / "run-1" / "step-00000009"))
 
 
 def test_a_folder_that_others_write(run, tmp_path):

@@ -357,7 +357,7 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     assert not (at_home / "decayed").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     begin = [sys.executable, "-m", "minicpm_lite.cli", *train("--data", "one", "--out", "run", *LONG)]
     begin[begin.index("--steps") + 1] = "100000"
@@ -371,7 +371,7 @@ def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     saved = f"step-{len(lines(at_home / 'run')):08d}"
-    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert out.startswith("tiny.yaml: ") and out.endswith("100,000 steps of 64 tokens.\n")
     assert err == f"Stopped; run/{saved} is kept, and --resume goes on from there.\n"
 
@@ -413,8 +413,36 @@ def test_the_dry_run_of_a_decay(at_home, capsys):
     assert main([*dry, "--gpus", "2"]) == 0
     said = capsys.readouterr().out
     assert "3 steps of warm-up" in said and "7 stable, 6 of decay" in said
+    assert "\nsteps          from step 10 on, 6 of 64 tokens" in said
     says(capsys, train("--decay-from", "nowhere", "--dry-run"), "There is no checkpoint at nowhere")
     says(capsys, train("--out", "nowhere", "--resume", "--dry-run"), "no checkpoint in nowhere to resume")
+
+
+@pytest.mark.parametrize(
+    ("words", "behind"),
+    [
+        ([*STEPS, "--out", "other"], 0),
+        ([*STEPS, "--out", "other", "--until", "9"], 0),
+        (["--out", "run", "--resume"], 10),
+        (["--out", "run", "--resume", "--until", "10"], 10),
+        (["--resume-from", "run/step-00000005", "--out", "run"], 5),
+        (["--out", "decayed", "--decay-from", "run/step-00000005", "--decay", "2"], 5),
+    ],
+)
+def test_a_dry_run_counts_the_steps_that_are_made(at_home, capsys, words, behind):
+    kept = ["--checkpoint-every", "5"]
+    assert main(train("--data", "one", "--out", "run", *STEPS, *kept, "--until", "10")) == 0
+    capsys.readouterr()
+    argv = train("--data", "one", *words)
+    assert main([*argv, "--dry-run", "--json", "--gpus", "1"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    if "--resume-from" in words:  # which what the folder holds must not be later than
+        shutil.rmtree("run/step-00000010")
+    assert main(argv) == 0
+    steps = [line["step"] for line in lines(at_home / words[words.index("--out") + 1])]
+    made = [step for step in steps if step > behind]
+    assert (plan["steps"], plan["tokens"], plan["from_step"]) == (len(made), 64 * len(made), behind)
+    assert plan["flops"] == 6 * plan["active_parameters"] * plan["tokens"]
 
 
 def test_a_model_knows_where_its_texts_end(at_home, capsys):

@@ -131,6 +131,13 @@ def test_what_was_given_can_be_read_once_only():
     assert once.identity() == plain.identity() and torch.equal(once[5], plain[5])
 
 
+def test_a_window_is_its_readers_own():
+    windows, expected = ConversationWindows(EXAMPLES, 9, 0), ConversationWindows(EXAMPLES, 9, 0)
+    for index in range(9):
+        windows[index].fill_(7)
+    assert all(torch.equal(windows[index], expected[index]) for index in range(9))
+
+
 def test_is_windows():
     assert isinstance(ConversationWindows(EXAMPLES, 9, 0), Windows)
 

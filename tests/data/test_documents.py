@@ -4,18 +4,21 @@ import gzip
 import json
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from minicpm_lite.data import documents as module
 from minicpm_lite.data.documents import encoded, read_documents, require_texts
-from minicpm_lite.language.tokenizer import fast_tokenizer, train_tokenizer
+from minicpm_lite.language.tokenizer import fast_tokenizer, split_words, train_tokenizer
 
 TEXT = "It is a truth universally acknowledged. " * 3
 
@@ -56,6 +59,14 @@ def test_each_file_is_looked_up_once(tmp_path, monkeypatch):
         file.touch()
     require_texts(files)
     assert looked_up == files
+
+
+def test_an_empty_gzip_file_is_none(tmp_path):
+    (tmp_path / "a.jsonl.gz").touch()
+    with pytest.raises(
+        ValueError, match="a.jsonl.gz is not a whole gzip file .it is empty.. It may be trunc"
+    ):
+        list(read_documents(tmp_path / "a.jsonl.gz", "text"))
 
 
 PLACES = dict(
@@ -111,6 +122,76 @@ def test_texts_are_cut_in_order_whatever_the_batch(monkeypatch):
     assert list(encoded(texts, tokenizer, end=None)) == [ids[:-1] for ids in expected]
 
 
+def sentencepiece() -> Tokenizer:
+    """A tokenizer as of MiniCPM: no words, a blank before whatever comes first, bytes for what is unknown."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    letters = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+    )
+    tokenizer.train_from_iterator([word.replace(" ", "▁") for word in split_words(TEXT)], letters)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def with_a_blank_in_front() -> Tokenizer:
+    tokenizer = train_tokenizer(TEXT, 280)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def stripping() -> Tokenizer:
+    tokenizer = train_tokenizer(TEXT, 280)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
+    return tokenizer
+
+
+def lines_and_words() -> Tokenizer:
+    """Learned across words, so that tokens go over blanks and line ends."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT + "\n" + TEXT], letters)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [partial(train_tokenizer, TEXT, 280), sentencepiece, with_a_blank_in_front, stripping, lines_and_words],
+)
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.lists(
+        st.sampled_from(
+            ["It is", " a truth", "\n", " ", ".", "\n\n", "，", "é", "e\u0301", "</s>", "truth", "\r\n"]
+        ),
+        max_size=80,
+    ).map("".join),
+    piece=st.integers(1, 40),
+    around=st.integers(8, 40),
+)
+def test_a_long_text_is_cut_in_pieces_with_the_same_tokens(kind, text, piece, around):
+    tokenizer = kind()
+    tokenizer.add_special_tokens(["</s>"])
+    end = tokenizer.token_to_id("</s>")
+    (whole,) = encoded([text], tokenizer, end)
+    with patch.multiple(module, _PIECE_CHARACTERS=piece, _AROUND=around):
+        pieces = list(encoded([text], tokenizer, end))
+    assert sum(pieces, []) == whole
+
+
+def test_a_long_text_takes_little_memory(monkeypatch):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "_AROUND", 50)
+    for kind in (partial(train_tokenizer, TEXT, 280), sentencepiece):
+        pieces = list(encoded([TEXT * 200, "It"], kind(), None))
+        assert len(pieces) == 25 and max(map(len, pieces)) < 1500
+
+
 def test_control_tokens_that_texts_spell_are_text():
     """Special or not; the one that ends a document stands at its end alone."""
     tokenizer, plain = train_tokenizer(TEXT, 280), train_tokenizer(TEXT, 280)
@@ -119,6 +200,14 @@ def test_control_tokens_that_texts_spell_are_text():
     texts = ["It says </s> and <|end|>", "<think>", "It is a truth"]
     expected = [plain.encode(text).ids + [281] for text in texts]
     assert list(encoded(texts, tokenizer, end=tokenizer.token_to_id("<|end|>"))) == expected
+
+
+def test_nothing_of_a_text_is_left_out():
+    lacking = Tokenizer(models.BPE())
+    lacking.pre_tokenizer, lacking.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    lacking.train_from_iterator([TEXT], trainers.BpeTrainer(show_progress=False))
+    with pytest.raises(ValueError, match="no token for byte 0xC3"):
+        list(encoded([TEXT, TEXT[:9] + "é"], lacking, None))
 
 
 def test_a_start_token_stands_where_it_stands_before_a_prompt():

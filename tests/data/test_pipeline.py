@@ -168,6 +168,17 @@ def test_signatures_are_ours_cut_into_bands(tmp_path):
     assert block.get_shingles("").size == 0
 
 
+def test_the_languages_that_are_kept_are_noted(tmp_path):
+    source, classifier = tmp_path / "source", tmp_path / "c"
+    source.mkdir()
+    classifier.write_bytes(b"1")
+    (stage, *_) = filtering_stages(source, tmp_path / "work", classifier, languages=["de", "fr"])
+    (block,) = (each for each in stage.pipeline if isinstance(each, LanguageBlock))
+    assert set(block.languages) == {"de", "fr"}
+    with pytest.raises(ValueError, match="was done with another languages"):
+        filtering_stages(source, tmp_path / "work", classifier, languages="de")
+
+
 def test_one_language_may_stand_alone():
     assert LanguageBlock("de").languages == LanguageBlock(iter(["de"])).languages == ("de",)
     with pytest.raises(ValueError, match="No language is to be kept"):

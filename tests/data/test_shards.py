@@ -431,6 +431,14 @@ def test_the_end_token_is_noted(tmp_path, folder):
     assert shards.identity() == plain.identity(), "what is read is the same"
 
 
+def test_an_end_that_no_array_holds_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="The end token is 0, and no array holds it, .* behind the ids of each"
+    ):
+        write_shards(tmp_path / "x", [[5], [6]], 10, end=0)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("end", [10, -1, True, 1.0, "1", np.int64(1)])
 def test_an_end_that_is_no_id_is_refused_before_anything_is_written(tmp_path, monkeypatch, end):
     """What JSON does not know, or what the folder would be refused for when it is read."""

@@ -136,6 +136,22 @@ def test_impossible_windows(stream, wrong, error, sentence):
         wrong(stream(range(1000)))
 
 
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.int64])
+def test_a_window_is_its_readers_own(stream, kind):
+    tokens = stream(torch.arange(100, dtype=kind))
+    windows, expected = TokenWindows(tokens, 8, 0), TokenWindows(stream(range(100)), 8, 0)
+    for index in range(30):
+        windows[index].fill_(7)
+    assert all(torch.equal(windows[index], expected[index]) for index in range(30))
+
+
+@pytest.mark.parametrize("tokens", [np.arange(100), [*range(100)]])
+def test_a_stream_is_a_tensor_or_shards(tokens, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(TypeError, match="The stream is of type (ndarray|list); expected a tensor"):
+        TokenWindows(tokens, 8, 0)
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint16, torch.bool])
 def test_a_stream_is_of_whole_numbers(kind, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader

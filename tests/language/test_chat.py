@@ -18,7 +18,7 @@ from minicpm_lite.config import ModelConfig
 from minicpm_lite.language.chat import Chat, chatml, encode_chat, encode_text, minicpm_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.sampling import Sampling
-from minicpm_lite.language.templates import chat_template
+from minicpm_lite.language.templates import CHATML, MINICPM, chat_template
 from minicpm_lite.language.tokenizer import (
     BytePairTokenizer,
     control_tokens,
@@ -34,14 +34,6 @@ TALK = [
     {"role": "assistant", "content": "A model."},
     {"role": "user", "content": " 你好 "},
 ]
-MINICPM4 = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-    " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MINICPM = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{'<用户>' + message['content'].strip()"
-    " + '<AI>'}}{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
-)
 
 
 def rendered(template: str, messages: list[dict], add_generation_prompt: bool = True) -> str:
@@ -56,7 +48,13 @@ def rendered(template: str, messages: list[dict], add_generation_prompt: bool = 
 @pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:2], TALK[1:3]])
 @pytest.mark.parametrize("add", [True, False])
 def test_chatml_equals_its_jinja_template(messages, add):
-    assert chatml(messages, add_generation_prompt=add) == rendered(MINICPM4, messages, add)
+    assert chatml(messages, add_generation_prompt=add) == rendered(CHATML, messages, add)
+
+
+def test_messages_may_come_one_by_one():
+    source = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    for template in (chatml, chat_template(source)):
+        assert encode_chat(LETTERS, template, iter(TALK[1:3])) == encode_chat(LETTERS, template, TALK[1:3])
 
 
 def test_minicpm_chat_equals_its_jinja_template():
@@ -451,8 +449,8 @@ def test_parts_and_tools_of_a_message_are_guarded_too():
 def test_what_a_normaliser_makes_a_control_token_is_guarded_too(content, form):
     tokenizer = Tokenizer.from_str(GUARDED.to_str())
     tokenizer.normalizer = form
-    tokenizer.add_tokens(["<note>", "fi--"])  # which "<NOTE>" and "ﬁ--" become
-    for spelt in (content, f"a {content}<NOTE>{content}", f"{content}ﬁ--, ＜note＞"):
+    tokenizer.add_tokens(["<note>", "<fi>"])  # which "<NOTE>" and "<ﬁ>" become
+    for spelt in (content, f"a {content}<NOTE>{content}", f"{content}<ﬁ>, ＜note＞"):
         ids = encode_chat(tokenizer, lambda messages: f"{messages[0]['content']} <AI>", [said(spelt)])
         assert [i for i in ids if i in tokenizer.get_added_tokens_decoder()] == [
             tokenizer.token_to_id("<AI>")
@@ -461,6 +459,14 @@ def test_what_a_normaliser_makes_a_control_token_is_guarded_too(content, form):
             tokenizer.decode(ids, skip_special_tokens=False).strip()
             == form.normalize_str(f"{spelt} <AI>").strip()
         )
+
+
+def test_a_normaliser_of_one_replacement():
+    """As Gemma's, which cannot be pickled by itself."""
+    tokenizer = Tokenizer.from_str(GUARDED.to_str())
+    tokenizer.normalizer = normalizers.Replace("cat", "dog")
+    ids = encode_chat(tokenizer, chatml, [said("a cat <|im_end|>")])
+    assert "a dog <|im_end|>" in tokenizer.decode(ids, skip_special_tokens=False)
 
 
 TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}<s>assistant:"

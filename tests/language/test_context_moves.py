@@ -142,6 +142,28 @@ def test_rows_may_take_branches_of_different_length(name, chosen, pads):
         assert_close(after[row], model(rest[row : row + 1], alone)[0], **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        np.array([0, 2]),
+        torch.tensor([0, 2]),
+        [np.int64(0), torch.tensor(2)],
+        np.array([[0, 2], [0, 2]]),
+        torch.tensor([[0, 2], [0, 2]]),
+        (np.array([0, 2]), [np.int64(0), 2]),
+    ],
+)
+@torch.no_grad()
+def test_a_branch_may_come_from_numpy_or_torch(path):
+    model, ids, rest = make_model(), make_ids(2, 5), make_ids(2, 3, seed=3)
+    cache, expected = KVCache(20), KVCache(20)
+    for each, taken in ((cache, path), (expected, [0, 2])):
+        model(ids, each)
+        model(make_ids(2, 3, seed=2), Tree(each, [-1, 0, 0]))
+        each.take(taken)
+    assert cache.length == 7 and torch.equal(model(rest, cache), model(rest, expected))
+
+
 @torch.no_grad()
 def test_impossible_trees_and_paths_get_a_sentence():
     model, cache = make_model(), KVCache(9)

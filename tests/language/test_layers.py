@@ -146,6 +146,20 @@ def test_both_forms_of_latent_attention_read_adapters(monkeypatch):
 
 
 @torch.no_grad()
+def test_latent_attention_with_biases_is_the_same_with_a_cache():
+    def biased(name: str, linear: nn.Linear) -> nn.Linear:
+        new = nn.Linear(linear.in_features, linear.out_features)
+        new.weight = linear.weight
+        return new
+
+    torch.manual_seed(1)
+    model, ids, cache = make_model(LATENT), make_ids(LATENT), KVCache(17)
+    replace_linears(model, biased)
+    step_by_step = torch.cat([model(token, cache) for token in ids.split(1, dim=1)], dim=1)
+    assert_close(step_by_step, model(ids), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_layers_are_chosen_by_name():
     model = make_model(SPARSE)
     routers = replace_linears(

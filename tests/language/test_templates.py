@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicpm_lite.language.templates import chat_template
+from minicpm_lite.language.templates import CHATML, MINICPM, chat_template
 
-# As they are published, in the order of their years.
+# As they are published.
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -17,15 +17,11 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-CHATML = (
+SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
     "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MINICPM4 = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-    " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = """{{- bos_token }}
 {%- if not date_string is defined %}
@@ -100,8 +96,8 @@ SMOLLM3 = """{% set mark = "x" %}
 {% endfor %}
 """
 TEMPLATES = {
-    "mistral": MISTRAL, "chatml": CHATML, "minicpm4": MINICPM4, "llama 3": LLAMA3, "gemma": GEMMA, "qwen 3": QWEN3,
-    "smollm 3": SMOLLM3,
+    "mistral": MISTRAL, "smollm 2": SMOLLM2, "minicpm": MINICPM, "minicpm 4": CHATML, "llama 3": LLAMA3,
+    "gemma": GEMMA, "qwen 3": QWEN3, "smollm 3": SMOLLM3,
 }  # fmt: skip
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "enable_thinking": False}
 CONTENT = st.lists(

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import CONTROLS, KINDS
+from kinds import BYTES, CONTROLS, KINDS
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -30,6 +30,7 @@ from minicpm_lite.language.tokenizer import (
     control_tokens,
     fast_tokenizer,
     reading_all_as_text,
+    require_all_bytes,
     split_words,
     train_tokenizer,
 )
@@ -549,19 +550,49 @@ def test_pieces_of_a_text_with_a_control_token_are_those_of_words():
 
 
 def test_what_is_no_control_token():
-    """Single letters, blanks, bytes; and the piece of an ordinary word stays one."""
+    """Single letters, words, blanks, bytes; and the piece of an ordinary word stays one."""
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x"])
-    tokenizer.add_special_tokens(["</s>"])
-    assert [token.content for token in control_tokens(tokenizer).values()] == ["Ġthe", "</s>"]
+    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁"])
+    tokenizer.add_special_tokens(["</s>", "EOS"])
+    assert [token.content for token in control_tokens(tokenizer).values()] == ["</s>", "EOS"]
     twin = reading_all_as_text(tokenizer)
-    for text in ("é the  cat\n", "over the top"):
+    for text in ("é the  cat\n", "over the top", "mRNA in vitro\ncat", "a ▁▁ b"):
         assert twin.encode(text).ids == tokenizer.encode(text).ids
     tokenizer = KINDS["prepended"]
     assert reading_all_as_text(tokenizer).encode("人").tokens == [
         "▁",
         *(f"<0x{byte:02X}>" for byte in "人".encode()),
     ]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_runs_of_sentencepiece_blanks_stay_one_token(normalized):
+    """As in vocabularies of Gemma's kind, in which code is indented by added tokens."""
+    pieces = ["<unk>", *BYTES, "▁", *"def(x):return=\n", "▁▁", "▁▁▁▁", "de", "def"]
+    merges = [("d", "e"), ("de", "f"), ("▁", "▁"), ("▁▁", "▁▁")]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.add_tokens([AddedToken(run, normalized=normalized) for run in ("▁▁▁▁", "▁▁")])
+    text = "def f(x):\n    return  x"
+    assert "▁▁▁▁" in tokenizer.encode(text).tokens
+    assert reading_all_as_text(tokenizer).encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_texts_with_bytes_that_a_vocabulary_lacks_are_refused():
+    lacking = Tokenizer(models.BPE())
+    lacking.pre_tokenizer, lacking.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    lacking.train_from_iterator(["the cafe at the corner"], trainers.BpeTrainer(show_progress=False))
+    require_all_bytes(lacking, ["the corner"])
+    with pytest.raises(ValueError, match="no token for byte 0xC3, which a text holds"):
+        require_all_bytes(lacking, ["the corner", "the café"])
+    assert lacking.decode(lacking.encode("the café").ids) == " the caf"  # what would have come
+    lacking.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    require_all_bytes(lacking, ["the café"])
+    require_all_bytes(REFERENCE, ["é", "人", "\0"])
+    require_all_bytes(KINDS["prepended"], ["é"])
 
 
 def test_a_tokenizer_that_has_changed_gets_another_twin():

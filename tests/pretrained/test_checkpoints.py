@@ -764,6 +764,34 @@ def test_a_tokenizer_of_a_folder(saved):
         load_tokenizer(saved)
 
 
+def listing(*tokens: str, first: int) -> str:
+    listed = {str(first + i): {"content": token, "special": True} for i, token in enumerate(tokens)}
+    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": listed})
+
+
+def test_control_tokens_that_the_settings_list_are_added(tmp_path):
+    """As transformers does, which is the oracle; in a chat they would be spelt in letters."""
+    from transformers import AutoTokenizer
+
+    tokenizer, folder = make_tokenizer(), tmp_path / "model"
+    save_pretrained(wide_model("llama"), folder, tokenizer)
+    first, plain = tokenizer.get_vocab_size(), load_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(listing("<|im_start|>", "<|im_end|>", first=first))
+    text, ours = "<|im_start|>a<|im_end|>", load_tokenizer(folder)
+    expected = [first, *plain.encode("a").ids, first + 1]
+    assert ours.encode(text).ids == AutoTokenizer.from_pretrained(folder)(text).input_ids == expected
+    assert ours.encode("a?").ids == plain.encode("a?").ids
+    (folder / "tokenizer_config.json").write_text(listing("<|im_start|>", first=first + 1))
+    with pytest.raises(
+        ValueError, match=f"lists '<|im_start|>' as id {first + 1}, .* it has id {first}. The two"
+    ):
+        load_tokenizer(folder)
+    for wrong in ([], {"a": {}}, {"1": {"content": 5}}, {"1": "a"}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": wrong}))
+        with pytest.raises(ValueError, match="as added_tokens_decoder; expected tokens by id"):
+            load_tokenizer(folder)
+
+
 # Chat templates.
 
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>\r\n{{ message.content }}\n{% endfor %} 帽"

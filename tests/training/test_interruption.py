@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished, a checkpoint is there, and the run goes on from it as if nothing was."""
+"""SIGTERM, SIGHUP and SIGINT: the step is finished, a checkpoint is there, and the run goes on from it as if nothing was."""
 
 import signal
 import threading
@@ -39,7 +39,7 @@ def signalled(make):
 
 
 HANDLERS = signal.default_int_handler, signal.getsignal(signal.SIGTERM)
-ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, signal.SIGHUP: SystemExit}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_the_step_is_finished_and_saved(make, signalled, tmp_path, number, step)
     run = signalled(2 * step - 1, number)  # two windows a step
     with pytest.raises(ENDS[number]) as ended:
         run.train(folder=tmp_path, progress=False)
-    assert number != signal.SIGTERM or ended.value.code == 143
+    assert number == signal.SIGINT or ended.value.code == {signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert run.step == step and max(checkpoints(tmp_path)) == step
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS
     resumed, whole = make(), make()

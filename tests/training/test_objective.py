@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,12 @@ def test_documents_are_kept_apart():
     assert abs(minimised - next_token.loss(model, WINDOW[:1])[0]) > 1e-5
     assert apart.weight(MASKED) == next_token.weight(MASKED)
     assert len({apart.name, within_documents(end + 1).name, next_token.name}) == 3
+
+
+def test_documents_that_nothing_ends_cannot_be_kept_apart(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(ValueError, match="The end is None; expected the id that ends each document"):
+        within_documents(None)
 
 
 @pytest.mark.parametrize("objective", [next_token, within_documents(3)], ids=["plain", "documents"])

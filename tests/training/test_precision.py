@@ -1,5 +1,6 @@
 """bfloat16: computed with rounded weights, by hand and by the trainer alike; what is kept stays whole."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.upcycling import balance_loss
 from minicpm_lite.training.objective import Objective
-from minicpm_lite.training.precision import RoundedCopy
+from minicpm_lite.training.precision import rounded
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -36,70 +38,107 @@ def line(*weights: float) -> nn.Linear:
     return layer
 
 
-def backward(copy: RoundedCopy, *inputs: float) -> None:
-    copy.refreshed()(torch.tensor([inputs], dtype=torch.bfloat16)).sum().backward()
+def backward(whole: nn.Module, *inputs: float) -> None:
+    with rounded(whole):
+        whole(torch.tensor([inputs], dtype=torch.bfloat16)).sum().backward()
 
 
 def test_weights_are_rounded_anew_each_time():
     whole = line(1.001, 3.0)
-    copy = RoundedCopy(whole)
-    assert copy.refreshed().weight.tolist() == [[1.0, 3.0]]
+    weight = whole.weight
+    with rounded(whole):
+        assert whole.weight.tolist() == [[1.0, 3.0]]
     whole.weight.data += 0.01
-    assert copy.refreshed().weight.tolist() == [[1.0078125, 3.015625]]
-    assert whole.weight.dtype == torch.float32 and copy.refreshed() is copy.refreshed()
+    with rounded(whole):
+        assert whole.weight.tolist() == [[1.0078125, 3.015625]]
+    assert whole.weight is weight and weight.dtype == torch.float32
+
+
+def test_weights_come_back_from_a_pass_that_fails():
+    whole = line(1.001)
+    weight = whole.weight
+    with pytest.raises(KeyboardInterrupt), rounded(whole):
+        raise KeyboardInterrupt
+    assert whole.weight is weight
 
 
 def test_gradients_are_added_in_float32():
     """257 is no bfloat16: added there, the 1 would be lost."""
-    copy = RoundedCopy(whole := line(1.0))
-    backward(copy, 256.0)
-    backward(copy, 1.0)
+    whole = line(1.0)
+    backward(whole, 256.0)
+    backward(whole, 1.0)
     assert whole.weight.grad.item() == 257 and whole.weight.grad.dtype == torch.float32
 
 
 def test_frozen_weights_are_rounded_and_have_no_gradient():
     whole = nn.Sequential(line(1.001), line(2.0))
     whole[0].requires_grad_(False)
-    copy = RoundedCopy(whole)
-    backward(copy, 3.0)
-    assert copy.refreshed()[0].weight.item() == 1 and not copy.refreshed()[0].weight.requires_grad
+    backward(whole, 3.0)
+    with rounded(whole):
+        assert whole[0].weight.item() == 1 and not whole[0].weight.requires_grad
     assert whole[0].weight.grad is None and whole[1].weight.grad.item() == 3
-
-
-def test_weights_frozen_or_set_free_later():
-    whole = nn.Sequential(line(1.001), line(2.0))
-    whole[0].requires_grad_(False)
-    copy = RoundedCopy(whole)
-    for frozen, free in ((1, 0), (0, 1)):
-        whole[frozen].requires_grad_(False)
-        whole[free].requires_grad_(True)
-        whole.zero_grad()
-        backward(copy, 3.0)
-        assert whole[frozen].weight.grad is None and whole[free].weight.grad is not None
 
 
 def test_tied_weights_stay_tied():
     whole = nn.Sequential(line(2.0), line(2.0))
     whole[1].weight = whole[0].weight
-    copy = RoundedCopy(whole)
-    backward(copy, 3.0)
-    assert copy.refreshed()[0].weight is copy.refreshed()[1].weight
+    backward(whole, 3.0)
+    with rounded(whole):
+        assert whole[0].weight is whole[1].weight
     assert whole[0].weight.grad.item() == 12
 
 
-def test_buffers_and_modes_are_the_module_s_own():
-    whole = nn.Sequential(line(1.0), nn.Dropout())
-    whole[0].register_buffer("mean", torch.tensor(0.1))
-    copy = RoundedCopy(whole)
-    copy.refreshed()[0].mean.lerp_(torch.tensor(0.2), 0.5)
-    assert whole[0].mean == torch.tensor(0.15) and whole[0].mean.dtype == torch.float32
-    whole[1].eval()
-    assert [module.training for module in copy.refreshed()] == [True, False]
+class Net(nn.Module):
+    """With what people set on a module that is trained: an attribute, dropout, hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.gain = nn.Linear(1, 4), nn.Dropout(0.0), 1.0
+
+    def forward(self, x):
+        return self.dropout(self.layer(x.to(self.layer.weight.dtype))) * self.gain
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_set_on_the_module_acts(precision):
+    config = replace(CONFIG, precision=precision, weight_decay=0.0)
+    run = Trainer(Net(), Ones(), SCHEDULE, config, Objective("down", Downhill.loss, len))
+    run.train(1, progress=False)
+    seen, layer = [], run.model.layer
+    layer.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    layer.weight.register_hook(lambda gradient: gradient * torch.tensor([[1.0], [0], [0], [0]]))
+    run.model.gain = 100.0
+    before = layer.weight.detach().clone()
+    run.optimizer.state.clear()  # moments would move what has no gradient any more
+    run.train(2, progress=False)
+    assert (layer.weight != before).flatten().tolist() == [True, False, False, False]
+    assert abs(run.losses[1]) > 50 * abs(run.losses[0]) and seen == [getattr(torch, precision)]
+    run.model.dropout.p = 1.0
+    run.train(3, progress=False)
+    assert run.losses[2] == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_copied_run_trains_as_the_run_does(precision):
+    run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, replace(CONFIG, precision=precision))
+    run.train(2, progress=False)
+    twin = copy.deepcopy(run)
+    for each in (run, twin):
+        each.train(5, progress=False)
+    assert twin.losses == run.losses and twin.grad_norms[-1] > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_balance_loss_of_the_last_step_can_be_read(precision):
+    config = replace(MODEL, mixture=MixtureConfig(4, 2))
+    run = Trainer(Decoder(config), TOKENS, SCHEDULE, replace(CONFIG, precision=precision))
+    run.train(1, progress=False)
+    assert balance_loss(run.model).item() > 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_another_config_counts_from_then_on(precision):
-    """A decoder's config may be replaced, for a longer context; the copy must not stay at the old one."""
+    """A decoder's config may be replaced, for a longer context."""
     torch.manual_seed(0)
     longer, plain = (
         Trainer(Decoder(MODEL), TOKENS, SCHEDULE, replace(CONFIG, precision=precision)) for _ in "ab"
@@ -111,13 +150,6 @@ def test_another_config_counts_from_then_on(precision):
     for run in (longer, plain):
         run.train(3, progress=False)
     assert longer.losses[:2] == plain.losses[:2] and longer.losses[2] != plain.losses[2]
-
-
-def test_what_an_interrupted_pass_left_is_forgotten():
-    copy = RoundedCopy(whole := line(1.0))
-    copy.refreshed().weight.grad = torch.full((1, 1), 100.0, dtype=torch.bfloat16)
-    backward(copy, 3.0)
-    assert whole.weight.grad.item() == 3
 
 
 def test_updates_too_small_for_bfloat16_are_not_lost():
@@ -181,7 +213,7 @@ def test_equal_to_the_loop_one_would_write(name):
 
 def test_angles_stay_in_float32():
     run, seen = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, CONFIG), {}
-    attention = run._rounded.refreshed().layers[1].self_attn
+    attention = run.model.layers[1].self_attn
     attention.register_forward_pre_hook(
         lambda module, inputs: seen.update(
             x=inputs[0].dtype, cos=inputs[1][0].dtype, weight=module.q_proj.weight.dtype

@@ -751,6 +751,58 @@ def test_checks_of_a_vocabulary_are_for_decoders():
         Trainer(bigram, TokenWindows(TOKENS, 8, 0), SCHEDULE, CONFIG, objective)
 
 
+def test_hooks_of_gradients_act_or_are_refused():
+    """As of a mask that trains the rows of new tokens alone."""
+    mask = (torch.arange(40) >= 30).float()[:, None]
+    model = Decoder(MODEL)
+    model.embed_tokens.weight.register_hook(lambda gradient: gradient * mask)
+    with pytest.raises(
+        ValueError, match="embed_tokens.weight has a hook of its gradient, .* is cut over proc"
+    ):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+    run, before = Trainer(model, TOKENS, SCHEDULE, CONFIG), model.embed_tokens.weight.detach().clone()
+    run.train(2, progress=False)
+    assert (model.embed_tokens.weight != before).any(dim=1).tolist() == [False] * 30 + [True] * 10
+    with pytest.raises(ValueError, match="hook of its gradient, .* is copied. Save the run, make a Trainer"):
+        run.branch(SCHEDULE)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loss_of_another_module_is_refused(precision):
+    other, config = Decoder(MODEL), replace(CONFIG, precision=precision)
+    objective = Objective("other", lambda model, batch: next_token.loss(other, batch), next_token.weight)
+    run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, config, objective)
+    with pytest.raises(ValueError, match="No weight of the Decoder has a gradient in step 1: its loss was"):
+        run.train(progress=False)
+    assert run.step == 0
+
+
+@pytest.mark.parametrize("kind", ["a second parameter", "a buffer"])
+def test_tensors_that_share_memory_are_refused(kind):
+    """They could not be saved, and what is trained would be moved twice. One parameter at two places is tied."""
+    model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40, bias=False))
+    objective = Objective("none", lambda model, batch: None, len)
+    if kind == "a buffer":
+        model[1].register_buffer("before", model[0].weight.data)
+    else:
+        model[1].weight = nn.Parameter(model[0].weight)
+    with pytest.raises(ValueError, match=r"^0.weight and 1.(weight|before) share memory. To tie them, give"):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, objective)
+    tied = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40, bias=False))
+    tied[1].weight = tied[0].weight
+    Trainer(tied, TOKENS, SCHEDULE, CONFIG, objective)
+
+
+@pytest.mark.parametrize("change", [lambda run: run.losses.clear(), lambda run: setattr(run, "step", 3)])
+def test_curves_that_were_changed_are_refused_before_a_checkpoint_is_written(tmp_path, change):
+    run = trained(2)
+    change(run)
+    for go_on in (lambda: run.train(folder=tmp_path / "run", progress=False), lambda: run.save(tmp_path)):
+        with pytest.raises(ValueError, match=r"The run is at step \d and has \d losses and 2 norms"):
+            go_on()
+    assert not list(tmp_path.iterdir())
+
+
 def _unit_sums(model, window):
     wrong = token_losses(model, window).sum() / len(window)
     return wrong, wrong.detach()
