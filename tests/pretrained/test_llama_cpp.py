@@ -446,9 +446,7 @@ def test_its_ids_that_end_a_text(smollm2):
 
 PROMPTS = [
     "What is the capital of France?",
-    "Write one sentence about the sea.",
     "List three colours.",
-    "Who wrote Romeo and Juliet?",
     "Explain why the sky is blue to a child.",
 ]
 
@@ -462,7 +460,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow  # 135M parameters are unpacked twice and write 240 tokens
+@pytest.mark.slow  # 135M parameters are unpacked twice and write 72 tokens
 @torch.no_grad()
 def test_a_real_model_writes_what_transformers_writes(smollm2, one_thread):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -488,8 +486,8 @@ def test_a_real_model_writes_what_transformers_writes(smollm2, one_thread):
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         ids = torch.tensor([tokenizer.encode(text).ids])
         assert_close(model(ids), reference(ids).logits, atol=1e-3, rtol=1e-3)
-        expected = reference.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :].tolist()
-        cache, newest, written = KVCache(ids.shape[1] + 24), ids, []
+        expected = reference.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+        cache, newest, written = KVCache(ids.shape[1] + 12), ids, []
         while len(written) < len(expected):
             newest = model(newest, cache)[:, -1:].argmax(-1)
             written.append(newest.item())
