@@ -10,10 +10,13 @@ from types import ModuleType
 import minicpm_book.api
 import minicpm_book.chapters
 import minicpm_book.commands
+import minicpm_book.exercise_titles
+import minicpm_book.glossary
 import minicpm_book.sources
 import pytest
 from minicpm_book.chapters import EVIDENCE, read_chapter
 from minicpm_book.commands import printed
+from minicpm_book.first_figure import read_study
 from sphinx.application import Sphinx
 
 RECORD = {
@@ -23,6 +26,37 @@ RECORD = {
 }  # fmt: skip
 CITED = "As [Doe (2024)](https://example.org/title) says; [the site](https://example.org/title)."
 MISCITED = "By [Roe, 2024](https://example.org/title) and [Doe, 2023](https://example.org/other)."
+GLOSSARY = """# Words
+
+Of {term}`decay` and {term}`µP`.
+
+````{exercise-start} Where does it begin? (easy)
+:label: ex
+````
+Find it.
+````{exercise-end}
+````
+````{solution-start} ex
+````
+There.
+````{solution-end}
+````
+
+```{letters}
+```
+
+```{glossary}
+decay
+  The fall of the rate {cite:p}`key2024`.
+
+µP
+  Rules for a {term}`decay`.
+```
+"""
+STUDY = {
+    "trunk_curve": [[100, 4.0], [180, 3.5], [360, 3.0]],
+    "decay_curves": {"200": [[180, 3.5], [200, 3.25]], "400": [[360, 3.0], [400, 2.5]]},
+}
 RUN = {"seconds": 150.0, "peak_memory_mb": 812.4, "device": "2 CPU cores"}
 
 
@@ -37,7 +71,7 @@ def write_notebook(path: Path, *, title: str = "The schedule", records=(), run=N
         for record in records
     ]
     cells = [
-        {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# {title}\n\n{text}"},
+        {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# {title}\n\nIn short.\n\n{text}"},
         {
             "cell_type": "code",
             "id": "b",
@@ -69,27 +103,39 @@ def built(tmp_path_factory):
         "# Book\n"
         + "".join(
             f"\n```{{{directive}}}\n```\n"
-            for directive in ("evidence-totals", "evidence-table", "chapters", "model-table")
+            for directive in (
+                "evidence-totals",
+                "evidence-table",
+                "chapters",
+                "chapter-cards",
+                "first-figure",
+                "model-table",
+            )
         )
         + "\n```{bibliography}\n:all:\n```\n"
         + "\n```{api} sample_part\n```\n"
         + "\n```{minicpm-lite} train --help\n```\n"
     )
+    (source / "words.md").write_text(GLOSSARY)
     (source / "refs.bib").write_text(
         "@misc{key2024, title={A title}, author={Doe, Jane}, year={2024}, url={https://example.org/title}}"
     )
     (source / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters:\n- file: notebooks/training/wsd\n- file: notebooks/training/bare\n"
+        "- file: words\n"
     )
     write_notebook(source / "notebooks/training/wsd.ipynb", records=[RECORD], run=RUN, text=f"{CITED}\n\n$x$")
     write_notebook(source / "notebooks/training/bare.ipynb", title="No run", text=MISCITED)
+    record = {"runs": {"wsd/seed=0/study": STUDY}}
+    (source / "notebooks/training/recorded").mkdir()
+    (source / "notebooks/training/recorded/wsd.json").write_text(json.dumps(record))
     warnings = (source / "warnings.txt").open("w+")
     app = Sphinx(
         source, None, source / "out", source / "doctrees", "html", status=None, warning=warnings,
         confoverrides={
-            "extensions": ["myst_nb", "sphinx_external_toc", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
+            "extensions": ["myst_nb", "sphinx_design", "sphinx_exercise", "sphinx_external_toc", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
                            "sphinx.ext.mathjax", "sphinxcontrib.bibtex", "minicpm_book"],
-            "nb_execution_mode": "off", "myst_enable_extensions": ["dollarmath"], "project": "test",
+            "nb_execution_mode": "off", "myst_enable_extensions": ["dollarmath", "colon_fence"], "project": "test",
             "bibtex_bibfiles": ["refs.bib"],
             "suppress_warnings": ["mystnb.unknown_mime_type"], "mathjax_path": "mathjax/tex-svg.js",
             "html_theme": "pydata_sphinx_theme", "autodoc_inherit_docstrings": False,
@@ -162,7 +208,7 @@ def test_evidence_table_shows_the_record_and_its_links(built):
         assert text in page
     assert 'href="notebooks/training/wsd.html"' in page
     assert 'id="wsd-1"' in page and 'href="#wsd-1"' in page
-    assert "<strong>1 claims</strong>: 1 direction only. Beside them 0 identities" in page
+    assert "<strong>1 claims</strong>: 1 direction only.</p>" in page
     assert ">Doe, 2024</a>, section 4" in page
 
 
@@ -170,6 +216,45 @@ def test_chapters_lists_times_in_the_order_of_the_contents(built):
     page = html(built)
     assert "2.5 min" in page and "812 MB" in page
     assert page.index("The schedule") < page.index("No run")
+
+
+def test_cards_tell_what_a_chapter_is_about_and_how_long_it_takes(built):
+    page = html(built)
+    [first, second] = page.split('class="sd-card-title')[1:]
+    assert "1. <a" in first and "The schedule" in first and "In short." in first
+    assert "Reading 5 min · running 2.5 min" in first
+    assert "2. <a" in second and "Reading 5 min · running –" in second
+    assert 'class="reading-time">Reading: about 5 min' in html(built, "notebooks/training/wsd")
+
+
+def test_the_first_figure_shows_the_recorded_run(built):
+    page = html(built)
+    [alt] = re.findall(r'<svg aria-label="(Held-out loss[^"]*)"', page)
+    assert "2 thick" in alt and "after 200 to 400 updates, 0.25 to 0.50 nats" in alt
+    assert "by 0.25 to 0.50 nats a token" in page and "var(--fig-orange" in page
+
+
+def test_a_record_without_the_curves_is_refused(tmp_path):
+    (tmp_path / "wsd.json").write_text(json.dumps({"runs": {"a/seed=0/study": {"trunk_curve": []}}}))
+    with pytest.raises(ValueError, match=r"wsd\.json: no run named \.\.\./seed=0/study with decay_curves"):
+        read_study(tmp_path / "wsd.json")
+
+
+def test_a_term_carries_its_definition_without_citations(built):
+    page = html(built, "words")
+    assert 'href="#term-decay" title="The fall of the rate."' in page
+    assert 'title="Rules for a decay."' in page
+
+
+def test_letters_lead_to_their_first_term(built):
+    line = re.search(r'<p class="letters">(.*?)</p>', html(built, "words"), re.DOTALL)[1]
+    assert re.findall(r'href="#([^"]+)">(\w)<', line) == [("term-decay", "D"), ("term-P", "M")]
+
+
+def test_an_exercise_has_no_brackets_in_its_title(built):
+    page = html(built, "words")
+    assert 'Where does it begin?<span class="level">easy</span></p>' in page
+    assert ": Where does it begin?</a>" in page and "begin? (easy)" not in page
 
 
 def test_model_table_counts_the_published_parameters(built):
@@ -227,7 +312,15 @@ def test_records_keep_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", [minicpm_book.chapters, minicpm_book.sources, minicpm_book.api, minicpm_book.commands]
+    "module",
+    [
+        minicpm_book.chapters,
+        minicpm_book.sources,
+        minicpm_book.api,
+        minicpm_book.commands,
+        minicpm_book.exercise_titles,
+        minicpm_book.glossary,
+    ],
 )
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0

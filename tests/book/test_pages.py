@@ -20,10 +20,20 @@ SOURCES = [
     "minicpm_lite/**/*.py",
 ]
 
+# Blocks of at most 79 columns that scroll sideways all the same.
+CUT_CODE = r"""() => [...document.querySelectorAll('.bd-article pre')]
+  .filter(block => Math.max(...block.textContent.split('\n').map(line => line.length)) <= 79)
+  .filter(block => block.scrollWidth > block.clientWidth + 1)
+  .map(block => block.textContent.slice(0, 80))"""
+
 
 def built_pages() -> list[str]:
-    """All pages of the site; those that only forward to another are left to ``test_front_door``."""
-    pages = [page for page in sorted(SITE.rglob("*.html")) if "_static" not in page.parts]
+    """All pages of the site; those that only forward to another are left to ``test_front_door``.
+
+    Of the pages with source code, which Sphinx makes of one template, the first few are enough.
+    """
+    pages = [page for page in sorted(SITE.rglob("*.html")) if not {"_static", "_modules"} & set(page.parts)]
+    pages += sorted(SITE.glob("_modules/*.html")) + sorted(SITE.glob("_modules/minicpm_lite/*.html"))
     return [
         str(page.relative_to(SITE)) for page in pages if 'http-equiv="Refresh"' not in page.read_text("utf-8")
     ]
@@ -64,9 +74,24 @@ def test_search_finds_a_word(site, page):
 
 
 def test_a_folded_solution_opens(site, page):
+    """Its reasoning, and its code below it."""
     page.goto(site + "notebooks/training/wsd.html")
-    solution = page.locator(".solution.dropdown").first
-    body = solution.locator(".toggle-hidden, div.cell").first
-    before = body.is_visible()
-    solution.locator("button.toggle-button, summary, .admonition-title").first.click()
-    assert not before and body.is_visible()
+    reasoning = page.locator(".solution.dropdown").first
+    code = page.locator("div.cell.tag_solution").first
+    for fold, body in (
+        (reasoning.locator("button.toggle-button"), reasoning.locator("section")),
+        (code.get_by_text("Show the solution"), code.locator("pre").first),
+    ):
+        before = body.is_visible()
+        fold.click()
+        assert not before and body.is_visible()
+
+
+def test_a_laptop_shows_the_table_of_models_and_79_columns_of_code_whole(site, page):
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(site + "book/family.html")
+    box = page.locator("div:has(> table.models)")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth")
+    for path in ("notebooks/training/wsd.html", "book/api/lab.html"):
+        page.goto(site + path)
+        assert page.evaluate(CUT_CODE) == []

@@ -34,19 +34,45 @@ LIVE = [
     "from minicpm_lite.lab.quiz import Quiz\n\n"
     'Quiz([("What does `2 * 3` give?", ["five", "six"], 1, "Two threes.")])',
 ]
+EXERCISE = """```{exercise-start} Twice
+:label: ex-twice
+```
+Write `twice`.
+
+<details class="hint"><summary>Hint: how</summary>
+
+Add *x*<sub>1</sub> to itself.
+
+</details>
+
+```{exercise-end}
+```"""
+SOLUTION = """:::{solution} ex-twice
+:class: dropdown
+
+As $2x = x + x$.
+:::"""
 FAULTS = """# Live
 
 {.lead}
 By {cite:p}`hu2024minicpm`.
 
 ```{measured}
-```"""
-# What no reader should see outside code: a role, a fence, an option of a directive, a label, a class, an error.
+```
+
+<details><summary>Hint</summary>
+
+At $W^K$.
+
+</details>"""
+# What no reader should see outside code: a role, a fence, an option of a directive, a label, a class, an error,
+# a frame of which only one end is in the cell.
 RAW = re.compile(
-    r"\{[\w:.-]+\}`|^(?:`{3,}|:{3,})|^:[\w-]+:|\([\w-]+\)=|\{\.[\w-]+\}|Unknown (?:Directive|Role)|</?details",
+    r"\{[\w:.-]+\}`|^(?:`{3,}|:{3,})|^:[\w-]+:|\([\w-]+\)=|\{\.[\w-]+\}"
+    r"|Unknown (?:Directive|Role)|</?details|(?:Start|End) of ",
     re.MULTILINE,
 )
-# A frame that only closes one has no words, and a part says so until it is rendered.
+# A part says so until it is rendered.
 ALL_RENDERED = """expected => {
   const parts = [...document.querySelectorAll('.jp-MarkdownCell .myst')].map(part => part.textContent);
   return parts.filter(text => text.trim() && text !== 'MyST Renderer!').length >= expected;
@@ -54,11 +80,12 @@ ALL_RENDERED = """expected => {
 # What jupyterlab-myst has rendered, in cells and in outputs.
 RENDERED = """() => {
   const parts = [...document.querySelectorAll('.jp-Notebook .myst')];
-  const found = {text: '', code: '', links: [], errors: []};
+  const found = {text: '', code: '', links: [], errors: [], untypeset: []};
   for (const part of parts) {
     found.links.push(...[...part.querySelectorAll('a')].map(a => [a.textContent, a.getAttribute('href')]));
     found.errors.push(...[...part.querySelectorAll('[title$="Not Found"]')].map(e => e.textContent));
     const prose = part.cloneNode(true);
+    found.untypeset.push(...[...part.querySelectorAll('.math-inline, .math-display')].map(e => e.textContent));
     for (const code of prose.querySelectorAll('pre, code, .katex')) {
       found.code += code.textContent + '\\n';
       code.remove();
@@ -74,7 +101,8 @@ def folder(tmp_path_factory) -> Path:
     """The chapter, and a small one: markup that JupyterLab does not show, and cells that have not run."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copy(CHAPTER, folder)
-    cells = [new_markdown_cell(FAULTS), *map(new_code_cell, LIVE)]
+    texts = [new_markdown_cell(text) for text in (FAULTS, EXERCISE, SOLUTION)]
+    cells = [*texts, *map(new_code_cell, LIVE)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "live.ipynb")
     return folder
@@ -151,8 +179,7 @@ def open_notebook(page: Page, address: str, path: Path) -> list[nbformat.Noteboo
     page.goto(f"{address}lab/tree/{path.name}?reset")
     expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(cells))
     expect(page.locator(".jp-MarkdownCell .myst").first, "jupyterlab-myst is not active").to_be_visible()
-    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    page.wait_for_function(ALL_RENDERED, arg=sum("{solution-end}" not in text for text in texts))
+    page.wait_for_function(ALL_RENDERED, arg=sum(cell.cell_type == "markdown" for cell in cells))
     return cells
 
 
@@ -178,6 +205,7 @@ def test_a_chapter_reads_well_before_it_runs(page, address, folder):
     shown = page.evaluate(RENDERED)
     assert RAW.findall(shown["text"]) == []
     assert shown["errors"] == [], "references that JupyterLab does not find"
+    assert shown["untypeset"] == [], "mathematics in <details>"
 
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     words = [label for label, _ in shown["links"]]
@@ -198,6 +226,17 @@ def test_what_jupyterlab_does_not_show_is_seen(live):
     shown = live.evaluate(RENDERED)
     assert RAW.findall(shown["text"]) == ["{.lead}", "Unknown Directive"]
     assert shown["errors"] == ["hu2024minicpm"]
+    assert shown["untypeset"] == ["W^K"]
+
+
+def test_a_hint_has_a_triangle_and_a_solution_unfolds(live):
+    markers = "elements => elements.map(element => getComputedStyle(element).listStyleType)"
+    folds = live.locator(".jp-Notebook :is(.hint, .lab-piece details) > summary")
+    assert folds.evaluate_all(markers) == ["disclosure-closed"] * 2
+    reasoning = live.locator(".myst details", has_text="Solution to Exercise").locator(".katex")
+    expect(reasoning).to_be_hidden()
+    live.locator(".myst summary", has_text="Solution to Exercise").click(position={"x": 5, "y": 5})
+    expect(reasoning).to_be_visible()
 
 
 def test_the_slider_of_an_explorer_moves_the_picture(live):

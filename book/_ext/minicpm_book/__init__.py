@@ -5,10 +5,28 @@ library, the API reference from its modules, and what a command prints from the 
 second time.
 """
 
-from . import api, chapters, commands, downloads, markup, models, offline, sources
+from . import (
+    api,
+    chapters,
+    commands,
+    downloads,
+    exercise_titles,
+    first_figure,
+    glossary,
+    markup,
+    models,
+    offline,
+    sources,
+    tips,
+)
+
+PARTS = (
+    offline, markup, sources, glossary, tips, chapters, exercise_titles, first_figure, models, commands, api,
+    downloads,
+)  # fmt: skip
 
 
 def setup(app):
-    for part in (offline, markup, sources, chapters, models, commands, api, downloads):
+    for part in PARTS:
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,10 +1,12 @@
-"""What the chapters say about themselves: what a run cost, which claims were tested, what became of them.
+"""What the chapters say about themselves: how long they take, which claims were tested, what became of them.
 
 An executed notebook carries what its run cost in ``metadata.minicpm_lite`` (seconds, peak_memory_mb, device),
-and each of its claims as an output of the type below. Both are read from the file; nothing is executed.
+and each of its claims as an output of the type below. Its summary is the paragraph below its title, and the
+time for reading follows from its words and lines. All are read from the file; nothing is executed.
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,10 @@ FIELDS = {
     "claim", "published", "source", "published_scale",
     "measured", "scale", "seeds", "device", "minutes", "verdict",
 }  # fmt: skip
+WORDS_A_MINUTE = 200
+LINES_A_MINUTE = 20  # of code that stands open on the page
+FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell", "solution"}
+SUMMARY = re.compile(r"^# .+\n+(.+(?:\n.+)*)", re.MULTILINE)
 # The buttons hide and show the rows of a verdict; without a script all rows show, and no button does.
 FILTER = """(() => {
 const group = document.querySelector('.evidence-filter');
@@ -39,11 +45,47 @@ group.addEventListener('click', event => {
 
 @dataclass(frozen=True)
 class Chapter:
-    """One executed notebook: its place in the book, what its run cost, and its evidence."""
+    """One executed notebook: its place in the book, what it is about, what it costs, and its evidence."""
 
     docname: str
+    summary: str
+    reading: int  # minutes
     run: dict
     evidence: list[dict]
+
+    @property
+    def run_cost(self) -> tuple[str, str]:
+        """Time and memory of the run; a dash each where the notebook was not run."""
+        return cost(self.run) if self.run.keys() >= {"seconds", "peak_memory_mb"} else ("–", "–")
+
+
+def reading_minutes(cells: list[dict]) -> int:
+    """How long a chapter takes to read: words, and the lines of code that are not folded, to the next five.
+
+    >>> text = {"cell_type": "markdown", "metadata": {}, "source": "word " * 2_000}
+    >>> code = {"cell_type": "code", "metadata": {}, "source": "x = 1\\n" * 100}
+    >>> folded = {"cell_type": "code", "metadata": {"tags": ["solution"]}, "source": "x = 1\\n" * 400}
+    >>> reading_minutes([text]), reading_minutes([text, code]), reading_minutes([text, folded])
+    (10, 15, 10)
+    """
+    words = lines = 0
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words += len(source.split())
+        elif FOLDED.isdisjoint(cell["metadata"].get("tags", [])):
+            lines += sum(1 for line in source.splitlines() if line.strip())
+    return max(5, 5 * round((words / WORDS_A_MINUTE + lines / LINES_A_MINUTE) / 5))
+
+
+def duration(minutes: int) -> str:
+    """Minutes as text, with hours where there are many.
+
+    >>> duration(45), duration(442), duration(60)
+    ('45 min', '7 h 22 min', '1 h')
+    """
+    hours, minutes = divmod(minutes, 60)
+    return " ".join([f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(minutes))
 
 
 def read_chapter(path: Path, docname: str) -> Chapter:
@@ -69,7 +111,14 @@ def read_chapter(path: Path, docname: str) -> Chapter:
                 f"{docname}: evidence {number} has the verdict {record['verdict']!r}; "
                 f"expected one of {', '.join(map(repr, ICONS))}."
             )
-    return Chapter(docname, notebook.get("metadata", {}).get("minicpm_lite", {}), records)
+    opening = SUMMARY.search("".join(notebook["cells"][0]["source"]))
+    return Chapter(
+        docname,
+        summary=opening[1] if opening else "",
+        reading=reading_minutes(notebook["cells"]),
+        run=notebook["metadata"].get("minicpm_lite", {}),
+        evidence=records,
+    )
 
 
 def read_chapters(env) -> list[Chapter]:
@@ -105,26 +154,49 @@ class BookDirective(SphinxDirective):
 
 
 class Chapters(BookDirective):
-    """``{chapters} [part]``: the chapters of one part, or of the book, with what their runs cost."""
+    """``{chapters} [part]``: the chapters of one part, or of the book, and how long they take."""
 
     optional_arguments = 1
 
     def run(self):
         folder = f"notebooks/{self.arguments[0]}/" if self.arguments else "notebooks/"
-        rows, seconds = [], 0.0
-        for chapter in self.chapters():
-            if chapter.docname.startswith(folder):
-                known = chapter.run.keys() >= {"seconds", "peak_memory_mb"}
-                seconds += chapter.run["seconds"] if known else 0
-                time, memory = cost(chapter.run) if known else ("–", "–")
-                rows.append([f"{{doc}}`/{chapter.docname}`", time, memory])
+        chapters = [chapter for chapter in self.chapters() if chapter.docname.startswith(folder)]
+        rows = [[f"{{doc}}`/{c.docname}`", duration(c.reading), *c.run_cost] for c in chapters]
         if not self.arguments:
-            rows.append(["**All together**", f"{seconds / 60:.1f} min", ""])
-        return [table(self, ["Chapter", "Run time", "Peak memory"], rows, numeric={1, 2})]
+            seconds = sum(chapter.run.get("seconds", 0) for chapter in chapters)
+            reading = sum(chapter.reading for chapter in chapters)
+            rows.append(["**All together**", duration(reading), f"{seconds / 60:.1f} min", ""])
+        return [table(self, ["Chapter", "Reading", "Run time", "Peak memory"], rows, numeric={1, 2, 3})]
+
+
+class Cards(BookDirective):
+    """``{chapter-cards}``: a card for each chapter, its summary, and how long reading and running take."""
+
+    def run(self):
+        cards = [
+            f"::::{{grid-item-card}} {number}. {{doc}}`/{chapter.docname}`\n{chapter.summary}\n\n"
+            ":::{card-footer}\n"
+            f"Reading {duration(chapter.reading)} · running {chapter.run_cost[0]}\n:::\n::::"
+            for number, chapter in enumerate(self.chapters(), start=1)
+        ]
+        return parse(self, "\n".join([":::::{grid} 1 1 2 2", ":gutter: 3", "", *cards, ":::::"]))
+
+
+def add_reading_time(app, doctree):
+    """Say below a chapter's summary how long reading takes. What running takes stands in its box."""
+    env = app.env
+    if not env.docname.startswith("notebooks/"):
+        return
+    section = next(doctree.findall(nodes.section), None)
+    summary = section and next(section.findall(nodes.paragraph), None)
+    if summary:
+        chapter = read_chapter(Path(env.doc2path(env.docname)), env.docname)
+        line = nodes.paragraph(text=f"Reading: about {duration(chapter.reading)}", classes=["reading-time"])
+        summary.parent.insert(summary.parent.index(summary) + 1, line)
 
 
 def totals(records: list[dict]) -> str:
-    """How many claims there are, and what became of them; identities are counted apart.
+    """How many claims there are, and what became of them; identities, if there are any, are counted apart.
 
     >>> totals([{"verdict": v} for v in ("reproduced", "verified", "not told apart", "reproduced")])
     '**3 claims**: 2 reproduced, 1 not told apart. Beside them 1 identity or count, verified exactly.'
@@ -133,7 +205,8 @@ def totals(records: list[dict]) -> str:
     verified = counts.pop("verified", 0)
     parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ICONS if counts[verdict])
     identities = "identity or count" if verified == 1 else "identities and counts"
-    return f"**{counts.total()} claims**: {parts}. Beside them {verified} {identities}, verified exactly."
+    beside = f" Beside them {verified} {identities}, verified exactly." if verified else ""
+    return f"**{counts.total()} claims**: {parts}.{beside}"
 
 
 class EvidenceTotals(BookDirective):
@@ -182,6 +255,8 @@ class EvidenceTable(BookDirective):
 
 
 def setup(app):
+    app.connect("doctree-read", add_reading_time)
     app.add_directive("chapters", Chapters)
+    app.add_directive("chapter-cards", Cards)
     app.add_directive("evidence-totals", EvidenceTotals)
     app.add_directive("evidence-table", EvidenceTable)

@@ -14,6 +14,9 @@ def mend(app, pagename, templatename, context, doctree):
     """Repair the page's body, and give the arrows of the navigation a name."""
     for old, new in REPLACEMENTS.items():
         context["body"] = context.get("body", "").replace(old, new)
+    if pagename == "_modules/index":  # viewcode's lists stand in lists, outside their items: make them one
+        start, _, items = context["body"].partition("<ul>")
+        context["body"] = f"{start}<ul>{items.replace('<ul>', '').replace('</ul>', '')}</ul>"
     generate = context.get("generate_toctree_html")
     if generate:
 

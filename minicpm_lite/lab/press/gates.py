@@ -5,16 +5,13 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
-from ...optional import require
 from ..svg import UNDESCRIBED
 from .execute import PROGRESS_BAR
 from .notebook import KEY, MEASURED, Notebook, alt_text, tags
+from .plain import raw
 from .stamps import LIBRARY, parse_cell, why_stale
-
-_markdown_it = require("markdown_it", install="minicpm_lite[book]", purpose="check students' copies")
 
 SECONDS = 180
 PEAK_MEMORY_MB = 3_000
@@ -23,21 +20,21 @@ COLUMNS = 79
 
 _HINTS = 2
 _REASONING_WORDS = 12
-_PROSE = re.compile(
-    r"\{solution-start\}[^\n]*|:class: dropdown|`{3,}"
-)  # what is no prose in a solution's text
+_SOLUTION = re.compile(r":::\{solution\} [\w-]+\n:class: dropdown\n\n(?P<reasoning>.+)\n:::\s*", re.DOTALL)
+_SOLUTION_PROMPTS = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 _REPORTING = ("say", "table", "source", "Evidence", "subplots")
 # What jupyterlab-myst shows as the book does. It knows one notebook and no project, so that citations, other
 # pages and files to include would be errors there, and raw markup in other programs.
 _SHOWN_ROLES = {"term", "eq", "class", "func", "meth", "mod"}
 _SHOWN_DIRECTIVES = {
-    "admonition", "note", "tip", "warning", "important", "math",
-    "exercise-start", "exercise-end", "solution-start", "solution-end",
+    "admonition", "note", "tip", "warning", "important", "exercise-start", "exercise-end", "solution",
 }  # fmt: skip
 _ROLE = re.compile(r"\{(?P<name>[\w:.-]+)\}`(?P<text>[^`]*)`")
 _DIRECTIVE = re.compile(r"^[ >]*(?:`{3,}|:{3,})\{(?P<name>[\w:.-]+)\}", re.MULTILINE)
 _ATTRIBUTES = re.compile(r"^\{[.#][^}\n]*\}$", re.MULTILINE)
 _WORDLESS_LINK = re.compile(r"(?<!!)\[\]\([^)]*\)")
+_FOLDED_TEXT = re.compile(r"<details.*?</details>", re.DOTALL)
+_MATHEMATICS = re.compile(r"(?<!\\)\$[^$]+\$")
 _BARE_LABEL = re.compile(r"(?<=\]\()[\w-]+(?=\))")
 _INSTEAD = {
     "cite": "cite with a link: [Hu et al., 2024, section 4](https://arxiv.org/abs/2404.06395)",
@@ -52,10 +49,6 @@ _REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
 _CDN = re.compile(r"https?://[\w.-]*(?:\bcdn|cdnjs|jsdelivr|unpkg|googleapis|gstatic)[\w./-]*")
 _MARKDOWN_IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<source>[^)\s]*)")
 _DATA_URI = re.compile(r"data:(image/[\w.+-]+)")
-_SOLUTION_MARKER = re.compile(r"\{solution(-start|-end)?\}")
-_RAW_LINE = re.compile(r"\([\w.:-]+\)=|\{[.#][^}]*\}|:{3,}.*|%.*|\+\+\+.*")
-_RAW_ROLE = re.compile(r"\{[\w:-]+\}$")
-_RAW_PIECE = re.compile(r"\]\{[.#]|\{\{.*\}\}|\[\^\w+\]|\$ *\([\w.:-]+\)$")
 _MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|[\w./-]*/site-packages/")
 
 
@@ -75,14 +68,12 @@ def student_problems(path: Path) -> list[str]:
     if not cells or "%pip install" not in cells[0].source:
         found.append("The first cell does not install the library; the copy would not run alone.")
     for number, cell in enumerate(cells, start=1):
-        if tags(cell) & {"solution", "wrong"}:
-            found.append(
-                f"Cell {number} is tagged as a solution or as wrong answers; a student must not get it."
-            )
+        if "solution" in tags(cell):
+            found.append(f"Cell {number} is tagged as a solution; a student must not get it.")
         elif cell.cell_type == "markdown":
             found += [
-                f"Cell {number} holds {raw!r}, which only the book's site understands."
-                for raw in _raw(cell.source)
+                f"Cell {number} holds {markup!r}, which only the book's site understands."
+                for markup in raw(cell.source)
             ]
         elif cell.cell_type == "code":
             found += [f"Cell {number} {problem}" for problem in _student_code_problems(cell)]
@@ -101,22 +92,6 @@ def _student_code_problems(cell) -> Iterator[str]:
         yield "is an exercise without a blank (`...`): its answer is filled in."
     if cell.get("outputs"):
         yield "has an output; a student's copy starts without any."
-
-
-def _raw(source: str) -> Iterator[str]:
-    """What plain Markdown would show as it is written: directives, roles, labels, attributes and the like."""
-    for token in _markdown_it.MarkdownIt("commonmark").enable("table").parse(source):
-        if token.type == "fence" and token.info.startswith("{"):
-            yield token.info
-        elif token.type == "inline":
-            yield from (line for line in token.content.split("\n") if _RAW_LINE.fullmatch(line))
-            for piece, following in pairwise([*token.children, None]):
-                if piece.type == "text" and (raw := _RAW_PIECE.search(piece.content)):
-                    yield raw[0]
-                elif (
-                    following and following.type == "code_inline" and (raw := _RAW_ROLE.search(piece.content))
-                ):
-                    yield f"{raw[0]}`{following.content}`"
 
 
 def _fresh(notebook: Notebook) -> Iterator[str]:
@@ -169,6 +144,12 @@ def _reads_everywhere(notebook: Notebook) -> Iterator[str]:
                 yield f"Cell {number}: JupyterLab shows {role['text']} as it is; write the name without ~."
         for mark in (*_ATTRIBUTES.findall(text), *_WORDLESS_LINK.findall(text)):
             yield f"Cell {number} holds {mark}, which JupyterLab shows as it is."
+        for folded in _FOLDED_TEXT.findall(text):
+            for mark in (*_MATHEMATICS.findall(folded), *(role[0] for role in _ROLE.finditer(folded))):
+                yield (
+                    f"Cell {number} holds {mark} in <details>, where JupyterLab shows it as it is; write "
+                    "letters and signs there, such as *W*<sup>*K*</sup>."
+                )
         for label in _BARE_LABEL.findall(text):
             yield f"Cell {number} links to {label}, which JupyterLab takes for a file; write #{label}."
 
@@ -260,7 +241,8 @@ def _exercises_complete(notebook: Notebook) -> Iterator[str]:
         elif "solution" in tags(cell):
             accepted = [ast.unparse(call.func.value) for call in _calls(cell.source, "accepts")]
             if open_check and open_check[1] in accepted:
-                if len(_PROSE.sub("", frame).split()) < _REASONING_WORDS:
+                reasoning = _SOLUTION.fullmatch(frame)
+                if reasoning and len(reasoning["reasoning"].split()) < _REASONING_WORDS:
                     yield f"The solution in cell {number} does not reason: say why in two or three sentences."
                 open_check = None
             frame = ""
@@ -320,20 +302,31 @@ def _reporting_folded(notebook: Notebook) -> Iterator[str]:
 
 
 def _solutions_folded(notebook: Notebook) -> Iterator[str]:
-    inside = False
+    """The reasoning in a folded box, behind it the code in a folded cell; copies leave out what is tagged."""
+    reasoned = False
     for number, cell in enumerate(notebook.nb.cells, start=1):
+        tagged = "solution" in tags(cell)
         if cell.cell_type == "markdown":
-            for marker in _SOLUTION_MARKER.finditer(cell.source):
-                if (marker[1] == "-start") == inside and marker[1]:
-                    yield f"Cell {number} has {marker[0]}, but {'one' if inside else 'none'} is open."
-                inside = marker[1] == "-start"
-        elif "solution" in tags(cell):
-            if not inside:
-                yield f"The solution in cell {number} is not between {{solution-start}} and {{solution-end}}."
+            boxed = "solution" in [mark["name"] for mark in _DIRECTIVE.finditer(cell.source)]
+            reasoned = bool(_SOLUTION.fullmatch(cell.source))
+            if (boxed or tagged) and not (reasoned and tagged):
+                yield (
+                    f"Cell {number} reasons for a solution: tag it solution, and let it hold nothing but "
+                    "`:::{solution} ex-…`, `:class: dropdown`, an empty line, the text and `:::`."
+                )
+        elif tagged:
+            if not reasoned:
+                yield f"The solution in cell {number} does not stand right behind its reasoning."
+            prompts = cell.metadata.get("mystnb", {}).items() >= _SOLUTION_PROMPTS.items()
+            if not (prompts and "hide-cell" in tags(cell)):
+                yield (
+                    f"The solution in cell {number} is open on the page: tag it hide-cell, with the prompts "
+                    f"`mystnb: {_SOLUTION_PROMPTS}`."
+                )
             if not cell.metadata.get("jupyter", {}).get("source_hidden"):
                 yield f"The solution in cell {number} is open in JupyterLab: set source_hidden."
-    if inside:
-        yield "The last {solution-start} has no {solution-end}."
+        else:
+            reasoned = False
 
 
 def _narrow(notebook: Notebook) -> Iterator[str]:

@@ -6,14 +6,14 @@ that it runs alone in an empty folder.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from filecmp import cmp
 from pathlib import Path
 
 from ... import __version__
 from ...optional import require
 from .notebook import KEY, Notebook, nbformat, tags
-from .plain import frames, plain_cells
+from .plain import plain_cells
 from .stamps import needed_files
 
 _nbconvert = require(
@@ -35,7 +35,8 @@ def student_copy(notebook: Notebook, path: Path) -> Notebook:
     Raises:
         ValueError: a cell holds what cannot be said in plain Markdown.
     """
-    nb = nbformat.from_dict(notebook.nb | {"cells": [*_without_solutions(notebook.nb.cells)]})
+    nb = nbformat.from_dict(notebook.nb)
+    nb.cells = [cell for cell in nb.cells if "solution" not in tags(cell)]
     nb.cells = plain_cells(Notebook(notebook.path, nb))
     nb, _ = _nbconvert.ClearOutputPreprocessor().preprocess(nb, {})
     nb.cells.insert(0, nbformat.v4.new_code_cell(_INSTALL.strip(), id="install"))
@@ -75,21 +76,3 @@ def write_student_copies(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, target)
     return list(copies)
-
-
-def _without_solutions(cells: Iterable[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
-    """The cells outside the frames of solutions, and what stands outside in the frames' own cells."""
-    inside = False
-    for cell in cells:
-        if cell.cell_type != "markdown":
-            if not inside and not tags(cell) & {"solution", "wrong"}:
-                yield cell
-            continue
-        lines, kept, done = cell.source.split("\n"), [], 0
-        for name, first, last in frames(cell.source):
-            if name in ("solution-start", "solution-end"):
-                kept += [] if inside else lines[done:first]
-                inside, done = name == "solution-start", last
-        kept += [] if inside else lines[done:]
-        if any(map(str.strip, kept)):
-            yield nbformat.from_dict(cell | {"source": "\n".join(kept).strip("\n")})

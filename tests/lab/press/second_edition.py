@@ -32,7 +32,7 @@ def chapter(names=tuple(SOLUTIONS), module="small_exercises"):
     parts = module.rpartition(".")
     imported = f"from {parts[0]} import {parts[2]} as check" if parts[0] else f"import {module} as check"
     cells = [
-        new_markdown_cell("(topic)=\n# A topic\n\n{.lead}\nWe double."),
+        new_markdown_cell("(topic)=\n# A topic\n\nWe double."),
         code('from minicpm_lite import lab\n\nlab.start(library="0.2", seed=0)'),
         code(
             f"from dataclasses import replace\n\nimport torch\nfrom minicpm_lite import load_config\n{imported}"
@@ -50,10 +50,10 @@ def chapter(names=tuple(SOLUTIONS), module="small_exercises"):
             new_markdown_cell(f"{frame}\n\n```{{exercise-end}}\n```"),
             code(f"{BLANKS[name]}\n\n\ncheck.{name}({name})", "✎ Your turn", ("exercise",)),
             new_markdown_cell(
-                f"```{{solution-start}} ex-{name}\n:class: dropdown\n```\n\nThe secret of {name}."
+                f":::{{solution}} ex-{name}\n:class: dropdown\n\nThe secret of {name}.\n:::",
+                metadata={"tags": ["solution"]},
             ),
             code(f"{SOLUTIONS[name]}\n\n\ncheck.{name}.accepts({name}_solution)", tags=("solution",)),
-            new_markdown_cell("```{solution-end}\n```"),
         ]
     cells += [code("check.quiz", "Quiz: 1 question"), new_markdown_cell("## Takeaways")]
     for place, cell in enumerate(cells):

@@ -16,7 +16,7 @@ def code(source: str, text: str | None = None, tags: tuple[str, ...] = (), **met
     return new_code_cell(source, outputs=outputs, metadata=metadata)
 
 
-START, PICTURE, PROMPT, BLANK, SOLUTION_START, SOLUTION, SOLUTION_END = range(1, 8)
+START, PICTURE, PROMPT, BLANK, REASONING, SOLUTION = range(1, 7)
 
 PROMPT_TEXT = """```{exercise-start} Twice
 :label: ex-twice
@@ -69,14 +69,16 @@ def chapter():
             "✎ Your turn (twice): Put your code where the `...` stands, and run this cell again.",
             ("exercise",),
         ),
-        new_markdown_cell(f"```{{solution-start}} ex-twice\n:class: dropdown\n```\n{reasoning}"),
+        new_markdown_cell(
+            f":::{{solution}} ex-twice\n:class: dropdown\n\n{reasoning}\n:::", metadata={"tags": ["solution"]}
+        ),
         code(
             "check.twice.accepts(lambda x: x + x)",
             "✓ Right (twice): All checks passed.",
-            ("solution",),
+            ("hide-cell", "solution"),
             jupyter={"source_hidden": True},
+            mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"},
         ),
-        new_markdown_cell("```{solution-end}\n```"),
     ]
     nb = new_notebook(cells=cells)
     for place, cell in enumerate(nb.cells):

@@ -8,14 +8,13 @@ import random
 
 import nbformat
 import pytest
-from nbformat.v4 import new_markdown_cell, new_output
+from nbformat.v4 import new_output
 from small_chapter import (
     BLANK,
     PICTURE,
     PROMPT,
+    REASONING,
     SOLUTION,
-    SOLUTION_END,
-    SOLUTION_START,
     START,
     chapter,
     code,
@@ -76,12 +75,19 @@ def no_cost_told(nb):
 
 
 def cost_told_twice(nb):
-    nb.cells[-1].source += "\n\n" + nb.cells[0].source.splitlines()[-1]
+    nb.cells[0].source += "\n\n" + nb.cells[0].source.splitlines()[-1]
 
 
 def holds(markup):
     def spoil(nb):
         nb.cells[0].source += f"\n\n{markup}"
+
+    return spoil
+
+
+def hint_holds(markup):
+    def spoil(nb):
+        nb.cells[PROMPT].source = nb.cells[PROMPT].source.replace("At the plus sign.", markup)
 
     return spoil
 
@@ -155,7 +161,7 @@ def other_solution(nb):
 
 
 def no_reasoning(nb):
-    nb.cells[SOLUTION_START].source = "```{solution-start} ex-twice\n:class: dropdown\n```\nHere it is."
+    nb.cells[REASONING].source = ":::{solution} ex-twice\n:class: dropdown\n\nHere it is.\n:::"
 
 
 def blank_filled_in(nb):
@@ -192,21 +198,32 @@ def solution_open_in_lab(nb):
     del nb.cells[SOLUTION].metadata["jupyter"]
 
 
+def solution_open_on_the_page(nb):
+    nb.cells[SOLUTION].metadata["tags"] = ["solution"]
+
+
+def solution_without_prompt(nb):
+    del nb.cells[SOLUTION].metadata["mystnb"]
+
+
+def reasoning_open(nb):
+    nb.cells[REASONING].source = nb.cells[REASONING].source.replace(":class: dropdown\n", "")
+
+
+def reasoning_without_tag(nb):
+    del nb.cells[REASONING].metadata["tags"]
+
+
+def more_beside_the_reasoning(nb):
+    nb.cells[REASONING].source += "\n\nAnd on we go."
+
+
+def reasoning_elsewhere(nb):
+    nb.cells.insert(SOLUTION, code("1 + 1", "2"))
+
+
 def wide(nb):
     nb.cells[PICTURE].source += "\n# " + 78 * "-"
-
-
-def solution_not_folded(nb):
-    nb.cells[SOLUTION_START].source = nb.cells[SOLUTION_START].source.replace("{solution-start}", "text")
-    nb.cells[SOLUTION_END].source = "That was it."
-
-
-def solution_not_closed(nb):
-    nb.cells[SOLUTION_END].source = "That was it."
-
-
-def solution_closed_twice(nb):
-    nb.cells.append(new_markdown_cell("```{solution-end}\n```", id="cell-10"))
 
 
 def too_large(nb):
@@ -231,6 +248,9 @@ def too_large(nb):
         (holds(":::{grid} 2\n:::"), "_reads_everywhere", "plain Markdown"),
         (holds("A {class}`~minicpm_lite.training.wsd.WSD`."), "_reads_everywhere", "without ~"),
         (holds("{.lead}\nThe first sentence."), "_reads_everywhere", "{.lead}"),
+        (hint_holds("At $W^K$."), "_reads_everywhere", "$W^K$ in <details>"),
+        (hint_holds("At a {term}`token`."), "_reads_everywhere", "{term}`token` in <details>"),
+        (holds("```{math}\na = b\n```"), "_reads_everywhere", "plain Markdown"),
         (holds("See [](#ex-twice)."), "_reads_everywhere", "[](#ex-twice)"),
         (holds("See [the exercise](ex-twice)."), "_reads_everywhere", "write #ex-twice"),
         (no_alt_text, "_described", "without alt text"),
@@ -265,9 +285,12 @@ def too_large(nb):
         (reporting_folded_on_the_page_alone, "_reporting_folded", "only reports"),
         (wide, "_narrow", "a line of 80 columns; the page shows 79"),
         (solution_open_in_lab, "_solutions_folded", "open in JupyterLab"),
-        (solution_not_folded, "_solutions_folded", "not between"),
-        (solution_not_closed, "_solutions_folded", "has no {solution-end}"),
-        (solution_closed_twice, "_solutions_folded", "none is open"),
+        (solution_open_on_the_page, "_solutions_folded", "open on the page"),
+        (solution_without_prompt, "_solutions_folded", "Show the solution"),
+        (reasoning_open, "_solutions_folded", "hold nothing but"),
+        (reasoning_without_tag, "_solutions_folded", "tag it solution"),
+        (more_beside_the_reasoning, "_solutions_folded", "hold nothing but"),
+        (reasoning_elsewhere, "_solutions_folded", "right behind its reasoning"),
     ],
 )
 def test_a_spoilt_chapter_fails_one_gate(write, spoil, gate, says):
