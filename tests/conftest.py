@@ -1,9 +1,9 @@
-"""All tests: every core busy, one thread in each process, and a look at where the time goes.
+"""All tests: one process for each core, one thread in each process, and a look at where the time goes.
 
-``make test`` starts three workers for two cores (pytest-xdist), since a worker waits about a fifth of its time:
-for a browser, for programs that a test starts, for a disk. A worker takes one group after the other, the longest
-first, so that none is idle at the end: a notebook, whose cells need one kernel; a file, whose tests share what
-they prepare; or a page of the book. Without workers the same tests run in the same order.
+``make test`` starts a worker on each core (pytest-xdist; a third worker on two cores gained nothing). A worker
+takes one group after the other, the longest first, so that none is idle at the end: a notebook, whose cells need
+one kernel; a file, whose tests share what they prepare; or a page of the book. Without workers the same tests
+run in the same order.
 
 Every tensor function of the model and the data is checked against its annotated shapes while their own tests
 run. (The checks take as long as the functions; in the tests of other parts they would find nothing new.)
@@ -45,12 +45,6 @@ class Groups(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         return nodeid if file == PAGES else file
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """For ``-n logical``."""
-    cores = os.cpu_count() or 1
-    return cores + cores // 2
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:
