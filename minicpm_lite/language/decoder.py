@@ -23,7 +23,6 @@ Choices, and the traps behind them:
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ from .latent_attention import LatentAttention
 from .layers import Attention, FeedForward, RMSNorm
 from .moe import MixtureOfExperts
 
-__all__ = ["Block", "Decoder", "fold_to_llama"]
+__all__ = ["Block", "Decoder"]
 
 
 class Block(nn.Module):
@@ -177,28 +176,3 @@ class Decoder(nn.Module):
         """Number of parameters; without ``embeddings``, neither the table nor the output layer counts."""
         tables = {id(table) for table in self.tables}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
-
-
-@torch.no_grad()
-def fold_to_llama(model: Decoder) -> Decoder:
-    """A Llama with the same logits: each multiplier is folded into the weights beside it.
-
-    Embeddings take ``scale_emb``, the matrices that end a branch take ``scale_depth / sqrt(L)``, and the
-    output layer takes ``dim_model_base / hidden_size``; the tables can therefore no longer be tied.
-    """
-    config = model.config
-    if config.latent_attention or config.mixture:
-        raise ValueError(
-            "Only a decoder with ordinary attention and one feed-forward network folds to a Llama; this has "
-            + ("latent attention." if config.latent_attention else "a mixture of experts.")
-        )
-    llama = Decoder(
-        replace(config, scale_emb=1.0, scale_depth=None, dim_model_base=None, tie_word_embeddings=False)
-    ).to(model.embed_tokens.weight)
-    llama.load_state_dict({"lm_head.weight": model.embed_tokens.weight} | model.state_dict())
-    llama.embed_tokens.weight *= config.scale_emb
-    llama.lm_head.weight /= config.width_ratio
-    for layer in llama.layers:
-        layer.self_attn.o_proj.weight *= config.residual_scale
-        layer.mlp.down_proj.weight *= config.residual_scale
-    return llama.train(model.training)

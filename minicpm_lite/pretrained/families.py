@@ -296,7 +296,7 @@ def _why_not(config: ModelConfig, model_type: str) -> str | None:
     if model_type == "llama" and _has_multipliers(config):
         return (
             'it has multipliers. Write it as "granite", which has them under other names, or fold them into '
-            "the weights first, with language.decoder.fold_to_llama."
+            "the weights first, with language.multipliers.fold_to_llama."
         )
     if model_type == "minicpm" and not _has_plain_heads(config):
         return (

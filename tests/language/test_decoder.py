@@ -1,17 +1,17 @@
-"""The decoder: equal to reference implementations, folded to a Llama, wrong variants told apart."""
+"""The decoder: equal to reference implementations, wrong variants told apart."""
 
 from dataclasses import replace
 
 import jaxtyping
 import pytest
 import torch
-from small_models import FAMILIES, GROUPED, PLAIN, granite, make_ids, make_model, opened_by_transformers
+from small_models import FAMILIES, GROUPED, PLAIN, granite, make_ids, make_model
 from torch.testing import assert_close
 
-from minicpm_lite import ModelConfig, load_config
+from minicpm_lite import ModelConfig
 from minicpm_lite.language import layers
 from minicpm_lite.language.context import Context, KVCache, dense_attention
-from minicpm_lite.language.decoder import Decoder, fold_to_llama
+from minicpm_lite.language.decoder import Decoder
 
 # Parity with transformers
 
@@ -85,33 +85,6 @@ def test_wrong_decoders_are_told_apart(name, monkeypatch):
     WRONG_MODEL.get(name, lambda model, patch: None)(model, monkeypatch)
     context = WRONG_CONTEXT.get(name, Context)()
     assert (model(ids, context) - reference).abs().max() > 1e-3
-
-
-# Folding
-
-
-@pytest.mark.parametrize("name", PLAIN)
-@torch.no_grad()
-def test_fold_to_llama(name):
-    model = make_model(PLAIN[name])
-    ids = make_ids(model.config)
-    folded = fold_to_llama(model)
-    assert (folded.config.scale_emb, folded.config.residual_scale, folded.config.width_ratio) == (1, 1, 1)
-    assert_close(folded(ids), model(ids), atol=2e-5, rtol=1e-5)
-    assert_close(opened_by_transformers(folded, "llama")(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_folding_keeps_the_mode(training):
-    assert fold_to_llama(make_model(GROUPED).train(training)).training == training
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("minicpm3-4b", "latent attention"), ("minicpm-moe-8x2b", "mixture of experts")]
-)
-def test_only_plain_decoders_fold(name, reason):
-    with pytest.raises(ValueError, match=f"this has .*{reason}"), torch.device("meta"):
-        fold_to_llama(Decoder(load_config(name)))
 
 
 # What is computed

@@ -18,8 +18,9 @@ import minicpm_lite
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.language.decoder import Decoder, fold_to_llama
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.layers import replace_linears
+from minicpm_lite.language.multipliers import fold_to_llama
 from minicpm_lite.language.templates import chat_template
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
 from minicpm_lite.pretrained import checkpoints, weights

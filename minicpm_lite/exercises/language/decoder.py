@@ -256,40 +256,84 @@ def turn(answer):
         )
 
 
-def _predicted(start, added, layers, scale, parts=2, power=2):
-    r = 1.0 if scale is None else scale / math.sqrt(layers)
-    return math.sqrt(start**2 + parts * layers * r**power * added**2)
+def _counted(ids: Tensor) -> Tensor:
+    """Scores that hear of earlier tokens, and of nothing else."""
+    return torch.nn.functional.one_hot(ids, 8).float().cumsum(dim=1)
+
+
+def _hears(size: float, at: int, of: int):
+    """A model whose scores at one place hear a little of another."""
+
+    def model(ids: Tensor) -> Tensor:
+        scores = _counted(ids)
+        if ids.shape[1] > max(at, of):
+            scores[:, at, 0] += size * (1 + ids[:, of])
+        return scores
+
+    return model
+
+
+def _hears_sevens(ids: Tensor) -> Tensor:
+    """Scores that tell how many sevens the whole text has, to all tokens."""
+    return _counted(ids) + (ids == 7).sum()
+
+
+def _averaged(ids: Tensor) -> Tensor:
+    scores = _counted(ids)
+    return scores - 0.01 * scores.mean(dim=1, keepdim=True)
+
+
+def _differs(model, ids: Tensor, places) -> bool:
+    whole = model(ids)
+    return any(not torch.allclose(model(ids[:, :t]), whole[:, :t], atol=1e-5) for t in places)
+
+
+def _other_last(model, ids: Tensor) -> bool:
+    """Only the last token is changed."""
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % 8
+    return not torch.allclose(model(changed)[:, :-1], model(ids)[:, :-1], atol=1e-5)
+
+
+def _last_scores(model, ids: Tensor) -> bool:
+    """Whole texts of other lengths are compared at their ends, which differ in any model."""
+    return not torch.allclose(model(ids)[:, -1], model(ids[:, :-1])[:, -1], atol=1e-5)
 
 
 @exercise(
-    "predict RMS",
+    "leaks",
     wrong=(
-        lambda start, added, layers, scale: (
-            start + 2 * layers * (scale / layers**0.5 if scale else 1) * added
-        ),
-        lambda start, added, layers, scale: _predicted(start, added, layers, scale, parts=1),
-        lambda start, added, layers, scale: _predicted(start, added, layers, scale, power=1),
-        lambda start, added, layers, scale: _predicted(start, added, layers, scale and 1.4),
-        lambda start, added, layers, scale: _predicted(start, added, 2 * layers, scale, parts=1),
+        _other_last,
+        _last_scores,
+        lambda model, ids: _differs(model, ids, [ids.shape[1] - 1]),
+        lambda model, ids: _differs(model, ids, range(1, ids.shape[1] - 1)),
+        lambda model, ids: _differs(model, ids, range(2, ids.shape[1])),
+        lambda model, ids: not torch.allclose(model(ids[:, :4]), model(ids)[:, :4], atol=0.1),
     ),
 )
-def predict_rms(answer):
-    """With the multiplier, the number of blocks cancels."""
-    assert same(answer(3.0, 0.0, 10, None), 3), "If the blocks add nothing, the stream stays as it was."
-    assert same(answer(0.0, 1.0, 8, None), 4), (
-        "8 blocks add 16 times, each with mean square 1, to nothing: what is the root of the sum?"
+def leaks(answer):
+    """Each beginning gives what the whole text gave for it, in every model that cannot see ahead."""
+    ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
+    assert same(answer(_counted, ids), False), (
+        "A model that counts the tokens so far does not see ahead; yours says that it does. Do you compare "
+        "scores at the same places?"
     )
-    assert same(answer(3.0, 2.0, 2, None), 5), (
-        "A start of 3 and 2 blocks whose parts have RMS 2: 9 and four times 4 are 25, and the RMS is 5."
+    assert same(answer(_hears(0.5, 6, 2), ids), False), "To hear of an *earlier* token is no leak."
+    assert same(answer(_averaged, ids), True), (
+        "Scores from which the average over the whole text is taken tell each token a little of the future."
     )
-    deep, flat = answer(1.0, 0.5, 52, 1.4), answer(1.0, 0.5, 4, 1.4)
-    assert same(deep, flat), (
-        "With r = scale_depth / sqrt(layers) the depth must cancel. In the mean square, r counts squared."
+    for at, of in ((6, 7), (0, 1), (2, 3), (0, 7), (1, 4)):
+        assert same(answer(_hears(0.01, at, of), ids), True), (
+            f"A model whose scores at place {at} hear a little (0.01) of the token at place {of} passed."
+        )
+    assert same(answer(_hears_sevens, ids), False), (
+        "In this text no score hears of a later token: the model tells only of sevens, and there is none."
     )
-    assert same(deep, math.sqrt(1.98)), "start 1, added 0.5, scale_depth 1.4: 1 + 2 × 1.4² × 0.5² = 1.98."
-    assert same(answer(1.0, 2.0, 9, 3.0), math.sqrt(73)), (
-        "start 1, added 2, scale_depth 3: 1 + 2 × 3² × 2² = 73. Does your answer use all four arguments?"
+    assert same(answer(_hears_sevens, torch.tensor([[3, 1, 7, 1]])), True), (
+        "A model that tells all tokens of a 7 leaks in a text that has one behind the first place."
     )
+    assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), "A text of two tokens can leak, too."
+    assert same(answer(_counted, ids[:, :1]), False), "With a single token there is no future to see."
 
 
 @exercise(
@@ -351,99 +395,6 @@ def longest_text(answer):
     assert same(answer(load_config("minicpm4-8b"), 2**30), 32768), "In the 8B, 1 GiB holds 32,768 tokens."
 
 
-def _equal_in_all(config: ModelConfig, layers: int, with_table: bool = True) -> ModelConfig:
-    sizes = {}
-    for heads in range(1, 25):
-        width = heads * config.head_dim
-        candidate = replace(
-            config,
-            hidden_size=width,
-            intermediate_size=round(width * config.intermediate_size / config.hidden_size),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-        )
-        sizes[candidate] = abs(_count(candidate, with_table) - _count(config, with_table))
-    return min(sizes, key=sizes.get)
-
-
-def _count(config: ModelConfig, with_table: bool = True) -> int:
-    d, width = config.hidden_size, config.head_dim
-    attention = 2 * d * width * (config.num_attention_heads + config.num_key_value_heads)
-    block = attention + 3 * d * config.intermediate_size + 2 * d
-    return config.num_hidden_layers * block + d + with_table * config.vocab_size * d
-
-
-_SHALLOW = ModelConfig(
-    hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=8, vocab_size=4096,
-    scale_emb=12, scale_depth=1.4, dim_model_base=64,
-)  # fmt: skip
-
-
-@exercise(
-    "equal in all",
-    wrong=(
-        lambda config, layers: _equal_in_all(config, layers, with_table=False),
-        lambda config, layers: replace(config, num_hidden_layers=layers),
-        lambda config, layers: replace(
-            _equal_in_all(config, layers), intermediate_size=config.intermediate_size
-        ),
-        lambda config, layers: replace(
-            _equal_in_all(config, layers), num_hidden_layers=config.num_hidden_layers
-        ),
-    ),
-)
-def equal_in_all(answer):
-    """Only what is held equal has changed; what does not come out even is reported."""
-    for config, layers in ((_SHALLOW, 8), (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9)):
-        got = answer(config, layers)
-        assert isinstance(got, ModelConfig), f"Expected a `ModelConfig`, not {type(got).__name__}."
-        assert got.num_hidden_layers == layers, f"{layers} blocks were asked for."
-        assert got.head_dim == config.head_dim and got.num_key_value_heads == got.num_attention_heads, (
-            "Heads keep their width, and each query head has its own key-value head."
-        )
-        assert got.hidden_size == got.num_attention_heads * got.head_dim, "The width consists of whole heads."
-        ratio = config.intermediate_size / config.hidden_size
-        assert abs(got.intermediate_size - ratio * got.hidden_size) <= 1, (
-            "The feed-forward width is the same multiple of the width as before."
-        )
-        off = abs(_count(got) - _count(config))
-        assert off <= abs(_count(_equal_in_all(config, layers)) - _count(config)), (
-            f"Yours is off by {off:,} parameters, the table counted; another number of heads comes nearer."
-        )
-
-
-_PHONE = load_config("minicpm-1.2b")
-
-
-@exercise(
-    "design",
-    wrong=(
-        _PHONE,  # its cache is too large
-        replace(_PHONE, num_key_value_heads=2),  # too small
-        load_config("minicpm4-8b"),
-        replace(_PHONE, num_key_value_heads=2, intermediate_size=4096, vocab_size=32_000),
-        replace(_PHONE, num_key_value_heads=2, intermediate_size=7000, num_hidden_layers=32),
-    ),
-)
-def design(answer):
-    """It fits. Now find out what it costs in loss."""
-    assert isinstance(answer, ModelConfig), f"Expected a `ModelConfig`, not {type(answer).__name__}."
-    assert answer.vocab_size == _PHONE.vocab_size, "Keep the vocabulary: 73,440."
-    assert answer.head_dim in (64, 128), f"Heads are {answer.head_dim} wide; choose 64 or 128."
-    assert answer.num_hidden_layers >= 40, f"{answer.num_hidden_layers} blocks: at least 40 were asked for."
-    kept = 4 * answer.num_hidden_layers * answer.num_key_value_heads * answer.head_dim * 32_768
-    assert kept <= 2**30, (
-        f"The cache takes {kept / 2**30:.2f} GiB at 32,768 tokens. Fewer key-value heads, or fewer blocks?"
-    )
-    size = _count(answer, with_table=False)
-    off = size / _count(_PHONE, with_table=False) - 1
-    assert abs(off) <= 0.02, (
-        f"{size:,} parameters without embeddings: {100 * off:+.1f} %. The feed-forward width is the easiest "
-        "place to put them back."
-    )
-
-
 quiz = Quiz(
     [
         (
@@ -488,14 +439,10 @@ quiz = Quiz(
             "The order of the scores is the same. Sampling and the loss do change.",
         ),
         (
-            "Why can a folded MiniCPM not keep its tables tied?",
-            [
-                "Llama does not allow it",
-                "The input table is multiplied, the output table divided",
-                "It would need more memory",
-            ],
+            "A model passes the causal test at its last token. Does it see the future anywhere?",
+            ["No, never", "Perhaps, between earlier tokens", "Yes, at the last token"],
             1,
-            "They take different factors, so they are different tables.",
+            "One token was tried. To see a leak between two others, compare each beginning of the text.",
         ),
     ]
 )

@@ -1,6 +1,6 @@
-"""The recorded runs on depth of the decoder chapter: what each multiplier is for, and how deep is best.
+"""The recorded runs of the chapter on multipliers: what each is for, and how deep is best.
 
-Run them with `python notebooks/language/recorded/decoder_depth.py`: ten minutes on an H200, a day on 2 cores.
+Run them with `python notebooks/language/recorded/multipliers.py`: ten minutes on an H200, a day on 2 cores.
 
 All models learn Austen and chitchat (5.9M tokens to train on, cut with one vocabulary of 1,024), in batches
 of 8,192 tokens, under WSD. They differ in width, number of blocks and multipliers, and in nothing else.
@@ -42,7 +42,7 @@ Their widths are about 18 and 64 times their depths; here it is 64 for 2 blocks,
 Rates are tuned on one grid for all, extended where the best lies at its edge, on a seed that is not compared.
 The best rate is where the parabola in its logarithm, through the best of the grid and its neighbours, is
 lowest.
-Results go to `decoder_depth.json` beside this file after each job; a run that is stopped goes on where it
+Results go to `multipliers.json` beside this file after each job; a run that is stopped goes on where it
 was, on another device if need be: each result says on which it was made.
 """
 
