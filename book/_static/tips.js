@@ -3,7 +3,7 @@
    only while the pointer is on the link, lest the browser show it a second time. */
 document.addEventListener('DOMContentLoaded', () => {
   const box = document.createElement('div');
-  box.className = 'tip';
+  box.className = 'hover-note';
   box.hidden = true;
   box.setAttribute('aria-hidden', 'true');
   document.body.append(box);

@@ -72,7 +72,7 @@ def test_a_page_without_exercises_asks_nothing(book, page):
 
 def test_a_box_opens_for_pointer_and_keyboard_and_escape_closes_it(book, page):
     page.goto(book + "part/one.html")
-    box, link = page.locator(".tip"), page.locator("a[title]")
+    box, link = page.locator(".hover-note"), page.locator("a[title]")
     assert box.is_hidden()
     page.get_by_text("term").hover()
     assert box.inner_text() == "What it means."

@@ -344,6 +344,7 @@ GATES = (
     _measured,
     _reads_everywhere,
     _described,
+    _pictures_are_svg,
     _offline,
     _clean,
     _keeps_names,

@@ -59,7 +59,12 @@ def no_alt_text(nb):
 
 def stored_image_without_alt_text(nb):
     del nb.cells[PICTURE].metadata["mystnb"]
+    nb.cells[PICTURE].metadata[KEY] = {"raster": "a photograph"}
     nb.cells[PICTURE].outputs = [new_output("display_data", {"image/png": "aGk="})]
+
+
+def picture_of_pixels(nb):
+    nb.cells[PICTURE].outputs[0].data["image/png"] = "aGk="
 
 
 def markdown_image_without_alt_text(nb):
@@ -227,7 +232,7 @@ def wide(nb):
 
 
 def too_large(nb):
-    nb.cells[PICTURE].outputs[0].data["image/png"] = "a" * (FILE_BYTES + 1)
+    nb.cells[PICTURE].outputs[0].data["text/plain"] = "a" * (FILE_BYTES + 1)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,7 @@ def too_large(nb):
         (holds("See [the exercise](ex-twice)."), "_reads_everywhere", "write #ex-twice"),
         (no_alt_text, "_described", "without alt text"),
         (stored_image_without_alt_text, "_described", "without alt text"),
+        (picture_of_pixels, "_pictures_are_svg", "no SVG (image/png)"),
         (markdown_image_without_alt_text, "_described", "without alt text"),
         (html_image_without_alt_text, "_described", "without alt text"),
         (cdn_in_output, "_offline", "network"),
