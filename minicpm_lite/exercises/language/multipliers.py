@@ -48,29 +48,29 @@ def predict_rms(answer):
     )
 
 
-_START, _END = 1.203, 1.412  # RMS of the model with 16 blocks, before training
+_START, _END = 1.181, 5.999  # RMS of the stream of the model with 16 blocks, before training
 
 
 @exercise(
     "forecast",
     wrong=(
-        2 * _END,
-        math.sqrt(2) * _END,
+        _END / 4,
+        _END / 2,
         _END,
-        math.sqrt(_START**2 + 2 * (_END**2 - _START**2)),
-        _START + 2 * (_END - _START),
-        math.sqrt(4 * (_END**2 - _START**2)),
+        math.sqrt(_START**2 + (_END**2 - _START**2) / 4),
+        _START + (_END - _START) / 4,
+        math.sqrt((_END**2 - _START**2) / 16),
     ),
 )
 def forecast(answer):
-    """The part of the blocks is four times as large in the mean square; that of the word stays."""
-    expected = math.sqrt(_START**2 + 4 * (_END**2 - _START**2))
-    assert not same(answer, 2 * _END, tolerance=0.01), (
-        "That doubles the whole stream. Is the word at its start doubled, too?"
+    """The part of the blocks is a sixteenth of what it was in the mean square; that of the word stays."""
+    expected = math.sqrt(_START**2 + (_END**2 - _START**2) / 16)
+    assert not same(answer, _END / 4, tolerance=0.01), (
+        "That divides the whole stream by four. Does the word at its start become smaller, too?"
     )
     assert abs(float(answer) / expected - 1) < 0.03, (
-        "Square both numbers of the table. Their difference is what the blocks add; by how much does *that* "
-        "grow when the factor on each part is doubled? Then add the start again, and take the root."
+        "Square both numbers that were printed. Their difference is what the blocks add; by how much does "
+        "*that* shrink when the factor on each part is a quarter? Add the start again, and take the root."
     )
 
 
@@ -183,7 +183,8 @@ def _count(config: ModelConfig, with_table: bool = True) -> int:
     d, width = config.hidden_size, config.head_dim
     attention = 2 * d * width * (config.num_attention_heads + config.num_key_value_heads)
     block = attention + 3 * d * config.intermediate_size + 2 * d
-    return config.num_hidden_layers * block + d + with_table * config.vocab_size * d
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * block + d + with_table * tables * config.vocab_size * d
 
 
 _SHALLOW = ModelConfig(
@@ -207,7 +208,11 @@ _SHALLOW = ModelConfig(
 )
 def equal_in_all(answer):
     """Only what is held equal has changed; what does not come out even is reported."""
-    for config, layers in ((_SHALLOW, 8), (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9)):
+    for config, layers in (
+        (_SHALLOW, 8),
+        (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9),
+        (replace(_SHALLOW, intermediate_size=331, tie_word_embeddings=False), 6),
+    ):
         got = answer(config, layers)
         assert isinstance(got, ModelConfig), f"Expected a `ModelConfig`, not {type(got).__name__}."
         assert got.num_hidden_layers == layers, f"{layers} blocks were asked for."
@@ -216,8 +221,8 @@ def equal_in_all(answer):
         )
         assert got.hidden_size == got.num_attention_heads * got.head_dim, "The width consists of whole heads."
         ratio = config.intermediate_size / config.hidden_size
-        assert abs(got.intermediate_size - ratio * got.hidden_size) <= 1, (
-            "The feed-forward width is the same multiple of the width as before."
+        assert abs(got.intermediate_size - ratio * got.hidden_size) <= 0.5, (
+            "The feed-forward width is as near as possible to the same multiple of the width."
         )
         off = abs(_count(got) - _count(config))
         assert off <= abs(_count(_equal_in_all(config, layers)) - _count(config)), (
@@ -242,6 +247,14 @@ def design(answer):
     """It fits. Now find out what it costs in loss."""
     assert isinstance(answer, ModelConfig), f"Expected a `ModelConfig`, not {type(answer).__name__}."
     assert answer.vocab_size == _PHONE.vocab_size, "Keep the vocabulary: 73,440."
+    of_releases = (_PHONE.scale_emb, _PHONE.scale_depth, _PHONE.dim_model_base)
+    assert (answer.scale_emb, answer.scale_depth, answer.dim_model_base) == of_releases, (
+        "Keep the multipliers of the 1.2B: scale_emb=12, scale_depth=1.4, dim_model_base=256."
+    )
+    assert 2 <= answer.intermediate_size / answer.hidden_size <= 4, (
+        f"The feed-forward width is {answer.intermediate_size / answer.hidden_size:.1f} times the width: two "
+        "to four times was asked for."
+    )
     assert answer.head_dim in (64, 128), f"Heads are {answer.head_dim} wide; choose 64 or 128."
     assert answer.num_hidden_layers >= 40, f"{answer.num_hidden_layers} blocks: at least 40 were asked for."
     kept = 4 * answer.num_hidden_layers * answer.num_key_value_heads * answer.head_dim * 32_768
@@ -278,14 +291,10 @@ quiz = Quiz(
             "r falls to a half, its square to a quarter, and there are four times the parts.",
         ),
         (
-            "Without the multiplier, a late block turns the lane less than an early one, because",
-            [
-                "its weights are smaller",
-                "the lane that it adds to is longer",
-                "the norm makes its part smaller",
-            ],
+            "A late block of a deep model turns the lane little. With the multiplier it turns it",
+            ["more", "about as much", "less"],
             1,
-            "The norm makes all parts of one size; the lane has grown, and the share of a part in it falls.",
+            "Its part and the lane that it is added to both contain r, which cancels: about 1/√l in block l.",
         ),
         (
             "Why are the rows of the table not simply drawn twelve times as large?",

@@ -50,6 +50,16 @@ def leaks_by_changing(model, ids):
     return False
 
 
+def leaks_by_one_token(model, ids):
+    """One token at a time is another one."""
+    for place in range(1, ids.shape[1]):
+        other = ids.clone()
+        other[0, place] = (ids[0, place] + 1) % 8
+        if not torch.allclose(model(other)[:, :place], model(ids)[:, :place], atol=1e-5):
+            return True
+    return False
+
+
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
@@ -60,6 +70,7 @@ def leaks_by_changing(model, ids):
         (check.turn, turn_in_numpy),
         (check.turn, turn_in_place),
         (check.leaks, leaks_by_changing),
+        (check.leaks, leaks_by_one_token),
         (check.block_parameters, lambda d, ff, q, kv, h: d * (2 * h * q + 2 * h * kv + 3 * ff + 2)),
         (
             check.longest_text,
