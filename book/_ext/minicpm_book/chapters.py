@@ -60,22 +60,30 @@ class Chapter:
 
 
 def reading_minutes(cells: list[dict]) -> int:
-    """How long a chapter takes to read: words, and the lines of code that are not folded, to the next five.
+    """How long a chapter takes to read without its exercises, to the next five: open words and lines of code.
 
     >>> text = {"cell_type": "markdown", "metadata": {}, "source": "word " * 2_000}
     >>> code = {"cell_type": "code", "metadata": {}, "source": "x = 1\\n" * 100}
     >>> folded = {"cell_type": "code", "metadata": {"tags": ["solution"]}, "source": "x = 1\\n" * 400}
-    >>> reading_minutes([text]), reading_minutes([text, code]), reading_minutes([text, folded])
+    >>> asked = {"cell_type": "markdown", "metadata": {}, "source": "```{exercise-start} " + "word " * 2_000}
+    >>> reading_minutes([text]), reading_minutes([text, code]), reading_minutes([text, folded, asked])
     (10, 15, 10)
     """
     words = lines = 0
     for cell in cells:
         source = "".join(cell["source"])
+        if is_exercise(cell) or not FOLDED.isdisjoint(cell["metadata"].get("tags", [])):
+            continue
         if cell["cell_type"] == "markdown":
             words += len(source.split())
-        elif FOLDED.isdisjoint(cell["metadata"].get("tags", [])):
+        else:
             lines += sum(1 for line in source.splitlines() if line.strip())
     return max(5, 5 * round((words / WORDS_A_MINUTE + lines / LINES_A_MINUTE) / 5))
+
+
+def is_exercise(cell: dict) -> bool:
+    """Whether a cell is the text of an exercise, with its hints."""
+    return cell["cell_type"] == "markdown" and "{exercise-start}" in "".join(cell["source"])
 
 
 def duration(minutes: int) -> str:
@@ -191,7 +199,10 @@ def add_reading_time(app, doctree):
     summary = section and next(section.findall(nodes.paragraph), None)
     if summary:
         chapter = read_chapter(Path(env.doc2path(env.docname)), env.docname)
-        line = nodes.paragraph(text=f"Reading: about {duration(chapter.reading)}", classes=["reading-time"])
+        line = nodes.paragraph(
+            text=f"Reading: about {duration(chapter.reading)}, without the exercises",
+            classes=["reading-time"],
+        )
         summary.parent.insert(summary.parent.index(summary) + 1, line)
 
 
