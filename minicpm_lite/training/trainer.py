@@ -59,7 +59,7 @@ from .state import (
     checkpoint_shapes,
     checkpoint_tensors,
     make_moments,
-    own_buffers,
+    own_memory,
     require_one_run,
     require_own_memory,
     require_same_run,
@@ -175,8 +175,8 @@ class Trainer:
                 "give Layout(sharded=True), with which a decoder's weights are drawn."
             )
         _require_long_enough(model)
-        own_buffers(model)
         require_own_memory(model)
+        own_memory(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
         self._computing, self._loss = nullcontext, objective.loss
