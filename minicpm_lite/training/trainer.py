@@ -236,8 +236,9 @@ class Trainer:
             FloatingPointError: a loss or a gradient is not finite.
             ValueError: parameters were frozen or set free since the trainer was made; with a folder, `losses`
                 or `grad_norms` was changed; the batch of a step holds nothing to predict, or a shard is
-                damaged; a checkpoint could not bring the schedule back; the tokenizer is not the one that
-                shards note; or processes were told different things.
+                damaged; the objective computes with another module than it is given; a checkpoint could not
+                bring the schedule back; the tokenizer is not the one that shards note; or processes were told
+                different things.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
