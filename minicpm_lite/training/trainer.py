@@ -244,11 +244,13 @@ class Trainer:
             ValueError: parameters were frozen or set free since the trainer was made; with a folder, `losses`
                 or `grad_norms` was changed; the batch of a step holds nothing to predict, or a shard is
                 damaged; the objective computes with another module than it is given; a checkpoint could not
-                bring the schedule back; the tokenizer is not the one that shards note; or processes were told
-                different things.
+                bring the schedule back; the tokenizer is not the one that shards note; processes were told
+                different things; or the folder's name is empty.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
+        if folder == "":
+            raise ValueError("folder is an empty name; expected a path, or None to keep nothing of the run.")
         if folder:
             self._require_curves()
         until = self.schedule.total_steps if until is None else until

@@ -105,6 +105,15 @@ def test_gradients_are_clipped():
     assert min(run.grad_norms) > 1e-2, "what is recorded is the norm before clipping"
 
 
+def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
+    """As of a variable of the environment that is not set: days of steps would be kept nowhere."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder is an empty name; expected a path, or None"):
+        make().train(2, folder="", progress=False)
+    make().train(2, folder=Path(""), progress=False)
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+
+
 def test_half_a_step_is_none():
     with pytest.raises(ValueError, match="until is 1.5; expected a whole number, the step to stop at"):
         make().train(1.5, progress=False)
