@@ -8,13 +8,11 @@ With them stand the facts that hold for all of them, so results under other fact
 import json
 import math
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack, contextmanager
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Protocol, TypeVar
@@ -24,6 +22,7 @@ import torch
 from ..config import require_positive_number
 from ..files import locked, written_whole
 from ..pretrained.weights import read_json
+from .workers import fresh_processes
 
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
 
@@ -78,7 +77,7 @@ def run_jobs(
             "device": _device(workers),
             "torch": torch.__version__,
         }
-        with _pool(workers) as pool:
+        with fresh_processes(workers) as pool:
             futures = {pool.submit(_timed, work, job): job.name for job in todo}
             for future in as_completed(futures):
                 name = futures[future]
@@ -187,25 +186,6 @@ def _alone(script: Path) -> Iterator[None]:
                 "kept is not computed again."
             ) from None
         yield
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Workers that end at once when anything is raised, as by Ctrl-C; by itself a pool first does all jobs.
-
-    They ignore Ctrl-C, which a terminal sends to them, too: it would fail the job in hand, and they would
-    take the next one.
-    """
-    others = active_children()
-    ignoring = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(workers, get_context("spawn"), **ignoring) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for each in active_children():
-                if each not in others:
-                    each.kill()
-            raise
 
 
 def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[str, object]) -> None:

@@ -93,7 +93,7 @@ def test_a_stopped_script_ends_at_once_and_keeps_what_was_finished(tmp_path, sto
     script = subprocess.Popen(
         [sys.executable, "waits.py"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "b").exists():
+    while not ((tmp_path / "b").exists() and (tmp_path / "waits.json").exists()):
         assert script.poll() is None, script.stderr.read()
         time.sleep(0.05)
     stop(script.pid, signal.SIGINT)
