@@ -8,14 +8,17 @@ Equality is a claim, too, and not the absence of a difference: it is told by a b
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Literal
 
+from ..config import require_positive_integer, require_positive_number
 from ..optional import require
 
 stats = require("scipy.stats", install="minicpm_lite[notebooks]", purpose="compare runs")
+special = require("scipy.special", install="minicpm_lite[notebooks]", purpose="compare runs")
+integrate = require("scipy.integrate", install="minicpm_lite[notebooks]", purpose="compare runs")
 
 __all__ = ["Difference", "difference", "power", "smallest_effect"]
 
@@ -50,7 +53,12 @@ class Difference:
         Returns:
             "equal" if the whole interval lies within the bound; else "lower" or "higher" if it leaves out 0;
             else "not told apart".
+
+        Raises:
+            ValueError: the bound is not a finite number above 0.
         """
+        if bound is not None:
+            require_positive_number("bound", bound)
         if bound is not None and -bound <= self.low and self.high <= bound:
             return "equal"
         if self.low <= 0 <= self.high:
@@ -62,15 +70,22 @@ def difference(values: Iterable[float], others: Iterable[float]) -> Difference:
     """The first minus the second, run by run of one seed.
 
     Raises:
-        ValueError: fewer than two pairs, not as many of one as of the other, or a number that is not finite.
+        ValueError: fewer than two pairs, not as many of one as of the other, or a number that is not finite;
+            or tables or sets, of which nothing says which run belongs to which.
     """
+    for runs in (values, others):
+        if isinstance(runs, Mapping | Set):
+            raise ValueError(
+                f"Runs were given as a {type(runs).__name__}; expected a list of their numbers, in the order "
+                "of their seeds."
+            )
     values, others = list(values), list(others)
     if len(values) != len(others) or len(values) < 2:
         raise ValueError(
             f"{len(values)} runs and {len(others)} were given; expected as many of one as of the other, two "
             "at least, in the order of their seeds."
         )
-    gaps = [value - other for value, other in zip(values, others, strict=True)]
+    gaps = [float(value) - float(other) for value, other in zip(values, others, strict=True)]
     if not all(map(math.isfinite, gaps)):
         raise ValueError(f"The differences are {gaps}; a run that diverged has none. Report it apart.")
     half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
@@ -80,18 +95,45 @@ def difference(values: Iterable[float], others: Iterable[float]) -> Difference:
 def power(effect: float, spread: float, seeds: int) -> float:
     """How probable it is that `difference` leaves out 0, if the true difference is ``effect``.
 
+    It is the probability for each deviation that the runs may happen to show, averaged over these.
+
     Args:
         effect: the true mean difference.
         spread: standard deviation of the differences from seed to seed, known or guessed before.
         seeds: pairs of runs.
+
+    Raises:
+        ValueError: an effect that is not finite, a spread that is not above 0, or fewer than two seeds.
     """
+    if not math.isfinite(effect):
+        raise ValueError(f"effect is {effect!r}; expected a finite number.")
+    require_positive_number("spread", spread)
+    require_positive_integer("seeds", seeds)
+    if seeds < 2:
+        raise ValueError("seeds is 1; at least two pairs of runs are needed to tell a difference.")
     limit = stats.t.ppf((1 + _CONFIDENCE) / 2, seeds - 1)
-    shift = effect / (spread / math.sqrt(seeds))
-    return float(stats.nct.sf(limit, seeds - 1, shift) + stats.nct.cdf(-limit, seeds - 1, shift))
+    shift = abs(effect) / (spread / math.sqrt(seeds))
+
+    # Not by scipy's noncentral t, which gives nan for a large shift.
+    def seen(quantile: float) -> float:
+        """The probability under this quantile of the deviation that is shown."""
+        half = limit * math.sqrt(2 * special.gammaincinv((seeds - 1) / 2, quantile) / (seeds - 1))
+        return special.ndtr(shift - half) + special.ndtr(-shift - half)
+
+    return float(integrate.quad(seen, 0, 1)[0])
 
 
 def smallest_effect(spread: float, seeds: int, wanted: float = 0.8) -> float:
-    """The smallest difference that so many seeds would show with a power of ``wanted``."""
+    """The smallest difference that so many seeds would show with a power of ``wanted``.
+
+    Raises:
+        ValueError: ``wanted`` is not a probability above the 5 % of true ties; or as `power` says.
+    """
+    if not 1 - _CONFIDENCE < wanted < 1:
+        raise ValueError(
+            f"wanted is {wanted!r}; expected a probability between {1 - _CONFIDENCE:.2f}, which a true tie "
+            "has, and 1."
+        )
     low, high = 0.0, spread
     while power(high, spread, seeds) < wanted:
         high *= 2

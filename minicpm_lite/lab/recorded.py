@@ -11,9 +11,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Protocol, TypeVar
@@ -23,6 +22,7 @@ import torch
 from ..config import require_positive_number
 from ..files import locked, written_whole
 from ..pretrained.weights import read_json
+from .workers import fresh_processes
 
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
 
@@ -62,6 +62,7 @@ def run_jobs(
     Raises:
         ValueError: two jobs have one name, or the results that are there were made under other facts.
         FileExistsError: another program is at the same script.
+        KeyboardInterrupt: Ctrl-C; the jobs in hand end at once, and what was finished before is kept.
         Exception: what the first job raised that failed; the others were run, and their results are kept.
     """
     script, jobs, workers = Path(script), list(jobs), workers or os.cpu_count() or 1
@@ -76,7 +77,7 @@ def run_jobs(
             "device": _device(workers),
             "torch": torch.__version__,
         }
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with fresh_processes(workers) as pool:
             futures = {pool.submit(_timed, work, job): job.name for job in todo}
             for future in as_completed(futures):
                 name = futures[future]

@@ -9,8 +9,8 @@ Choices and traps:
 - The second derivative is a difference of gradients, not of losses: a loss of 3 in float32 is exact to some
   1e-7, which a division by the square of a small step blows up.
 - Derivatives are taken where the update began, in float32, of what was minimised there, with the batch that
-  it was computed from, and with the buffers of then. Only what is trained moves; frozen parameters have no
-  part in it.
+  it was computed from, in its passes, and with the buffers of then. Only what is trained moves; frozen
+  parameters have no part in it.
 - The gradient of a small batch is mostly noise, and so are its norm and its cosine with the next one.
 """
 
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import require_positive_number
-from .batches import batch_to
+from .batches import batch_to, split_batch
 from .state import hold_buffers
 from .trainer import Trainer
 
@@ -155,11 +155,17 @@ def _derivatives_at(
     if not any(part.any() for part in update):
         return math.nan, math.nan  # there is no direction
     batch = batch_to(trainer.batches[trainer.step - 1], place[0].device)
+    passes = split_batch(batch, trainer.layout.micro_batch)  # each may have a balance loss of its own
+    weights = [trainer.objective.weight(part) for part in passes]
+    units = sum(weights)
     buffers_now = hold_buffers(trainer.model)
 
     def loss() -> Tensor:
         buffers_there()  # a loss in training mode may move them
-        return trainer.objective.loss(trainer.model, batch)[0]
+        return sum(
+            trainer.objective.loss(trainer.model, part)[0] * (weight / units)
+            for part, weight in zip(passes, weights, strict=True)
+        )
 
     now = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():

@@ -203,6 +203,8 @@ def cut_again(model: nn.Module) -> None:
 def leave_unreached(model: nn.Module, optimizer: Optimizer) -> set[nn.Parameter]:
     """Let steps of the optimiser leave alone what no process reached, as they do with a whole module.
 
+    A step for which nothing at all was reached raises a ValueError, in all processes.
+
     Returns:
         The parameters that this process reached; to be emptied before each step's passes.
     """
@@ -218,7 +220,13 @@ def leave_unreached(model: nn.Module, optimizer: Optimizer) -> set[nn.Parameter]
     def drop(*step: object) -> None:
         parameters = [each for each in model.parameters() if each.requires_grad]
         counts = torch.tensor([each in reached for each in parameters], dtype=torch.int32)
-        for parameter, count in zip(parameters, add_up(counts.to(local_device())).tolist(), strict=True):
+        counts = add_up(counts.to(local_device())).tolist()
+        if not any(counts):
+            raise ValueError(
+                "No process has a gradient for any weight of the model: the loss was computed by another "
+                "module. Let the objective use the one that it is given."
+            )
+        for parameter, count in zip(parameters, counts, strict=True):
             if not count:
                 parameter.grad = None
 

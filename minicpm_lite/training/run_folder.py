@@ -27,9 +27,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Self
 
-from ..data.shards import TOKENIZER
+from ..data.shards import TOKENIZER, tokenizer_checksum
 from ..files import locked, written_whole
 from ..optional import require
+from ..pretrained.checkpoints import read_tokenizer
 from .branch import require_same_past
 from .processes import on_first, rank
 from .sharded_checkpoint import checkpoints, read_facts, require_shared
@@ -197,15 +198,17 @@ def require_noted(tokenizer: Path, text: dict) -> None:
     """Refuse a tokenizer that is not the one of which the data that are read note the checksum.
 
     Args:
-        tokenizer: a file.
+        tokenizer: a file; its JSON may be spelled otherwise than in the copy beside the shards.
         text: what a run reads, as its facts have it.
 
     Raises:
-        ValueError: it is another one. Where nothing was noted, any will do.
+        ValueError: it is another one, or none. Where nothing was noted, any will do.
     """
     sources = [source for source in text.get("sources", [text]) if isinstance(source, Mapping)]
     noted = {source["tokenizer"] for source in sources if source.get("tokenizer") is not None}
-    if noted and zlib.crc32(tokenizer.read_bytes()) not in noted:
+    if not noted or zlib.crc32(tokenizer.read_bytes()) in noted:
+        return
+    if tokenizer_checksum(read_tokenizer(tokenizer)) not in noted:
         raise ValueError(
             f"{tokenizer} is not the tokenizer that made the ids of this run: its checksum is not the one "
             f"that was noted with them. Take the {TOKENIZER} of the run, or the one beside the shards."

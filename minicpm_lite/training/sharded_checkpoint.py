@@ -12,7 +12,8 @@ Choices, and the traps behind them:
 - So a missing file would go unnoticed, and the values in it would stay what they were. `require_whole`
   counts them first.
 - A disk may give back other bits than it was given. So `read_tensors` compares each file's CRC-32 with what
-  was noted when it was written, the processes sharing the work; and the facts hold their own.
+  was noted when it was written; and the facts hold their own. The processes share the work, unless each
+  machine has a copy on a disk of its own: then they look at all that they may read.
 - While it writes, a process holds its part a second time, as bytes in the host's memory.
 - Only tensors are written. Steps, schedules and configs are facts, in JSON. Since version 2 they say how
   often each parameter was moved, and since version 3 the losses are there; older ones are not read any more.
@@ -286,7 +287,9 @@ def read_tensors(checkpoint: str | Path, facts: dict, state: dict[str, Tensor], 
     if alone:
         _require_unchanged(checkpoint, checksums)
     else:
-        on_each(lambda: _require_unchanged(checkpoint, {name: checksums[name] for name in _share(checksums)}))
+        places = on_each(lambda: _place(Path(checkpoint) / FACTS))
+        own = _share(checksums) if len(set(places)) == 1 else checksums
+        on_each(lambda: _require_unchanged(checkpoint, {name: checksums[name] for name in own}))
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     try:
         with _meant_alone():
@@ -296,6 +299,12 @@ def read_tensors(checkpoint: str | Path, facts: dict, state: dict[str, Tensor], 
         if not isinstance(cause, Exception):  # whoever interrupts a program is not told of its files
             raise cause from None
         raise ValueError(f"{checkpoint} could not be read: {cause}") from None
+
+
+def _place(file: Path) -> tuple[int, int]:
+    """What tells a file from its copies, from whatever machine one looks."""
+    status = file.stat()
+    return status.st_ino, status.st_ctime_ns  # the second one cannot be copied
 
 
 def _require_unchanged(checkpoint: str | Path, checksums: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ __all__ = [
     "checkpoint_tensors",
     "hold_buffers",
     "make_moments",
-    "own_buffers",
+    "own_memory",
     "require_one_run",
     "require_own_memory",
     "require_same_run",
@@ -93,11 +94,15 @@ def require_one_run(facts: dict[str, dict]) -> None:
         require_same_run(f"What process {number} was given", theirs, first)
 
 
-def own_buffers(model: nn.Module) -> None:
-    """Give each number of an expanded buffer its own place in memory, so that it can be written to."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.contiguous()
+def own_memory(model: nn.Module) -> None:
+    """Give each number of a slice, or of an expanded tensor, a place in memory of its own.
+
+    It may be written to then. And the fused AdamW moves the first numbers that lie in a parameter's memory,
+    as many as it has, which are others in a slice.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_contiguous():
+            tensor.data = tensor.data.clone()  # one that is merely transposed keeps its order
 
 
 def hold_buffers(model: nn.Module) -> Callable[[], None]:
@@ -117,20 +122,23 @@ def hold_buffers(model: nn.Module) -> Callable[[], None]:
 
 
 def require_own_memory(model: nn.Module) -> None:
-    """Refuse two tensors in one place in memory: each would be moved by itself, and no file takes both.
+    """Refuse two tensors in one stretch of memory: each would be moved by itself, and no file takes both.
 
     Raises:
         ValueError: a sentence that names them.
     """
-    names: dict[tuple[torch.device, int], str] = {}
+    stretches = []
     for name, tensor in _kept(model).items():
         if not (tensor.is_meta or isinstance(tensor, DTensor)) and tensor.numel():
-            other = names.setdefault((tensor.device, tensor.data_ptr()), name)
-            if other != name:
-                raise ValueError(
-                    f"{other} and {name} share memory. To tie them, give both modules the same Parameter; "
-                    "else give one of them a copy."
-                )
+            last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            start, length = tensor.data_ptr(), (last + 1) * tensor.element_size()
+            stretches.append((str(tensor.device), start, start + length, name))
+    for (device, _, end, name), (next_device, start, _, other) in pairwise(sorted(stretches)):
+        if device == next_device and start < end:
+            raise ValueError(
+                f"{name} and {other} share memory. To tie them, give both modules the same Parameter; else "
+                "give one of them a copy."
+            )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
@@ -50,7 +51,7 @@ from .memory import recompute_blocks
 from .objective import Objective, next_token
 from .optimizer import adamw
 from .precision import rounded
-from .processes import add_up, on_first, raise_together, rank, world_size
+from .processes import add_up, on_each, on_first, raise_together, rank, world_size
 from .run_folder import RunFolder
 from .settings import Layout, TrainerConfig
 from .sharded_checkpoint import read_facts, read_tensors, require_whole, write_checkpoint
@@ -59,7 +60,7 @@ from .state import (
     checkpoint_shapes,
     checkpoint_tensors,
     make_moments,
-    own_buffers,
+    own_memory,
     require_one_run,
     require_own_memory,
     require_same_run,
@@ -86,6 +87,11 @@ def _require_long_enough(model: nn.Module) -> None:
                 'updates round to nothing. Give model.float(); with TrainerConfig(precision="bfloat16") it '
                 "computes in bfloat16 all the same."
             )
+
+
+def _some_rates(schedule: Schedule, steps: range) -> dict[str, float]:
+    """Of a schedule of any kind: the rates by which processes tell that theirs are the same."""
+    return {f"rate at step {step}": schedule(step) for step in steps[:: 1 + len(steps) // 1000]}
 
 
 def _require_same_choice(model: nn.Module, optimizer: Optimizer) -> None:
@@ -130,8 +136,8 @@ class Trainer:
             parameter that is to be cut over processes has a hook of its gradient, or two tensors share
             memory; windows do not fit the model or the config, or the batches give none of a step; there are
             several processes, and the layout keeps the model whole, the batch cannot be shared evenly, or
-            they were given different models, data or configs; or the model is on the meta device and not
-            drawn, see `distributed.shard`.
+            they were given different models, data, configs or layouts; or the model is on the meta device
+            and not drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -175,13 +181,14 @@ class Trainer:
                 "give Layout(sharded=True), with which a decoder's weights are drawn."
             )
         _require_long_enough(model)
-        own_buffers(model)
         require_own_memory(model)
+        own_memory(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
         self._computing, self._loss = nullcontext, objective.loss
         if layout.sharded:
-            require_one_run(self._identity())
+            told = {"trainer config": asdict(config), "layout": asdict(layout)}
+            require_one_run(self._identity() | told)
             _require_no_hooks(model, "cut over processes. Give Layout(), which keeps the model whole.")
             shard(model, config)
         if layout.activation_checkpointing:
@@ -236,11 +243,14 @@ class Trainer:
             FloatingPointError: a loss or a gradient is not finite.
             ValueError: parameters were frozen or set free since the trainer was made; with a folder, `losses`
                 or `grad_norms` was changed; the batch of a step holds nothing to predict, or a shard is
-                damaged; a checkpoint could not bring the schedule back; the tokenizer is not the one that
-                shards note; or processes were told different things.
+                damaged; the objective computes with another module than it is given; a checkpoint could not
+                bring the schedule back; the tokenizer is not the one that shards note; processes were told
+                different things; or the folder's name is empty.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
+        if folder == "":
+            raise ValueError("folder is an empty name; expected a path, or None to keep nothing of the run.")
         if folder:
             self._require_curves()
         until = self.schedule.total_steps if until is None else until
@@ -253,8 +263,9 @@ class Trainer:
         decay_start = self.schedule.decay_start if isinstance(self.schedule, WSD) else None
         told = {"step": self.step, "until": until, "checkpoint_every": checkpoint_every,
                 "skip_non_finite": skip_non_finite, "folder": "given" if folder else "left out"}  # fmt: skip
-        saved = {"schedule": schedule_facts(self.schedule)} if folder else {}  # which a checkpoint will need
-        require_one_run({"call of train": told} | saved)
+        saved = schedule_facts(self.schedule) if folder else {}  # which a checkpoint will need
+        rates = _some_rates(self.schedule, range(self.step + 1, until + 1)) if world_size() > 1 else {}
+        require_one_run({"call of train": told, "schedule": saved | rates})
         self._trouble = self._stop = None  # what was reported before may have been mended
         self._interruption = Interruption()
         calm_threads()
@@ -381,6 +392,8 @@ class Trainer:
     def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
         """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
 
+        Processes of a model that is cut call it together, with as many tokens each.
+
         It is the loss that the run reports of its steps, so documents are kept apart if they are in training.
         For objectives whose batches are windows of tokens; another's mean is over its own units. What is read
         and not predicted does not count. A whole model computes in float32 whatever the training precision;
@@ -389,11 +402,12 @@ class Trainer:
 
         Raises:
             ValueError: the stream is too short, holds ids that the model does not know, or nothing that is
-                predicted.
+                predicted; or processes were given streams of other lengths.
         """
         require_positive_integer("batch_size", batch_size)
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
+        require_one_run({"call of evaluate": {"number of windows": len(starts), "batch_size": batch_size}})
         if not starts:
             raise ValueError(
                 f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."
@@ -492,7 +506,7 @@ class Trainer:
         Raises:
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is damaged or foreign, or belongs to another model, trainer config, text,
-                objective, choice of trained parameters or schedule.
+                objective, choice of trained parameters or schedule; or processes were given different ones.
         """
         self._load(checkpoint, self._identity())
 
@@ -530,7 +544,12 @@ class Trainer:
             require_whole(checkpoint, facts, shapes)
             return facts
 
-        facts = on_first(check)
+        facts, *others = on_each(check)
+        if different := [process for process, theirs in enumerate(others, start=1) if theirs != facts]:
+            raise ValueError(
+                f"{checkpoint} is another checkpoint for process {different[0]} than for process 0. Give all "
+                "of them the same one, or copies of it."
+            )
         step, updates = facts["step"], facts["updates"]
         moments = dict(self.optimizer.state)
         try:

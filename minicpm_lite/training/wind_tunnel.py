@@ -234,7 +234,8 @@ def fit_power_law(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: fewer than 3 points, fewer than 2 different x or groups, or numbers without a logarithm.
+        ValueError: fewer than 3 points, fewer than 2 different x or groups, a group that is nan, or numbers
+            without a logarithm.
 
     >>> law = fit_power_law([1, 2, 4, 8], [3, 12, 48, 192])
     >>> round(law.coefficient, 6), round(law.exponent, 6)
@@ -251,6 +252,8 @@ def fit_power_law(
             f"All points are of the group {labels[0]!r}, which says nothing of how groups differ. Give 2 "
             "groups at least, or leave them out."
         )
+    if any(label != label for label in labels):
+        raise ValueError("A group is nan, which is equal to no group. Give each point the label of its own.")
     members = [[i for i, label in enumerate(labels) if label == each] for each in dict.fromkeys(labels)]
     random, sampled = np.random.default_rng(seed), []
     while len(sampled) < draws:

@@ -3,6 +3,10 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from itertools import permutations
@@ -60,6 +64,41 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
     assert runs["square/2"]["square"] == "not computed again"
     assert runs["square/5"]["square"] == 25 and len(runs) == 3  # run after both failures, and kept
     assert set(script.parent.iterdir()) == {script, script.with_suffix(".json")}  # nothing half written
+
+
+@pytest.mark.slow  # it starts worker processes, and each imports torch
+@pytest.mark.parametrize("stop", [os.kill, os.killpg], ids=["the script alone", "all, as a terminal does"])
+def test_a_stopped_script_ends_at_once_and_keeps_what_was_finished(tmp_path, stop):
+    (tmp_path / "waits.py").write_text(
+        textwrap.dedent("""
+        import time
+        from dataclasses import dataclass
+        from pathlib import Path
+        from minicpm_lite.lab.recorded import run_jobs
+
+        @dataclass(frozen=True)
+        class Wait:
+            name: str
+            seconds: int
+
+        def wait(job):
+            Path(job.name).touch()
+            time.sleep(job.seconds)
+            return {}
+
+        if __name__ == "__main__":
+            run_jobs(__file__, [Wait("a", 0), Wait("b", 600), Wait("c", 0)], wait, {}, workers=1)
+        """)
+    )
+    script = subprocess.Popen(
+        [sys.executable, "waits.py"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not ((tmp_path / "b").exists() and (tmp_path / "waits.json").exists()):
+        assert script.poll() is None, script.stderr.read()
+        time.sleep(0.05)
+    stop(script.pid, signal.SIGINT)
+    assert "KeyboardInterrupt" in script.communicate(timeout=60)[1]  # which its workers hold open, too
+    assert list(load_results(tmp_path / "waits.py")["runs"]) == ["a"] and not (tmp_path / "c").exists()
 
 
 def noted(folder, facts: dict) -> Path:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from minicpm_lite import ModelConfig
+from minicpm_lite.config import MixtureConfig
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import next_token_loss
 from minicpm_lite.training.curvature import (
@@ -237,6 +238,24 @@ def test_watching_moves_no_buffers_and_reads_with_those_of_the_update(precision)
 
     reading = readings[1]
     assert (reading.first, reading.second) == directional_derivatives(loss, parts, update)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 2])
+def test_a_reading_is_of_the_passes_of_the_update(micro_batch):
+    """With experts each of them minimises its own balance loss, and their mean is not that of the whole."""
+    torch.manual_seed(0)
+    model = Decoder(replace(MODEL, init_std=0.2, mixture=MixtureConfig(4, 2, balance_loss_weight=1.0)))
+    config = replace(CONFIG, max_grad_norm=1e9)  # so that nothing is clipped
+    run = Trainer(model, TOKENS, WSD(0.003, 1, 9, 5), config, layout=Layout(micro_batch))
+    alone = copy.deepcopy(run)
+    reading = next(watch_decay(run, 4, every=4))
+    alone.train(3, progress=False)
+    before = [parameter.detach().clone() for parameter in alone.model.parameters()]
+    alone.train(4, progress=False)
+    update = [p.detach() - start for p, start in zip(alone.model.parameters(), before, strict=True)]
+    length = torch.nn.utils.parameters_to_vector(update).norm()
+    slope = sum((p.grad * part).sum() for p, part in zip(alone.model.parameters(), update, strict=True))
+    assert reading.first == pytest.approx((slope / length).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["linear", "sqrt"])

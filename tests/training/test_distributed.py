@@ -6,6 +6,7 @@ function of this file under torchrun.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import latest_checkpoint, load_weights, read_facts
 from minicpm_lite.training.state import updates_made
 from minicpm_lite.training.trainer import Trainer
-from minicpm_lite.training.wsd import WSD
+from minicpm_lite.training.wsd import WSD, Schedule
 
 MODEL = ModelConfig(32, 80, 2, 4, 41, num_key_value_heads=2, max_position_embeddings=64, scale_emb=12,
                     scale_depth=1.4, dim_model_base=16, init_std=0.1)  # fmt: skip
@@ -769,6 +770,16 @@ def test_two_processes_train_as_one(tmp_path):
     assert one["balanced"][0] == pytest.approx(balanced, abs=0.01), "the balance is that of each process"
 
 
+class Falling(Schedule):
+    """A kind that no checkpoint brings back."""
+
+    def __init__(self, peak_lr, total_steps, fall):
+        self.peak_lr, self.total_steps, self.fall = peak_lr, total_steps, fall
+
+    def __call__(self, step):
+        return self.peak_lr if step <= self.fall else self.peak_lr / 10
+
+
 def failures(folder) -> dict:
     """Errors that one process alone meets; each must reach both, and leave nothing behind."""
     rank, said = torch.distributed.get_rank(), {}
@@ -819,7 +830,13 @@ def failures(folder) -> dict:
         lambda: Trainer(Decoder(MODEL), WINDOWS, SCHEDULE, CONFIG, layout=Layout(sharded=True)),
     )
     note("other rate", lambda: trained(make(schedule=WSD(0.01 + rank, 0, 10, 0)), folder=folder / "rate"))
+    note("other rate without a folder", lambda: trained(make(schedule=WSD(0.01 + rank, 0, 10, 0))))
+    note("other decay of one's own", lambda: trained(make(schedule=Falling(0.01, 10, 5 - rank))))
     note("other end", lambda: trained(make(), 3 + rank))
+    note("other passes", lambda: make(layout=Layout(2 - rank)))
+    note("other recomputation", lambda: make(layout=Layout(None, rank == 0)))
+    note("other compilation", lambda: make(config=replace(CONFIG, compile=rank == 0)))
+    note("other held-out text", lambda: make().evaluate(TOKENS[: 500 + 100 * rank]))
 
     class Odd(Captions):
         def __getitem__(self, step):
@@ -852,12 +869,28 @@ def failures(folder) -> dict:
         torch.distributed.barrier()
     note("absent", lambda: make().load(folder / "nowhere"))
     note("foreign", lambda: trained(trained(make(objective=BRIER), 6), folder=folder / "run"))
+    others = make()
+    with torch.no_grad():
+        others.model.norm.weight.mul_(2)
+    other, step = trained(others, 3).save(folder / "other"), folder / "run" / "step-00000003"
+    note("other checkpoint", lambda: make().load(other if rank == 1 else step))
+    said["other checkpoint"] = said["other checkpoint"].replace(str(other), str(step))
+    copy = shutil.copytree(step, folder / "copies" / str(rank))
+    copied = make()
+    copied.load(copy)
+    said["copies"] = trained(copied, 5).losses
+    if rank == 1:
+        flip(copy / "shard-00001-model-00001-of-00001.safetensors")
+    note("flipped in a copy", lambda: make().load(copy))
     if rank == 0:
-        shard = folder / "run" / "step-00000003" / "shard-00002-model-00001-of-00001.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+        flip(step / "shard-00002-model-00001-of-00001.safetensors")
     torch.distributed.barrier()
-    note("flipped", lambda: make().load(folder / "run" / "step-00000003"))
+    note("flipped", lambda: make().load(step))
     return said
+
+
+def flip(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
 
 
 @pytest.mark.slow  # two processes start, about 15 s
@@ -885,13 +918,22 @@ def test_an_error_of_one_process_is_everyone_s(tmp_path):
         "seed": "What process 1 was given belongs to another trainer config: its seed is 1, this run's is 0.",
         "weights": "embed_tokens.weight of the Decoder differs between the processes",
         "rate": "What process 1 was given belongs to another schedule: its peak_lr is 1.01, this run's is 0.01.",
+        "rate without a folder": "What process 1 was given belongs to another schedule: its rate at step 1 is 1.01,",
+        "decay of one's own": "What process 1 was given belongs to another schedule: its rate at step 5 is 0.001,",
         "end": "What process 1 was given belongs to another call of train: its until is 4, this run's is 3.",
+        "passes": "What process 1 was given belongs to another layout: its micro_batch is 1, this run's is 2.",
+        "recomputation": "What process 1 was given belongs to another layout: its activation_checkpointing is",
+        "compilation": "What process 1 was given belongs to another trainer config: its compile is False,",
+        "held-out text": "What process 1 was given belongs to another call of evaluate: its number of windows is",
     }.items():
         assert one[f"other {name}"].startswith(f"ValueError: {sentence}")
     assert "FileNotFoundError: There is no checkpoint at" in one["absent"]
     assert one["of a class of its own"] == "RuntimeError: Local: picture 7 is truncated"
     assert "FileExistsError" in one["foreign"] and "belongs to another objective" in one["foreign"]
-    assert "shard-00002-model-00001-of-00001.safetensors is damaged" in one["flipped"]
+    assert "step-00000003 is another checkpoint for process 1 than for process 0" in one["other checkpoint"]
+    assert one["copies"] == one["goes on"]
+    assert "copies/1/shard-00001-model-00001-of-00001.safetensors is damaged" in one["flipped in a copy"]
+    assert "step-00000003/shard-00002-model-00001-of-00001.safetensors is damaged" in one["flipped"]
 
 
 def a_checkpoint(folder) -> dict:

@@ -201,6 +201,26 @@ def test_a_tokenizer_that_did_not_make_the_ids_is_refused(layout, tmp_path, mixe
         assert (run / "tokenizer.json").read_bytes() == shards.tokenizer_file().read_bytes()
 
 
+def test_a_tokenizer_that_is_spelled_otherwise_is_the_same(layout, tmp_path):
+    """As the tokenizers package saves it, with indents, and as many are released, with a limit of length."""
+    made = train_tokenizer("the cat sat on a mat " * 9, 290)
+    shards = write_shards(tmp_path / "shards", [made.encode("the cat sat on a mat " * 99).ids], 300, made)
+    (tmp_path / "half.json").write_text("{")
+    made.save(str(tmp_path / "indented.json"))
+    made.enable_truncation(64)
+    made.save(str(tmp_path / "limited.json"), pretty=False)
+    trainer = Trainer(
+        Decoder(ModelConfig(16, 16, 1, 2, 300)), shards, WSD(0.01, 2, 4, 4), CONFIG, layout=layout
+    )
+    with pytest.raises(ValueError, match="half.json is not a tokenizer.json of the tokenizers package"):
+        trained(trainer, 1, folder=tmp_path / "run", tokenizer=tmp_path / "half.json")
+    for spelled in ("indented.json", "limited.json"):
+        file = tmp_path / spelled
+        assert file.read_bytes() != shards.tokenizer_file().read_bytes()
+        trained(trainer, 1, folder=tmp_path / spelled[:-5], tokenizer=file)
+        assert (tmp_path / spelled[:-5] / "tokenizer.json").read_bytes() == file.read_bytes()
+
+
 def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
     (tmp_path / "tokenizer.json").write_text("of an earlier attempt")
     (tmp_path / "metrics.jsonl").write_text("its metrics")

@@ -105,6 +105,15 @@ def test_gradients_are_clipped():
     assert min(run.grad_norms) > 1e-2, "what is recorded is the norm before clipping"
 
 
+def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
+    """As of a variable of the environment that is not set: days of steps would be kept nowhere."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder is an empty name; expected a path, or None"):
+        make().train(2, folder="", progress=False)
+    make().train(2, folder=Path(""), progress=False)
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+
+
 def test_half_a_step_is_none():
     with pytest.raises(ValueError, match="until is 1.5; expected a whole number, the step to stop at"):
         make().train(1.5, progress=False)
@@ -768,22 +777,25 @@ def test_hooks_of_gradients_act_or_are_refused():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_loss_of_another_module_is_refused(precision):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_loss_of_another_module_is_refused(precision, sharded):
     other, config = Decoder(MODEL), replace(CONFIG, precision=precision)
     objective = Objective("other", lambda model, batch: next_token.loss(other, batch), next_token.weight)
-    run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, config, objective)
-    with pytest.raises(ValueError, match="No weight of the Decoder has a gradient in step 1: its loss was"):
+    refused = pytest.raises(ValueError, match="loss was computed by another module. Let")
+    with processes() if sharded else nullcontext(), refused:
+        run = Trainer(Decoder(MODEL), TOKENS, SCHEDULE, config, objective, Layout(sharded=sharded))
         run.train(progress=False)
     assert run.step == 0
 
 
-@pytest.mark.parametrize("kind", ["a second parameter", "a buffer"])
+@pytest.mark.parametrize("kind", ["a second parameter", "a buffer", "a transposed buffer"])
 def test_tensors_that_share_memory_are_refused(kind):
     """They could not be saved, and what is trained would be moved twice. One parameter at two places is tied."""
     model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40, bias=False))
     objective = Objective("none", lambda model, batch: None, len)
-    if kind == "a buffer":
-        model[1].register_buffer("before", model[0].weight.data)
+    if "buffer" in kind:
+        weight = model[0].weight.data
+        model[1].register_buffer("before", weight.t() if "transposed" in kind else weight)
     else:
         model[1].weight = nn.Parameter(model[0].weight)
     with pytest.raises(ValueError, match=r"^0.weight and 1.(weight|before) share memory. To tie them, give"):
@@ -791,6 +803,63 @@ def test_tensors_that_share_memory_are_refused(kind):
     tied = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40, bias=False))
     tied[1].weight = tied[0].weight
     Trainer(tied, TOKENS, SCHEDULE, CONFIG, objective)
+
+
+class TwoMatrices(nn.Module):
+    def __init__(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(one), nn.Parameter(other)
+
+    def forward(self, x):
+        return x @ self.one @ self.other
+
+
+class Rows:
+    def __getitem__(self, step):
+        return torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+
+    def identity(self):
+        return {"rows": 8}
+
+
+def _copied(model, rows):
+    loss = (model(rows) - rows).square().mean()
+    return loss, loss.detach()
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        lambda table: (table[:8, :8], table[8:16, :8]),
+        lambda table: (table[:8, ::2], table[8:16, ::2]),
+        lambda table: (table[:8, 4:12].t(), table[8:16, 4:12]),
+        lambda table: (table[0:16:2, 8:], table[16:, 8:]),
+        lambda table: (table[:8, :1].expand(8, 8), table[8:16, :8]),
+        lambda table: (table[:8, :8], table[8:16, :8].clone().t()),
+    ],
+)
+def test_slices_of_larger_tensors_are_trained_as_their_copies_are(slices):
+    """As of a smaller model that was cut out of a larger one; and what lies beside them stays."""
+    table = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) / 4
+    before, objective = table.clone(), Objective("copied", _copied, len)
+    model, plain = TwoMatrices(*slices(table)), TwoMatrices(*(each.clone() for each in slices(table)))
+    optimizer = torch.optim.AdamW(plain.parameters(), 0.01, (0.9, 0.95), weight_decay=0.1, fused=False)
+    Trainer(model, Rows(), WSD(0.01, 0, 9, 0), CONFIG, objective).train(progress=False)
+    for step in range(9):
+        optimizer.zero_grad()
+        _copied(plain, Rows()[step])[0].backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_close(mine, theirs)
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("slices", [lambda w: (w[:8], w[4:]), lambda w: (w[:8], w[:8].t())])
+def test_parameters_that_overlap_are_refused(slices):
+    model = TwoMatrices(*slices(torch.randn(12, 8)))
+    with pytest.raises(ValueError, match="^one and other share memory. To tie them, give"):
+        Trainer(model, Rows(), SCHEDULE, CONFIG, Objective("copied", _copied, len))
 
 
 @pytest.mark.parametrize("change", [lambda run: run.losses.clear(), lambda run: setattr(run, "step", 3)])

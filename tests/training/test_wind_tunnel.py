@@ -347,6 +347,8 @@ def test_a_sigmoid_that_forgets_chance_is_off():
         (lambda: fit_power_law([2, 2, 2], [3, 4, 5]), "needs 3 points with different x"),
         (lambda: fit_power_law([1, 2, 3], [1, -1, 2]), "y must be a row of finite numbers above 0"),
         (lambda: fit_power_law([1, 2, 3], [1, 2, 3], "ab"), "There are 3 x, 2 groups"),
+        (lambda: fit_power_law([1, 2, 3], [1, 2, 3], ["a", math.nan, "b"]), "A group is nan, which is equal to no"),
+        (lambda: fit_power_law([1, 2, 3], [1, 2, 3], list(np.full(3, np.nan))), "A group is nan, which is equal"),
         (lambda: fit_power_law([1, 2, 3], [1, 2, 3], "aaa"), "All points are of the group 'a'"),
         (lambda: fit_power_law([1, 2, 3], [1, 2, 3]).band(1, 95), "confidence is 95; expected a part"),
         (lambda: fit_loss_surface([1, 2, 3], [1, 2, 3], [3, 2, 1]), "3 points with 3 different N"),

@@ -13,8 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
 from ... import __version__
@@ -22,6 +21,7 @@ from ...optional import require
 from .. import machine
 from ..machine import cores, device
 from ..svg import describe
+from ..workers import fresh_processes
 from .notebook import KEY, MEASURED, Notebook, alt_text
 from .stamps import stamp, why_stale
 
@@ -81,7 +81,7 @@ def run(paths: Iterable[Path], force: bool = False) -> bool:
             print(f"{path}: up to date", flush=True)
     if not stale:
         return good
-    with ProcessPoolExecutor(min(cores(), len(stale)), mp_context=get_context("spawn")) as pool:
+    with fresh_processes(min(cores(), len(stale))) as pool:
         for future in as_completed([pool.submit(_run_one, *job[1:]) for job in sorted(stale, reverse=True)]):
             ran, told = future.result()
             good &= ran

@@ -6,6 +6,9 @@ cells. Imports and definitions come from the original chapter, as far as an answ
 are not run. The checks are those of the installed library. How a verdict is kept out of reach of the code
 that it is about: `judge`.
 
+What an answer uses is found by names, which tell of ``parts = []`` and not of ``parts.append(2)``. So one
+that is found wrong is judged once more, behind all that its student wrote above it, as a notebook is run.
+
 First the book's own solutions are judged in the same way. An exercise whose solution is not found right is
 not graded, because then the fault is not the students'.
 """
@@ -34,7 +37,10 @@ from .notebook import Notebook, find, nbformat, tags
 from .sandbox import Sandbox
 
 SECONDS = 20
+_IMPORTS = (ast.Import, ast.ImportFrom)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SIGNS = {"right": "✓", "wrong": "✗", "unfinished": "✎", "ungraded": "?"}
+_WITH_PYTHON = re.compile(r"\A\s*%%(?=(time|capture|prun)\b)")  # magics of a cell that run it as it is
 _PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # no tokens and no keys
 
 
@@ -128,7 +134,7 @@ class Cell:
     def read(cls, cell: nbformat.NotebookNode) -> "Cell":
         text, marks = cell.source, frozenset(tags(cell))
         try:
-            text = TransformerManager().transform_cell(text)
+            text = TransformerManager().transform_cell(_WITH_PYTHON.sub("# %%", text))
             return cls(text, ast.parse(text).body, marks)
         except SyntaxError as error:
             return cls(text, [], marks, f"{error.msg} (line {error.lineno} of its cell)")
@@ -164,17 +170,22 @@ class Task:
     answer: str  # the expression that the cell gives to the check
     source: str  # the cell, without the call of the check
     helpers: str = ""  # what it uses of the student's other cells
+    above: str = ""  # all that the student wrote in the cells above
 
 
 @dataclass(frozen=True)
 class _Chapter:
-    """An original chapter: its exercises with their solutions, and the statements of all its other cells."""
+    """An original chapter: its exercises with their solutions, and the statements of all its other cells.
+
+    ``texts`` has all its statements, by which one knows what a student wrote.
+    """
 
     name: str
     checks: str
     exercises: list[Task]
     solutions: list[Task]
     statements: list[ast.stmt]
+    texts: frozenset[str]
 
     @classmethod
     def of(cls, notebook: Notebook) -> "_Chapter | None":
@@ -195,7 +206,8 @@ class _Chapter:
             for task in cell.answers("accepts")
         ]
         name = "/".join(notebook.path.absolute().with_suffix("").parts[-2:])
-        return cls(name, checks, exercises, solutions, statements)
+        texts = frozenset(ast.unparse(each) for cell in cells for each in cell.own_statements)
+        return cls(name, checks, exercises, solutions, statements, texts)
 
     def grades(self, submissions: dict[str, list[Cell]], seconds: int) -> Iterator[Grade]:
         """Grade submissions of this chapter."""
@@ -205,6 +217,7 @@ class _Chapter:
         }
         answers = [task for own in tasks.values() for task in own if isinstance(task, Task)]
         used = {name for task in [*answers, *self.solutions] for name in _free(task)}
+        used |= {name for each in self.statements if isinstance(each, _IMPORTS) for name in _bound(each)}
         with _Starter(self, _needed(self.statements, used), seconds) as judge:
             book = {solution.check: judge(solution) for solution in self.solutions}
             for name, own in tasks.items():
@@ -214,6 +227,9 @@ class _Chapter:
                         verdict = "ungraded", f"The book's own solution is not found right: {why}"
                     else:
                         verdict = judge(task) if isinstance(task, Task) else task
+                        if verdict[0] == "wrong" and isinstance(task, Task) and task.above:
+                            again = judge(replace(task, helpers=task.above))
+                            verdict = again if again[0] == "right" else verdict
                     yield Grade(name, self.name, exercise.check, *verdict)
 
     def _task(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
@@ -230,12 +246,13 @@ class _Chapter:
 
     def _found(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
         found: list[Task | Cell] = []
-        for cell in cells:
+        for number, cell in enumerate(cells):
             called = [task for task in cell.answers() if task.check == exercise.check]
             if called:
-                found.append(called[-1])
+                found.append(replace(called[-1], above=self._written_in(cells[:number])))
             elif exercise.answer in {name for each in cell.statements for name in _bound(each)}:
-                found.append(replace(exercise, source=cell.source))
+                above = self._written_in(cells[:number])
+                found.append(replace(exercise, source=cell.source, above=above))
             elif cell.unreadable and re.search(rf"\bcheck\.{exercise.check}\b", cell.text):
                 found.append(cell)
         match found:
@@ -248,6 +265,19 @@ class _Chapter:
         known = {name for each in self.statements for name in _bound(each)} | set(dir(builtins)) | own
         others = [each for cell in cells for each in cell.own_statements]
         return replace(answer, helpers="\n".join(_needed(others, _free(answer) - known, known)))
+
+    def _written_in(self, cells: Iterable[Cell]) -> str:
+        """All that a student wrote in some cells; a trial that fails does not end it."""
+        passed_over = [ast.ExceptHandler(ast.Name("Exception"), None, [ast.Pass()])]
+        try:
+            return "\n".join(
+                ast.unparse(each if isinstance(each, _DEFINITIONS) else ast.Try([each], passed_over, [], []))
+                for cell in cells
+                for each in cell.own_statements
+                if ast.unparse(each) not in self.texts
+            )
+        except RecursionError:  # nested too deeply; the answer may do without
+            return ""
 
 
 class _Starter:
@@ -339,11 +369,11 @@ def _read(source: str) -> set[str]:
 
 def _bound(statement: ast.stmt) -> set[str]:
     """The names that a statement binds at the top level, or changes, as ``x.y = 1`` changes x."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(statement, _DEFINITIONS):
         return {statement.name}
     names = set()
     for node in ast.walk(statement):
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, _IMPORTS):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)

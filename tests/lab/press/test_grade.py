@@ -93,6 +93,45 @@ ANSWERS = {
     ),
 }  # fmt: skip
 
+# An answer behind other cells of the student's, which a kernel has run before.
+BEHIND = {
+    "a list filled in a loop": (
+        "parts = []\nfor n in (1, 1):\n    parts.append(n)", "def twice(x):\n    return len(parts) * (x + 0)", "right",
+    ),
+    "a table filled in a cell of its own": (
+        "table = {}", "table.update(two=2)", "def twice(x):\n    return table['two'] * (x + 0)", "right",
+    ),
+    "a tensor changed in place": (
+        "import torch\nw = torch.zeros(1)", "w.add_(2)", "def twice(x):\n    return int(w) * (x + 0)", "right",
+    ),
+    "an attribute": (
+        "class Two: pass\nsetattr(Two, 'n', 2)", "def twice(x):\n    return Two.n * (x + 0)", "right",
+    ),
+    "all names of a module": ("from math import *", "def twice(x):\n    return floor(2) * (x + 0)", "right"),
+    "an import of the chapter's": (
+        "match torch.tensor([2, 3]).tolist():\n    case (two, _):\n        pass",
+        "def twice(x):\n    return two * (x + 0)", "right",
+    ),
+    "the name of a builtin": ("def pow(a):\n    return 2 * a", "def twice(x):\n    return pow(x + 0)", "right"),
+    "a name of the chapter's": ("def factor(n):\n    return 4", "def twice(x):\n    return factor(2) * (x + 0) / 2", "right"),
+    "trials that fail": (
+        "parts = []\n1 / 0\nparts += [1]\nparts.append(1)", "def twice(x):\n    return len(parts) * (x + 0)", "right",
+    ),
+    "a measured cell": ("%%time\ntwo = 2", "\n%%time\ndef twice(x):\n    return two * (x + 0)", "right"),
+    "a shell": ("1", "files = !ls\ndef twice(x):\n    return 2 * (x + 0)", "right"),
+    "nested too deeply": ("deep = 1" + " + 1" * 3000, "def twice(x):\n    return 2 * (x + 0)", "right"),
+    "a trial without end": ("while True:\n    pass", "def twice(x):\n    return 2 * (x + 0)", "right"),
+    "a trial without end before what is wrong": ("while True:\n    pass", "def twice(x):\n    return 3 * (x + 0)", "wrong"),
+    "a list filled too often": (
+        "parts = []\nparts.extend([1, 1, 1])", "def twice(x):\n    return len(parts) * (x + 0)", "wrong",
+    ),
+    "filled below": ("parts = []", "def twice(x):\n    return len(parts) * (x + 0)", "wrong"),
+    "an attack": (
+        "import small_exercises\nobject.__setattr__(small_exercises.twice, 'check', lambda answer: None)",
+        "def twice(x):\n    return 0", "wrong",
+    ),
+}  # fmt: skip
+
 # Bodies of functions that return True if what they try succeeds.
 ATTACKS = {
     "none": "return True",  # that these answers are right where an attack succeeds
@@ -204,6 +243,15 @@ def submission(answers=None, **more):
     return nb
 
 
+def behind(*cells):
+    """A student's notebook in which an answer stands behind these cells."""
+    nb = submission(twice=cells[-1])
+    place = next(number for number, cell in enumerate(nb.cells) if "check.twice(" in cell.source)
+    nb.cells[place:place] = [code(cell) for cell in cells[:-1]]
+    nb.cells.append(code("parts.extend([1, 1])"))
+    return nb
+
+
 def moved():
     """Right answers, in another order, with cells added, split and without tags; the notebook of a busy student."""
     nb = submission(RIGHT)
@@ -246,6 +294,7 @@ def graded(tmp_path_factory):
         "another chapter": nbformat.v4.new_notebook(cells=[code("import json as check")]),
     }
     handed_in |= {name: submission(twice=answer) for name, (answer, _, _) in ANSWERS.items()}
+    handed_in |= {name: behind(*cells) for name, (*cells, _) in BEHIND.items()}
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = {"port": server.getsockname()[1], "secret": str(secret)}
         for name, body in ATTACKS.items():
@@ -291,6 +340,13 @@ def test_answers_of_other_kinds(graded, name):
     _, verdict, message = ANSWERS[name]
     got = graded[0][name, "twice"]
     assert (got.verdict, message in got.message) == (verdict, True), got
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_answers_behind_other_cells_are_judged_as_a_kernel_has_run_them(graded, name):
+    got = graded[0][name, "twice"]
+    assert got.verdict == BEHIND[name][-1], got
+    assert got.message == ("Twice is `x + x`." if got.verdict == "right" else "Twice 2 is `4`."), got
 
 
 @pytest.mark.parametrize("name", ATTACKS)
