@@ -54,7 +54,9 @@ def test_chatml_equals_its_jinja_template(messages, add):
 def test_messages_may_come_one_by_one():
     source = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
     for template in (chatml, chat_template(source)):
-        assert encode_chat(LETTERS, template, iter(TALK[1:3])) == encode_chat(LETTERS, template, TALK[1:3])
+        assert encode_chat(TOKENIZER, template, iter(TALK[1:3])) == encode_chat(
+            TOKENIZER, template, TALK[1:3]
+        )
 
 
 def test_minicpm_chat_equals_its_jinja_template():
