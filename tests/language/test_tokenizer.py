@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import BYTES, CONTROLS, KINDS
+from kinds import BYTES, CONTROLS, KINDS, LACKING, LEARNED, MARK
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -28,7 +28,10 @@ from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.tokenizer import (
     BytePairTokenizer,
     control_tokens,
+    encode_whole,
     fast_tokenizer,
+    leaves_out,
+    misread_tokens,
     reading_all_as_text,
     split_words,
     train_tokenizer,
@@ -578,6 +581,63 @@ def test_runs_of_sentencepiece_blanks_stay_one_token(normalized):
     text = "def f(x):\n    return  x"
     assert "▁▁▁▁" in tokenizer.encode(text).tokens
     assert reading_all_as_text(tokenizer).encode(text).ids == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("kind", LACKING)
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(st.sampled_from([*LEARNED, MARK, "tac", "é", "caté", "Z", "帽子", "­"]), max_size=6))
+def test_what_a_vocabulary_lacks_is_refused_and_nothing_else(kind, parts):
+    """For whatever model, steps before it and decoder; what an added token holds is not lacking."""
+    tokenizer, text = LACKING[kind], " ".join(parts)
+    lacking = {"caté", "é", "Z", "帽子", "­"}
+    if kind == "bytes, no accents":
+        lacking -= {"caté", "é"}
+    if kind in ("whole words", "word pieces", "words with ends"):  # no word that was learned ends in "c"
+        lacking |= {"tac"}
+    twin = reading_all_as_text(tokenizer)
+    if lacking.isdisjoint(parts):
+        assert encode_whole(tokenizer, text).ids == tokenizer.encode(text).ids
+        assert leaves_out(twin, twin.encode(text).ids) == (MARK in parts)
+        return
+    with pytest.raises(ValueError, match="The vocabulary has no token for .*, which a text holds") as refusal:
+        encode_whole(tokenizer, text)
+    assert any(
+        repr(letter) in str(refusal.value) or letter in str(refusal.value) for letter in "".join(lacking)
+    )
+    assert leaves_out(twin, twin.encode(text).ids)
+    for reader in (tokenizer, twin):
+        assert len(set(reader.get_added_tokens_decoder())) == 1, "as it was"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(parts=st.lists(st.sampled_from([*FRAGMENTS, "é", "帽子", "Z"]), max_size=6))
+def test_nothing_is_lacking_where_there_is_an_unknown_token_or_every_byte(kind, parts):
+    tokenizer, text = KINDS[kind], "".join(parts)
+    assert encode_whole(tokenizer, text).ids == tokenizer.encode(text).ids
+    assert not leaves_out(reading_all_as_text(tokenizer), reading_all_as_text(tokenizer).encode(text).ids)
+
+
+def test_names_of_bytes_are_read_as_bytes():
+    """In a vocabulary that was trained with them they are added tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["fine and fine"], trainer)
+    ids, writer = tokenizer.encode("fine 🙂?").ids, TextWriter(tokenizer)
+    assert misread_tokens(tokenizer) == {}
+    assert "".join(map(writer.push, ids)) + writer.finish() == tokenizer.decode(ids) == "fine 🙂?"
+
+
+@pytest.mark.parametrize("name", ["\ue000", "␂", "🛑"])
+def test_a_special_token_of_one_sign_is_a_control_token(name):
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_special_tokens([name, "!"])  # the last is a sign of texts, with which some pad
+    (control,) = control_tokens(tokenizer)
+    assert tokenizer.id_to_token(control) == name
+    ids = reading_all_as_text(tokenizer).encode(f"the hat!{name}").ids
+    assert control not in ids and tokenizer.decode(ids, skip_special_tokens=False) == f"the hat!{name}"
 
 
 def test_a_tokenizer_that_has_changed_gets_another_twin():
