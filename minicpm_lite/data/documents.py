@@ -35,7 +35,9 @@ _ROWS = 1024  # of a table that are held at a time
 _BATCH_CHARACTERS = 1 << 22  # of text that is cut at a time
 _PIECE_CHARACTERS = 1 << 20  # of a text that is cut at once
 _AROUND = 200  # letters on both sides of a place that decide whether a text may be parted there
-_BETWEEN = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)")  # two words, or two lines
+_BETWEEN = re.compile(
+    r"(?<=\w)(?= \w)|(?<=\S\n)(?=.|\n)|(?<=[。！？])(?=\w)"
+)  # two words, lines or sentences
 _TRIES = 20
 
 

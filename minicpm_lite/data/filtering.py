@@ -382,7 +382,8 @@ def language_codes(languages: str | Iterable[str]) -> tuple[str, ...]:
     """The languages to keep, as a tuple; one may stand alone.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one that `identify_languages` never gives.
+        ImportError: py3langid is missing; the message names the command to get it.
 
     >>> language_codes("en")
     ('en',)
@@ -390,6 +391,12 @@ def language_codes(languages: str | Iterable[str]) -> tuple[str, ...]:
     codes = (languages,) if isinstance(languages, str) else tuple(languages)
     if not codes:
         raise ValueError('No language is to be kept, so no document would be; name one, such as "en".')
+    known = {*_language_identifier().nb_classes, _UNKNOWN}
+    if strange := [code for code in codes if code not in known]:
+        raise ValueError(
+            f"{strange[0]!r} is no language that is told apart, so no document would be kept for it. Known "
+            f"are: {', '.join(sorted(known))}."
+        )
     return codes
 
 
@@ -406,7 +413,7 @@ def drop_reasons(
     first, and each sees only what the ones before it kept. An empty document falls at the first.
 
     Raises:
-        ValueError: a threshold outside 0 to 1, or no language.
+        ValueError: a threshold outside 0 to 1, or no language, or none that `identify_languages` gives.
         TypeError: a document that is no string, or one string in place of several.
     """
     require_several(texts)

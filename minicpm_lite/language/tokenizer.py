@@ -366,6 +366,7 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
 
     Raises:
         TypeError: something else was given.
+        ValueError: a letter was added that stands for a byte in the vocabulary; texts would lose it.
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> tokenizer.enable_truncation(2)
@@ -378,6 +379,17 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
             f"The tokenizer is of type {type(tokenizer).__name__}; expected a BytePairTokenizer or a "
             "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
         )
+    for token, added in tokenizer.get_added_tokens_decoder().items():
+        name = added.content
+        if (
+            name > "\x7f"
+            and name in _BYTE_OF
+            and tokenizer.decode([token], skip_special_tokens=False) != name
+        ):
+            raise ValueError(
+                f"{name!r} was added as a token, and in this vocabulary that letter stands for the byte "
+                f"0x{_BYTE_OF[name]:02X}, as which it would be read. Leave it out: texts can hold it anyway."
+            )
     cuts = tokenizer.truncation or tokenizer.padding or tokenizer.encode_special_tokens
     by_chance = bool(getattr(tokenizer.model, "dropout", None))
     around = tokenizer.post_processor.process(_ONE_TOKEN) if tokenizer.post_processor else _ONE_TOKEN
@@ -428,8 +440,8 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
     """By id, what a template may write into a text to steer a model, such as ``<|im_start|>``.
 
     These are the added tokens that are special, and of the others those between marks, such as ``<think>``,
-    since not all models declare theirs. An added word, as "mRNA", is text; so are bytes, runs of blanks, and
-    what is one common letter or sign, as the "!" that some pad with.
+    since not all models declare theirs. Added words and signs, as "mRNA" and "->", are text; so are bytes,
+    runs of blanks, and what is one common letter or sign, as the "!" that some pad with.
     """
     added = tokenizer.get_added_tokens_decoder()
     return {i: token for i, token in added.items() if _steers(token)}
@@ -439,9 +451,9 @@ def _steers(token: AddedToken) -> bool:
     name = token.content.replace("▁", " ").strip()  # sentencepiece's blank
     if not name or BYTE_TOKEN.fullmatch(name):
         return False
-    if len(name) == 1:  # of a letter, as "!" for padding, texts are made
-        return token.special and name not in _BYTE_OF
-    return token.special or not (name[0].isalnum() or name[-1].isalnum())
+    if token.special:
+        return len(name) > 1 or name not in _BYTE_OF  # of a sign such as "!", for padding, texts are made
+    return any(map(str.isalnum, name)) and not (name[0].isalnum() or name[-1].isalnum())
 
 
 def encode_whole(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> Encoding:

@@ -167,7 +167,22 @@ def lines_and_words() -> Tokenizer:
 @given(
     text=st.lists(
         st.sampled_from(
-            ["It is", " a truth", "\n", " ", ".", "\n\n", "，", "é", "e\u0301", "</s>", "truth", "\r\n"]
+            [
+                "It is",
+                " a truth",
+                "\n",
+                " ",
+                ".",
+                "\n\n",
+                "，",
+                "é",
+                "e\u0301",
+                "</s>",
+                "truth",
+                "\r\n",
+                "话说。",
+            ]
+            + ["\n\u3000\u3000"]
         ),
         max_size=80,
     ).map("".join),
@@ -190,6 +205,16 @@ def test_a_long_text_takes_little_memory(monkeypatch):
     for kind in (partial(train_tokenizer, TEXT, 280), sentencepiece):
         pieces = list(encoded([TEXT * 200, "It"], kind(), None))
         assert len(pieces) == 25 and max(map(len, pieces)) < 1500
+
+
+@pytest.mark.parametrize("between", ["\n\u3000\u3000", "\n\n", ""])
+def test_texts_without_blanks_are_cut_too(monkeypatch, between):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "_AROUND", 50)
+    text = ("话说天下大势，分久必合，合久必分。" + between) * 500
+    for kind in (partial(train_tokenizer, TEXT, 280), sentencepiece):
+        pieces = list(encoded([text], kind(), None))
+        assert len(pieces) >= 8 and sum(pieces, []) == kind().encode(text).ids
 
 
 def test_control_tokens_that_texts_spell_are_text():
