@@ -101,8 +101,10 @@ def read_added_tokens(folder: Path) -> AddedTokens:
             name: _token(each) for name, each in named.items() if isinstance(each, str | dict | AddedToken)
         }
         extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
+        if not isinstance(extra, list):
+            raise TypeError(f"{shown(extra)} is no list")
         extra = [_token(each) for each in extra]
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} names special tokens that are none: {error}.") from None
     source = folder / (_IDS_FILE if older else _SETTINGS)
     ids = _read(source) if older else settings["added_tokens_decoder"]
@@ -156,6 +158,8 @@ def _special(value: object) -> object:
 
 
 def _token(value: object) -> str | AddedToken:
+    if isinstance(value, str):
+        value.encode()  # which half a character cannot be
     return value if isinstance(value, str | AddedToken) else _with_flags(value)
 
 

@@ -21,6 +21,7 @@ Choices, and the traps behind them:
 - A chat template names tokens that stand in ``tokenizer_config.json``; without them it writes other prompts.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,7 @@ __all__ = [
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
 _CHAT_TEMPLATE = "chat_template.jinja"
+_PUT_A_BLANK = ("GPT2Tokenizer", "Qwen2Tokenizer")  # classes of transformers that build their pre-tokenizer
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -106,6 +108,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         )
     tokenizer = read_tokenizer(file)
     read_added_tokens(path).add_to(tokenizer)
+    _require_one_beginning(tokenizer, path / "tokenizer_config.json")
     return tokenizer
 
 
@@ -257,6 +260,21 @@ def save_pretrained(
             (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
         named = {stored_name(name, family): tensor for name, tensor in weights.items()}
         write_weights(beside, named, max_shard_bytes)
+
+
+def _require_one_beginning(tokenizer: Tokenizer, settings: Path) -> None:
+    """Refuse settings that ask for another blank before a text than ``tokenizer.json``, where they count."""
+    said = read_json(settings) if settings.is_file() else {}
+    if str(said.get("tokenizer_class")).removesuffix("Fast") not in _PUT_A_BLANK:
+        return
+    asked = said.get("add_prefix_space")
+    puts = tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
+    if isinstance(asked, bool) and asked != puts:
+        raise ValueError(
+            f"{settings} says add_prefix_space: {json.dumps(asked)}, and tokenizer.json puts "
+            f"{'a' if puts else 'no'} blank before a text. For a {said['tokenizer_class']} transformers "
+            "heeds the first, others the second. Make the two the same."
+        )
 
 
 def _is_gguf(path: Path) -> bool:

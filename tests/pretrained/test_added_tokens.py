@@ -5,9 +5,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import load_special_tokens, load_tokenizer
@@ -82,6 +83,43 @@ def write(folder: Path, own, listed, gap, settings, named, map, ids) -> None:
         (folder / "special_tokens_map.json").write_text(json.dumps(map[0] | map[1]))
     if ids is not None:
         (folder / "added_tokens.json").write_text(json.dumps(numbered(ids)))
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("puts", [False, True])
+@pytest.mark.parametrize("kind", ["GPT2TokenizerFast", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_blank_before_a_text_is_that_of_transformers_or_refused(kind, puts, asked, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.from_str(vocabulary())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=puts)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    said = {"tokenizer_class": kind} | ({} if asked is None else {"add_prefix_space": asked})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    if kind != "PreTrainedTokenizerFast" and asked not in (None, puts):
+        with pytest.raises(ValueError, match="says add_prefix_space: .* Make the two the same"):
+            load_tokenizer(tmp_path)
+    elif kind == "PreTrainedTokenizerFast" or asked is not None:
+        theirs = AutoTokenizer.from_pretrained(tmp_path)("some plain words", add_special_tokens=False)
+        assert load_tokenizer(tmp_path).encode("some plain words").ids == theirs.input_ids
+
+
+def test_what_is_no_token_is_one_sentence(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(vocabulary())
+    file = tmp_path / "tokenizer_config.json"
+    for wrong in (
+        {"extra_special_tokens": [5]},
+        {"eos_token": {"content": 5}},
+        {"eos_token": {"lstrip": True}},
+    ):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="names special tokens that are none"):
+            load_tokenizer(tmp_path)
+    file.unlink()
+    for wrong in ({"<x>": "a"}, {"<x>": None}):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="added_tokens.json lists .* expected tokens and their ids"):
+            load_tokenizer(tmp_path)
 
 
 @settings(deadline=None, max_examples=150)
