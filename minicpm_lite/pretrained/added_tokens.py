@@ -32,6 +32,7 @@ ADDED_TOKENS_FILES = [_SETTINGS, _NAMES_FILE, _IDS_FILE]
 _NAMES = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )  # of all models
+_TOKEN = str | dict | AddedToken  # of other types are flags such as "add_bos_token"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -91,23 +92,20 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     """
     settings = _read(folder / _SETTINGS)
     older = "added_tokens_decoder" not in settings
+    names = _read(folder / _NAMES_FILE) if older else {}
+    source = folder / (_IDS_FILE if older else _SETTINGS)
+    ids = _read(source) if older else settings["added_tokens_decoder"]
     try:
-        values = _joined(settings, _read(folder / _NAMES_FILE) if older else {})
-        named = dict.fromkeys(_NAMES) | {
-            name: each for name, each in values.items() if name.endswith("_token")
-        }
-        named |= values.get("model_specific_special_tokens") or {}
-        named = {
-            name: _token(each) for name, each in named.items() if isinstance(each, str | dict | AddedToken)
-        }
+        values = _joined(settings, names)
+        named = {name: each for name, each in values.items() if name.endswith("_token")}
+        named = dict.fromkeys(_NAMES) | named | (values.get("model_specific_special_tokens") or {})
+        named = {name: _token(each) for name, each in named.items() if isinstance(each, _TOKEN)}
         extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
         if not isinstance(extra, list):
             raise TypeError(f"{shown(extra)} is no list")
         extra = [_token(each) for each in extra]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} names special tokens that are none: {error}.") from None
-    source = folder / (_IDS_FILE if older else _SETTINGS)
-    ids = _read(source) if older else settings["added_tokens_decoder"]
     try:
         if older:
             special = {str(values[name]) for name in _NAMES if values.get(name)}

@@ -25,7 +25,7 @@ def vocabulary() -> str:
     return tokenizer.to_str()
 
 
-flags = st.fixed_dictionaries({}, optional={flag: st.booleans() for flag in FLAGS})
+flags = st.dictionaries(st.sampled_from(FLAGS), st.booleans())
 content = st.sampled_from(NAMES)
 table = st.builds(lambda content, flags: {"content": content} | flags, content, flags)
 typed = table.map(lambda each: each | {"__type": "AddedToken"})
@@ -111,6 +111,9 @@ def test_what_is_no_token_is_one_sentence(tmp_path):
         {"extra_special_tokens": [5]},
         {"eos_token": {"content": 5}},
         {"eos_token": {"lstrip": True}},
+        {"eos_token": "\ud800"},
+        {"extra_special_tokens": "ab"},
+        {"model_specific_special_tokens": ["ab"]},
     ):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="names special tokens that are none"):
