@@ -22,6 +22,9 @@ Choices and traps:
 - Added tokens are text as they stand; the letters of ``đem`` are no stand-ins for bytes. (`tokenizers` reads
   them as such, and so decodes them to something else.) Only where the name is one that a merge makes, as of
   ``Ġthe``, they are: the token is that word, and has its id.
+- `tokenizers` drops letters that a vocabulary has no token for, and the places that it reports of the others
+  are wrong behind one. So where a letter may be lacking, a twin with an unknown token reads the text, and what
+  becomes that token is refused by name.
 """
 
 import json

@@ -469,9 +469,9 @@ def test_added_tokens_are_text_as_they_stand(names, data):
     assert BytePairTokenizer.from_tokenizers(mine.fast) == mine
 
 
-def test_an_added_token_that_bytes_or_a_merge_make_stays_what_they_make():
+def test_an_added_token_that_a_byte_or_a_merge_makes_stays_what_it_makes():
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe", "đem"])
+    tokenizer.add_tokens(["x", "Ġthe", "đem"])
     assert tokenizer.get_vocab_size() == 801
     mine = BytePairTokenizer.from_tokenizers(tokenizer)
     assert mine.vocabulary == (*MINE.vocabulary, "đem".encode())
@@ -479,6 +479,18 @@ def test_an_added_token_that_bytes_or_a_merge_make_stays_what_they_make():
     writer = TextWriter(tokenizer)
     written = "".join(writer.push(token) for token in ids) + writer.finish()
     assert written == mine.decode(ids) == "over the đem the top"
+
+
+def test_an_added_letter_that_stands_for_a_byte_is_refused():
+    """A text's "ñ" would be read as half a character."""
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_tokens(["ñ"])
+    assert tokenizer.decode(tokenizer.encode("ñ").ids) == "\ufffd"
+    with pytest.raises(ValueError, match="'ñ' was added as a token, .* stands for the byte 0xF1"):
+        fast_tokenizer(tokenizer)
+    other = Tokenizer.from_str(KINDS["first_only"].to_str())
+    other.add_tokens(["ñ"])
+    assert fast_tokenizer(other) is other and other.encode("ñ").ids[-1] == other.token_to_id("ñ")
 
 
 def test_long_words_are_not_remembered():
@@ -552,9 +564,9 @@ def test_pieces_of_a_text_with_a_control_token_are_those_of_words():
 
 
 def test_what_is_no_control_token():
-    """Single letters, words, blanks, bytes; and the piece of an ordinary word stays one."""
+    """Single letters, words, signs, blanks, bytes; and the piece of an ordinary word stays one."""
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁"])
+    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁", "->", "👍🏽"])
     tokenizer.add_special_tokens(["</s>", "EOS"])
     assert [token.content for token in control_tokens(tokenizer).values()] == ["</s>", "EOS"]
     twin = reading_all_as_text(tokenizer)
@@ -584,7 +596,7 @@ def test_runs_of_sentencepiece_blanks_stay_one_token(normalized):
 
 
 @pytest.mark.parametrize("kind", LACKING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(parts=st.lists(st.sampled_from([*LEARNED, MARK, "tac", "é", "caté", "Z", "帽子", "­"]), max_size=6))
 def test_what_a_vocabulary_lacks_is_refused_and_nothing_else(kind, parts):
     """For whatever model, steps before it and decoder; what an added token holds is not lacking."""
@@ -605,8 +617,6 @@ def test_what_a_vocabulary_lacks_is_refused_and_nothing_else(kind, parts):
         repr(letter) in str(refusal.value) or letter in str(refusal.value) for letter in "".join(lacking)
     )
     assert leaves_out(twin, twin.encode(text).ids)
-    for reader in (tokenizer, twin):
-        assert len(set(reader.get_added_tokens_decoder())) == 1, "as it was"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -627,7 +637,8 @@ def test_names_of_bytes_are_read_as_bytes():
     tokenizer.train_from_iterator(["fine and fine"], trainer)
     ids, writer = tokenizer.encode("fine 🙂?").ids, TextWriter(tokenizer)
     assert misread_tokens(tokenizer) == {}
-    assert "".join(map(writer.push, ids)) + writer.finish() == tokenizer.decode(ids) == "fine 🙂?"
+    written = "".join(map(writer.push, ids)) + writer.finish()
+    assert written == tokenizer.decode(ids, skip_special_tokens=False) == "fine 🙂?"
 
 
 @pytest.mark.parametrize("name", ["\ue000", "␂", "🛑"])
