@@ -23,8 +23,8 @@ Choices and traps:
   them as such, and so decodes them to something else.) Only where the name is one that a merge makes, as of
   ``Ġthe``, they are: the token is that word, and has its id.
 - `tokenizers` drops letters that a vocabulary has no token for, and the places that it reports of the others
-  are wrong behind one. So where a letter may be lacking, a twin with an unknown token reads the text, and what
-  becomes that token is refused by name.
+  are wrong behind one. So where a letter may be lacking, a twin with an unknown token reads the text, and
+  what becomes that token is refused by name.
 """
 
 import json
@@ -383,12 +383,9 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
             "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
         )
     for token, added in tokenizer.get_added_tokens_decoder().items():
-        name = added.content
-        if (
-            name > "\x7f"
-            and name in _BYTE_OF
-            and tokenizer.decode([token], skip_special_tokens=False) != name
-        ):
+        if (name := added.content) not in _BYTE_OF or name.isascii():
+            continue
+        if tokenizer.decode([token], skip_special_tokens=False) != name:
             raise ValueError(
                 f"{name!r} was added as a token, and in this vocabulary that letter stands for the byte "
                 f"0x{_BYTE_OF[name]:02X}, as which it would be read. Leave it out: texts can hold it anyway."
@@ -549,9 +546,8 @@ def _reader(description: str, all_as_text: bool = False) -> Tokenizer:
             return twin
         model["vocab"][_LACKING] = largest + 1
         model["unk_token"] = _LACKING
-    twin.model = Tokenizer.from_str(
-        json.dumps(described | {"added_tokens": []})
-    ).model  # ids of the added stay
+    alone = json.dumps(described | {"added_tokens": []})
+    twin.model = Tokenizer.from_str(alone).model  # the added tokens keep the ids they have
     return twin
 
 
