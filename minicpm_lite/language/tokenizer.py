@@ -464,7 +464,7 @@ def encode_whole(tokenizer: Tokenizer, text: str, add_special_tokens: bool = Tru
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> encode_whole(tokenizer, "the hat").tokens
-    ['the', 'Ġ', 'hat']
+    ['the', 'Ġ', 'h', 'at']
     """
     reader = tokenizer if _surely_whole(tokenizer, text) else _reader(tokenizer.to_str())
     encoding = reader.encode(text, add_special_tokens=add_special_tokens)
