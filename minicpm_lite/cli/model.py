@@ -14,6 +14,7 @@ from ..pretrained.checkpoints import (
     load_pretrained,
     load_special_tokens,
     load_tokenizer,
+    name_special_tokens,
 )
 from ..training.run_folder import require_noted
 from ..training.sharded_checkpoint import is_checkpoint, latest_checkpoint, load_weights, read_facts
@@ -71,7 +72,10 @@ def open_model(place: str, template: str | None = None) -> OpenModel:
     else:
         decoder = load_pretrained(place).eval()
     source = load_chat_template(place) if given is None else given
-    return OpenModel(decoder, load_tokenizer(place), source, load_special_tokens(place))
+    tokenizer, special_tokens = load_tokenizer(place), load_special_tokens(place)
+    if checkpoint is not None:  # a run has no file that names them
+        special_tokens = name_special_tokens(tokenizer, decoder.config)
+    return OpenModel(decoder, tokenizer, source, special_tokens)
 
 
 def _template_source(template: str) -> str:

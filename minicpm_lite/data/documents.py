@@ -19,9 +19,10 @@ from types import ModuleType
 from tokenizers import Tokenizer
 
 from ..language.tokenizer import (
+    encode_whole,
     fast_tokenizer,
+    leaves_out,
     reading_all_as_text,
-    require_all_bytes,
     require_several,
     require_text,
 )
@@ -34,7 +35,9 @@ _ROWS = 1024  # of a table that are held at a time
 _BATCH_CHARACTERS = 1 << 22  # of text that is cut at a time
 _PIECE_CHARACTERS = 1 << 20  # of a text that is cut at once
 _AROUND = 200  # letters on both sides of a place that decide whether a text may be parted there
-_BETWEEN = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)")  # two words, or two lines
+_BETWEEN = re.compile(
+    r"(?<=\w)(?= \w)|(?<=\S\n)(?=.|\n)|(?<=[。！？])(?=\w)"
+)  # two words, lines or sentences
 _TRIES = 20
 
 
@@ -124,15 +127,16 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iter
 
     Raises:
         TypeError: one string in place of several, or something that is none.
-        ValueError: half a character in a text, the end, or a byte that the vocabulary has no token for.
+        ValueError: half a character in a text, the end, or something that the vocabulary has no token for.
     """
     require_several(texts)
     tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
     for batch in _batches(_pieces(texts, tokenizer)):
         pieces = [piece for piece, _, _ in batch]
-        require_all_bytes(tokenizer, pieces)
-        for encoding, (_, in_front, last) in zip(tokenizer.encode_batch_fast(pieces), batch, strict=True):
+        for encoding, (piece, in_front, last) in zip(tokenizer.encode_batch_fast(pieces), batch, strict=True):
             ids = encoding.ids[in_front:]
+            if leaves_out(tokenizer, ids):
+                encode_whole(tokenizer, piece)  # which says what
             if end in ids and (end, 0) in zip(ids, encoding.special_tokens_mask[in_front:], strict=True):
                 raise ValueError(
                     f"A text holds the token that is to end documents, {tokenizer.id_to_token(end)!r}, so it "

@@ -19,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Encoding, Tokenizer, decoders
+from tokenizers import Encoding, Tokenizer
 
 from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
@@ -35,6 +36,7 @@ from ..language.scoring import token_losses
 from ..language.tokenizer import (
     BYTE_TOKEN,
     BytePairTokenizer,
+    encode_whole,
     fast_tokenizer,
     reading_all_as_text,
     require_several,
@@ -289,9 +291,10 @@ def bits_per_byte(
 ) -> Float[np.ndarray, " documents"]:
     """How badly a language model predicts each document: the score of a perplexity filter.
 
-    Per byte and not per token, so that models with different vocabularies can be compared. The first token
-    has no context and is not predicted; its bytes do not count. A document of fewer than two tokens cannot be
-    judged and gets nan. All of a document is text, also what is spelt as a control token.
+    Per byte of the text, as it was before a tokenizer normalises it, and not per token, so that models with
+    different vocabularies can be compared. The first token has no context and is not predicted; its bytes do
+    not count. A document of fewer than two tokens cannot be judged and gets nan. All of a document is text,
+    also what is spelt as a control token.
 
     Args:
         model: what good text looks like is what it was trained on.
@@ -301,7 +304,7 @@ def bits_per_byte(
 
     Raises:
         TypeError: a document that is no string, or one string in place of several.
-        ValueError: a document with half a character.
+        ValueError: a document with half a character, or something that the vocabulary has no token for.
     """
     require_several(texts)
     require_positive_integer("max_tokens", max_tokens)
@@ -309,10 +312,11 @@ def bits_per_byte(
     bits = []
     for text in texts:
         require_text(text)
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        encoding.truncate(max_tokens)
-        if size := sum(_sizes(text, encoding, tokenizer)[1:]):
-            window = torch.tensor([encoding.ids], device=model.embed_tokens.weight.device)
+        encoding = encode_whole(tokenizer, text, add_special_tokens=False)
+        ids = encoding.ids[:max_tokens]
+        size = _bytes_of_first(len(ids), encoding, text) - _bytes_of_first(1, encoding, text)
+        if len(ids) > 1 and size:
+            window = torch.tensor([ids], device=model.embed_tokens.weight.device)
             nats = token_losses(model, window).sum().item()
             bits.append(nats / math.log(2) / size)
         else:
@@ -320,20 +324,29 @@ def bits_per_byte(
     return np.array(bits, float)
 
 
-def _sizes(text: str, encoding: Encoding, tokenizer: Tokenizer) -> list[int]:
-    """How many bytes of the text each token stands for."""
-    added, sizes = tokenizer.get_added_tokens_decoder(), []
-    byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-    for i, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
-        stretch = text[start:end]
-        as_it_stands = i in added and token.strip() == stretch.strip()  # some take the blanks beside them
-        if byte_level and not as_it_stands:
-            sizes.append(len(token))  # one letter for each byte
-        elif BYTE_TOKEN.fullmatch(token) and not as_it_stands:
-            sizes.append(1)
-        else:
-            sizes.append(len(stretch.encode()))
-    return sizes
+def _bytes_of_first(count: int, encoding: Encoding, text: str) -> int | float:
+    """How many bytes of a text its first tokens stand for; blanks that none holds count with the next one.
+
+    Tokens may share a character: its bytes are theirs, or a normaliser makes several letters of it. Then each
+    has a part of it.
+    """
+    spans = encoding.offsets
+    if count >= len(spans):
+        return len(text.encode())
+    shared = [start < end for (_, end), (start, _) in pairwise(spans)]  # with the token behind
+    if not shared[count - 1]:
+        return len(text[: spans[count - 1][1]].encode())
+    begin, end = count - 1, count
+    while begin and shared[begin - 1]:
+        begin -= 1
+    while end < len(shared) and shared[end]:
+        end += 1
+    lengths = [1 if BYTE_TOKEN.fullmatch(token) else len(token) for token in encoding.tokens[begin : end + 1]]
+    if not begin and encoding.tokens[0] in ("▁", "Ġ"):  # the blank that a tokenizer puts before a text
+        lengths[0] = 0
+    before, together = text[: spans[begin][0]], text[spans[begin][0] : spans[end][1]]
+    part = len(together.encode()) * sum(lengths[: count - begin]) / sum(lengths)
+    return len(before.encode()) + part
 
 
 def area_under_roc(good: Iterable, bad: Iterable) -> float:
@@ -369,7 +382,8 @@ def language_codes(languages: str | Iterable[str]) -> tuple[str, ...]:
     """The languages to keep, as a tuple; one may stand alone.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one that `identify_languages` never gives.
+        ImportError: py3langid is missing; the message names the command to get it.
 
     >>> language_codes("en")
     ('en',)
@@ -377,6 +391,12 @@ def language_codes(languages: str | Iterable[str]) -> tuple[str, ...]:
     codes = (languages,) if isinstance(languages, str) else tuple(languages)
     if not codes:
         raise ValueError('No language is to be kept, so no document would be; name one, such as "en".')
+    known = {*_language_identifier().nb_classes, _UNKNOWN}
+    if strange := [code for code in codes if code not in known]:
+        raise ValueError(
+            f"{strange[0]!r} is no language that is told apart, so no document would be kept for it. Known "
+            f"are: {', '.join(sorted(known))}."
+        )
     return codes
 
 
@@ -393,7 +413,7 @@ def drop_reasons(
     first, and each sees only what the ones before it kept. An empty document falls at the first.
 
     Raises:
-        ValueError: a threshold outside 0 to 1, or no language.
+        ValueError: a threshold outside 0 to 1, or no language, or none that `identify_languages` gives.
         TypeError: a document that is no string, or one string in place of several.
     """
     require_several(texts)

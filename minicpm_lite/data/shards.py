@@ -94,11 +94,13 @@ def write_shards(
     """
     require_positive_integer("vocab_size", vocab_size)
     require_positive_integer("shard_tokens", shard_tokens)
-    if tokenizer is not None and (ids := fast_tokenizer(tokenizer).get_vocab_size()) > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {ids} ids and vocab_size is {vocab_size}; the model's table must have a row "
-            "for each of them."
-        )
+    if tokenizer is not None:
+        largest = max(fast_tokenizer(tokenizer).get_vocab().values(), default=0)  # there may be gaps
+        if largest >= vocab_size:
+            raise ValueError(
+                f"The tokenizer gives ids up to {largest} and vocab_size is {vocab_size}; the model's table "
+                "must have a row for each of them."
+            )
     if vocab_size > 1 << 32:
         raise ValueError(
             f"vocab_size is {vocab_size}; ids are written with 32 bits, {1 << 32} different ones."

@@ -45,6 +45,7 @@ from .sampling import Sampling
 from .tokenizer import (
     BytePairTokenizer,
     control_tokens,
+    encode_whole,
     fast_tokenizer,
     reading_all_as_text,
     require_text,
@@ -100,7 +101,8 @@ class Chat:
         """Yield the answer to a question piece by piece. It joins the messages when it is complete.
 
         Raises:
-            ValueError: the conversation has no room for so many tokens, or the template refuses it.
+            ValueError: the conversation has no room for so many tokens, the template refuses it, or the
+                vocabulary has no token for something in it.
             RuntimeError: the answer was left open, another question was asked, and now it should go on.
         """
         self._asked += 1
@@ -185,25 +187,31 @@ def encode_chat(
 
     Raises:
         TypeError, ValueError: as the template; or a message that is no table, or holds half a character, what
-            is neither text nor number, or lists that are nested too deeply.
+            the vocabulary has no token for, what is neither text nor number, or lists that are nested too
+            deeply.
     """
     text, reader = _Controls(fast_tokenizer(tokenizer)).read(template, list(messages))
     return _encode(reader, text, add_special_tokens)[0]
 
 
 def encode_text(tokenizer: Tokenizer | BytePairTokenizer, text: str) -> list[int]:
-    """The tokens of what somebody wrote, by itself: what it spells like a control token is text."""
+    """The tokens of what somebody wrote, by itself: what it spells like a control token is text.
+
+    Raises:
+        TypeError: the text is not a str.
+        ValueError: it holds half a character, or something that the vocabulary has no token for.
+    """
     require_text(text)
     controls = _Controls(fast_tokenizer(tokenizer))
     reader = controls.twin if controls.spelt(text) else controls.tokenizer
-    return reader.encode(text, add_special_tokens=False).ids
+    return encode_whole(reader, text, add_special_tokens=False).ids
 
 
 def _encode(
     reader: Tokenizer, text: str, add_special_tokens: bool = True
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The tokens of a text, with one start token, and where in the text each begins and ends."""
-    encoding = reader.encode(text, add_special_tokens=add_special_tokens)
+    encoding = encode_whole(reader, text, add_special_tokens)
     begin = 1 if starts_twice(encoding) else 0
     return encoding.ids[begin:], encoding.offsets[begin:]
 

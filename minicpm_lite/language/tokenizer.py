@@ -22,6 +22,9 @@ Choices and traps:
 - Added tokens are text as they stand; the letters of ``đem`` are no stand-ins for bytes. (`tokenizers` reads
   them as such, and so decodes them to something else.) Only where the name is one that a merge makes, as of
   ``Ġthe``, they are: the token is that word, and has its id.
+- `tokenizers` drops letters that a vocabulary has no token for, and the places that it reports of the others
+  are wrong behind one. So where a letter may be lacking, a twin with an unknown token reads the text, and
+  what becomes that token is refused by name.
 """
 
 import json
@@ -34,19 +37,21 @@ from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from operator import index
+from reprlib import repr as shown
 from string import ascii_lowercase
 
 import regex
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 __all__ = [
     "BYTE_TOKEN",
     "BytePairTokenizer",
     "control_tokens",
+    "encode_whole",
     "fast_tokenizer",
+    "leaves_out",
     "misread_tokens",
     "reading_all_as_text",
-    "require_all_bytes",
     "require_several",
     "require_text",
     "split_words",
@@ -68,6 +73,13 @@ _CHARACTER_OF = dict(zip(_BYTES, _CHARACTERS, strict=True))
 _REMEMBERED_WORDS, _REMEMBERED_LETTERS = 100_000, 100  # a longer word hardly comes twice
 _MOST_ENTRIES = 1 << 24
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece vocabularies, for characters they lack
+
+
+def _secret_letters() -> str:
+    return "".join(secrets.choice(ascii_lowercase) for _ in range(32))
+
+
+_LACKING = _secret_letters()  # for what a vocabulary has no token for, in the twins that tell of it
 _ONE_TOKEN = Tokenizer(models.WordLevel({"a": 0}, "a")).encode("a")  # to see what is put around it
 
 
@@ -357,6 +369,7 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
 
     Raises:
         TypeError: something else was given.
+        ValueError: a letter was added that stands for a byte in the vocabulary; texts would lose it.
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> tokenizer.enable_truncation(2)
@@ -369,6 +382,14 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
             f"The tokenizer is of type {type(tokenizer).__name__}; expected a BytePairTokenizer or a "
             "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
         )
+    for token, added in tokenizer.get_added_tokens_decoder().items():
+        if (name := added.content) not in _BYTE_OF or name.isascii():
+            continue
+        if tokenizer.decode([token], skip_special_tokens=False) != name:
+            raise ValueError(
+                f"{name!r} was added as a token, and in this vocabulary that letter stands for the byte "
+                f"0x{_BYTE_OF[name]:02X}, as which it would be read. Leave it out: texts can hold it anyway."
+            )
     cuts = tokenizer.truncation or tokenizer.padding or tokenizer.encode_special_tokens
     by_chance = bool(getattr(tokenizer.model, "dropout", None))
     around = tokenizer.post_processor.process(_ONE_TOKEN) if tokenizer.post_processor else _ONE_TOKEN
@@ -401,6 +422,7 @@ def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:
         token: name
         for token, name in added.items()
         if len(name) > 1
+        and not BYTE_TOKEN.fullmatch(name)  # which does stand for a byte
         and all(character in _BYTE_OF for character in name)
         and tokenizer.decode([token], skip_special_tokens=False) != name
     }
@@ -418,7 +440,8 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
     """By id, what a template may write into a text to steer a model, such as ``<|im_start|>``.
 
     These are the added tokens that are special, and of the others those between marks, such as ``<think>``,
-    since not all models declare theirs. An added word, as "mRNA", is text; so are bytes and runs of blanks.
+    since not all models declare theirs. Added words and signs, as "mRNA" and "->", are text; so are bytes,
+    runs of blanks, and what is one common letter or sign, as the "!" that some pad with.
     """
     added = tokenizer.get_added_tokens_decoder()
     return {i: token for i, token in added.items() if _steers(token)}
@@ -426,33 +449,64 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:
 
 def _steers(token: AddedToken) -> bool:
     name = token.content.replace("▁", " ").strip()  # sentencepiece's blank
-    if len(name) < 2 or BYTE_TOKEN.fullmatch(name):
+    if not name or BYTE_TOKEN.fullmatch(name):
         return False
-    return token.special or not (name[0].isalnum() or name[-1].isalnum())
+    if token.special:
+        return len(name) > 1 or name not in _BYTE_OF  # of a sign such as "!", for padding, texts are made
+    return any(map(str.isalnum, name)) and not (name[0].isalnum() or name[-1].isalnum())
 
 
-def require_all_bytes(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
-    """Refuse texts of which a byte-level vocabulary would leave something out, for want of a token.
-
-    One that was trained without ``initial_alphabet=ByteLevel.alphabet()`` knows the bytes of its texts alone.
+def encode_whole(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> Encoding:
+    """The tokens of a text, all of it: `tokenizers` would drop letters that the vocabulary has no token for.
 
     Raises:
-        ValueError: a sentence that names the byte.
+        ValueError: it has none for a letter or word, and no unknown token either; the sentence names it.
+
+    >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
+    >>> encode_whole(tokenizer, "the hat").tokens
+    ['the', 'Ġ', 'h', 'at']
     """
+    reader = tokenizer if _surely_whole(tokenizer, text) else _reader(tokenizer.to_str())
+    encoding = reader.encode(text, add_special_tokens=add_special_tokens)
+    if (lacking := reader.token_to_id(_LACKING)) in encoding.ids:
+        start, end = encoding.offsets[encoding.ids.index(lacking)]
+        raise ValueError(
+            f"The vocabulary has no token for {shown(text[start:end])}, which a text holds, so it would be "
+            "left out. Train the tokenizer with all 256 bytes, as train_tokenizer does, or with an unknown "
+            "token; or clean the text."
+        )
+    return encoding
+
+
+def leaves_out(reader: Tokenizer, ids: list[int]) -> bool:
+    """Whether `encode_whole` refuses a text of which a tokenizer of `reading_all_as_text` makes these ids."""
+    return reader.token_to_id(_LACKING) in ids
+
+
+def _surely_whole(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether it is plain, without making another tokenizer, that nothing of a text is left out."""
     model = tokenizer.model
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel) or getattr(model, "unk_token", None) is not None:
-        return
-    unknown = {byte for byte, letter in _CHARACTER_OF.items() if tokenizer.token_to_id(letter) is None}
-    if not unknown:
-        return
-    for text in texts:
-        read = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer is not None else text
-        if not unknown.isdisjoint(read.encode()):
-            byte = next(byte for byte in read.encode() if byte in unknown)
-            raise ValueError(
-                f"The vocabulary has no token for byte 0x{byte:02X}, which a text holds, so it would be left "
-                "out. Train the tokenizer with all 256 bytes, as train_tokenizer does, or clean the text."
-            )
+    unknown = getattr(model, "unk_token", None)
+    if unknown is not None and model.token_to_id(unknown) is not None:
+        return True
+    if isinstance(model, models.BPE):
+        by_letter = not (model.continuing_subword_prefix or model.end_of_word_suffix)
+    else:
+        by_letter = isinstance(model, models.Unigram)
+    if not by_letter:
+        return False
+    read = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        read = "".join(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(read))
+    return all(_has_token(model, letter) for letter in set(read))
+
+
+def _has_token(model: models.Model, letter: str) -> bool:
+    try:
+        tokens = model.tokenize(letter)
+    except Exception:  # as the package raises where it misses an unknown token
+        return False
+    return bool(tokens) and tokens[-1].offsets[1] == len(letter.encode())  # all the bytes that stand for it
 
 
 def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
@@ -470,17 +524,40 @@ def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
     >>> twin.encode("hat" + twin.id_to_token(260)).ids == tokenizer.encode("hat</s>").ids
     True
     """
-    return _twin(tokenizer.to_str())
+    return _reader(tokenizer.to_str(), all_as_text=True)
 
 
-@lru_cache(maxsize=2)  # a large vocabulary takes a second
-def _twin(description: str) -> Tokenizer:
-    tokenizer, twin = Tokenizer.from_str(description), json.loads(description)
-    model = twin["model"]
+@lru_cache(maxsize=4)  # a large vocabulary takes a second
+def _reader(description: str, all_as_text: bool = False) -> Tokenizer:
+    """A twin with the same ids, in which what would be left out becomes the token `_LACKING`."""
+    described = json.loads(description)
+    if all_as_text:
+        _rename_controls(described, control_tokens(Tokenizer.from_str(description)))
+    twin, model = Tokenizer.from_str(json.dumps(described)), described["model"]
+    largest = max(twin.get_vocab().values(), default=-1)
+    if isinstance(model["vocab"], list):  # of Unigram: places are ids
+        if model.get("unk_id") is not None:
+            return twin
+        gap = range(len(model["vocab"]), largest + 1)
+        model["vocab"] += [*([f"{_LACKING}{i}", 0.0] for i in gap), [_LACKING, 0.0]]
+        model["unk_id"] = len(model["vocab"]) - 1
+    else:
+        if model.get("unk_token") in model["vocab"]:
+            return twin
+        model["vocab"][_LACKING] = largest + 1
+        model["unk_token"] = _LACKING
+    alone = json.dumps(described | {"added_tokens": []})
+    twin.model = Tokenizer.from_str(alone).model  # the added tokens keep the ids they have
+    return twin
+
+
+def _rename_controls(described: dict, controls: Mapping[int, AddedToken]) -> None:
+    """Give control tokens names in a description that no text spells."""
+    model = described["model"]
     makes = _made_by_merges(model)
-    names = {token.content for token in control_tokens(tokenizer).values()}
+    names = {token.content for token in controls.values()}
     secret = {name: _secret_name(name) for name in names}
-    for added in twin["added_tokens"]:
+    for added in described["added_tokens"]:
         added["content"] = secret.get(added["content"], added["content"])
     # no text is cut into an entry that it cannot spell and that no merge makes
     if isinstance(model["vocab"], list):  # of Unigram, with scores
@@ -492,13 +569,11 @@ def _twin(description: str) -> Tokenizer:
     if "merges" in model:
         merges = zip(model["merges"], makes, strict=True)
         model["merges"] = [pair for pair, made in merges if names.isdisjoint((*pair, made))]
-    return Tokenizer.from_str(json.dumps(twin))
 
 
 def _secret_name(name: str) -> str:
     """One that nobody can guess; blanks at its ends stay, since a tokenizer may read them with it."""
-    letters = "".join(secrets.choice(ascii_lowercase) for _ in range(32))
-    return name.replace(name.strip(), letters)
+    return name.replace(name.strip(), _secret_letters())
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:

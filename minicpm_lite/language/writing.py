@@ -32,9 +32,9 @@ from .sampling import Sampling
 from .tokenizer import (
     BYTE_TOKEN,
     BytePairTokenizer,
+    encode_whole,
     fast_tokenizer,
     misread_tokens,
-    require_all_bytes,
     require_text,
 )
 
@@ -167,7 +167,8 @@ def stream_text(
 
     Raises:
         TypeError: the prompt is neither text nor tokens.
-        ValueError: as `stream`; or half a character in the prompt, or stop strings that are none.
+        ValueError: as `stream`; or half a character in the prompt, or something that the vocabulary has no
+            token for, or stop strings that are none.
     """
     tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
     ids = _prompt_ids(tokenizer, prompt)
@@ -253,8 +254,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
             raise ValueError(f"A prompt is {prompt!r}; expected a text, or its tokens as a list of ids.")
         return ids
     require_text(prompt)
-    require_all_bytes(tokenizer, [prompt])
-    encoding = tokenizer.encode(prompt)
+    encoding = encode_whole(tokenizer, prompt)
     if starts_twice(encoding):
         warnings.warn(
             f"The prompt begins with {encoding.tokens[0]}, and the tokenizer puts another before it. Models "

@@ -16,12 +16,12 @@ Choices, and the traps behind them:
   text and not be told, so neither is kept, in reading or in writing.
 - A chat template stands in a file of its own, in older releases in ``tokenizer_config.json``. Where there are
   both the file counts, as in transformers.
-- Control tokens may be listed in ``tokenizer_config.json`` alone; a chat without them is spelt in letters.
 - A folder is written beside its place and renamed. A folder that holds anything is never touched, nor one
   that another program writes.
 - A chat template names tokens that stand in ``tokenizer_config.json``; without them it writes other prompts.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -31,13 +31,14 @@ from pathlib import Path
 from reprlib import repr as shown
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_positive_integer
 from ..files import locked, written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..optional import require
+from .added_tokens import ADDED_TOKENS_FILES, read_added_tokens
 from .assemble import assemble, empty_decoder
 from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
 from .gguf import read_gguf
@@ -50,13 +51,14 @@ __all__ = [
     "load_pretrained",
     "load_special_tokens",
     "load_tokenizer",
+    "name_special_tokens",
     "read_tokenizer",
     "save_pretrained",
 ]
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
 _CHAT_TEMPLATE = "chat_template.jinja"
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+_PUT_A_BLANK = ("GPT2Tokenizer", "Qwen2Tokenizer")  # classes of transformers that build their pre-tokenizer
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -87,13 +89,15 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """The tokenizer of a model: ``tokenizer.json`` of a folder or on the hub, or what a GGUF file holds.
 
-    It reads whole texts: lengths at which the file would cut or pad them are left out.
+    It reads whole texts: lengths at which the file would cut or pad them are left out. Tokens that the folder
+    lists or names beside it are added, see `added_tokens`.
 
     Raises:
         FileNotFoundError: there is no such path, or the folder holds no ``tokenizer.json``.
-        ValueError: a file is damaged, or a GGUF file's tokenizer is of a kind that is not rebuilt here.
+        ValueError: a file is damaged, two of them do not belong together, or a GGUF file's tokenizer is of a
+            kind that is not rebuilt here.
     """
-    path = _local(path_or_id, ["tokenizer.json", "tokenizer_config.json"])
+    path = _local(path_or_id, ["tokenizer.json", *ADDED_TOKENS_FILES])
     if _is_gguf(path):
         return gguf_tokenizer(path)
     file = path / "tokenizer.json"
@@ -103,8 +107,8 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             "transformers' AutoTokenizer reads it, and its save_pretrained writes tokenizer.json."
         )
     tokenizer = read_tokenizer(file)
-    if (settings := path / "tokenizer_config.json").is_file():
-        _add_listed(tokenizer, settings)
+    read_added_tokens(path).add_to(tokenizer)
+    _require_one_beginning(tokenizer, path / "tokenizer_config.json")
     return tokenizer
 
 
@@ -167,26 +171,30 @@ def load_chat_template(path_or_id: str | Path) -> str | None:
 def load_special_tokens(path_or_id: str | Path) -> dict[str, str]:
     """The tokens that a model's chat template may name: ``bos_token``, ``eos_token`` and others it has.
 
-    Of older folders, whose ``tokenizer_config.json`` does not list the added tokens, the file
-    ``special_tokens_map.json`` has the last word, as in transformers.
-
     Raises:
         FileNotFoundError: there is no such path.
         ValueError: a file is damaged.
     """
-    path = _local(path_or_id, ["tokenizer_config.json", "special_tokens_map.json"])
+    path = _local(path_or_id, ADDED_TOKENS_FILES)
     if _is_gguf(path):
         file = read_gguf(path)
         tokens = file.metadata.get("tokenizer.ggml.tokens", ())
         ids = {f"{name}_token": special_id(file, name) for name in ("bos", "eos")}
         return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    file, older = path / "tokenizer_config.json", path / "special_tokens_map.json"
-    values = read_json(file) if file.is_file() else {}
-    if "added_tokens_decoder" not in values and older.is_file():
-        values |= read_json(older)
-    named = {name: value for name, value in values.items() if name.endswith("_token")}
-    texts = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    return {name: str(token) for name, token in read_added_tokens(path).named.items()}
+
+
+def name_special_tokens(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, str]:
+    """The same of a model without such files: ``bos_token`` and ``eos_token``, where it has them.
+
+    The first is what the tokenizer puts in front of texts, the other the first id that ends a text of the
+    model. Only special tokens are named: transformers would make one of any other, and texts split
+    differently.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    ids = {"bos_token": tokenizer.encode("").ids[:1], "eos_token": config.eos_token_id}
+    special = {name: [i for i in each if i in added and added[i].special] for name, each in ids.items()}
+    return {name: added[each[0]].content for name, each in special.items() if each}
 
 
 def save_pretrained(
@@ -212,7 +220,7 @@ def save_pretrained(
         chat_template: how the model wants a conversation written, in Jinja; written as
             ``chat_template.jinja``. Left out: none is written.
         special_tokens: what that may name, as `load_special_tokens` gives it; written with the tokenizer.
-            Left out: the ``eos_token`` is the first id that ends a text, if that is a special token.
+            What is left out is what `name_special_tokens` gives.
         model_type: the family (see `families`). Left out: "minicpm3" with latent attention; with multipliers
             "granite", as which transformers opens a MiniCPM without code from elsewhere, or with experts,
             too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
@@ -246,37 +254,27 @@ def save_pretrained(
             write_json(beside / "generation_config.json", ends)
         if tokenizer is not None:
             (beside / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-            write_json(
-                beside / "tokenizer_config.json",
-                _tokenizer_settings(tokenizer, model.config, special_tokens or {}),
-            )
+            named = name_special_tokens(tokenizer, model.config) | (special_tokens or {})
+            write_json(beside / "tokenizer_config.json", _tokenizer_settings(model.config) | named)
         if chat_template is not None:
             (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
         named = {stored_name(name, family): tensor for name, tensor in weights.items()}
         write_weights(beside, named, max_shard_bytes)
 
 
-def _add_listed(tokenizer: Tokenizer, settings: Path) -> None:
-    """Add the tokens that a ``tokenizer_config.json`` lists and the tokenizer lacks, as transformers does."""
-    listed = read_json(settings).get("added_tokens_decoder", {})
-    try:
-        tokens = [
-            (int(i), AddedToken(each["content"], **{flag: each[flag] for flag in _FLAGS if flag in each}))
-            for i, each in listed.items()
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError):
+def _require_one_beginning(tokenizer: Tokenizer, settings: Path) -> None:
+    """Refuse settings that ask for another blank before a text than ``tokenizer.json``, where they count."""
+    said = read_json(settings) if settings.is_file() else {}
+    if str(said.get("tokenizer_class")).removesuffix("Fast") not in _PUT_A_BLANK:
+        return
+    asked = said.get("add_prefix_space")
+    puts = tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
+    if isinstance(asked, bool) and asked != puts:
         raise ValueError(
-            f"{settings} holds {shown(listed)} as added_tokens_decoder; expected tokens by id."
-        ) from None
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for i, token in sorted(tokens, key=lambda each: each[0]):
-        if token.content not in known:
-            tokenizer.add_tokens([token])
-            if (given := tokenizer.token_to_id(token.content)) != i:
-                raise ValueError(
-                    f"{settings} lists {token.content!r} as id {i}, and behind tokenizer.json it has id "
-                    f"{given}. The two files do not belong together."
-                )
+            f"{settings} says add_prefix_space: {json.dumps(asked)}, and tokenizer.json puts "
+            f"{'a' if puts else 'no'} blank before a text. For a {said['tokenizer_class']} transformers "
+            "heeds the first, others the second. Make the two the same."
+        )
 
 
 def _is_gguf(path: Path) -> bool:
@@ -413,17 +411,10 @@ def _require_known_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def _tokenizer_settings(
-    tokenizer: Tokenizer, config: ModelConfig, special_tokens: Mapping[str, str]
-) -> dict[str, object]:
+def _tokenizer_settings(config: ModelConfig) -> dict[str, object]:
     """What ``tokenizer_config.json`` must say, so that AutoTokenizer gives the same ids."""
-    settings = {
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
-    added = tokenizer.get_added_tokens_decoder()
-    # Only a special end is named: transformers would make one of any other, and texts split differently.
-    if ends := [added[end].content for end in config.eos_token_id if end in added and added[end].special]:
-        settings["eos_token"] = ends[0]
-    return settings | special_tokens

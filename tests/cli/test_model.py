@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from shell import SHAPE
+from tokenizers import processors
 
-from minicpm_lite import ModelConfig
+from minicpm_lite import ModelConfig, cli
 from minicpm_lite.cli.model import open_model
 from minicpm_lite.data.shards import write_shards
-from minicpm_lite.language.chat import chatml
+from minicpm_lite.language.chat import chatml, encode_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import load_pretrained, save_pretrained
@@ -69,6 +70,7 @@ def test_a_checkpoint_beside_another_runs_tokenizer_is_refused(tmp_path):
 def test_a_folder_that_others_write(run, tmp_path):
     folder, model = run
     opened = open_model(str(folder))
+    opened.tokenizer.add_special_tokens(["<s>"])
     source = "{{ bos_token }}{% for message in messages %}{{ message.content }}!{% endfor %}"
     save_pretrained(opened.decoder, tmp_path / "saved", opened.tokenizer, chat_template=source)
     settings = tmp_path / "saved" / "tokenizer_config.json"
@@ -77,6 +79,29 @@ def test_a_folder_that_others_write(run, tmp_path):
     assert same(again.decoder, model) and not again.decoder.training
     assert again.tokenizer.to_str() == opened.tokenizer.to_str() and again.template_source == source
     assert again.template([{"role": "user", "content": "hat"}]) == "<s>hat!"
+
+
+def test_a_template_in_a_run_names_its_start_and_end(tmp_path):
+    """Nothing else in its folder does; and what is exported asks in the same tokens."""
+    tokenizer = train_tokenizer("the cat and the hat", 260)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    start, end = map(tokenizer.token_to_id, ("<s>", "</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", start)])
+    model = Decoder(ModelConfig(**SHAPE, eos_token_id=(3, end)))
+    trainer = Trainer(model, torch.arange(500) % 300, WSD(0.01, 1, 2, 1), TrainerConfig(2, 8))
+    trainer.train(folder=tmp_path / "run", progress=False)
+    tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
+    source = "{{ bos_token + 'the ' }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "run" / "chat_template.jinja").write_text(source)
+    opened = open_model(str(tmp_path / "run"))
+    assert opened.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    talk = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "hat"}]
+    expected = tokenizer.encode("the cat</s>hat</s>").ids
+    assert expected.count(end) == 2 and expected[0] == start
+    assert encode_chat(opened.tokenizer, opened.template, talk) == expected
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    again = open_model(str(tmp_path / "out"))
+    assert encode_chat(again.tokenizer, again.template, talk) == expected
 
 
 def test_what_is_no_model(run, tmp_path):

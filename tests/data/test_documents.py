@@ -167,7 +167,22 @@ def lines_and_words() -> Tokenizer:
 @given(
     text=st.lists(
         st.sampled_from(
-            ["It is", " a truth", "\n", " ", ".", "\n\n", "，", "é", "e\u0301", "</s>", "truth", "\r\n"]
+            [
+                "It is",
+                " a truth",
+                "\n",
+                " ",
+                ".",
+                "\n\n",
+                "，",
+                "é",
+                "e\u0301",
+                "</s>",
+                "truth",
+                "\r\n",
+                "话说。",
+            ]
+            + ["\n\u3000\u3000"]
         ),
         max_size=80,
     ).map("".join),
@@ -192,6 +207,16 @@ def test_a_long_text_takes_little_memory(monkeypatch):
         assert len(pieces) == 25 and max(map(len, pieces)) < 1500
 
 
+@pytest.mark.parametrize("between", ["\n\u3000\u3000", "\n\n", ""])
+def test_texts_without_blanks_are_cut_too(monkeypatch, between):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "_AROUND", 50)
+    text = ("话说天下大势，分久必合，合久必分。" + between) * 500
+    for kind in (partial(train_tokenizer, TEXT, 280), sentencepiece):
+        pieces = list(encoded([text], kind(), None))
+        assert len(pieces) >= 8 and sum(pieces, []) == kind().encode(text).ids
+
+
 def test_control_tokens_that_texts_spell_are_text():
     """Special or not; the one that ends a document stands at its end alone."""
     tokenizer, plain = train_tokenizer(TEXT, 280), train_tokenizer(TEXT, 280)
@@ -206,7 +231,7 @@ def test_nothing_of_a_text_is_left_out():
     lacking = Tokenizer(models.BPE())
     lacking.pre_tokenizer, lacking.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     lacking.train_from_iterator([TEXT], trainers.BpeTrainer(show_progress=False))
-    with pytest.raises(ValueError, match="no token for byte 0xC3"):
+    with pytest.raises(ValueError, match="The vocabulary has no token for 'é', which a text holds"):
         list(encoded([TEXT, TEXT[:9] + "é"], lacking, None))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS, LACKING
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from minicpm_lite import optional
@@ -24,7 +25,7 @@ from minicpm_lite.data.filtering import (
 )
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import token_losses
-from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
+from minicpm_lite.language.tokenizer import BytePairTokenizer, reading_all_as_text, train_tokenizer
 
 PROSE = normalise(load_austen()[20_000:320_000])
 PIECES = [PROSE[start : start + 600] for start in range(0, len(PROSE), 600)]
@@ -324,7 +325,7 @@ def test_bits_per_byte_reads_every_byte_of_a_text_as_text(kind):
     assert tokenizer.encode(CONTROL).ids == [tokenizer.token_to_id(CONTROL)], "as it was"
 
 
-ADDED = [AddedToken("帽", lstrip=True), AddedToken("é"), AddedToken("Ġa"), AddedToken("   ")]
+ADDED = [AddedToken("帽", lstrip=True), AddedToken("ж"), AddedToken("Ġa"), AddedToken("   ")]
 
 
 def test_bits_per_byte_counts_the_bytes_of_added_tokens():
@@ -335,7 +336,7 @@ def test_bits_per_byte_counts_the_bytes_of_added_tokens():
     model = Decoder(ModelConfig(8, 16, 1, 2, tokenizer.get_vocab_size()))
 
     @settings(deadline=None, max_examples=60)
-    @given(st.lists(st.sampled_from(["帽", "é", "Ġa", "   ", " ", "雨", " a", "a"]), min_size=1))
+    @given(st.lists(st.sampled_from(["帽", "ж", "Ġa", "   ", " ", "雨", " a", "a"]), min_size=1))
     def check(pieces):
         text = "q" + "".join(pieces)  # a token of one byte, which is not predicted
         with torch.no_grad():
@@ -344,6 +345,49 @@ def test_bits_per_byte_counts_the_bytes_of_added_tokens():
         np.testing.assert_allclose(found, nats / np.log(2) / (len(text.encode()) - 1))
 
     check()
+
+
+def normalising() -> dict[str, Tokenizer]:
+    """The kinds that take letters apart, put them together or change them."""
+    names = ["NFKC", "NFC", "NFD", "Lowercase", "StripAccents"]
+    made = {}
+    for name in names:
+        tokenizer = Tokenizer.from_str(KINDS["byte_level"].to_str())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), getattr(normalizers, name)()])
+        made[name] = tokenizer
+    unigram = made["unigram, NFKC"] = Tokenizer.from_str(KINDS["unigram"].to_str())
+    unigram.normalizer = normalizers.NFKC()
+    return made
+
+
+ZERO = Decoder(ModelConfig(8, 16, 1, 2, 400))
+for parameter in ZERO.parameters():
+    torch.nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *normalising()])
+def test_a_model_without_weights_needs_as_many_bits_for_each_token(kind):
+    """log2 of the vocabulary, for whatever bytes of the text the tokens behind the first one stand."""
+    tokenizer = (KINDS | normalising())[kind]
+    reader = reading_all_as_text(tokenizer)
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(st.sampled_from(["½", "…", "e\u0301", "é", "İ", " ", "\n", "man", "</s>", "帽子", "🙂"])))
+    def check(pieces):
+        text = "a " + "".join(pieces)
+        encoding = reader.encode(text, add_special_tokens=False)
+        size = len(text[encoding.offsets[0][1] :].encode())
+        if encoding.tokens[0] == "▁":  # put before the text, of which it is no part
+            size = len(text.encode())
+        expected = (len(encoding) - 1) * np.log2(400) / size if size and len(encoding) > 1 else np.nan
+        np.testing.assert_allclose(bits_per_byte(ZERO, tokenizer, [text])[0], expected, rtol=1e-5)
+
+    check()
+
+
+def test_what_a_vocabulary_lacks_is_not_judged():
+    with pytest.raises(ValueError, match="The vocabulary has no token for 'é', which a text holds"):
+        bits_per_byte(ZERO, LACKING["bytes"], ["the é"])
 
 
 def test_half_a_character_is_one_sentence():
@@ -422,6 +466,9 @@ def test_what_cannot_be_is_one_sentence(classifier):
             ValueError, match=f"The threshold is {threshold}; it is compared with a probability"
         ):
             drop_reasons(["a"], classifier, threshold=threshold)
+    for strange in ("EN", "eng", ["en", "en-US"]):
+        with pytest.raises(ValueError, match="is no language that is told apart.* Known are: ace, af,"):
+            drop_reasons(["a"], classifier, languages=strange)
     with pytest.raises(ValueError, match="No language is to be kept"):
         drop_reasons(["a"], classifier, languages=())
     with pytest.raises(RuntimeError, match=r"has not been trained; call fit\(good, bad\) first"):

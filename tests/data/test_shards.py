@@ -459,8 +459,15 @@ def test_the_tokenizer_is_noted(tmp_path):
     shards = write_shards(tmp_path / "x", [tokenizer.encode("Emma").ids], 512, tokenizer)
     assert shards.tokenizer == tokenizer_checksum(tokenizer) == shards.identity()["tokenizer"]
     assert tokenizer_checksum(train_tokenizer("Sense and Sensibility " * 9, 270)) != shards.tokenizer
-    with pytest.raises(ValueError, match="The tokenizer has 270 ids and vocab_size is 269"):
+    with pytest.raises(ValueError, match="The tokenizer gives ids up to 269 and vocab_size is 269"):
         write_shards(tmp_path / "y", [[1]], 269, tokenizer)
+
+
+def test_a_vocabulary_with_gaps_needs_a_row_for_its_largest_id(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
+    with pytest.raises(ValueError, match="gives ids up to 9 and vocab_size is 9"):
+        write_shards(tmp_path / "x", [[0]], 9, tokenizer)
+    assert len(write_shards(tmp_path / "x", [[0]], 10, tokenizer)) == 1
 
 
 def test_a_tokenizer_that_was_written_and_read_is_the_same(tmp_path):
@@ -518,7 +525,7 @@ def test_the_tokenizer_from_scratch_is_taken(tmp_path):
     tokenizer = BytePairTokenizer.train(["Emma Woodhouse, handsome, clever, and rich " * 9], 270)
     shards = write_shards(tmp_path / "x", [tokenizer.encode("Emma")], 512, tokenizer)
     assert shards.tokenizer == tokenizer_checksum(tokenizer) == tokenizer_checksum(tokenizer.fast)
-    with pytest.raises(ValueError, match=r"The tokenizer has \d+ ids and vocab_size is 256"):
+    with pytest.raises(ValueError, match=r"The tokenizer gives ids up to \d+ and vocab_size is 256"):
         write_shards(tmp_path / "y", [[1]], 256, tokenizer)
 
 

@@ -1,6 +1,6 @@
 """Small tokenizers of every kind that models are published with, each with control tokens of its own kind."""
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minicpm_lite.language.tokenizer import train_tokenizer
 
@@ -85,3 +85,51 @@ def whole_words() -> Tokenizer:
 KINDS = {
     make.__name__: make() for make in (byte_level, prepended, first_only, unigram, word_pieces, whole_words)
 }
+
+
+# Vocabularies without an unknown token, that know the letters of a few words alone. Of what they lack,
+# `tokenizers` says nothing, or raises a plain Exception.
+
+MARK = "<用户>"  # a control token, in letters that none of them has
+LEARNED = ["the", "cat", "sat", "hat"]
+
+
+def _learned(
+    model: models.Model, trainer: type, before, decoder=None, normalizer=None, **options
+) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    if before is not None:
+        tokenizer.pre_tokenizer = before
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator([" ".join(LEARNED)] * 9, trainer(show_progress=False, **options))
+    tokenizer.add_special_tokens([MARK])
+    return tokenizer
+
+
+def _lacking() -> dict[str, Tokenizer]:
+    bpe, of_bpe = models.BPE, trainers.BpeTrainer
+    blanks, space = pre_tokenizers.Whitespace, pre_tokenizers.Metaspace
+    stand_ins = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    suffixed = bpe(end_of_word_suffix="</w>")
+    return {
+        "words": _learned(bpe(), of_bpe, blanks(), decoders.BPEDecoder()),
+        "words with ends": _learned(suffixed, of_bpe, blanks(), end_of_word_suffix="</w>"),
+        "metaspace": _learned(bpe(), of_bpe, space(), decoders.Metaspace()),
+        "no steps": _learned(bpe(), of_bpe, None),
+        "bytes": _learned(bpe(), of_bpe, stand_ins, decoders.ByteLevel()),
+        "bytes, decoders": _learned(bpe(), of_bpe, stand_ins, decoders.Sequence([decoders.ByteLevel()])),
+        "bytes, no decoder": _learned(bpe(), of_bpe, stand_ins),
+        "bytes, normalised": _learned(bpe(), of_bpe, None, decoders.ByteLevel(), normalizers.ByteLevel()),
+        "bytes, no accents": _learned(bpe(), of_bpe, stand_ins, decoders.ByteLevel(), without_accents),
+        "no byte pieces": _learned(bpe(byte_fallback=True), of_bpe, space(), decoders.Metaspace()),
+        "whole words": _learned(models.WordLevel(), trainers.WordLevelTrainer, blanks()),
+        "word pieces": _learned(models.WordPiece(), trainers.WordPieceTrainer, blanks()),
+        "unigram": _learned(models.Unigram(), trainers.UnigramTrainer, space(), decoders.Metaspace()),
+    }
+
+
+LACKING = _lacking()

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import CONTROLS as CONTROL_NAMES
-from kinds import KINDS
+from kinds import KINDS, LACKING
 from small_models import SHAPE, TOKENIZER, WRITER, Counted, make_model
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch.testing import assert_close
 
 from minicpm_lite.config import ModelConfig
+from minicpm_lite.data.conversations import Example, encode_example
 from minicpm_lite.language.chat import Chat, chatml, encode_chat, encode_text, minicpm_chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.sampling import Sampling
@@ -54,7 +55,27 @@ def test_chatml_equals_its_jinja_template(messages, add):
 def test_messages_may_come_one_by_one():
     source = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
     for template in (chatml, chat_template(source)):
-        assert encode_chat(LETTERS, template, iter(TALK[1:3])) == encode_chat(LETTERS, template, TALK[1:3])
+        assert encode_chat(TOKENIZER, template, iter(TALK[1:3])) == encode_chat(
+            TOKENIZER, template, TALK[1:3]
+        )
+
+
+def test_what_a_vocabulary_lacks_is_not_asked():
+    """`tokenizers` would leave it out; the template's own control token is read, whatever letters it has."""
+    tokenizer, model = LACKING["bytes"], make_model(CHATTER)
+    template = chat_template("{% for message in messages %}<用户>{{ message.content }}{% endfor %}")
+    ids = encode_chat(tokenizer, template, [said("the hat")])
+    assert ids == tokenizer.encode("<用户>the hat").ids and encode_text(tokenizer, "the hat") == ids[1:]
+    for ask in (
+        lambda: encode_chat(tokenizer, template, [said("the café")]),
+        lambda: encode_text(tokenizer, "the café"),
+        lambda: encode_text(tokenizer, "the <用户>"),
+        lambda: list(Chat(model, tokenizer, template).answer("the café", 1)),
+        lambda: next(stream_text(model, tokenizer, "<用户>the café", 1)),
+        lambda: encode_example(tokenizer, Example("task", "the hat", "the café")),
+    ):
+        with pytest.raises(ValueError, match="The vocabulary has no token for '.', which a text holds"):
+            ask()
 
 
 def test_minicpm_chat_equals_its_jinja_template():

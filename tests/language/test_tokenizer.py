@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import BYTES, CONTROLS, KINDS
+from kinds import BYTES, CONTROLS, KINDS, LACKING, LEARNED, MARK
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -28,9 +28,11 @@ from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.tokenizer import (
     BytePairTokenizer,
     control_tokens,
+    encode_whole,
     fast_tokenizer,
+    leaves_out,
+    misread_tokens,
     reading_all_as_text,
-    require_all_bytes,
     split_words,
     train_tokenizer,
 )
@@ -467,9 +469,9 @@ def test_added_tokens_are_text_as_they_stand(names, data):
     assert BytePairTokenizer.from_tokenizers(mine.fast) == mine
 
 
-def test_an_added_token_that_bytes_or_a_merge_make_stays_what_they_make():
+def test_an_added_token_that_a_byte_or_a_merge_makes_stays_what_it_makes():
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe", "đem"])
+    tokenizer.add_tokens(["x", "Ġthe", "đem"])
     assert tokenizer.get_vocab_size() == 801
     mine = BytePairTokenizer.from_tokenizers(tokenizer)
     assert mine.vocabulary == (*MINE.vocabulary, "đem".encode())
@@ -477,6 +479,18 @@ def test_an_added_token_that_bytes_or_a_merge_make_stays_what_they_make():
     writer = TextWriter(tokenizer)
     written = "".join(writer.push(token) for token in ids) + writer.finish()
     assert written == mine.decode(ids) == "over the đem the top"
+
+
+def test_an_added_letter_that_stands_for_a_byte_is_refused():
+    """A text's "ñ" would be read as half a character."""
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_tokens(["ñ"])
+    assert tokenizer.decode(tokenizer.encode("ñ").ids) == "\ufffd"
+    with pytest.raises(ValueError, match="'ñ' was added as a token, .* stands for the byte 0xF1"):
+        fast_tokenizer(tokenizer)
+    other = Tokenizer.from_str(KINDS["first_only"].to_str())
+    other.add_tokens(["ñ"])
+    assert fast_tokenizer(other) is other and other.encode("ñ").ids[-1] == other.token_to_id("ñ")
 
 
 def test_long_words_are_not_remembered():
@@ -538,7 +552,7 @@ def test_by_their_secret_names_the_twin_reads_control_tokens_as_the_tokenizer_do
     names = {token.content: secret[i].content for i, token in control_tokens(tokenizer).items()}
     text = "".join(names.get(part, part) for part in parts)
     assert twin.encode(text).ids == tokenizer.encode("".join(parts)).ids
-    assert twin.get_vocab_size() == tokenizer.get_vocab_size()
+    assert secret.keys() == tokenizer.get_added_tokens_decoder().keys()
 
 
 def test_pieces_of_a_text_with_a_control_token_are_those_of_words():
@@ -550,9 +564,9 @@ def test_pieces_of_a_text_with_a_control_token_are_those_of_words():
 
 
 def test_what_is_no_control_token():
-    """Single letters, words, blanks, bytes; and the piece of an ordinary word stays one."""
+    """Single letters, words, signs, blanks, bytes; and the piece of an ordinary word stays one."""
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁"])
+    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁", "->", "👍🏽"])
     tokenizer.add_special_tokens(["</s>", "EOS"])
     assert [token.content for token in control_tokens(tokenizer).values()] == ["</s>", "EOS"]
     twin = reading_all_as_text(tokenizer)
@@ -581,18 +595,60 @@ def test_runs_of_sentencepiece_blanks_stay_one_token(normalized):
     assert reading_all_as_text(tokenizer).encode(text).ids == tokenizer.encode(text).ids
 
 
-def test_texts_with_bytes_that_a_vocabulary_lacks_are_refused():
-    lacking = Tokenizer(models.BPE())
-    lacking.pre_tokenizer, lacking.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    lacking.train_from_iterator(["the cafe at the corner"], trainers.BpeTrainer(show_progress=False))
-    require_all_bytes(lacking, ["the corner"])
-    with pytest.raises(ValueError, match="no token for byte 0xC3, which a text holds"):
-        require_all_bytes(lacking, ["the corner", "the café"])
-    assert lacking.decode(lacking.encode("the café").ids) == " the caf"  # what would have come
-    lacking.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-    require_all_bytes(lacking, ["the café"])
-    require_all_bytes(REFERENCE, ["é", "人", "\0"])
-    require_all_bytes(KINDS["prepended"], ["é"])
+@pytest.mark.parametrize("kind", LACKING)
+@settings(max_examples=30, deadline=None)
+@given(parts=st.lists(st.sampled_from([*LEARNED, MARK, "tac", "é", "caté", "Z", "帽子", "­"]), max_size=6))
+def test_what_a_vocabulary_lacks_is_refused_and_nothing_else(kind, parts):
+    """For whatever model, steps before it and decoder; what an added token holds is not lacking."""
+    tokenizer, text = LACKING[kind], " ".join(parts)
+    lacking = {"caté", "é", "Z", "帽子", "­"}
+    if kind == "bytes, no accents":
+        lacking -= {"caté", "é"}
+    if kind in ("whole words", "word pieces", "words with ends"):  # no word that was learned ends in "c"
+        lacking |= {"tac"}
+    twin = reading_all_as_text(tokenizer)
+    if lacking.isdisjoint(parts):
+        assert encode_whole(tokenizer, text).ids == tokenizer.encode(text).ids
+        assert leaves_out(twin, twin.encode(text).ids) == (MARK in parts)
+        return
+    with pytest.raises(ValueError, match="The vocabulary has no token for .*, which a text holds") as refusal:
+        encode_whole(tokenizer, text)
+    assert any(
+        repr(letter) in str(refusal.value) or letter in str(refusal.value) for letter in "".join(lacking)
+    )
+    assert leaves_out(twin, twin.encode(text).ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(parts=st.lists(st.sampled_from([*FRAGMENTS, "é", "帽子", "Z"]), max_size=6))
+def test_nothing_is_lacking_where_there_is_an_unknown_token_or_every_byte(kind, parts):
+    tokenizer, text = KINDS[kind], "".join(parts)
+    assert encode_whole(tokenizer, text).ids == tokenizer.encode(text).ids
+    assert not leaves_out(reading_all_as_text(tokenizer), reading_all_as_text(tokenizer).encode(text).ids)
+
+
+def test_names_of_bytes_are_read_as_bytes():
+    """In a vocabulary that was trained with them they are added tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["fine and fine"], trainer)
+    ids, writer = tokenizer.encode("fine 🙂?").ids, TextWriter(tokenizer)
+    assert misread_tokens(tokenizer) == {}
+    written = "".join(map(writer.push, ids)) + writer.finish()
+    assert written == tokenizer.decode(ids, skip_special_tokens=False) == "fine 🙂?"
+
+
+@pytest.mark.parametrize("name", ["\ue000", "␂", "🛑"])
+def test_a_special_token_of_one_sign_is_a_control_token(name):
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_special_tokens([name, "!"])  # the last is a sign of texts, with which some pad
+    (control,) = control_tokens(tokenizer)
+    assert tokenizer.id_to_token(control) == name
+    ids = reading_all_as_text(tokenizer).encode(f"the hat!{name}").ids
+    assert control not in ids and tokenizer.decode(ids, skip_special_tokens=False) == f"the hat!{name}"
 
 
 def test_a_tokenizer_that_has_changed_gets_another_twin():

@@ -789,7 +789,7 @@ def test_control_tokens_that_the_settings_list_are_added(tmp_path):
         load_tokenizer(folder)
     for wrong in ([], {"a": {}}, {"1": {"content": 5}}, {"1": "a"}):
         (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": wrong}))
-        with pytest.raises(ValueError, match="as added_tokens_decoder; expected tokens by id"):
+        with pytest.raises(ValueError, match="as added tokens; expected tokens and their ids"):
             load_tokenizer(folder)
 
 
