@@ -100,12 +100,15 @@ def show(text: str, *, markdown: str | None = None, html: str | None = None) -> 
 
 
 def inline_html(text: str) -> str:
-    """Plain text as HTML; `` `code` `` in backticks becomes code.
+    """Plain text as HTML; `` `code` `` in backticks becomes code, a word between stars is stressed.
 
-    >>> inline_html("`x < 1` fails")
-    '<code>x &lt; 1</code> fails'
+    >>> inline_html("`x < 1` fails *here*, 2 * 3 * 4")
+    '<code>x &lt; 1</code> fails <em>here</em>, 2 * 3 * 4'
     """
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    parts = re.split(r"`([^`]+)`", escape(text))
+    parts[::2] = (re.sub(r"\*(\w[^*\n]*\w|\w)\*", r"<em>\1</em>", part) for part in parts[::2])
+    parts[1::2] = (f"<code>{part}</code>" for part in parts[1::2])
+    return "".join(parts)
 
 
 def _place(words: str, lines: Sequence[str], part: Callable) -> int:

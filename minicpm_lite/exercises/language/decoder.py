@@ -121,15 +121,15 @@ def forecast(answer):
     )
     assert ... not in answer.values(), "Put your two chances where the dots stand."
     assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Chances lie between 0 and 1."
-    assert abs(answer["is"] - answer["are"]) < 0.02, (
+    assert abs(answer["is"] - answer["are"]) < 0.1, (
         "Both nouns have the same key. What are their weights, and what is the sum of their values?"
     )
-    assert answer["is"] + answer["are"] < 0.97, (
+    assert answer["is"] + answer["are"] < 0.99, (
         "They are equal, but a third word takes a part: which one has the verb number, too?"
     )
     assert all(abs(answer[word] - chance) < 0.08 for word, chance in _TWO_NOUNS.items()), (
-        "They are equal. The third word has the same verb number, and no place that counts for it any more; "
-        "it gets less than either of them, but not nothing."
+        "They are equal. The third word has the same verb number, but its place was cleared to below zero: "
+        "it gets less than a third, and more than nothing."
     )
 
 
@@ -242,7 +242,8 @@ def turn(answer):
         "Position 0 turns nothing."
     )
     assert same(answer(torch.tensor([1.0, 0.0]), 1, 10_000.0), [math.cos(1), math.sin(1)]), (
-        "One pair turns by one radian for each position, from (1, 0) towards (0, 1). Check the signs."
+        "One pair turns by one radian for each position, from (1, 0) towards (0, 1). Check the signs, and "
+        "that the second line still sees the old first half."
     )
     assert same(answer(torch.tensor([1.0, 0.0, 0.0, 0.0]), 1, 10_000.0)[1], 0.0), (
         "With four entries, entry 0 turns with entry 2, not with entry 1: the pairs are half a head apart."
@@ -403,6 +404,9 @@ def longest_text(answer):
         "A head may be wider than `hidden_size / num_attention_heads`: the config has its width."
     )
     assert same(answer(load_config("minicpm4-8b"), 2**30), 32768), "In the 8B, 1 GiB holds 32,768 tokens."
+    assert same(answer(load_config("minicpm4-8b"), 2**33), 262144), (
+        "In 8 GiB fit eight times as many: asked is what memory holds, not how long texts were in training."
+    )
 
 
 quiz = Quiz(

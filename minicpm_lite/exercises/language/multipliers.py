@@ -300,10 +300,10 @@ quiz = Quiz(
             "Why are the rows of the table not simply drawn twelve times as large?",
             [
                 "They would not fit in bf16",
-                "The output table would have to be untied",
                 "A multiplier also makes each step on them count twelve times",
+                "Large numbers cannot be learned",
             ],
-            2,
+            1,
             "Adam moves a number by about the rate, whatever its size; the multiplier enlarges the step.",
         ),
         (
