@@ -49,7 +49,9 @@ _REMOTE_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""")
 _CDN = re.compile(r"https?://[\w.-]*(?:\bcdn|cdnjs|jsdelivr|unpkg|googleapis|gstatic)[\w./-]*")
 _MARKDOWN_IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<source>[^)\s]*)")
 _DATA_URI = re.compile(r"data:(image/[\w.+-]+)")
-_MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|[\w./-]*/site-packages/")
+_MACHINE_PATH = re.compile(
+    r"/(?:home|Users|root|tmp|var/folders)/[\w./-]+|(?<![\w./-])[\w./-]*/site-packages/"
+)
 
 
 def problems(path: Path) -> list[str]:
