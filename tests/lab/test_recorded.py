@@ -90,8 +90,15 @@ def test_a_stopped_script_ends_at_once_and_keeps_what_was_finished(tmp_path, sto
             run_jobs(__file__, [Wait("a", 0), Wait("b", 600), Wait("c", 0)], wait, {}, workers=1)
         """)
     )
+    # what a shell starts in the background ignores Ctrl-C, and so do its children
+    foreground = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     script = subprocess.Popen(
-        [sys.executable, "waits.py"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+        [sys.executable, "waits.py"],
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=foreground,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not ((tmp_path / "b").exists() and (tmp_path / "waits.json").exists()):
         assert script.poll() is None, script.stderr.read()
