@@ -121,7 +121,7 @@ def forecast(answer):
     )
     assert ... not in answer.values(), "Put your two chances where the dots stand."
     assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Chances lie between 0 and 1."
-    assert abs(answer["is"] - answer["are"]) < 0.1, (
+    assert abs(answer["is"] - answer["are"]) < 0.02, (
         "Both nouns have the same key. What are their weights, and what is the sum of their values?"
     )
     assert answer["is"] + answer["are"] < 0.99, (
