@@ -50,11 +50,15 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
 
     def forward(
-        self, x: Float[Tensor, "batch tokens d"], rotary: tuple[Tensor, Tensor], context: Context
+        self,
+        x: Float[Tensor, "batch tokens d"],
+        rotary: tuple[Tensor, Tensor],
+        context: Context,
     ) -> Float[Tensor, "batch tokens d"]:
-        # add(alpha=...) scales and adds in one pass over memory
-        x = x.add(self.self_attn(self.input_layernorm(x), rotary, context), alpha=self.residual_scale)
-        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
+        r = self.residual_scale
+        found = self.self_attn(self.input_layernorm(x), rotary, context)
+        x = x.add(found, alpha=r)  # x + r * found, in one pass over memory
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=r)
 
 
 class Decoder(nn.Module):

@@ -128,7 +128,7 @@ def forecast(answer):
         "They are equal, but a third word takes a part: which one has the verb number, too?"
     )
     assert all(abs(answer[word] - chance) < 0.08 for word, chance in _TWO_NOUNS.items()), (
-        "They are equal. The third word has the same verb number, but its place was cleared to below zero: "
+        "They are equal. The third word has the same verb number, but its where was cleared to below zero: "
         "it gets less than a third, and more than nothing."
     )
 
@@ -430,33 +430,11 @@ quiz = Quiz(
             "RoPE makes the product depend on the distance only.",
         ),
         (
-            "Why is a score divided by the root of the head's width?",
-            [
-                "So that the weights add up to 1",
-                "So that its typical size does not depend on the width",
-                "So that later tokens get nothing",
-            ],
-            1,
-            "A sum of random products grows as the root of their number; the softmax makes the sum 1 anyway.",
-        ),
-        (
-            "A model has 32 query heads and 2 key-value heads. Against MHA its cache shrinks by a factor of",
-            ["2", "16", "32"],
-            1,
-            "Each key-value head serves 32 / 2 = 16 query heads.",
-        ),
-        (
             "You forget the division before the output. Always taking the token with the highest score then "
             "gives",
             ["the same text", "random text", "an error"],
             0,
             "The order of the scores is the same. Sampling and the loss do change.",
-        ),
-        (
-            "A model passes the causal test at its last token. Does it see the future anywhere?",
-            ["No, never", "Perhaps, between earlier tokens", "Yes, at the last token"],
-            1,
-            "One token was tried. To see a leak between two others, compare each beginning of the text.",
         ),
     ]
 )
