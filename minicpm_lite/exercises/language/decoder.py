@@ -121,13 +121,13 @@ def forecast(answer):
     )
     assert ... not in answer.values(), "Put your two chances where the dots stand."
     assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Chances lie between 0 and 1."
-    assert abs(answer["is"] - answer["are"]) < 0.02, (
+    assert abs(answer["is"] - answer["are"]) < 0.03, (
         "Both nouns have the same key. What are their weights, and what is the sum of their values?"
     )
     assert answer["is"] + answer["are"] < 0.99, (
         "They are equal, but a third word takes a part: which one has the verb number, too?"
     )
-    assert all(abs(answer[word] - chance) < 0.08 for word, chance in _TWO_NOUNS.items()), (
+    assert all(abs(answer[word] - chance) < 0.06 for word, chance in _TWO_NOUNS.items()), (
         "They are equal. The third word has the same verb number, but its where was cleared to below zero: "
         "it gets less than a third, and more than nothing."
     )
@@ -261,11 +261,16 @@ def turn(answer):
 
 def _counted(ids: Tensor) -> Tensor:
     """Scores that hear of earlier tokens, and of nothing else."""
+    if ids.max() > 7:
+        raise ValueError(
+            f"This model knows the tokens 0 to 7 and was given {ids.max()}. A token that replaces another "
+            "must stay below the vocabulary, which is the width of the scores."
+        )
     return torch.nn.functional.one_hot(ids, 8).float().cumsum(dim=1)
 
 
 def _hears(size: float, at: int, of: int):
-    """A model whose scores at one place hear a little of another."""
+    """A model whose scores at one position hear a little of another."""
 
     def model(ids: Tensor) -> Tensor:
         scores = _counted(ids)
@@ -277,8 +282,8 @@ def _hears(size: float, at: int, of: int):
 
 
 def _rounded(ids: Tensor) -> Tensor:
-    """Scores that differ by rounding when texts have other lengths."""
-    return _counted(ids) + 5e-7 * ids.shape[1]
+    """Scores that differ by rounding when texts have other lengths, or another last token."""
+    return _counted(ids) + 5e-7 * (ids.shape[1] + ids[0, -1])
 
 
 def _averaged(ids: Tensor) -> Tensor:
@@ -286,9 +291,20 @@ def _averaged(ids: Tensor) -> Tensor:
     return scores - 0.01 * scores.mean(dim=1, keepdim=True)
 
 
-def _differs(model, ids: Tensor, places, tolerance: float = 1e-5) -> bool:
+def _differs(model, ids: Tensor, cuts, tolerance: float = 1e-5) -> bool:
     whole = model(ids)
-    return any((model(ids[:, :t]) - whole[:, :t]).abs().max() > tolerance for t in places)
+    return any((model(ids[:, :t]) - whole[:, :t]).abs().max() > tolerance for t in cuts)
+
+
+def _replaced(model, ids: Tensor, tolerance: float, new) -> bool:
+    """Each token is replaced by another one in turn."""
+    whole = model(ids)
+    for t in range(1, ids.shape[1]):
+        changed = ids.clone()
+        changed[0, t] = new(ids[0, t])
+        if (model(changed)[:, :t] - whole[:, :t]).abs().max() > tolerance:
+            return True
+    return False
 
 
 def _other_last(model, ids: Tensor) -> bool:
@@ -313,6 +329,9 @@ def _last_scores(model, ids: Tensor) -> bool:
         lambda model, ids: _differs(model, ids, range(2, ids.shape[1])),
         lambda model, ids: _differs(model, ids, range(1, ids.shape[1]), 1e-2),
         lambda model, ids: _differs(model, ids, range(1, ids.shape[1]), 0.0),
+        lambda model, ids: _replaced(model, ids, 0.0, lambda token: (token + 1) % 8),
+        lambda model, ids: _replaced(model, ids, 1e-5, lambda token: 0),
+        lambda model, ids: _replaced(model, ids, 1e-5, lambda token: token + 1),
     ),
 )
 def leaks(answer):
@@ -320,7 +339,7 @@ def leaks(answer):
     ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
     assert same(answer(_counted, ids), False), (
         "A model that counts the tokens so far does not see ahead; yours says that it does. Do you compare "
-        "scores at the same places?"
+        "scores at the same positions?"
     )
     assert same(answer(_hears(0.5, 6, 2), ids), False), "To hear of an *earlier* token is no leak."
     assert same(answer(_averaged, ids), True), (
@@ -328,17 +347,23 @@ def leaks(answer):
     )
     for at, of in ((6, 7), (0, 1), (2, 3), (0, 7), (1, 4)):
         assert same(answer(_hears(0.01, at, of), ids), True), (
-            f"A model whose scores at place {at} hear a little (0.01) of the token at place {of} passed."
+            f"A model whose scores at position {at} hear a little (0.01) of the token at {of} passed."
         )
+    for text in (torch.arange(8)[None], torch.arange(8).flip(0)[None]):
+        for of in range(1, 8):
+            assert same(answer(_hears(0.01, of - 1, of), text), True), (
+                f"In the text {text[0].tolist()} a model passed whose scores at position {of - 1} hear of "
+                f"the token at {of}, which is {text[0, of]}. If you replace a token, take another one."
+            )
     assert same(answer(_rounded, ids), False), (
         "Scores that differ by less than 0.00001 differ by rounding, which is no leak."
     )
     assert same(answer(_hears(1e-4, 3, 5), ids), True), "A leak of 0.0001 is small, and is one."
     assert same(answer(_hears(0.5, 9, 11), ids), False), (
-        "A model in which place 9 hears of place 11 cannot leak in a text of eight tokens."
+        "A model in which position 9 hears of position 11 cannot leak in a text of eight tokens."
     )
     assert same(answer(_hears(0.5, 9, 11), torch.arange(14)[None] % 8), True), (
-        "In a text of 14 tokens it can: place 9 hears of place 11."
+        "In a text of 14 tokens it can: position 9 hears of position 11."
     )
     assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), "A text of two tokens can leak, too."
     assert same(answer(_counted, ids[:, :1]), False), "With a single token there is no future to see."
@@ -361,7 +386,9 @@ def block_parameters(answer):
     assert same(answer(2, 3, 2, 2, 1), 38), (
         "With `ff` = 3 there are three more matrices of `d` by `ff`: gate, up and down."
     )
-    assert same(answer(2, 0, 2, 1, 1), 16), "Keys and values have `kv` heads; queries and output have `q`."
+    assert same(answer(2, 0, 2, 1, 1), 16), (
+        "Keys and values have `kv_heads` heads; queries and output have `heads`."
+    )
     assert same(answer(2, 0, 2, 2, 5), 84), (
         "Heads of width 5 in a stream of width 2: matrices go from `d` to heads times `head_dim`, and back."
     )
@@ -411,6 +438,23 @@ def longest_text(answer):
 
 quiz = Quiz(
     [
+        (
+            "The mask is forgotten in training. What becomes of the loss, and of what the model writes?",
+            [
+                "The loss stays high, the text is good",
+                "The loss falls towards zero, the text is bad",
+                "Both are as before",
+            ],
+            1,
+            "Each lane can read its answer in the next one, and learns nothing else. In writing there is no "
+            "next one.",
+        ),
+        (
+            "In one lane, the number before the silu of a gate is −9. What does this rule write there?",
+            ["Nearly nothing", "Its part with the sign turned", "Nine times its part"],
+            0,
+            "silu(−9) is −0.001: the gate is shut, whatever the other matrix says.",
+        ),
         (
             "Two words shall be found by the same question, but hand over different things. They need",
             ["the same key and different values", "different keys and the same value", "different queries"],
