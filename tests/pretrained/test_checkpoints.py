@@ -672,6 +672,7 @@ def wide_model(family: str, **changes) -> Decoder:
 
 @pytest.mark.parametrize("family", ["llama", "granite", "minicpm3", "mixtral"])
 @pytest.mark.parametrize("kind", ["tokenizers", "ours"])
+@pytest.mark.filterwarnings("ignore:The model ends texts at")
 def test_stock_transformers_opens_a_folder_and_writes_the_same_tokens(family, kind, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
