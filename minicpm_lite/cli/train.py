@@ -128,7 +128,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what the run takes, and the command")
     ] = False,
-    gpus: Annotated[int, typer.Option(metavar="N", help="of the dry run")] = 8,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="of the dry run; else 8")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the dry run for programs: one object")] = False,
 ) -> None:
     """Train a model of the family, on one process or on many.
@@ -161,9 +161,9 @@ def train(
           --data instructions:0.3 --out decayed \\
           --decay-from run/step-00100000 --decay 16000
 
-    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step. Ctrl-C,
-    SIGTERM and a terminal that is closed end a run after its present step, with a checkpoint; a Ctrl-C after
-    that ends it at once.
+    --out then holds checkpoints (step-00001000, ...) and metrics.jsonl, a line for each step; what an attempt
+    without a checkpoint left there is replaced. Ctrl-C, SIGTERM and a terminal that is closed end a run after
+    its present step, with a checkpoint; a Ctrl-C after that ends it at once.
     """
     from ..training.processes import on_first, processes, rank, world_size
     from ..training.settings import Layout
@@ -187,7 +187,13 @@ def train(
         at_once = (1 if cuda else None) if micro_batch is None else micro_batch
         return Layout(at_once, again, sharded=True)
 
+    if not dry_run and (gpus is not None or as_json):
+        raise ValueError(
+            "--gpus and --json are of --dry-run, which prints the command of the run itself: torchrun says "
+            "how many processes there are."
+        )
     if dry_run:
+        gpus = 8 if gpus is None else gpus
         start = _start(out, resume, resume_from, decay_from)
         plan = _plan(model, recipe, asked, layout(cuda=True), start, until, gpus, cuda=True)
         command = _torchrun(context.obj, gpus, bool(data), bool(out))
@@ -202,6 +208,8 @@ def train(
     import torch
 
     from ..language.decoder import Decoder
+    from ..language.writing import warn_of_ordinary_ends
+    from ..pretrained.checkpoints import read_tokenizer
     from ..training.sharded_checkpoint import latest_checkpoint
     from ..training.trainer import Trainer
 
@@ -220,7 +228,10 @@ def train(
         first = trainer.step
         if rank() == 0:
             print(_announced(config, plan), flush=True)
+            print(_not_an_end(shards, decoder.config), end="", file=sys.stderr)
         tokenizer = on_first(lambda: _tokenizer(shards))
+        if rank() == 0 and tokenizer is not None:
+            warn_of_ordinary_ends(read_tokenizer(tokenizer), decoder.config)
         progress = sys.stderr.isatty()
         try:
             trainer.train(
@@ -427,6 +438,17 @@ def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None)
     if None in ends or ends <= set(model.eos_token_id):
         return model
     return replace(model, eos_token_id=tuple(sorted(ends.union(learned))))
+
+
+def _not_an_end(shards: dict[str, "Shards"], model: ModelConfig) -> str:
+    """A line that says so, where the model will not end its texts as some of the shards do."""
+    ended = [folder for folder, each in shards.items() if each.end not in (None, *model.eos_token_id)]
+    if not ended:
+        return ""
+    return (
+        f"The model will not stop at the token that ends the texts of {' and '.join(ended)}. It would if all "
+        "shards noted an end: write them with --end.\n"
+    )
 
 
 def _weighted(source: str) -> tuple[str, float]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import require_positive_integer
 from ..language.chat import encode_chat, encode_text, minicpm_chat
 from ..language.scoring import context_only, predicted, readable
-from ..language.tokenizer import BytePairTokenizer
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 
 __all__ = ["ConversationWindows", "EncodedExample", "Example", "encode_example", "packed_windows"]
 
@@ -67,9 +67,16 @@ def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -
 
     The question is what a model is asked in a chat, with the start token in front if the tokenizer puts one
     there. A control token stands where the template puts it; what question or answer spell like one is text.
+    The blank before the answer is left to tokenizers that put one themselves, as sentencepiece's do. The line
+    end that closes it is that of this book's models; a released one that is to go on ending with a token of
+    its own is trained with that in its place.
     """
+    tokenizer = fast_tokenizer(tokenizer)
     question = encode_chat(tokenizer, minicpm_chat, [{"role": "user", "content": example.question}])
-    return EncodedExample(tuple(question), tuple(encode_text(tokenizer, example.answered)))
+    answer = encode_text(tokenizer, example.answered.removeprefix(" "))
+    if not (answer and tokenizer.id_to_token(answer[0]).startswith("▁")):
+        answer = encode_text(tokenizer, example.answered)
+    return EncodedExample(tuple(question), tuple(answer))
 
 
 def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int[Tensor, "rows length"]:

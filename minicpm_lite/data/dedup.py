@@ -210,7 +210,7 @@ def rows_of_band(num_perm: int, bands: int) -> int:
     if num_perm % bands:
         raise ValueError(
             f"Signatures of {num_perm} places cannot be cut into {bands} equal bands; "
-            f"choose bands that divide {num_perm}."
+            f"choose bands that divide {num_perm}, or a num_perm that {bands} divides."
         )
     return num_perm // bands
 
@@ -313,6 +313,7 @@ def near_duplicates(
             f"The threshold is {threshold}; a Jaccard index is compared with more than 0 and at most 1."
         )
     minhash, texts = minhash or MinHash(), tuple(texts)
+    rows_of_band(minhash.num_perm, bands)  # refused before the long work
     clusters, first = _Clusters(len(texts)), {}
     for index, text in enumerate(texts):
         clusters.link(first.setdefault(_checked(text), index), index)

@@ -70,7 +70,8 @@ def read_documents(path: Path, field: str) -> Iterator[str]:
 
     Args:
         path: the file.
-        field: of a .jsonl line, or the column of a table, that holds the text.
+        field: of a .jsonl line, or the column of a table, that holds the text; where it stands twice in a
+            line, the last one, as Python's JSON has it.
 
     Raises:
         ValueError: what is no UTF-8, no whole gzip or parquet file, or no JSON object or row with such a

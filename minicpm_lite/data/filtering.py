@@ -413,7 +413,8 @@ def drop_reasons(
     first, and each sees only what the ones before it kept. An empty document falls at the first.
 
     Raises:
-        ValueError: a threshold outside 0 to 1, or no language, or none that `identify_languages` gives.
+        ValueError: a threshold outside 0 to 1, or no language, or none that `identify_languages` gives; or
+            signatures that the 16 bands of `near_duplicates` do not divide.
         TypeError: a document that is no string, or one string in place of several.
     """
     require_several(texts)

@@ -26,7 +26,7 @@ import json
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tokenize import TokenError
@@ -41,7 +41,7 @@ from ..config import require_positive_integer
 from ..files import locked, written_whole
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 
-__all__ = ["TOKENIZER", "Shards", "tokenizer_checksum", "write_shards"]
+__all__ = ["TOKENIZER", "Shards", "is_tokenizer", "tokenizer_checksum", "write_shards"]
 
 TOKENIZER = "tokenizer.json"
 
@@ -61,6 +61,17 @@ def _description(tokenizer: Tokenizer | BytePairTokenizer) -> str:
     while (again := Tokenizer.from_str(text).to_str()) != text:
         text = again
     return text
+
+
+def is_tokenizer(file: Path, checksums: Collection[int]) -> bool:
+    """Whether a file holds a tokenizer of one of these checksums; its JSON may be spelt otherwise."""
+    if zlib.crc32(file.read_bytes()) in checksums:
+        return True
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the package raises plain Exception
+        return False
+    return tokenizer_checksum(tokenizer) in checksums
 
 
 def write_shards(
@@ -255,7 +266,8 @@ class Shards:
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise ValueError(
                 f"{self.folder} was written for a vocabulary of {self.vocab_size} ids; this model's has "
-                f"{vocab_size}. Write the shards with this model's tokenizer."
+                f"{vocab_size}. Write the shards with this model's tokenizer; if they are, and its table was "
+                f"rounded up, with vocab_size={vocab_size} (--vocab-size)."
             )
         self._block_tokens: int = index["block_tokens"]
         self._shards: list[dict] = index["shards"]
@@ -322,7 +334,7 @@ class Shards:
         file = self.folder / TOKENIZER
         if not file.is_file():
             return None
-        if self.tokenizer is not None and zlib.crc32(file.read_bytes()) != self.tokenizer:
+        if self.tokenizer is not None and not is_tokenizer(file, [self.tokenizer]):
             raise ValueError(
                 f"{file} is not the tokenizer that made the ids beside it: its checksum is not the one in "
                 f"{INDEX}. Copy it again."

@@ -144,23 +144,6 @@ class Canvas:
             for number, text in enumerate(texts)
         ]
 
-    def column(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        texts: Sequence[str],
-        *,
-        gap: float = 4,
-        tone: str | None = None,
-    ) -> list[Place]:
-        """Boxes one below the other, each of this width and height."""
-        return [
-            self.box(x, y + number * (height + gap), width, height, text, tone=tone, round=4)
-            for number, text in enumerate(texts)
-        ]
-
     def group(self, *places: Place, text: str = "", tone: str | None = None, pad: float = 9) -> Place:
         """A dashed frame around some places, with a text in its upper left corner."""
         inside, room = around(*places).grown(pad), 16 if text else 0

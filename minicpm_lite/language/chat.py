@@ -40,7 +40,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from .context import KVCache
 from .decoder import Decoder
-from .generation import resolve_stop_ids, stream
+from .generation import stream
 from .sampling import Sampling
 from .tokenizer import (
     BytePairTokenizer,
@@ -50,7 +50,7 @@ from .tokenizer import (
     reading_all_as_text,
     require_text,
 )
-from .writing import TextWriter, starts_twice, stop_strings, write
+from .writing import TextWriter, starts_twice, stop_strings, text_ends, write
 
 __all__ = ["Chat", "Template", "chatml", "encode_chat", "encode_text", "minicpm_chat"]
 
@@ -89,7 +89,7 @@ class Chat:
     ) -> None:
         self.model, self.tokenizer, self.template = model, fast_tokenizer(tokenizer), template
         self.sampling, self.stop, self.generator = sampling, stop_strings(stop), generator
-        self.stop_ids = resolve_stop_ids(model, stop_ids)
+        self.stop_ids = text_ends(model, self.tokenizer, stop_ids)
         self.messages: list[Mapping[str, object]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
         self._controls = _Controls(self.tokenizer)

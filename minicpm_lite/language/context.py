@@ -176,6 +176,7 @@ class KVCache(Context):
         if self.length == 0 or self._model is None:
             self._model = ref(model)
         elif self._model() is not model:
+            self._told = False  # of a call that will not be
             raise ValueError("The cache was filled by another model; use one cache for each model.")
 
     def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
@@ -215,6 +216,7 @@ class KVCache(Context):
 
     def prepare(self, x: Float[Tensor, "batch tokens d"]) -> None:
         """Make ready for the tokens of a call, whoever says where they stand and what they see."""
+        told, self._told = self._told, False
         self.reach, self.guesses = self.length + x.shape[1], ()
         if self.reach > self.room:
             raise ValueError(
@@ -228,9 +230,9 @@ class KVCache(Context):
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
-        if self._text is not None and not self._told:
+            self._text = self._text if told else None
+        if self._text is not None and not told:
             self._text[:, self.length : self.reach] = -1
-        self._told = False
 
     def hide_padding(self, mask: Bool[Tensor, "queries keys"]) -> Bool[Tensor, "batch 1 queries keys"]:
         """The mask for each row: what is no text is seen by none but itself."""

@@ -80,10 +80,16 @@ def choose(
         generator: source of chance; left out, PyTorch's global one.
 
     Raises:
-        ValueError: a repetition penalty without the tokens so far, or scores to draw by that are no numbers.
+        ValueError: a repetition penalty without the tokens so far, scores to draw by that are no numbers, or
+            a generator of another device.
     """
     if sampling.temperature == 0:
         return _penalised(logits, sampling.repetition_penalty, seen, padding).argmax(-1)
+    if generator is not None and generator.device.type != logits.device.type:
+        raise ValueError(
+            f"The generator draws on {generator.device} and the scores are on {logits.device}; give "
+            f"torch.Generator({str(logits.device)!r})."
+        )
     probabilities = next_token_probabilities(logits, sampling, seen, padding)
     try:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -26,6 +26,7 @@ from jaxtyping import Int
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from ..config import ModelConfig
 from .decoder import Decoder
 from .generation import pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
@@ -38,7 +39,16 @@ from .tokenizer import (
     require_text,
 )
 
-__all__ = ["TextWriter", "generate_text", "starts_twice", "stop_strings", "stream_text", "write"]
+__all__ = [
+    "TextWriter",
+    "generate_text",
+    "starts_twice",
+    "stop_strings",
+    "stream_text",
+    "text_ends",
+    "warn_of_ordinary_ends",
+    "write",
+]
 
 _BYTES_OF_A_CHARACTER = 4
 _MOST_IDS = 1 << 32  # that a tokenizer can be asked for
@@ -163,14 +173,16 @@ def stream_text(
         generator: source of chance; left out, PyTorch's global one.
 
     Warns:
-        UserWarning: the prompt begins with the start token that the tokenizer puts before it anyway.
+        UserWarning: the prompt begins with the start token that the tokenizer puts before it anyway; or the
+            text ends at an ordinary token, see `warn_of_ordinary_ends`.
 
     Raises:
         TypeError: the prompt is neither text nor tokens.
         ValueError: as `stream`; or half a character in the prompt, or something that the vocabulary has no
             token for, or stop strings that are none.
     """
-    tokenizer, stop_ids = fast_tokenizer(tokenizer), resolve_stop_ids(model, stop_ids)
+    tokenizer = fast_tokenizer(tokenizer)
+    stop_ids = text_ends(model, tokenizer, stop_ids)
     ids = _prompt_ids(tokenizer, prompt)
     rows, _ = pad_left([ids])
     steps = stream(model, rows.to(_device(model)), max_new_tokens, sampling, stop_ids, generator=generator)
@@ -206,7 +218,7 @@ def generate_text(
     if not isinstance(prompts, Iterable):
         raise TypeError(f"prompts is {prompts!r}; expected a list of texts.")
     tokenizer, stop = fast_tokenizer(tokenizer), stop_strings(stop)
-    stop_ids = resolve_stop_ids(model, stop_ids)
+    stop_ids = text_ends(model, tokenizer, stop_ids)
     rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     ids, padding = pad_left(rows)
     writers = [TextWriter(tokenizer, stop, row) for row in rows]
@@ -225,6 +237,33 @@ def generate_text(
     for writer in writers:
         writer.finish()
     return [writer.text for writer in writers]
+
+
+def text_ends(model: Decoder, tokenizer: Tokenizer, stop_ids: Iterable[int] | None) -> tuple[int, ...]:
+    """The tokens before which a text ends: as `resolve_stop_ids`, with a warning of the model's own."""
+    if stop_ids is None:
+        warn_of_ordinary_ends(tokenizer, model.config)
+    return resolve_stop_ids(model, stop_ids)
+
+
+def warn_of_ordinary_ends(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Say so, where texts of a model end at a token of ordinary texts.
+
+    The shape of a released model names its ends by ids, which in another vocabulary are something else.
+
+    Warns:
+        UserWarning: there is such an end.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    names = {i: tokenizer.id_to_token(i) for i in config.eos_token_id if i not in added}
+    ordinary = [f"{name!r} (id {i})" for i, name in names.items() if name is not None]
+    if ordinary:
+        warnings.warn(
+            f"The model ends texts at {' and '.join(ordinary)}, of which ordinary texts are made. A shape "
+            "that was taken from a released model has ends of its tokenizer; for another one, make it with "
+            "replace(config, eos_token_id=...).",
+            stacklevel=3,
+        )
 
 
 def stop_strings(stop: Iterable[str]) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
     tokenizer_config.json      lists tokens by id (``added_tokens_decoder``) and names some, as ``eos_token``
     special_tokens_map.json    names more, in older folders
     added_tokens.json          lists more, in older folders
+    config.json                says of which family the model is
 
-Source: `TokenizersBackend` of transformers 5.23, its tokenizer for models without a class of their own.
+Source: `TokenizersBackend` of transformers 5.23, its tokenizer for models without a class of their own; and
+`AutoTokenizer`, which chooses the class.
 
 Choices, and the traps behind them:
 
@@ -12,6 +14,8 @@ Choices, and the traps behind them:
 - The older files count only where ``tokenizer_config.json`` lists nothing.
 - A token that is listed with other flags than in ``tokenizer.json`` has those of the list. One that is named
   is special.
+- A class of transformers that ``tokenizer_config.json`` names has names of its own for what the files leave
+  out: without them a template that writes ``eos_token`` writes nothing. Of some families it is not heeded.
 - A list may give a token an id that it cannot get behind ``tokenizer.json``. transformers opens such a folder
   and reads the token as another row of the model's table; here it is refused.
 """
@@ -28,10 +32,19 @@ from .weights import read_json
 __all__ = ["ADDED_TOKENS_FILES", "AddedTokens", "read_added_tokens"]
 
 _SETTINGS, _NAMES_FILE, _IDS_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-ADDED_TOKENS_FILES = [_SETTINGS, _NAMES_FILE, _IDS_FILE]
+_MODEL, _TOKENIZER = "config.json", "tokenizer.json"
+ADDED_TOKENS_FILES = [_SETTINGS, _NAMES_FILE, _IDS_FILE, _MODEL, _TOKENIZER]
 _NAMES = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )  # of all models
+_NAMES_OF_CLASS = {  # what they are where no file says so
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "GPTNeoXTokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    | {"pad_token": "<|padding|>"},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
+_HEED_NO_CLASS = ("granite", "minicpm3", "mistral", "mixtral")  # families
 _TOKEN = str | dict | AddedToken  # of other types are flags such as "add_bos_token"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -46,6 +59,7 @@ class AddedTokens:
         extra: special ones without a name.
         of_older_folder: ``tokenizer.json`` lists tokens, too.
         source: the file that lists.
+        settings: what ``tokenizer_config.json`` says of all else.
     """
 
     listed: dict[int, AddedToken]
@@ -53,6 +67,7 @@ class AddedTokens:
     extra: list[str | AddedToken]
     of_older_folder: bool
     source: Path
+    settings: dict
 
     def add_to(self, tokenizer: Tokenizer) -> None:
         """Add them to the tokenizer of the folder's ``tokenizer.json``, or give them their flags there.
@@ -98,7 +113,12 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     try:
         values = _joined(settings, names)
         named = {name: each for name, each in values.items() if name.endswith("_token")}
-        named = dict.fromkeys(_NAMES) | named | (values.get("model_specific_special_tokens") or {})
+        named = (
+            dict.fromkeys(_NAMES)
+            | _names_of_class(folder, settings)
+            | named
+            | (values.get("model_specific_special_tokens") or {})
+        )
         named = {name: _token(each) for name, each in named.items() if isinstance(each, _TOKEN)}
         extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
         if not isinstance(extra, list):
@@ -120,7 +140,22 @@ def read_added_tokens(folder: Path) -> AddedTokens:
         raise ValueError(
             f"{source} lists {shown(ids)} as added tokens; expected tokens and their ids."
         ) from None
-    return AddedTokens(listed, named, extra, older, source)
+    return AddedTokens(listed, named, extra, older, source, settings)
+
+
+def _names_of_class(folder: Path, settings: dict) -> dict[str, str]:
+    """The special tokens of the tokenizer's class in transformers."""
+    model = _read(folder / _MODEL)
+    name = str(settings.get("tokenizer_class") or model.get("tokenizer_class")).removesuffix("Fast")
+    if name not in _NAMES_OF_CLASS or model.get("model_type") in _HEED_NO_CLASS:
+        return {}
+    if name == "LlamaTokenizer" and _is_byte_level(folder / _TOKENIZER):
+        return {}  # as Llama 3's, which is of no class
+    return _NAMES_OF_CLASS[name]
+
+
+def _is_byte_level(file: Path) -> bool:
+    return file.is_file() and b'"ByteLevel"' in file.read_bytes()
 
 
 def _joined(settings: dict, names: dict) -> dict:

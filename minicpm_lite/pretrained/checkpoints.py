@@ -37,6 +37,7 @@ from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_posi
 from ..files import locked, written_whole
 from ..language.decoder import Decoder
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..language.writing import warn_of_ordinary_ends
 from ..optional import require
 from .added_tokens import ADDED_TOKENS_FILES, read_added_tokens
 from .assemble import assemble, empty_decoder
@@ -97,7 +98,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         ValueError: a file is damaged, two of them do not belong together, or a GGUF file's tokenizer is of a
             kind that is not rebuilt here.
     """
-    path = _local(path_or_id, ["tokenizer.json", *ADDED_TOKENS_FILES])
+    path = _local(path_or_id, ADDED_TOKENS_FILES)
     if _is_gguf(path):
         return gguf_tokenizer(path)
     file = path / "tokenizer.json"
@@ -107,8 +108,9 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             "transformers' AutoTokenizer reads it, and its save_pretrained writes tokenizer.json."
         )
     tokenizer = read_tokenizer(file)
-    read_added_tokens(path).add_to(tokenizer)
-    _require_one_beginning(tokenizer, path / "tokenizer_config.json")
+    tokens = read_added_tokens(path)
+    tokens.add_to(tokenizer)
+    _require_one_beginning(tokenizer, tokens.settings, path / "tokenizer_config.json")
     return tokenizer
 
 
@@ -226,6 +228,9 @@ def save_pretrained(
             too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
         max_shard_bytes: the weights are split into files of about this size; a tensor is never split.
 
+    Warns:
+        UserWarning: texts of the model end at an ordinary token of the tokenizer.
+
     Raises:
         FileExistsError: the folder holds something, or another program writes it.
         ValueError: the family computes something else than the model, the model was changed inside, or the
@@ -246,6 +251,7 @@ def save_pretrained(
     if tokenizer is not None:
         tokenizer = fast_tokenizer(tokenizer)
         _require_known_ids(tokenizer, model.config)
+        warn_of_ordinary_ends(tokenizer, model.config)
     with _new_folder(path), written_whole(path) as beside:
         beside.mkdir()
         write_json(beside / "config.json", values)
@@ -262,9 +268,8 @@ def save_pretrained(
         write_weights(beside, named, max_shard_bytes)
 
 
-def _require_one_beginning(tokenizer: Tokenizer, settings: Path) -> None:
+def _require_one_beginning(tokenizer: Tokenizer, said: Mapping[str, object], settings: Path) -> None:
     """Refuse settings that ask for another blank before a text than ``tokenizer.json``, where they count."""
-    said = read_json(settings) if settings.is_file() else {}
     if str(said.get("tokenizer_class")).removesuffix("Fast") not in _PUT_A_BLANK:
         return
     asked = said.get("add_prefix_space")

@@ -283,6 +283,8 @@ def end_ids_to_json(config: ModelConfig) -> int | list[int] | None:
 def _why_not(config: ModelConfig, model_type: str) -> str | None:
     """What the model has that the family has not, or the other way round; None if they fit."""
     scaling = config.rope_scaling
+    if config.latent_attention and config.mixture:
+        return "it has latent attention and a mixture of experts, which no family has together."
     if config.latent_attention and model_type != "minicpm3":
         return 'it has latent attention. Write it as "minicpm3".'
     if model_type == "minicpm3" and not config.latent_attention:

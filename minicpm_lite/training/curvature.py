@@ -30,12 +30,14 @@ from .trainer import Trainer
 
 __all__ = ["DecayReading", "directional_curvature", "directional_derivatives", "watch_decay"]
 
+_STEP = 1e-2
+
 
 def directional_derivatives(
     loss: Callable[[], Float[Tensor, ""]],
     parameters: Sequence[Tensor],
     direction: Sequence[Tensor],
-    step: float = 1e-2,
+    step: float = _STEP,
 ) -> tuple[float, float]:
     """First and second derivative of a loss along a direction, where the parameters are now.
 
@@ -53,6 +55,16 @@ def directional_derivatives(
         ValueError: the direction is zero or not finite.
     """
     require_positive_number("step", step)
+    return _derivatives(lambda: torch.autograd.grad(loss(), list(parameters)), parameters, direction, step)
+
+
+def _derivatives(
+    gradients: Callable[[], Sequence[Tensor]],
+    parameters: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    step: float,
+) -> tuple[float, float]:
+    """The same of a loss of which only the gradients are given."""
     length = math.sqrt(sum(part.double().square().sum().item() for part in direction))
     if not 0 < length < math.inf:
         raise ValueError(f"The direction has length {length}; expected a finite length above 0.")
@@ -62,8 +74,8 @@ def directional_derivatives(
         with torch.no_grad():
             for parameter, start, part in zip(parameters, here, direction, strict=True):
                 parameter.copy_(start + shift / length * part)
-        gradients = torch.autograd.grad(loss(), list(parameters))
-        return sum((g.double() * d).sum().item() for g, d in zip(gradients, direction, strict=True)) / length
+        along = zip(gradients(), direction, strict=True)
+        return sum((gradient.double() * part).sum().item() for gradient, part in along) / length
 
     try:
         first = slope(0.0)
@@ -160,19 +172,22 @@ def _derivatives_at(
     units = sum(weights)
     buffers_now = hold_buffers(trainer.model)
 
-    def loss() -> Tensor:
+    def gradients() -> list[Tensor]:
         buffers_there()  # a loss in training mode may move them
-        return sum(
-            trainer.objective.loss(trainer.model, part)[0] * (weight / units)
-            for part, weight in zip(passes, weights, strict=True)
-        )
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        for part, weight in zip(passes, weights, strict=True):  # one after another, for the memory
+            loss = trainer.objective.loss(trainer.model, part)[0] * (weight / units)
+            own = torch.autograd.grad(loss, parameters, materialize_grads=True)  # it may leave an expert out
+            for whole, gradient in zip(total, own, strict=True):
+                whole += gradient
+        return total
 
     now = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, start in zip(parameters, place, strict=True):
             parameter.copy_(start)
     try:
-        return directional_derivatives(loss, parameters, update)
+        return _derivatives(gradients, parameters, update, _STEP)
     finally:
         buffers_now()
         with torch.no_grad():

@@ -16,7 +16,8 @@ Traps:
 - The module computes itself, with its own buffers, modes, hooks and attributes; a copy would not follow them.
   So its weights stand aside while a pass is computed, backward as well: recomputation reads them again.
 - Only parameters are rounded. A batch is given as it is: a module casts floating-point inputs to its weights'
-  dtype where it takes them in.
+  dtype where it takes them in. Buffers stay as they are, too, so a module that wants them in the dtype of its
+  weights, as BatchNorm does on a CPU, trains in float32 alone.
 - What is used twice in one pass, as a tied table, has its two gradients added in bfloat16, by autograd.
 """
 

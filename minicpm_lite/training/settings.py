@@ -46,7 +46,8 @@ class TrainerConfig:
         require_positive_number("max_grad_norm", self.max_grad_norm)
         if self.weight_decay != 0:
             require_positive_number("weight_decay", self.weight_decay)
-        if not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+        betas = self.betas if isinstance(self.betas, tuple | list) else ()
+        if not (len(betas) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)):
             raise ValueError(f"betas is {self.betas!r}; expected two numbers from 0 to below 1.")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 32):
             raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to {(1 << 32) - 1}.")

@@ -126,6 +126,8 @@ class Trainer:
         layout: passes, recomputation, and whether the model is cut over the processes.
 
     Attributes:
+        model, config, layout: as given; they stay.
+        batches, schedule, objective: as given; others in their place act from the next step on.
         step: updates made so far.
         losses: reported loss of each update: the next-token loss in nats a token, without a mixture's balance
             loss, or another objective's. That of a skipped step is nan.
@@ -185,7 +187,7 @@ class Trainer:
         own_memory(model)
         self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
         self.objective, self.layout = objective, layout
-        self._computing, self._loss = nullcontext, objective.loss
+        self._computing = nullcontext
         if layout.sharded:
             told = {"trainer config": asdict(config), "layout": asdict(layout)}
             require_one_run(self._identity() | told)
@@ -193,10 +195,8 @@ class Trainer:
             shard(model, config)
         if layout.activation_checkpointing:
             recompute_blocks(model)  # around the blocks that `shard` compiled
-        if not layout.sharded:
-            if config.precision == "bfloat16":
-                self._computing = partial(rounded, model)
-            self._loss = _compiled(objective.loss) if config.compile else objective.loss
+        if config.precision == "bfloat16" and not layout.sharded:
+            self._computing = partial(rounded, model)
         self.optimizer = adamw(model, config, schedule.peak_lr)
         self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
         self.step = 0
@@ -206,6 +206,14 @@ class Trainer:
         self._trouble: Exception | None = None
         self._interruption = Interruption()
         self._stop: BaseException | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("model", "config", "layout") and name in vars(self):
+            raise AttributeError(
+                f"The {name} of a Trainer stays what it was made with, since its optimizer was made for it. "
+                "Make another Trainer."
+            )
+        super().__setattr__(name, value)
 
     def train(
         self,
@@ -329,7 +337,9 @@ class Trainer:
     ) -> dict:
         """One update of what was read, and its metrics. Interrupted before its end, it changes nothing."""
         self._reached.clear()
-        skipped = False
+        skipped, compute = False, self.objective.loss
+        if self.config.compile and not self.layout.sharded:
+            compute = _compiled(compute)
         try:
             with buffers_given_back(self.model):
                 loss, grad_norm = update(
@@ -338,7 +348,7 @@ class Trainer:
                     self.model,
                     self.optimizer,
                     self.config.max_grad_norm,
-                    loss=lambda part: self._loss(self.model, batch_to(part, self._device)),
+                    loss=lambda part: compute(self.model, batch_to(part, self._device)),
                     passes=passes,
                     units=units,
                     add_up=self._add_up,

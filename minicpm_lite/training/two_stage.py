@@ -12,6 +12,7 @@ measured by `minicpm_lite.training.curvature`.
 Trap: the loss of an answer is a sum over its tokens, so a choice between answers compares losses a token.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
     Raises:
         ValueError: there is no example; or one has no question, so that nothing stands before its answer, or
             no answer; or ``batch_size`` is below 1.
+        FloatingPointError: a loss that is no finite number.
     """
     require_positive_integer("batch_size", batch_size)
     examples = tuple(examples)
@@ -81,7 +83,10 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
             losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
             exact = ((logits.argmax(-1) == targets) | ~answers).all(1)
             parts.append((losses.double().sum(1).cpu(), answers.sum(1).cpu(), exact.cpu()))
-    return AnswerScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    scores = AnswerScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    if not math.isfinite(scores.loss):  # a mean over all is finite only if each is
+        raise FloatingPointError("The loss of an answer is no finite number. Are the weights whole?")
+    return scores
 
 
 def choice_accuracy(model: Decoder, choices: Iterable[Iterable[EncodedExample]]) -> float:
@@ -93,6 +98,7 @@ def choice_accuracy(model: Decoder, choices: Iterable[Iterable[EncodedExample]])
 
     Raises:
         ValueError: no question, or a different number of answers, or fewer than two.
+        FloatingPointError: a loss that is no finite number.
     """
     choices = [tuple(options) for options in choices]
     sizes = {len(options) for options in choices}

@@ -81,6 +81,7 @@ def test_a_folder_that_others_write(run, tmp_path):
     assert again.template([{"role": "user", "content": "hat"}]) == "<s>hat!"
 
 
+@pytest.mark.filterwarnings("ignore:The model ends texts at")
 def test_a_template_in_a_run_names_its_start_and_end(tmp_path):
     """Nothing else in its folder does; and what is exported asks in the same tokens."""
     tokenizer = train_tokenizer("the cat and the hat", 260)

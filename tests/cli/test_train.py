@@ -312,6 +312,12 @@ def test_another_schedule_is_not_taken_for_wsd(at_home, capsys):
             ["--data", "wide", "--out", "x"],
             "wide was written for a vocabulary of 999 ids; this model's has 300",
         ),
+        (["--data", "wide", "--out", "x"], "its table was rounded up, with vocab_size=300 (--vocab-size)"),
+        (
+            ["--data", "one", "--out", "x", "--gpus", "8"],
+            "--gpus and --json are of --dry-run, which prints the",
+        ),
+        (["--data", "one", "--out", "x", "--json"], "--gpus and --json are of --dry-run"),
         (
             ["--data", "other", "--data", "text", "--out", "x"],
             "other and text were cut with different tokenizers",
@@ -463,8 +469,13 @@ def test_a_model_knows_where_its_texts_end(at_home, capsys):
             (["one"], ()),
         ]
     ):
+        capsys.readouterr()
         assert main(train(*data(*folders), *short, "--out", f"run{number}")) == 0
         assert load_weights(at_home / f"run{number}" / "step-00000002").config.eos_token_id == end
+        said = (
+            "The model will not stop at the token that ends the texts of ended. It would if all shards noted"
+        )
+        assert capsys.readouterr().err.startswith(said) == (folders == ["ended", "one"])
     named = yaml.safe_load(Path("tiny.yaml").read_text())
     for folders, says_config, end in [
         (["ended"], [2, 7], (2, 7)),  # 2 ends a turn, perhaps
@@ -484,6 +495,21 @@ def test_a_model_knows_where_its_texts_end(at_home, capsys):
     assert load_weights(at_home / "more" / "step-00000003").config.eos_token_id == (7, 8)
     assert main(train(*data("ended", "other"), "--out", "more", "--resume")) == 0
     assert load_weights(at_home / "more" / "step-00000004").config.eos_token_id == (7, 8)
+
+
+def test_ends_of_another_tokenizer_are_named(at_home):
+    """Those of a released shape, say, trained on shards that note none."""
+    cut("pages", TEXT)
+    named = yaml.safe_load(Path("tiny.yaml").read_text())
+    named["model"]["eos_token_id"] = [2, 299]
+    Path("named.yaml").write_text(yaml.safe_dump(named))
+    words = [
+        *train("--data", "pages", *STEP, "--steps", "2", "--warmup", "1", "--decay", "0", "--out", "run")
+    ]
+    with pytest.warns(
+        UserWarning, match=r"ends texts at '#' \(id 2\) and .*of which ordinary texts are made"
+    ):
+        assert main([*words, "--config", "named.yaml"]) == 0
 
 
 def test_a_folder_with_a_colon_in_its_name(at_home):

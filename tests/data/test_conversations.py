@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from minicpm_lite import ModelConfig
@@ -244,6 +246,21 @@ def test_a_question_is_learned_as_it_is_asked(question):
     asked = encode_chat(tokenizer, minicpm_chat, [{"role": "user", "content": question}])
     assert list(encoded.question) == asked and asked[:2] == [270, 271]
     assert tokenizer.decode(list(encoded.answer), skip_special_tokens=False) == " five\n"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "prepended", "first_only"])
+@given(answer=st.text("abc ", max_size=9).map(str.strip).filter(bool))
+@settings(max_examples=30, deadline=None)
+def test_one_blank_stands_before_an_answer(kind, answer):
+    """Also where the tokenizer puts one itself; then the tokens are those of the whole text without it."""
+    tokenizer = Tokenizer.from_str(KINDS[kind].to_str())
+    tokenizer.add_special_tokens(["<用户>", "<AI>"])
+    encoded = encode_example(tokenizer, Example("any", "a man", answer))
+    both = [*encoded.question, *encoded.answer]
+    assert tokenizer.decode(both).endswith(f"a man {answer}\n")
+    if kind != "first_only":
+        blank = " " if kind == "byte_level" else ""
+        assert both == tokenizer.encode(f"<用户>a man<AI>{blank}{answer}\n").ids
 
 
 def test_the_tokenizer_from_scratch_encodes_examples():

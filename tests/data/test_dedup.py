@@ -382,6 +382,8 @@ def test_impossible_input_gets_one_sentence():
         ValueError, match=r"Signatures of 128 places cannot be cut into 10 equal bands; .*divide 128"
     ):
         candidate_pairs(MinHash().signatures(["a"]), 10)
+    with pytest.raises(ValueError, match="choose bands that divide 100, or a num_perm that 16 divides"):
+        near_duplicates(iter(["a"]), MinHash(100))
     with pytest.raises(ValueError, match="bands is 0"):
         rows_of_band(128, 0)
     for threshold in (0.0, 1.2):

@@ -497,10 +497,24 @@ def test_the_tokenizer_beside_the_tokens_is_the_one_that_is_noted(with_tokenizer
     for read in (with_tokenizer.verify, with_tokenizer.tokenizer_file):
         with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer that made the ids"):
             read()
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer that made the ids"):
+        with_tokenizer.tokenizer_file()
     file.unlink()
     assert with_tokenizer.tokenizer_file() is None and len(with_tokenizer[:]), "the tokens can be read"
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
         with_tokenizer.verify()
+
+
+@pytest.mark.parametrize("change", [lambda t: None, lambda t: t.enable_truncation(9)])
+def test_a_tokenizer_that_is_spelt_otherwise_is_the_one_that_is_noted(with_tokenizer, change):
+    """As the package itself saves it, with indents; or released, with a limit of length."""
+    file = with_tokenizer.folder / "tokenizer.json"
+    tokenizer, before = Tokenizer.from_file(str(file)), file.read_bytes()
+    change(tokenizer)
+    tokenizer.save(str(file))
+    assert with_tokenizer.tokenizer_file().read_bytes() != before
+    with_tokenizer.verify()
 
 
 def test_a_tokenizer_that_was_not_noted_is_taken_as_it_lies(folder):

@@ -143,6 +143,7 @@ def test_three_turns_equal_a_conversation_from_scratch_and_each_reads_what_is_ne
     assert len(chat.messages) == 6
 
 
+@pytest.mark.filterwarnings("ignore:The model ends texts at")
 def test_an_answer_that_ends_by_itself_is_followed_by_what_is_new():
     """Some letters end a text, so that some answers end and others are cut off."""
     model = make_model(replace(CHATTER, eos_token_id=LETTERS.encode("vz").ids))

@@ -244,6 +244,27 @@ def test_a_cache_serves_one_batch_and_one_model():
     other(torch.zeros(2, 1, dtype=torch.long), cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [None, torch.tensor([1, 0])])
+def test_tokens_of_a_refused_call_do_not_belong_to_the_text(padding):
+    """Neither of another model, nor of another batch, nor of a text that is too long; features follow."""
+    model, cache = Decoder(GROUPED), KVCache(6, padding)
+    first, wrong, features = (torch.full((2, 2), token) for token in (1, 2, 3))
+    refused = [(Decoder(GROUPED), wrong), (model, wrong[:1]), (model, wrong.repeat(1, 3))]
+    if padding is not None:
+        with pytest.raises(ValueError, match="is for 2 rows"):
+            model(wrong[:1], cache)
+    model.states(model.embed(first), cache)
+    model(first, cache)
+    for other, ids in refused:
+        with pytest.raises(ValueError, match="The cache"):
+            other(ids, cache)
+        model.states(model.embed(features), cache)
+        assert cache.has_read(torch.cat([wrong, first, wrong], dim=1)), "features may be any text"
+        assert cache.has_read(torch.cat([first, first, features], dim=1))
+        cache.truncate(4)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_cache_is_not_trained_through(name):
     with pytest.raises(ValueError, match="use torch.no_grad"):

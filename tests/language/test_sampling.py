@@ -238,6 +238,10 @@ def test_without_a_generator_the_global_one_is_used():
             lambda: choose(torch.tensor([[0.0, math.nan]]), Sampling(1.0)),
             "No token can be drawn by these scores",
         ),
+        (
+            lambda: choose(torch.zeros(1, 3, device="meta"), Sampling(1.0), generator=torch.Generator()),
+            r"generator draws on cpu and the scores are on meta; give torch.Generator\('meta'\)",
+        ),
         (lambda: Sampling(top_k=0), "top_k is 0"),
         (lambda: Sampling(top_p=1.5), "top_p is 1.5; expected a probability"),
         (lambda: Sampling(top_p=0.0), "top_p is 0.0"),

@@ -421,6 +421,22 @@ def test_of_all_settings_of_a_file_only_what_stands_in_front_acts(name, text, cu
     assert fast_tokenizer(again) is again and again.encode(text).ids == ids
 
 
+@pytest.mark.parametrize("name", [*KINDS, *LACKING])
+@pytest.mark.parametrize("single", ["$A", "<s> $A"])
+def test_the_copy_without_settings_differs_in_nothing_else(name, single):
+    """It shares the vocabulary and is made anew at each call, so that it is never an old one."""
+    tokenizer = Tokenizer.from_str((KINDS | LACKING)[name].to_str())
+    tokenizer.add_special_tokens(["<s>"])
+    around(single)(tokenizer) if "</s>" in tokenizer.get_vocab() else None
+    tokenizer.enable_truncation(3)
+    for word in ("the cat", "first cat", "second cat"):
+        tokenizer.add_tokens([word])
+        as_it_is = Tokenizer.from_str(tokenizer.to_str())
+        as_it_is.no_truncation()
+        assert fast_tokenizer(tokenizer).to_str() == as_it_is.to_str()
+    assert tokenizer.truncation is not None
+
+
 def test_settings_of_our_own_fast_twin_and_spelt_tokens_as_text_do_not_act():
     mine = BytePairTokenizer.train(["the cat and the hat"], 260)
     mine.fast.enable_truncation(2)

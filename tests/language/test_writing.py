@@ -14,6 +14,7 @@ from kinds import KINDS, WORDS
 from small_models import TEXT, TOKENIZER, WRITER, Says, make_model
 from tokenizers import Tokenizer, decoders, models, processors
 
+from minicpm_lite.language.chat import Chat, chatml
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
@@ -218,6 +219,26 @@ def test_nothing_is_computed_after_all_texts_have_stopped():
     assert says.step == len(TOKENIZER.encode("man.").ids)
 
 
+@pytest.mark.parametrize("write", [
+    lambda model, **more: generate_text(model, TOKENIZER, ["x"], 1, **more),
+    lambda model, **more: list(stream_text(model, TOKENIZER, "x", 1, **more)),
+    lambda model, **more: Chat(model, TOKENIZER, chatml, **more),
+])  # fmt: skip
+def test_ends_that_are_ordinary_tokens_are_named(write):
+    """As those of a released shape are in a vocabulary of one's own; unless they are asked for."""
+    end = TOKENIZER.token_to_id("a")
+    model = Says([end], config=replace(WRITER, eos_token_id=end))
+    with pytest.warns(
+        UserWarning, match=rf"ends texts at 'a' \(id {end}\), of which ordinary texts are made"
+    ):
+        write(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(model, stop_ids=[end])
+        write(Says([end]))
+
+
+@pytest.mark.filterwarnings("ignore:The model ends texts at")
 def test_a_model_stops_at_its_own_tokens_unless_told_otherwise():
     tokens = TOKENIZER.encode("a wife").ids
     stop = TOKENIZER.encode("🙂").ids[0]
@@ -377,6 +398,7 @@ import torch
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.language.chat import chatml, encode_chat
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.chat import Chat, chatml
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling
 from minicpm_lite.language.tokenizer import train_tokenizer

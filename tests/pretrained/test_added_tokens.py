@@ -3,15 +3,18 @@
 import json
 import tempfile
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import load_special_tokens, load_tokenizer
+from minicpm_lite.pretrained.families import FAMILIES
 
 NAMES = ["<|a|>", "<|b|>", "</s>", "mRNA", "plain", "▁x"]  # "plain" is a word of the vocabulary
 TEXT = "some plain <|a|> words, <|b|>  mRNAs and mRNA </s>plain  ▁x <|A|>\n"
@@ -102,6 +105,36 @@ def test_a_blank_before_a_text_is_that_of_transformers_or_refused(kind, puts, as
     elif kind == "PreTrainedTokenizerFast" or asked is not None:
         theirs = AutoTokenizer.from_pretrained(tmp_path)("some plain words", add_special_tokens=False)
         assert load_tokenizer(tmp_path).encode("some plain words").ids == theirs.input_ids
+
+
+CLASSES = ["GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast",
+           "Qwen2Tokenizer", "PreTrainedTokenizerFast", None]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "prepended"])
+@pytest.mark.parametrize("family", [None, *FAMILIES])
+def test_names_of_a_class_are_those_of_transformers(kind, family, tmp_path):
+    """Where the files leave them out, and the family's tokenizer is of the class that they name."""
+    from transformers import AutoTokenizer
+
+    KINDS[kind].save(str(tmp_path / "tokenizer.json"))
+    found = set()
+    for name, says in product(
+        CLASSES, [{}, {"bos_token": "<s>"}, {"eos_token": None, "pad_token": "<|end|>"}]
+    ):
+        named = {} if name is None else {"tokenizer_class": name}
+        for in_settings in (named, {}):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(in_settings | says))
+            (tmp_path / "config.json").write_text(
+                json.dumps(named | ({"model_type": family} if family else {}))
+            )
+            theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+            assert load_special_tokens(tmp_path) == theirs.special_tokens_map
+            added = theirs.backend_tokenizer.get_added_tokens_decoder()
+            assert list(map(repr, ours.get_added_tokens_decoder().items())) == list(map(repr, added.items()))
+            found.add(theirs.eos_token)
+    heeded = family in (None, "llama", "minicpm")
+    assert ("<|endoftext|>" in found) == heeded and ("</s>" in found) == (heeded and kind == "prepended")
 
 
 def test_what_is_no_token_is_one_sentence(tmp_path):

@@ -1,6 +1,6 @@
 """Families: each spelling of a config gives the right shape, and what would compute otherwise is refused."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -194,6 +194,8 @@ def test_what_would_compute_otherwise_is_refused(values, sentence):
         ("minicpm, experts", "mixtral", 'has multipliers. Write it as "minicpm"'),
         ("minicpm, experts", "granite", "has a mixture of experts"),
         ("mixtral", "llama", "has a mixture of experts"),
+        ("minicpm3, experts", "minicpm3", "latent attention and a mixture of experts, which no family has"),
+        ("minicpm3, experts", "minicpm", "latent attention and a mixture of experts, which no family has"),
         ("minicpm3", "minicpm", 'has latent attention. Write it as "minicpm3"'),
         ("llama, wide heads", "minicpm", "its heads are 24 wide"),
         ("llama", "mistral", "model_type is 'mistral'; models are written as one of llama, minicpm,"),
@@ -201,8 +203,9 @@ def test_what_would_compute_otherwise_is_refused(values, sentence):
     ],
 )
 def test_a_family_that_computes_otherwise_is_not_written(name, family, sentence):
+    experts = {"minicpm3, experts": replace(MODELS["minicpm3"], mixture=MixtureConfig(4, 2))}
     with pytest.raises(ValueError, match=sentence):
-        config_to_json(MODELS[name], family)
+        config_to_json((MODELS | experts)[name], family)
 
 
 # Every field that transformers reads.

@@ -343,6 +343,7 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", READERS)
+@pytest.mark.filterwarnings("ignore:The model ends texts at")
 def test_damaged_files_are_read_or_refused_in_one_line(kind, files):
     found = Counter(outcome(files, kind, seed) for seed in range(140))
     assert found["refused"] > 10

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -256,6 +257,49 @@ def test_a_reading_is_of_the_passes_of_the_update(micro_batch):
     length = torch.nn.utils.parameters_to_vector(update).norm()
     slope = sum((p.grad * part).sum() for p, part in zip(alone.model.parameters(), update, strict=True))
     assert reading.first == pytest.approx((slope / length).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+def test_a_reading_holds_what_one_pass_needs(micro_batch):
+    """However many passes make a step: what the others kept for their gradients is gone."""
+
+    class Kept:
+        """Something that a gradient needs."""
+
+        def __init__(self, tensor) -> None:
+            self.tensor = tensor
+            kept.add(self)
+
+    class Squashed(torch.nn.Sequential):
+        def forward(self, x):
+            found.append(len(kept))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    kept, found = weakref.WeakSet(), []
+    model = Squashed(torch.nn.Linear(4, 3), torch.nn.Tanh())
+    objective = Objective("sizes", _sizes, len)
+    run = Trainer(model, Rows(), WSD(0.05, 1, 20, 9), TrainerConfig(), objective, Layout(micro_batch))
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda each: each.tensor):
+        reading = next(watch_decay(run, 4, every=4))
+    assert reading.first < 0 and len(found) == 7 * (8 // (micro_batch or 8) + (micro_batch == 3))
+    assert set(found) == {0}
+
+
+def test_a_pass_may_leave_a_parameter_out():
+    """As it does an expert; its gradient is that of the others."""
+
+    def one_side(model, batch):
+        loss = model[int(batch.mean() > 1)](batch).square().mean()
+        return loss, loss.detach()
+
+    torch.manual_seed(0)
+    sides = torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(2))
+    run = Trainer(
+        sides, Rows(), WSD(0.05, 1, 9, 9), TrainerConfig(), Objective("side", one_side, len), Layout(1)
+    )
+    reading = next(watch_decay(run, 2, every=2))
+    assert math.isfinite(reading.first) and reading.second > 0
 
 
 @pytest.mark.parametrize("form", ["linear", "sqrt"])

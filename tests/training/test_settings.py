@@ -22,6 +22,8 @@ def test_the_tokens_of_a_step():
         (dict(sequence_length=-1), "sequence_length is -1"),
         (dict(betas=(0.9, 1)), r"betas is \(0.9, 1\); expected two numbers from 0 to below 1"),
         (dict(betas=(0.9,)), r"betas is \(0.9,\)"),
+        (dict(betas=0.9), "betas is 0.9; expected two numbers"),
+        (dict(betas=("0.9", 0.9)), "betas is .*; expected two numbers"),
         (dict(seed=1.5), "seed is 1.5; expected a whole number from 0 to 4294967295"),
         (dict(seed="7"), "seed is '7'"),
         (dict(seed=1 << 32), "seed is 4294967296"),

@@ -274,6 +274,24 @@ def test_evaluation_measures_what_the_run_minimises():
     assert run.evaluate(held_out, batch_size=3) == pytest.approx(worst, rel=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_objective_is_minimised_from_the_next_step_on(compiled, monkeypatch):
+    monkeypatch.setattr("minicpm_lite.training.trainer._compiled", lambda loss: loss)
+    run = trained(2, config=replace(CONFIG, compile=compiled))
+    run.objective = Objective("ten", lambda model, window: (model(window[:, :-1]).sum() * 0 + 10,) * 2, len)
+    run.train(3, progress=False)
+    assert run.losses[-1] == 10 and run.grad_norms[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["model", "config", "layout"])
+def test_what_the_optimizer_was_made_for_stays(name):
+    run = make()
+    before = getattr(run, name)
+    with pytest.raises(AttributeError, match=f"The {name} of a Trainer stays what it was made with"):
+        setattr(run, name, before)
+    assert getattr(run, name) is before
+
+
 def test_evaluation_refuses_what_it_cannot_measure():
     run = make()
     with pytest.raises(ValueError, match="ids from 0 to 96; the model knows 0 to 39"):
@@ -1077,7 +1095,7 @@ def test_an_error_of_the_objective_is_perhaps_one_process_s_alone(tmp_path):
         return _spread(model, batch)
 
     run = poisoned()
-    run._loss = failing
+    run.objective = replace(run.objective, loss=failing)
     with pytest.raises(FloatingPointError, match="a guard of one's own"):
         run.train(folder=tmp_path, progress=False)
     assert run.step == 5 and not checkpoints(tmp_path)

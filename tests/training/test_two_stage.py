@@ -1,5 +1,7 @@
 """A run through coarse data, a mixed decay and answers alone; what a model makes of held-out questions."""
 
+import math
+
 import pytest
 import torch
 
@@ -165,3 +167,14 @@ def test_a_model_that_is_trained_goes_on_being_trained_also_behind_an_error():
     with pytest.raises(ValueError, match="the model was made for"):
         score_answers(model, [EncodedExample((1,), tuple(range(30)))])
     assert model.training
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_model_whose_losses_are_no_numbers_is_not_scored(broken):
+    """Its best token would be the first of all, and a comparison of nan is always lost."""
+    model = Decoder(MODEL)
+    model.norm.weight.data.fill_(broken)
+    right, wrong = EncodedExample((1,), (0,)), EncodedExample((1,), (3,))
+    for call in (lambda: score_answers(model, [right]), lambda: choice_accuracy(model, [[right, wrong]])):
+        with pytest.raises(FloatingPointError, match="loss of an answer is no finite number"):
+            call()
