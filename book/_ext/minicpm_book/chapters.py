@@ -6,6 +6,7 @@ time for reading follows from its words and lines. All are read from the file; n
 """
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -199,8 +200,9 @@ def add_reading_time(app, doctree):
     summary = section and next(section.findall(nodes.paragraph), None)
     if summary:
         chapter = read_chapter(Path(env.doc2path(env.docname)), env.docname)
+        known, new = duration(chapter.reading), duration(5 * math.ceil(1.5 * chapter.reading / 5))
         line = nodes.paragraph(
-            text=f"Reading: about {duration(chapter.reading)}, without the exercises",
+            text=f"Reading: about {known} if you know the subject, {new} if it is new; without the exercises",
             classes=["reading-time"],
         )
         summary.parent.insert(summary.parent.index(summary) + 1, line)

@@ -86,21 +86,29 @@ def window_attention(answer):
         lambda key, heads: key.repeat_interleave(2, 0),
         lambda key, heads: key.repeat_interleave(heads, 0),
         lambda key, heads: key,
+        lambda key, heads: key.repeat_interleave(heads // len(key), 1).reshape(heads, *key.shape[1:]),
+        lambda key, heads: key.repeat_interleave(heads // len(key), 0).flip(1),
+        lambda key, heads: (
+            key.repeat_interleave(heads // len(key), 0).mean(1, keepdim=True).expand(-1, 2, -1)
+        ),
     ),
 )
 def share_keys(answer):
     """Neighbouring query heads share a key head."""
     for kept, heads in ((2, 4), (2, 6), (3, 3), (1, 4)):
-        key = 10.0 * torch.arange(1, kept + 1)[:, None, None] * torch.ones(1, 2, 3)
+        key = torch.arange(6.0 * kept).view(kept, 2, 3)
         got = answer(key, heads)
         assert same(tuple(got.shape), (heads, 2, 3)), (
             f"{heads} query heads, 2 tokens, width 3 need keys of shape ({heads}, 2, 3); yours have "
             f"{tuple(got.shape)}."
         )
-        expected = [10.0 * (1 + head * kept // heads) for head in range(heads)]
-        assert same(got[:, 0, 0], expected), (
+        expected = torch.stack([key[head * kept // heads] for head in range(heads)])
+        assert same(got[:, 0, 0], expected[:, 0, 0]), (
             f"{heads} query heads share {kept} key heads: how many form a group, and do its members stand "
             "side by side?"
+        )
+        assert same(got, expected), (
+            "Each head comes as it is: its tokens in their order, its features in theirs."
         )
 
 
