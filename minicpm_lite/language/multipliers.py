@@ -19,9 +19,13 @@ __all__ = ["fold_to_llama", "stream_sizes"]
 
 
 @torch.no_grad()
-def stream_sizes(model: Decoder, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, " places"]:
-    """Root mean square of the residual stream as it enters each block and, last, as it leaves them all."""
-    states = model.states(model.embed(ids), after=range(len(model.layers)))
+def stream_sizes(
+    model: Decoder,
+    ids: Int[Tensor, "batch tokens"],
+) -> Float[Tensor, " places"]:
+    """RMS of the stream as it enters each block and, last, leaves them all."""
+    blocks = range(len(model.layers))
+    states = model.states(model.embed(ids), after=blocks)
     return torch.stack([x.square().mean().sqrt() for x in states])
 
 

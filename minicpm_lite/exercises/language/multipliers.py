@@ -1,7 +1,7 @@
 """Checks and quiz of the chapter on the multipliers."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -12,40 +12,57 @@ from ...lab.mistakes import same
 from ...lab.quiz import Quiz
 
 
-def _predicted(start, added, layers, scale, parts=2, power=2):
+def _buried(
+    start, attention, feed_forward, layers, scale, power=2, squared=True, offset=0, never=None, drowned=2
+):
     r = 1.0 if scale is None else scale / math.sqrt(layers)
-    return math.sqrt(start**2 + parts * layers * r**power * added**2)
+    each = r**power * (attention**2 + feed_forward**2 if squared else attention + feed_forward)
+    word = start**2 if squared else start
+    for blocks in range(1, layers + 1):
+        if drowned / 2 * blocks * each > word:
+            return blocks + offset
+    return never
 
 
 @exercise(
-    "predict RMS",
+    "buried after",
     wrong=(
-        lambda start, added, layers, scale: (
-            start + 2 * layers * (scale / layers**0.5 if scale else 1) * added
+        lambda *given: _buried(*given, squared=False),
+        lambda *given: _buried(*given, power=1),
+        lambda *given: _buried(*given, power=0),
+        lambda *given: _buried(*given, offset=-1),
+        lambda *given: _buried(*given, drowned=4),  # attention and feed-forward counted twice
+        lambda *given: _buried(*given, never=given[3]),
+        lambda *given: _buried(*given[:4], given[4] and 1.4),
+        lambda start, attention, feed_forward, layers, scale: _buried(
+            start, attention, attention, layers, scale
         ),
-        lambda start, added, layers, scale: _predicted(start, added, layers, scale, parts=1),
-        lambda start, added, layers, scale: _predicted(start, added, layers, scale, power=1),
-        lambda start, added, layers, scale: _predicted(start, added, layers, scale and 1.4),
-        lambda start, added, layers, scale: _predicted(start, added, 2 * layers, scale, parts=1),
+        lambda *given: _buried(given[0] / 2, *given[1:]),
     ),
 )
-def predict_rms(answer):
-    """With the multiplier, the number of blocks cancels."""
-    assert same(answer(3.0, 0.0, 10, None), 3), "If the blocks add nothing, the stream stays as it was."
-    assert same(answer(0.0, 1.0, 8, None), 4), (
-        "8 blocks add 16 times, each with mean square 1, to nothing: what is the root of the sum?"
+def buried_after(answer):
+    """With the multiplier a word is buried late or never; without it, one block is often enough."""
+    assert answer(3.0, 1.0, 1.0, 10, None) == 5, (
+        "A word of 3 has mean square 9. Each block adds 1 for attention and 1 for the feed-forward network: "
+        "8 after four blocks, 10 after five."
     )
-    assert same(answer(3.0, 2.0, 2, None), 5), (
-        "A start of 3 and 2 blocks whose parts have RMS 2: 9 and four times 4 are 25, and the RMS is 5."
+    assert answer(1.2, 1.5, 3.8, 40, None) == 1, "1.5² + 3.8² is far more than 1.2²: one block is enough."
+    assert answer(4.0, 1.0, 3.0, 9, 3.0) == 2, (
+        "With scale_depth 3 and 9 blocks r is 1: each block adds 1 + 9 to the mean square, the word has 16."
     )
-    deep, flat = answer(1.0, 0.5, 52, 1.4), answer(1.0, 0.5, 4, 1.4)
-    assert same(deep, flat), (
-        "With r = scale_depth / sqrt(layers) the depth must cancel. In the mean square, r counts squared."
+    assert answer(2.1, 1.0, 1.0, 16, 2.0) == 9, (
+        "Here r is 2 / √16 = 0.5. In a mean square it counts squared: a block adds 0.25 · (1 + 1), the word "
+        "has 4.41."
     )
-    assert same(deep, math.sqrt(1.98)), "start 1, added 0.5, scale_depth 1.4: 1 + 2 × 1.4² × 0.5² = 1.98."
-    assert same(answer(1.0, 2.0, 9, 3.0), math.sqrt(73)), (
-        "start 1, added 2, scale_depth 3: 1 + 2 × 3² × 2² = 73. Does your answer use all four arguments?"
+    assert answer(2.1, 1.0, 1.0, 64, 2.0) == 36, "r belongs to the number of blocks: 2 / √64 = 0.25."
+    assert answer(3.0, 1.0, 1.0, 16, 2.0) is None, (
+        "All 16 blocks together add 8 to the mean square, and the word has 9: it is never buried. Return "
+        "None."
     )
+    assert answer(3.0, 1.0, 1.0, 4, None) is None, "Four blocks add 8, and there is no fifth: return None."
+    assert answer(3.0, 2.0, 1.0, 8, None) == 2, "Attention adds 4 here, the feed-forward network 1."
+    assert answer(3.0, 1.0, 2.0, 8, None) == 2, "Attention adds 1 here, the feed-forward network 4."
+    assert answer(2.0, 1.0, 1.0, 16, 1.5) == 15, "scale_depth is an argument: with 1.5, r is 0.375 here."
 
 
 _START, _END = 1.181, 5.999  # RMS of the stream of the model with 16 blocks, before training
@@ -136,6 +153,71 @@ def mended_fold(answer):
             )
 
 
+def _rates(
+    names,
+    config,
+    lr,
+    weight_decay,
+    residual=None,
+    table=None,
+    out=None,
+    power=1,
+    decays=lambda decay, c: decay / c,
+):
+    residual = config.residual_scale if residual is None else residual
+    table = config.scale_emb if table is None else table
+    out = 1 / config.width_ratio if out is None else out
+    rates = {}
+    for name in names:
+        c, decay = 1.0, weight_decay
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            c = residual
+        elif name == "embed_tokens.weight":
+            c, decay = table, 0.0
+        elif name == "lm_head.weight":
+            c, decay = out, 0.0
+        elif "norm" in name:
+            decay = 0.0
+        rates[name] = lr * c**power, decays(decay, c)
+    return rates
+
+
+@exercise(
+    "folded rates",
+    wrong=(
+        lambda *given: _rates(*given, power=0),
+        lambda *given: _rates(*given, power=-1),
+        lambda *given: _rates(*given, power=2),  # plain gradient descent
+        lambda *given: _rates(*given, decays=lambda decay, c: decay),
+        lambda *given: _rates(*given, decays=lambda decay, c: decay * c),
+        lambda *given: _rates(*given, residual=given[1].scale_depth),
+        lambda *given: _rates(*given, out=given[1].width_ratio),
+        lambda *given: _rates(*given, table=1.0),
+        lambda *given: {
+            name: (rate, given[3] if "norm" in name else decay)
+            for name, (rate, decay) in _rates(*given).items()
+        },
+    ),
+)
+def folded_rates(answer):
+    """The folded Llama now learns what the MiniCPM learns. Weight decay takes the rate times the decay."""
+    for number, (config, lr, decay) in enumerate(zip(_FOLDED, (0.01, 0.02), (0.1, 0.3), strict=True)):
+        names = [*_weights(config, number), "lm_head.weight"]
+        got, expected = answer(list(names), config, lr, decay), _rates(names, config, lr, decay)
+        assert isinstance(got, dict), f"Expected a dictionary from names to pairs, not {type(got).__name__}."
+        assert set(got) == set(expected), "Every name has a rate and a decay, and no other has."
+        for name, (rate, kept) in expected.items():
+            assert len(got[name]) == 2, f"`{name}`: expected a pair of the rate and the decay."
+            assert same(got[name][0], rate, tolerance=1e-9), (
+                f"`{name}`: the rate should be {rate:.4g} and is {float(got[name][0]):.4g}. Which factor was "
+                "folded into this matrix, and how far does it move in a step?"
+            )
+            assert same(got[name][1], kept, tolerance=1e-9), (
+                f"`{name}`: its decay is {float(got[name][1]):.4g}. A step of AdamW shrinks a weight by rate "
+                "× decay. By what share did the MiniCPM's matrix shrink? Tables and norms do not decay."
+            )
+
+
 _FOLDED = (
     ModelConfig(
         hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=10,
@@ -163,14 +245,16 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def _equal_in_all(config: ModelConfig, layers: int, with_table: bool = True) -> ModelConfig:
+def _equal_in_all(
+    config: ModelConfig, layers: int, with_table: bool = True, most: int = 64, rounded=round
+) -> ModelConfig:
     sizes = {}
-    for heads in range(1, 25):
+    for heads in range(1, most + 1):
         width = heads * config.head_dim
         candidate = replace(
             config,
             hidden_size=width,
-            intermediate_size=round(width * config.intermediate_size / config.hidden_size),
+            intermediate_size=rounded(width * config.intermediate_size / config.hidden_size),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
@@ -191,6 +275,18 @@ _SHALLOW = ModelConfig(
     hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=8, vocab_size=4096,
     scale_emb=12, scale_depth=1.4, dim_model_base=64,
 )  # fmt: skip
+_FEED_FORWARD = 333  # 2.6 times the width, so that rounding is not rounding down
+_SHAPES = (
+    (_SHALLOW, 8),
+    (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9),
+    (replace(_SHALLOW, intermediate_size=_FEED_FORWARD, tie_word_embeddings=False), 6),
+    (replace(_SHALLOW, hidden_size=384, intermediate_size=996, num_attention_heads=12, num_key_value_heads=12,
+             head_dim=32, num_hidden_layers=12), 4),  # wider heads, and more of them than before
+    (replace(_SHALLOW, scale_depth=2.0, rope_theta=500_000.0, num_hidden_layers=8), 2),
+)  # fmt: skip
+_SEARCHED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 
 
 @exercise(
@@ -204,43 +300,73 @@ _SHALLOW = ModelConfig(
         lambda config, layers: replace(
             _equal_in_all(config, layers), num_hidden_layers=config.num_hidden_layers
         ),
+        lambda config, layers: replace(_equal_in_all(config, layers), scale_depth=None),
+        lambda config, layers: replace(_equal_in_all(config, layers), tie_word_embeddings=True),
+        lambda config, layers: replace(_equal_in_all(config, layers), rope_theta=10_000.0),
+        lambda config, layers: _equal_in_all(config, layers, most=config.num_attention_heads),
+        lambda config, layers: _equal_in_all(config, layers, rounded=int),
+        lambda config, layers: _equal_in_all(
+            replace(
+                config,
+                head_dim=16,
+                num_attention_heads=config.hidden_size // 16,
+                num_key_value_heads=config.hidden_size // 16,
+            ),
+            layers,
+        ),
     ),
 )
 def equal_in_all(answer):
     """Only what is held equal has changed; what does not come out even is reported."""
-    for config, layers in (
-        (_SHALLOW, 8),
-        (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9),
-        (replace(_SHALLOW, intermediate_size=331, tie_word_embeddings=False), 6),
-    ):
+    for config, layers in _SHAPES:
         got = answer(config, layers)
         assert isinstance(got, ModelConfig), f"Expected a `ModelConfig`, not {type(got).__name__}."
         assert got.num_hidden_layers == layers, f"{layers} blocks were asked for."
-        assert got.head_dim == config.head_dim and got.num_key_value_heads == got.num_attention_heads, (
-            "Heads keep their width, and each query head has its own key-value head."
+        assert got.head_dim == config.head_dim, (
+            f"Heads keep their width, {config.head_dim} here; yours are {got.head_dim} wide."
+        )
+        assert got.num_key_value_heads == got.num_attention_heads, (
+            "Each query head has its own key-value head."
         )
         assert got.hidden_size == got.num_attention_heads * got.head_dim, "The width consists of whole heads."
+        changed = [
+            field.name
+            for field in fields(config)
+            if field.name not in _SEARCHED and getattr(got, field.name) != getattr(config, field.name)
+        ]
+        assert not changed, (
+            f"`{', '.join(changed)}` is another than in `config`. A control changes what is held equal, and "
+            "nothing else: the multipliers, the tables and the rest stay."
+        )
         ratio = config.intermediate_size / config.hidden_size
         assert abs(got.intermediate_size - ratio * got.hidden_size) <= 0.5, (
-            "The feed-forward width is as near as possible to the same multiple of the width."
+            "The feed-forward width is as near as possible to the same multiple of the width: rounded, and "
+            "not rounded down."
         )
         off = abs(_count(got) - _count(config))
         assert off <= abs(_count(_equal_in_all(config, layers)) - _count(config)), (
-            f"Yours is off by {off:,} parameters, the table counted; another number of heads comes nearer."
+            f"From {config.num_hidden_layers} blocks to {layers}, yours is off by {off:,} parameters, the "
+            "table counted; another number of heads comes nearer, perhaps more than there were."
         )
 
 
 _PHONE = load_config("minicpm-1.2b")
+_PHONE_TOKENS = 32_768
+_FITS = replace(
+    _PHONE, num_key_value_heads=2, intermediate_size=4096, max_position_embeddings=_PHONE_TOKENS
+)  # the solution, of which the wrong answers miss one thing each
 
 
 @exercise(
     "design",
     wrong=(
-        _PHONE,  # its cache is too large
-        replace(_PHONE, num_key_value_heads=2),  # too small
+        replace(_PHONE, max_position_embeddings=_PHONE_TOKENS),  # its cache is too large
+        replace(_FITS, intermediate_size=_PHONE.intermediate_size),  # too small
         load_config("minicpm4-8b"),
-        replace(_PHONE, num_key_value_heads=2, intermediate_size=4096, vocab_size=32_000),
-        replace(_PHONE, num_key_value_heads=2, intermediate_size=7000, num_hidden_layers=32),
+        replace(_FITS, vocab_size=32_000),
+        replace(_FITS, intermediate_size=7000, num_hidden_layers=32),
+        replace(_FITS, max_position_embeddings=4096),
+        replace(_FITS, scale_depth=None),
     ),
 )
 def design(answer):
@@ -257,7 +383,11 @@ def design(answer):
     )
     assert answer.head_dim in (64, 128), f"Heads are {answer.head_dim} wide; choose 64 or 128."
     assert answer.num_hidden_layers >= 40, f"{answer.num_hidden_layers} blocks: at least 40 were asked for."
-    kept = 4 * answer.num_hidden_layers * answer.num_key_value_heads * answer.head_dim * 32_768
+    assert answer.max_position_embeddings >= _PHONE_TOKENS, (
+        f"`max_position_embeddings` is {answer.max_position_embeddings:,}: this model refuses the "
+        f"{_PHONE_TOKENS:,} tokens that it is made for."
+    )
+    kept = 4 * answer.num_hidden_layers * answer.num_key_value_heads * answer.head_dim * _PHONE_TOKENS
     assert kept <= 2**30, (
         f"The cache takes {kept / 2**30:.2f} GiB at 32,768 tokens. Fewer key-value heads, or fewer blocks?"
     )
@@ -272,17 +402,22 @@ def design(answer):
 quiz = Quiz(
     [
         (
-            "36 parts of equal size, each in a random direction, are added. Their sum is typically how many "
-            "times one part?",
-            ["36", "18", "6"],
-            2,
-            "Mean squares add up: 36 of them, and the root of 36 is 6.",
+            "Someone trains a Llama with Adam, starts o_proj and down_proj a third as large as usual, and "
+            "gives these two a third of the rate. What has been built?",
+            [
+                "A MiniCPM with r = 1/3, under another name",
+                "A MiniCPM with r = 1/9, since start and rate both count",
+                "A Llama that learns like any other, since Adam ignores the size of gradients",
+            ],
+            0,
+            "A multiplier c is a start of c and a rate of c at once: that is r = 1/3, and both learn alike.",
         ),
         (
-            "The same 36 parts all move a little in the *same* direction. The sum moves how many times that?",
-            ["6", "36", "not at all"],
+            "The same, but with plain gradient descent in the place of Adam. Which rate do the two matrices "
+            "need to learn as with r = 1/3?",
+            ["a third", "a ninth", "the whole one"],
             1,
-            "What agrees does not cancel. One step of training is of this kind.",
+            "The gradient is a third, and the step in the stream is a third of the step of the weight: 1/9.",
         ),
         (
             "scale_depth is 1.4 and a model gets four times the blocks. Before training, the stream ends",
