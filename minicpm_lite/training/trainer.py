@@ -126,8 +126,8 @@ class Trainer:
         layout: passes, recomputation, and whether the model is cut over the processes.
 
     Attributes:
-        model, config, layout: as given; they stay.
-        batches, schedule, objective: as given; others in their place act from the next step on.
+        model: as given, and it stays, as `config` and `layout` do.
+        objective: as given; another in its place acts from the next step on, as `batches` and `schedule` do.
         step: updates made so far.
         losses: reported loss of each update: the next-token loss in nats a token, without a mixture's balance
             loss, or another objective's. That of a skipped step is nan.
