@@ -321,6 +321,7 @@ def outcome(folder: Path, kind: str, seed: int) -> str:
     damage = chance.choice([WITHIN.get(file.suffix, chance.choice(BYTES)), chance.choice(BYTES)])
     refused = False
     try:
+        file.unlink()  # where a file is cut and written again, some systems wait for the disk
         file.write_bytes(damage(whole, chance))
         for read in READERS[kind]:
             try:
@@ -331,6 +332,7 @@ def outcome(folder: Path, kind: str, seed: int) -> str:
                 assert str(error) and len(str(error).splitlines()) == 1, repr(error)
                 refused = True
     finally:
+        file.unlink(missing_ok=True)
         file.write_bytes(whole)
     return "refused" if refused else "read"
 
