@@ -357,6 +357,7 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     assert not (at_home / "decayed").exists()
 
 
+@pytest.mark.slow  # a process starts for each; within one, tests/training/test_interruption.py looks at the same
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     begin = [sys.executable, "-m", "minicpm_lite.cli", *train("--data", "one", "--out", "run", *LONG)]

@@ -26,9 +26,8 @@ TOKENS = np.random.default_rng(0).integers(0, 1000, 1000)
 
 
 @pytest.fixture(autouse=True)
-def small_and_fast_blocks(monkeypatch):
+def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_TOKENS", 64)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow on a busy disk
 
 
 @pytest.fixture

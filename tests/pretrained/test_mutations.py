@@ -344,6 +344,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # 140 damages of each of eleven files
 @pytest.mark.parametrize("kind", READERS)
 def test_damaged_files_are_read_or_refused_in_one_line(kind, files):
     found = Counter(outcome(files, kind, seed) for seed in range(140))
