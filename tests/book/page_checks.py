@@ -50,11 +50,11 @@ WIDTH = r"""() => {
   return found;
 }"""
 # A chapter has thousands of coloured words of code, which axe walks through for every rule. Of each kind (by the
-# classes it stands in) one word in a block of code is enough; the others become plain text of the block. What a
-# formula is drawn of holds no text.
+# classes it stands in) one word in a block of code, or in a signature, is enough; the others become plain text of
+# the block. What a formula is drawn of holds no text.
 THIN_OUT = r"""() => {
   for (const drawing of document.querySelectorAll('mjx-container svg')) drawing.replaceChildren();
-  for (const block of document.querySelectorAll('pre')) {
+  for (const block of document.querySelectorAll('pre, dt.sig')) {
     const kinds = new Set();
     for (const word of block.querySelectorAll('span')) {
       if (word.childElementCount || [...word.attributes].some(attribute => attribute.name !== 'class')) continue;
