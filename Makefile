@@ -2,15 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SITE := _build/html/index.html
+MAKEFLAGS += --jobs=2  # a browser is looked for while the book is built
 
-.PHONY: book test check lab run student bench clean
+.PHONY: book browser test check lab run student bench clean
 
 book: .venv/.ready  ## from nothing to the rendered book
 	$(BIN)/jupyter-book build . --warningiserror --nitpick --keep-going --quiet
 	@echo "The book: file://$(CURDIR)/$(SITE)"
 
-test: book  ## every test: library, notebooks, pages
+browser: .venv/.ready
 	$(BIN)/python tests/book/install_browser.py
+
+test: book browser  ## every test: library, notebooks, pages
 	$(BIN)/ruff check --quiet
 	$(BIN)/python -m pytest -n logical --nbval tests notebooks
 

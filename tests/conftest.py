@@ -9,8 +9,10 @@ Every tensor function of the model and the data is checked against its annotated
 run. (The checks take as long as the functions; in the tests of other parts they would find nothing new.)
 """
 
+import gc
 import os
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import jaxtyping
@@ -19,6 +21,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 # For torch, which is imported later, and for every program that a test starts.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.fsync = os.fstat  # it takes open files alone, too, and does not wait until they are on the disk
 ROOT = Path(__file__).parents[1]
 WITH_SHAPES = ("language", "data")
 SHAPED = [
@@ -51,6 +54,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:
     return Groups(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays: the collector of garbage need not walk through it, now or during the tests."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest; pages are many and short, and fill in at the end."""
     seconds = Counter({PAGES: -1})
@@ -58,8 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = item.location[0]
         if item.path.suffix == ".ipynb":
             seconds[file] = item.parent.nb.metadata.get("minicpm_lite", {}).get("seconds", 0)
-        elif file != PAGES:  # roughly; what is marked slow takes more than ten seconds
-            seconds[file] += 20 if item.get_closest_marker("slow") else 0.1
+        elif file != PAGES:  # roughly
+            seconds[file] += 5 if item.get_closest_marker("slow") else 0.1
     items.sort(key=lambda item: seconds[item.location[0]], reverse=True)
 
 

@@ -68,6 +68,7 @@ def times_asleep():
 """
 
 
+@pytest.mark.slow  # processes whose threads wait for each other
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the guard is for Linux")
 @pytest.mark.parametrize("begun_with", [2, 1])
 def test_waiting_threads_sleep_while_the_cores_are_wanted(begun_with):

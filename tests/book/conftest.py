@@ -58,3 +58,11 @@ def page(context):
     page = context.new_page()
     yield page
     page.close()
+
+
+@pytest.fixture(scope="module")
+def tab(context):
+    """One page for many addresses, one after the other; making a fresh one takes as long as opening it."""
+    page = context.new_page()
+    yield page
+    page.close()

@@ -50,11 +50,11 @@ WIDTH = r"""() => {
   return found;
 }"""
 # A chapter has thousands of coloured words of code, which axe walks through for every rule. Of each kind (by the
-# classes it stands in) one word in a block of code is enough; the others become plain text of the block. What a
-# formula is drawn of holds no text.
+# classes it stands in) one word in a block of code, or in a signature, is enough; the others become plain text of
+# the block. What a formula is drawn of holds no text.
 THIN_OUT = r"""() => {
   for (const drawing of document.querySelectorAll('mjx-container svg')) drawing.replaceChildren();
-  for (const block of document.querySelectorAll('pre')) {
+  for (const block of document.querySelectorAll('pre, dt.sig')) {
     const kinds = new Set();
     for (const word of block.querySelectorAll('span')) {
       if (word.childElementCount || [...word.attributes].some(attribute => attribute.name !== 'class')) continue;
@@ -67,10 +67,10 @@ THIN_OUT = r"""() => {
   }
 }"""
 # Contrast is what axe takes longest for, half a minute on some pages. It follows from a text's colour, size and
-# weight, and from what lies behind it; of each such kind one text is marked, to be looked at for all.
-MARK_KINDS = r"""() => {
-  for (const element of document.querySelectorAll('[data-kind]')) element.removeAttribute('data-kind');
-  const kinds = new Set();
+# weight, and from what lies behind it; of each such kind one text is marked, to be looked at for all. A view leaves
+# out the kinds of earlier views, but for those of which axe could not tell.
+AXE_RUN = r"""async options => {
+  const kinds = window.kindsSeen ??= new Set(), marked = new Map();
   for (const element of document.querySelectorAll('body, body *')) {
     const words = [...element.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.data.trim());
     if (!words && !element.matches('input, select, textarea')) continue;
@@ -85,11 +85,25 @@ MARK_KINDS = r"""() => {
       if (style.position !== 'static') kind.push(behind.className);  // it may lie over anything
       covered = /^rgb\(/.test(style.backgroundColor);
     }
-    if (!kinds.has(kind.join())) element.setAttribute('data-kind', '');
+    if (!kinds.has(kind.join())) marked.set(element, kind.join());
     kinds.add(kind.join());
   }
+  if (options.runOnly && !marked.size) return [];
+  for (const element of marked.keys()) element.setAttribute('data-kind', '');
+  const found = await axe.run(document, options);
+  for (const rule of found.incomplete.filter(rule => rule.id === 'color-contrast'))
+    for (const node of rule.nodes) kinds.delete(marked.get(document.querySelector(node.target[0])));
+  for (const element of marked.keys()) element.removeAttribute('data-kind');
+  return found.violations;
 }"""
-AXE = Axe().axe_script + "axe.configure({rules: [{id: 'color-contrast', selector: '[data-kind]'}]});"
+# A link must look different from the text around it; whether it does by its colour is dear to find, and not asked,
+# because all links are underlined. Regions are not reported below, and dear too.
+RULES = r"""axe.configure({rules: [
+  {id: 'color-contrast', selector: '[data-kind]'},
+  {id: 'link-in-text-block', any: ['link-in-text-block-style']},
+  {id: 'region', enabled: false},
+]});"""
+AXE = Axe().axe_script + RULES
 RAW_MARKUP = re.compile(
     r"\$[^$\n]+\$|\\\(|\\\[|\\[a-zA-Z]{2,}|\{(?:ref|numref|eq|term|doc|cite(?::\w)?|func|class|mod)\}"
 )
@@ -102,7 +116,7 @@ def inspect(page: Page, base: str, path: str, site: Path) -> list[str]:
     looking.
 
     Args:
-        page: a fresh browser page.
+        page: a browser page; it may have shown another.
         base: the address of the site, ending in a slash.
         path: the page, relative to the site.
         site: the folder that is served.
@@ -121,10 +135,12 @@ def inspect(page: Page, base: str, path: str, site: Path) -> list[str]:
         if message.type == "error":
             problems.append(f"console error: {message.text}")
 
-    page.on("request", requested)
-    page.on("response", answered)
-    page.on("console", said)
-    page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+    def failed(error):
+        problems.append(f"script error: {error}")
+
+    listeners = {"request": requested, "response": answered, "console": said, "pageerror": failed}
+    for event, listener in listeners.items():
+        page.on(event, listener)
     for size, (width, height) in SIZES.items():
         page.set_viewport_size({"width": width, "height": height})
         if size == "phone":
@@ -137,6 +153,8 @@ def inspect(page: Page, base: str, path: str, site: Path) -> list[str]:
             turn_to(page, scheme)
             found = accessibility(page, colours_only=scheme != SCHEMES[0])
             problems += [f"{size}, {scheme}: {problem}" for problem in found]
+    for event, listener in listeners.items():
+        page.remove_listener(event, listener)
     return list(dict.fromkeys(problems))
 
 
@@ -205,14 +223,12 @@ def anchors(page: Path) -> frozenset[str]:
 
 def accessibility(page: Page, colours_only: bool) -> list[str]:
     """Serious and critical violations that axe-core finds on a page it is loaded in."""
-    page.evaluate(MARK_KINDS)
     # Without preload axe does not fetch style sheets a second time, from addresses that do not exist.
-    options = {"preload": False, "resultTypes": ["violations"], "reporter": "no-passes"}
+    options = {"preload": False, "resultTypes": ["violations", "incomplete"]}
     if colours_only:
         options["runOnly"] = ["color-contrast"]
-    found = page.evaluate("options => axe.run(document, options)", options)
     return [
         f"accessibility, {violation['id']}: {violation['help']}: {violation['nodes'][0]['html'][:160]}"
-        for violation in found["violations"]
+        for violation in page.evaluate(AXE_RUN, options)
         if violation["impact"] in ("serious", "critical")
     ]

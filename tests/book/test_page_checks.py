@@ -61,6 +61,12 @@ FAULTS = {
         "<p>one</p><div style='background: #555'><div><p>faint</p></div></div>",
         "color-contrast",
     ),
+    "low contrast of what is covered on a phone": (
+        "<style>p { color: #bbb } b { position: absolute; inset: 0 50% 0 0; background: #fff }"
+        "@media (min-width: 1000px) { b { display: none } }</style>"
+        "<div style='position: relative'><p>faint</p><b></b></div>",
+        "desktop, light: accessibility, color-contrast",
+    ),
     "low contrast in the dark": (
         "<style>@media (prefers-color-scheme: dark) { p.x { color: #666; background: #333 } }</style>"
         '<p class="x">faint</p>',
@@ -79,7 +85,7 @@ def folder(tmp_path_factory, serve):
     return folder, serve(folder)
 
 
-def look(folder, page, body: str) -> list[str]:
+def look(folder, tab, body: str) -> list[str]:
     """Inspect one page with this body."""
     path, base = folder
     name = (
@@ -90,15 +96,15 @@ def look(folder, page, body: str) -> list[str]:
         '<link rel="icon" href="dot.svg"><meta name="viewport" content="width=device-width"></head>'
         f"<body><main><article>{body}</article></main></body></html>"
     )
-    return inspect(page, base, name, path)
+    return inspect(tab, base, name, path)
 
 
-def test_a_sound_page_passes(folder, page):
-    assert look(folder, page, SOUND) == []
+def test_a_sound_page_passes(folder, tab):
+    assert look(folder, tab, SOUND) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_page_is_caught(folder, page, fault):
+def test_a_faulty_page_is_caught(folder, tab, fault):
     body, expected = FAULTS[fault]
-    problems = look(folder, page, body)
+    problems = look(folder, tab, body)
     assert any(expected in problem for problem in problems), problems

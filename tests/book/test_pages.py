@@ -55,8 +55,8 @@ def site(serve) -> str:
 
 
 @pytest.mark.parametrize("path", built_pages() or ["book/intro.html"])
-def test_page_is_sound(path, site, page):
-    problems = inspect(page, site, path, SITE)
+def test_page_is_sound(path, site, tab):
+    problems = inspect(tab, site, path, SITE)
     assert not problems, f"{path}\n" + "\n".join(problems)
 
 

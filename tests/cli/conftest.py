@@ -31,5 +31,4 @@ def at_home(home, tmp_path, monkeypatch):
     for path in home.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow on a busy disk
     return tmp_path

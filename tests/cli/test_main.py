@@ -85,6 +85,7 @@ def test_completion():
     assert shown.returncode == 0 and "complete" in shown.stdout
 
 
+@pytest.mark.slow  # three processes start
 def test_exit_codes_of_the_process():
     for argv, code in ((["models", "--json"], 0), (["verify", "nowhere"], 2), (["nonsense"], 2)):
         done = subprocess.run(

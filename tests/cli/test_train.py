@@ -363,6 +363,7 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     assert not (at_home / "decayed").exists()
 
 
+@pytest.mark.slow  # a process starts for each; within one, tests/training/test_interruption.py looks at the same
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     begin = [sys.executable, "-m", "minicpm_lite.cli", *train("--data", "one", "--out", "run", *LONG)]
@@ -585,7 +586,34 @@ def torchrun(*argv, home, wait=True, count=2):
     return process.returncode, out, err
 
 
-@pytest.mark.slow  # two processes start four times, about 40 s
+# Commands, each in two processes that know of each other as torchrun's do; forked, they import torch and its compiler once.
+PAIRS = """
+import os, socket, sys
+import torch._dynamo, minicpm_lite.cli.train, minicpm_lite.training.trainer
+from minicpm_lite.cli import main
+
+def start(rank, port, words):
+    if child := os.fork():
+        return child
+    os.environ |= {{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}}
+    os._exit(main(words))
+
+for words in {commands!r}:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    for child in [start(rank, port, words) for rank in "01"]:
+        assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def in_pairs(*commands: list[str], home: Path) -> None:
+    """Run commands one after the other, each in two processes."""
+    script = [sys.executable, "-c", PAIRS.format(commands=commands)]
+    done = subprocess.run(script, cwd=home, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow  # two processes start four times, about 30 s
 def test_two_processes_kill_9_and_other_world_sizes(at_home):
     run = train("--data", "one", "--data", "two:3", *LONG)
     assert main([*run, "--out", "alone"]) == 0
@@ -607,10 +635,6 @@ def test_two_processes_kill_9_and_other_world_sizes(at_home):
     assert 23 <= len((at_home / "killed" / "metrics.jsonl").read_text().splitlines()) < 60, (
         "it was in the middle"
     )
-    code, _, err = torchrun(*long, "--resume", home=at_home)
-    assert code == 0, err
-    assert order(at_home / "killed") == order(at_home / "pair"), "bit-identical order of the data"
-    assert curve(at_home / "killed") == curve(at_home / "pair"), "and the same losses"
 
     # 2 -> 1 and 1 -> 2, from step 30
     for source, name in (("pair", "fewer"), ("alone", "more")):
@@ -618,8 +642,9 @@ def test_two_processes_kill_9_and_other_world_sizes(at_home):
         shutil.copytree(at_home / source / "step-00000030", at_home / name / "step-00000030")
         shutil.copy(at_home / source / "metrics.jsonl", at_home / name)
     assert main([*run, "--out", "fewer", "--resume"]) == 0
-    code, _, err = torchrun(*run, "--out", "more", "--resume", home=at_home)
-    assert code == 0, err
+    in_pairs([*long, "--resume"], [*run, "--out", "more", "--resume"], home=at_home)
+    assert order(at_home / "killed") == order(at_home / "pair"), "bit-identical order of the data"
+    assert curve(at_home / "killed") == curve(at_home / "pair"), "and the same losses"
     for name in ("fewer", "more"):
         assert order(at_home / name) == order(at_home / "alone")
         assert curve(at_home / name) == pytest.approx(curve(at_home / "alone"), abs=1e-4)

@@ -47,6 +47,7 @@ def run(tmp_path_factory):
     return texts, classifier, kept
 
 
+@pytest.mark.slow  # the whole pipeline once more, by our own functions
 def test_language_and_near_duplicates_agree_with_ours(run):
     texts, classifier, kept = run
     english = [n for n, code in enumerate(identify_languages(texts)) if code == "en"]

@@ -19,12 +19,6 @@ from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import Permutation, TokenWindows, Windows, batch_of
 from minicpm_lite.language.scoring import context_only
 
-
-@pytest.fixture(autouse=True)
-def fast_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 # A stream in memory and in shards: the same guarantees.
 
 

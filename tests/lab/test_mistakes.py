@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite.lab.mistakes import mistakes, same
@@ -24,6 +24,7 @@ STYLES = [
 
 @pytest.mark.parametrize("one", STYLES)
 @pytest.mark.parametrize("other", STYLES)
+@settings(max_examples=20)  # of each of 49 pairs
 @given(numbers=NUMBERS)
 def test_numbers_are_the_same_whatever_holds_them(one, other, numbers):
     assert same(one(numbers), other(numbers))

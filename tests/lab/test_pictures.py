@@ -166,6 +166,7 @@ plt.show()
 plt.plot([2, 1]);"""
 
 
+@pytest.mark.slow  # a kernel starts
 def test_plt_show_gives_one_svg_that_carries_the_alt_text_of_its_cell(tmp_path):
     described = new_code_cell(PLOT, metadata={"mystnb": {"image": {"alt": 'A line & "more".'}}})
     start = new_code_cell('from minicpm_lite import lab\n\nlab.start(library="0.2", seed=0)')

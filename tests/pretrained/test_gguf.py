@@ -42,7 +42,7 @@ def write_file(path: Path, tensors_a_part: int = 0) -> Path:
     return path
 
 
-@pytest.mark.parametrize("source", ["made here", "SmolLM2"])
+@pytest.mark.parametrize("source", ["made here", pytest.param("SmolLM2", marks=pytest.mark.slow)])
 def test_the_head_is_what_gguf_py_reads(source, tmp_path):
     path = write_file(tmp_path / "model.gguf") if source == "made here" else smollm2_file()
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)

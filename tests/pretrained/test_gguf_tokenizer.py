@@ -356,6 +356,7 @@ def smollm2() -> Path:
 TALKS = ["<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n", *TEXTS]
 
 
+@pytest.mark.slow  # transformers makes its tokenizer of 49,152 tokens
 def test_the_tokenizer_is_that_of_transformers(smollm2):
     from transformers import AutoTokenizer
 

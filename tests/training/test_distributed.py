@@ -1,7 +1,7 @@
 """Distributed training: one loss curve at any world size, exact means, and runs that go on where they stopped.
 
-Most tests run in one process, which computes the same way as many. What needs two has two: `workers` runs a
-function of this file under torchrun.
+Most tests run in one process, which computes the same way as many. What needs two has two: `answers` are those
+of three functions of this file under torchrun.
 """
 
 import json
@@ -628,23 +628,30 @@ def test_compiled_blocks_compute_the_same(alone):
 # Two processes.
 
 
-def workers(function: str, folder: Path, count: int = 2) -> list[dict]:
-    """What each process returns from a function of this file, run under torchrun."""
-    script = folder / "worker.py"
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[str, list]:
+    """What each process returns from each of three functions, run under torchrun, and the folders they ran in."""
+    folders = {work.__name__: tmp_path_factory.mktemp(work.__name__) for work in WORK}
+    with processes():
+        trained(make(MODELS["untied"]), 6, folder=folders["a_checkpoint"] / "one")
+    script = tmp_path_factory.mktemp("script") / "worker.py"
     script.write_text(f"import sys\nsys.path[:0] = [{os.path.dirname(__file__)!r}]\n"
-                      f"import test_distributed\ntest_distributed.answer('{function}', {str(folder)!r})\n")  # fmt: skip
+                      f"import test_distributed\ntest_distributed.answer({list(map(str, folders.values()))!r})\n")  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), script],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
         capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(count)]
+    return {
+        name: [folder, *(json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(2))]
+        for name, folder in folders.items()
+    }
 
 
-def answer(function: str, folder: str) -> None:
+def answer(folders: list[str]) -> None:
     with processes():
-        result = globals()[function](Path(folder))
-        (Path(folder) / f"answer-{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+        for work, folder in zip(WORK, map(Path, folders), strict=True):
+            (folder / f"answer-{torch.distributed.get_rank()}.json").write_text(json.dumps(work(folder)))
 
 
 def curves(folder) -> dict:
@@ -736,9 +743,9 @@ def signalled(folder):
     return code, run.step, trained(resumed).losses
 
 
-@pytest.mark.slow  # two processes start, about 15 s
-def test_two_processes_train_as_one(tmp_path):
-    one, other = workers("curves", tmp_path)
+@pytest.mark.slow  # two processes start, about 20 s for all that they answer
+def test_two_processes_train_as_one(answers):
+    folder, one, other = answers["curves"]
     assert one == other, "every process knows the loss of all"
     expected = {
         "dense": plain(), "untied": plain(MODELS["untied"]), "passes": plain(), "masked": plain(windows=MASKED),
@@ -750,7 +757,7 @@ def test_two_processes_train_as_one(tmp_path):
         assert one[name][0] == pytest.approx(trainer.losses, abs=1e-5), name
         assert one[name][1] == pytest.approx(trainer.grad_norms, abs=1e-4), name
     fewer = captioner()
-    fewer.load(tmp_path / "captions" / "step-00000006")
+    fewer.load(folder / "captions" / "step-00000006")
     assert trained(fewer).losses == pytest.approx(expected["captions"].losses, abs=1e-5)
     rounded = trained(plain(windows=MASKED, config=replace(CONFIG, precision="bfloat16"))).losses
     assert one["bfloat16"][0] == pytest.approx(rounded, abs=0.01), (
@@ -760,11 +767,11 @@ def test_two_processes_train_as_one(tmp_path):
     reached = trained(sighted(), 7)
     assert one["sighted"][0] == pytest.approx(reached.losses, abs=1e-5)
     assert one["sighted"][1] == pytest.approx(reached.grad_norms, abs=1e-4)
-    facts = read_facts(tmp_path / "sighted" / "step-00000007")["updates"]
+    facts = read_facts(folder / "sighted" / "step-00000007")["updates"]
     assert facts == updates_made(reached.model, reached.optimizer)
     losses, updates = one["poisoned"]
     assert losses.count("nan") == 2 and updates == SCHEDULE.total_steps - 2
-    assert [line["step"] for line in lines(tmp_path / "poisoned") if line.get("skipped")] == [3, 5]
+    assert [line["step"] for line in lines(folder / "poisoned") if line.get("skipped")] == [3, 5]
     assert one["signalled"] == [143, 5, one["dense"][0]]
     balanced = trained(plain(MODELS["mixture"])).losses
     assert one["balanced"][0] == pytest.approx(balanced, abs=0.01), "the balance is that of each process"
@@ -893,9 +900,9 @@ def flip(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"?")
 
 
-@pytest.mark.slow  # two processes start, about 15 s
-def test_an_error_of_one_process_is_everyone_s(tmp_path):
-    one, other = workers("failures", tmp_path)
+@pytest.mark.slow  # two processes start, about 20 s for all that they answer
+def test_an_error_of_one_process_is_everyone_s(answers):
+    _, one, other = answers["failures"]
     assert one == other
     assert one["damaged"] == "ValueError: tokens-00001.npy is damaged"
     assert (
@@ -943,22 +950,24 @@ def a_checkpoint(folder) -> dict:
     return {"before": trainer.losses, "after": trained(alone).losses}
 
 
-@pytest.mark.slow  # two processes start, about 15 s
-def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path, reseal):
+WORK = (curves, a_checkpoint, failures)  # failures at the end: what they leave behind harms no other
+
+
+@pytest.mark.slow  # two processes start, about 20 s for all that they answer
+def test_a_run_goes_on_with_more_or_fewer_processes(answers, reseal):
     """41 ids over 2 processes: the parts are of different size."""
+    folder, more, _ = answers["a_checkpoint"]
     with processes():
         whole = trained(make(MODELS["untied"])).losses
-        trained(make(MODELS["untied"]), 6, folder=tmp_path / "one")
-    answers = workers("a_checkpoint", tmp_path)
-    assert answers[0]["before"] == pytest.approx(whole[:6], abs=1e-5)
-    assert answers[0]["after"] == pytest.approx(whole, abs=1e-5)
+    assert more["before"] == pytest.approx(whole[:6], abs=1e-5)
+    assert more["after"] == pytest.approx(whole, abs=1e-5)
     with processes():
         fewer = make(MODELS["untied"])
-        fewer.load(tmp_path / "two" / "step-00000006")
+        fewer.load(folder / "two" / "step-00000006")
         assert trained(fewer).losses == pytest.approx(whole, abs=1e-5)
-    two = tmp_path / "two" / "step-00000006"
+    two = folder / "two" / "step-00000006"
     weights = load_weights(two)
-    assert_close(weights.lm_head.weight, load_weights(tmp_path / "one" / "step-00000006").lm_head.weight)
+    assert_close(weights.lm_head.weight, load_weights(folder / "one" / "step-00000006").lm_head.weight)
 
     # the part of the first process is lost, and the facts do not know of it
     gone = "shard-00001-model-00001-of-00001.safetensors"

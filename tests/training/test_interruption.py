@@ -50,18 +50,25 @@ def as_in_the_foreground():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="module")
+def whole(make):
+    """A run that nothing interrupts."""
+    run = make()
+    run.train(progress=False)
+    return run
+
+
 @pytest.mark.parametrize("number", ENDS)
 @pytest.mark.parametrize("step", [1, 5, 9])
-def test_the_step_is_finished_and_saved(make, signalled, tmp_path, number, step):
+def test_the_step_is_finished_and_saved(make, whole, signalled, tmp_path, number, step):
     run = signalled(2 * step - 1, number)  # two windows a step
     with pytest.raises(ENDS[number]) as ended:
         run.train(folder=tmp_path, progress=False)
     assert number == signal.SIGINT or ended.value.code == {signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert run.step == step and max(checkpoints(tmp_path)) == step
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS
-    resumed, whole = make(), make()
+    resumed = make()
     resumed.load(tmp_path / f"step-{step:08d}")
-    whole.train(progress=False)
     for each in (resumed, run):  # a new program, or the same one
         each.train(folder=tmp_path if each is resumed else None, progress=False)
         assert (each.losses, each.grad_norms) == (whole.losses, whole.grad_norms)

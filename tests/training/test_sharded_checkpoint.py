@@ -240,6 +240,7 @@ def test_one_flipped_bit_anywhere_is_noticed(make, refused, folder):
         for place in [*range(0, len(content), len(content) // 40), len(content) - 1]:
             damaged = bytearray(content)
             damaged[place] ^= 0x10
+            file.unlink()  # where a file is cut and written again, some systems wait for the disk
             file.write_bytes(damaged)
             refused(folder, "damaged|is not that of a checkpoint|does not fit this run|could not be read")
         file.write_bytes(content)
@@ -271,6 +272,7 @@ def test_a_damaged_checkpoint_is_refused_or_is_the_same(make, folder):
     for file in (folder / SHARD, folder / "checkpoint.json"):
         content = file.read_bytes()
         for _ in range(300):
+            file.unlink()
             file.write_bytes(mutated(content, draw))
             try:
                 found = load_weights(folder).state_dict()

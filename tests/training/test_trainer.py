@@ -148,6 +148,7 @@ run.train(folder={folder!r}, checkpoint_every=1, progress=False)
 """
 
 
+@pytest.mark.slow  # a process starts; the quick test is the one above
 def test_resume_after_kill_9(tmp_path):
     """A process is killed while it writes checkpoints; the run that goes on equals one that was never killed."""
     script = KILLED.format(path=[os.path.dirname(__file__)], folder=str(tmp_path))
