@@ -222,21 +222,21 @@ def _used(function: Callable) -> set[str]:
         if function in seen or not hasattr(function, "__code__"):
             continue
         seen.add(function)
-        names, has_loop = _names_in(function.__code__)
+        names, outside, has_loop = _names_in(function.__code__)
         found |= names | ({_LOOP} if has_loop else set())
-        beside = (function.__globals__.get(name) for name in names)
+        beside = (function.__globals__.get(name) for name in outside)
         todo += [each for each in beside if getattr(each, "__module__", None) == function.__module__]
     return found
 
 
-def _names_in(code: CodeType) -> tuple[set[str], bool]:
-    """Of a piece of code and what is nested in it: the names, and whether it ever goes back."""
+def _names_in(code: CodeType) -> tuple[set[str], set[str], bool]:
+    """Of some code and what is nested in it: all names, those that are no attributes, and if it goes back."""
+    steps = list(dis.get_instructions(code))
     names = set(code.co_names)
-    has_loop = any(
-        "FOR_ITER" in step.opname or "BACKWARD" in step.opname for step in dis.get_instructions(code)
-    )
+    outside = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    has_loop = any("FOR_ITER" in step.opname or "BACKWARD" in step.opname for step in steps)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            inner_names, inner_loop = _names_in(inner)
-            names, has_loop = names | inner_names, has_loop or inner_loop
-    return names, has_loop
+            inner_names, inner_outside, inner_loop = _names_in(inner)
+            names, outside, has_loop = names | inner_names, outside | inner_outside, has_loop or inner_loop
+    return names, outside, has_loop

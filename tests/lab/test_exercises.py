@@ -292,6 +292,19 @@ def test_what_an_answer_must_do_without(answer, banned):
     assert verdict.state == "wrong" and verdict.message.endswith(f"the exercise asks to do without {banned}.")
 
 
+def cat(numbers):
+    return [number for number in numbers for _ in range(2)]
+
+
+def test_an_attribute_is_not_a_helper_of_its_name():
+    @exercise("joined", without=("a loop",))
+    def check(answer):
+        assert answer(torch.ones(2)).tolist() == [1, 1, 1, 1]
+
+    assert check.judge(lambda x: torch.cat([x, x])).state == "right"
+    assert check.judge(lambda x: torch.tensor(cat(x.tolist()))).message.endswith("to do without a loop.")
+
+
 def test_other_ways_are_right():
     assert check_sum.judge(lambda numbers: functools.reduce(int.__add__, numbers, 0)).state == "right"
     assert (

@@ -201,6 +201,11 @@ def _parse(source: bytes) -> ast.Module:
 
 
 @cache
+def _nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
+@cache
 def _meaning(source: bytes) -> str:
     """A hash of what a module does."""
     return _hash(repr(_skeleton(_parse(source))).encode())
@@ -264,7 +269,7 @@ def _imports(
         bound: look only for the import that binds this name.
     """
     found = []
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Import):
             found += [(alias.name, None) for alias in node.names if bound in (None, alias.asname, alias.name)]
         elif isinstance(node, ast.ImportFrom):
@@ -294,7 +299,7 @@ def _parents(module: str) -> Iterator[str]:
 def _configs(trees: list[ast.Module], library: Path) -> list[Path]:
     """The YAML files that some code loads; all of them if it does not say which."""
     every = sorted((library / "configs").glob("*.yaml"))
-    nodes = [node for tree in trees for node in ast.walk(tree)]  # a call comes before the name it calls
+    nodes = [node for tree in trees for node in _nodes(tree)]  # a call comes before the name it calls
     imports = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
     renamed = {alias.asname: alias.name for alias in imports if alias.asname}
     named, known_calls = set(), set()
@@ -313,7 +318,7 @@ def _assets(modules: Iterable[Path]) -> list[Path]:
     naming = {
         module.parent / "assets"
         for module in modules
-        for node in ast.walk(_parse(module.read_bytes()))
+        for node in _nodes(_parse(module.read_bytes()))
         if isinstance(node, ast.Constant) and node.value == "assets"
     }
     return sorted(path for folder in naming for path in folder.rglob("*") if path.is_file())

@@ -33,6 +33,17 @@ def turn_in_place(x, position, theta):
     return x
 
 
+def previous_word_in_numpy(width, base):
+    """The key is turned forwards, and points at random."""
+    angles = base ** (-np.arange(width // 2) * 2 / width)
+    first, second = 12 + np.random.default_rng(0).random((2, width // 2))
+    ahead = [
+        first * np.cos(angles) - second * np.sin(angles),
+        second * np.cos(angles) + first * np.sin(angles),
+    ]
+    return [np.concatenate([first, second]), np.concatenate(ahead)]
+
+
 def mended_in_place(x, norm, attention, feed_forward, r):
     x += r * attention(norm(x))
     x += r * feed_forward(norm(x))
@@ -69,6 +80,7 @@ def leaks_by_one_token(model, ids):
         (check.mended_block, mended_in_place),
         (check.turn, turn_in_numpy),
         (check.turn, turn_in_place),
+        (check.previous_word, previous_word_in_numpy),
         (check.leaks, leaks_by_changing),
         (check.leaks, leaks_by_one_token),
         (check.block_parameters, lambda d, ff, q, kv, h: d * (2 * h * q + 2 * h * kv + 3 * ff + 2)),
