@@ -25,16 +25,16 @@ _HAS_NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """A place beside ``path``, in which to write a file or a folder; at the end it takes the name ``path``.
+def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """A place beside ``path``, in which to write a file, or a folder; at the end it takes the name ``path``.
 
     What was there before stands until then and is replaced then. If anything is raised, also by a user who
     interrupts, what was begun is removed. What a killed process left beside is removed by the next one. One
     process writes a path at a time.
 
     Raises:
-        FileExistsError: a pipe or a device has this name, or a file system is mounted there; such are never
-            replaced.
+        FileExistsError: a folder has the name of the file, a file that of the folder, or a pipe or a device
+            either's, or a file system is mounted there; such are never replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -47,6 +47,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
+    if path.exists() and path.is_dir() != folder:
+        there, asked = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise FileExistsError(f"{path} is {there}, which {asked} does not replace; give another name.")
     if path.is_mount():
         raise FileExistsError(
             f"A file system is mounted at {path}, which cannot be replaced; give the name of something in it."

@@ -134,7 +134,7 @@ def _written_together(path: Path) -> Iterator[Path]:
     What is raised within must be raised in all processes.
     """
     place = ExitStack()
-    beside = on_first(lambda: place.enter_context(written_whole(path)))
+    beside = on_first(lambda: place.enter_context(written_whole(path, folder=True)))
     try:
         yield beside
     except Exception:
