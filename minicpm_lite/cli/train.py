@@ -99,7 +99,10 @@ def train(
         typer.Option(help="all of them; else as many as the recipe's tokens take"),
     ] = None,
     warmup: Annotated[int | None, typer.Option(metavar="STEPS")] = None,
-    decay: Annotated[int | None, typer.Option(metavar="STEPS", help="down to a tenth of the peak")] = None,
+    decay: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="down to a tenth of the peak, or as the run's schedule says"),
+    ] = None,
     peak_lr: Annotated[float | None, typer.Option(metavar="RATE", help="of the stable stage")] = None,
     batch_tokens: Annotated[
         float | None,
@@ -270,6 +273,11 @@ def _start(out: Path | None, resume: bool, resume_from: Path | None, decay_from:
 
     if resume and resume_from:
         raise ValueError("Give --resume for the newest checkpoint in --out, or --resume-from for another.")
+    if resume_from and decay_from:
+        raise ValueError(
+            "Give --decay-from to begin a decay at that checkpoint, or --resume-from to go on with its run. "
+            "A decay that was stopped goes on with --resume beside --decay-from."
+        )
     checkpoint = resume_from or decay_from
     if resume:
         if out is None:

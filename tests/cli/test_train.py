@@ -544,6 +544,12 @@ def test_a_decay_of_no_step(at_home, capsys):
     says(capsys, argv, "--decay is 0, and --decay-from begins a decay")
 
 
+def test_a_checkpoint_is_gone_on_with_or_decayed(at_home, capsys):
+    both = "--resume-from", "run/step-00000010", "--decay-from", "run/step-00000010"
+    for more in (["--dry-run"], ["--data", "one", "--out", "x"]):
+        says(capsys, train(*more, *both, "--decay", "6"), "Give --decay-from to begin a decay at that")
+
+
 def test_a_decay_from_nowhere(at_home, capsys):
     argv = train("--data", "one", "--out", "x", "--decay-from", "nowhere")
     says(capsys, argv, "There is no checkpoint at nowhere")
