@@ -131,10 +131,16 @@ def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[Decay
     Every trained parameter must have a gradient.
 
     Raises:
-        ValueError: ``every`` is less than 2.
+        ValueError: ``every`` is less than 2; the model is cut over processes; or the loss of a reading has no
+            gradient for any weight of the model.
     """
     if every < 2:
         raise ValueError(f"every is {every}; a reading takes two updates, so at least 2 is needed.")
+    if trainer.layout.sharded:  # a loss depends on what was gathered, not on the parts that stay
+        raise ValueError(
+            "The model is cut over processes, and no gradient of a loss is taken for a part. Save the run, "
+            "load it into a Trainer with Layout(), and watch that."
+        )
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     while trainer.step + every <= until:
         trainer.train(trainer.step + every - 1, progress=False)
@@ -174,12 +180,20 @@ def _derivatives_at(
 
     def gradients() -> list[Tensor]:
         buffers_there()  # a loss in training mode may move them
-        total = [torch.zeros_like(parameter) for parameter in parameters]
+        total, reached = [torch.zeros_like(parameter) for parameter in parameters], False
         for part, weight in zip(passes, weights, strict=True):  # one after another, for the memory
             loss = trainer.objective.loss(trainer.model, part)[0] * (weight / units)
-            own = torch.autograd.grad(loss, parameters, materialize_grads=True)  # it may leave an expert out
+            own = torch.autograd.grad(loss, parameters, allow_unused=True)  # it may leave an expert out
             for whole, gradient in zip(total, own, strict=True):
-                whole += gradient
+                if gradient is not None:
+                    whole += gradient
+                    reached = True
+        if not reached:
+            raise ValueError(
+                f"The loss of step {trainer.step} has no gradient for any weight of the "
+                f"{type(trainer.model).__name__}: it was computed by another module. Let the objective use "
+                "the one that it is given."
+            )
         return total
 
     now = [parameter.detach().clone() for parameter in parameters]

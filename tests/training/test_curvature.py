@@ -19,7 +19,8 @@ from minicpm_lite.training.curvature import (
     directional_derivatives,
     watch_decay,
 )
-from minicpm_lite.training.objective import Objective
+from minicpm_lite.training.objective import Objective, next_token
+from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -317,6 +318,27 @@ def test_a_reading_takes_two_updates():
     run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
     with pytest.raises(ValueError, match="every is 1; a reading takes two updates"):
         next(watch_decay(run, 10, every=1))
+
+
+def test_a_cut_model_is_not_read():
+    """Its parameters stand in no graph; what is gathered of them does."""
+    torch.manual_seed(0)
+    with processes():
+        run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG, layout=Layout(sharded=True))
+        with pytest.raises(ValueError, match=r"The model is cut over processes.*with Layout\(\)"):
+            next(watch_decay(run, 6, every=3))
+    assert run.step == 0
+
+
+def test_a_loss_of_another_module_has_no_derivatives():
+    def loss(model, batch):
+        return next_token.loss(model if run.step < 3 else copy.deepcopy(model), batch)
+
+    torch.manual_seed(0)
+    objective = Objective("another's", loss, next_token.weight)
+    run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG, objective)
+    with pytest.raises(ValueError, match="loss of step 3 has no gradient for any weight of the Decoder"):
+        next(watch_decay(run, 6, every=3))
 
 
 def test_frozen_parameters_have_no_part_in_a_reading():
