@@ -221,8 +221,8 @@ def save_pretrained(
             padded, with what transformers' ``AutoTokenizer`` asks for beside it. Left out: none is written.
         chat_template: how the model wants a conversation written, in Jinja; written as
             ``chat_template.jinja``. Left out: none is written.
-        special_tokens: what that may name, as `load_special_tokens` gives it; written with the tokenizer.
-            What is left out is what `name_special_tokens` gives.
+        special_tokens: what that may name, as `load_special_tokens` gives it; written with the tokenizer, if
+            they are special in it, see `name_special_tokens`. What is left out is what that gives.
         model_type: the family (see `families`). Left out: "minicpm3" with latent attention; with multipliers
             "granite", as which transformers opens a MiniCPM without code from elsewhere, or with experts,
             too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
@@ -252,7 +252,7 @@ def save_pretrained(
         tokenizer = fast_tokenizer(tokenizer)
         _require_known_ids(tokenizer, model.config)
         warn_of_ordinary_ends(tokenizer, model.config)
-    with _new_folder(path), written_whole(path) as beside:
+    with _new_folder(path), written_whole(path, folder=True) as beside:
         beside.mkdir()
         write_json(beside / "config.json", values)
         if model.config.eos_token_id:
@@ -260,7 +260,9 @@ def save_pretrained(
             write_json(beside / "generation_config.json", ends)
         if tokenizer is not None:
             (beside / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-            named = name_special_tokens(tokenizer, model.config) | (special_tokens or {})
+            special = {str(t) for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+            given = {name: token for name, token in (special_tokens or {}).items() if token in special}
+            named = name_special_tokens(tokenizer, model.config) | given
             write_json(beside / "tokenizer_config.json", _tokenizer_settings(model.config) | named)
         if chat_template is not None:
             (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
