@@ -8,9 +8,10 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..language.decoder import Decoder
 from .processes import on_each
 from .settings import TrainerConfig
 
@@ -38,26 +40,33 @@ __all__ = [
 ]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # which is another one in every program
 
 
 def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective: str) -> dict[str, dict]:
     """What must be the same for a checkpoint to fit a run; as JSON gives it back, with lists for tuples.
 
     Args:
-        model: named by its ``config``, if that is a dataclass, else by its class and shapes.
+        model: a decoder is named by its config, another module by its class and shapes, and by what the
+            fields of its ``config`` look like, if that is a dataclass.
         config: the trainer's.
         text: the identity of what is read.
         objective: the name of what is minimised.
     """
     trainer = asdict(config)
     del trainer["compile"]  # decides how, not what
-    if is_dataclass(getattr(model, "config", None)):
+    if isinstance(model, Decoder):
         identity = {"model config": asdict(model.config)}
     else:
         shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
         # a module that is cut has another class, made of FSDP's and its own
         own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
         identity = {"model": {"class": own.__name__, **shapes}}
+        if is_dataclass(own_config := getattr(model, "config", None)):  # of which JSON may not take all
+            identity["config of the module"] = {
+                field.name: _ADDRESS.sub("", repr(getattr(own_config, field.name, None)))
+                for field in fields(own_config)
+            }
     kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
     identity["choice of parameters"] = {

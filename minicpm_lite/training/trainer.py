@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
 from ..data.shards import Shards
-from ..data.windows import TokenWindows, Windows
+from ..data.windows import Windows
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, readable
 from ..runtime import calm_threads
@@ -38,9 +38,8 @@ from .batches import (
     WindowBatches,
     batch_to,
     checksum,
+    fitting_batches,
     part_of,
-    require_even,
-    require_fitting,
     require_known,
     split_batch,
 )
@@ -119,7 +118,8 @@ class Trainer:
         model: what is trained; its frozen parameters (``requires_grad=False``) stay as they are. Sharded, it
             is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
             ``logits`` of its decoder, since these are what gathers weights.
-        batches: a stream of tokens, in memory or in shards; windows; or the batch of each step.
+        batches: a stream of tokens, in memory or in shards; windows; or the batch of each step. Another of
+            these kinds may be put in its place.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
@@ -161,17 +161,7 @@ class Trainer:
         objective: Objective = next_token,
         layout: Layout = Layout(),
     ) -> None:
-        if isinstance(batches, Tensor | Shards):
-            batches = TokenWindows(batches, config.sequence_length, config.seed)
-        if isinstance(batches, Windows):
-            require_fitting(batches, config, model.config if isinstance(model, Decoder) else None)
-            batches = WindowBatches(batches, config.batch_size)
-            require_even(config.batch_size, world_size())
-        if not isinstance(batches, Batches):
-            raise ValueError(
-                f"The batches are a {type(batches).__name__}; expected tokens, shards, windows, or an object "
-                "of which [step] is the batch of a step and identity() says what is read."
-            )
+        self.model, self.config, self.batches = model, config, batches
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
@@ -185,8 +175,7 @@ class Trainer:
         _require_long_enough(model)
         require_own_memory(model)
         own_memory(model)
-        self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
-        self.objective, self.layout = objective, layout
+        self.schedule, self.objective, self.layout = schedule, objective, layout
         self._computing = nullcontext
         if layout.sharded:
             told = {"trainer config": asdict(config), "layout": asdict(layout)}
@@ -214,6 +203,16 @@ class Trainer:
                 "Make another Trainer."
             )
         super().__setattr__(name, value)
+
+    @property
+    def batches(self) -> Batches:
+        """The batch of each step."""
+        return self._batches
+
+    @batches.setter
+    def batches(self, batches: Int[Tensor, " tokens"] | Shards | Windows | Batches) -> None:
+        shape = self.model.config if isinstance(self.model, Decoder) else None
+        self._batches = fitting_batches(batches, self.config, shape)
 
     def train(
         self,
@@ -272,8 +271,10 @@ class Trainer:
         told = {"step": self.step, "until": until, "checkpoint_every": checkpoint_every,
                 "skip_non_finite": skip_non_finite, "folder": "given" if folder else "left out"}  # fmt: skip
         saved = schedule_facts(self.schedule) if folder else {}  # which a checkpoint will need
-        rates = _some_rates(self.schedule, range(self.step + 1, until + 1)) if world_size() > 1 else {}
-        require_one_run({"call of train": told, "schedule": saved | rates})
+        rates, text = {}, {}  # one process need not tell itself
+        if world_size() > 1:
+            rates, text = _some_rates(self.schedule, range(self.step + 1, until + 1)), self.batches.identity()
+        require_one_run({"call of train": told, "schedule": saved | rates, "text": text})
         self._trouble = self._stop = None  # what was reported before may have been mended
         self._interruption = Interruption()
         calm_threads()
@@ -482,6 +483,8 @@ class Trainer:
 
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
+
+        A checkpoint of this step that stands there is replaced, also another run's, which `train` refuses.
 
         Raises:
             ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or

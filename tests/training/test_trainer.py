@@ -27,6 +27,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
+from minicpm_lite.training.batches import WindowBatches
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token, within_documents
 from minicpm_lite.training.optimizer import mup_groups
@@ -420,6 +421,51 @@ def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
 def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_it()
+
+
+KINDS = {
+    "tokens": lambda windows, size: windows.tokens,
+    "windows": lambda windows, size: windows,
+    "batches": WindowBatches,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_may_be_given_as_any_kind_at_the_door_and_later(kind):
+    """The updates are the same; and what does not fit is refused at both places."""
+
+    other = TOKENS.flip(0)
+
+    def given(tokens=other, length=16, size=4):
+        return KINDS[kind](TokenWindows(tokens, length, 0), size)
+
+    whole, changed = Trainer(make().model, given(), SCHEDULE, CONFIG), make()
+    changed.batches = given()
+    assert changed.batches.identity() == whole.batches.identity() != make().batches.identity()
+    for run in (whole, changed):
+        run.train(3, progress=False)
+    assert_same(whole, changed)
+    refused = {"ids from 1 to 40; the model knows 0 to 39": lambda: given(TOKENS + 1)}
+    if kind != "tokens":
+        refused["windows predict 8 tokens each, and sequence_length is 16"] = lambda: given(length=8)
+    if kind == "batches":
+        refused["batches are of 8 windows, and batch_size is 4"] = lambda: given(size=8)
+    for sentence, wrong in refused.items():
+        with pytest.raises(ValueError, match=sentence):
+            Trainer(make().model, wrong(), SCHEDULE, CONFIG)
+        before = changed.batches
+        with pytest.raises(ValueError, match=sentence):
+            changed.batches = wrong()
+        assert changed.batches is before
+
+
+def test_what_is_read_is_none_of_these_kinds():
+    run = make()
+    for wrong in (TOKENS.tolist(), "text", None):
+        with pytest.raises(
+            ValueError, match=f"batches are a {type(wrong).__name__}; expected tokens, shards"
+        ):
+            run.batches = wrong
 
 
 def test_a_run_that_blows_up_says_where():
