@@ -13,14 +13,17 @@ behind it.
 A folder is one run's, since whoever writes there prunes checkpoints. While it is open no other program opens
 it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there. A
 branch has the past of its trunk and is another run; a checkpoint says where its run branched. What an attempt
-without a checkpoint left is replaced, lines included; a run that is refused changes nothing.
+without a checkpoint left is replaced, lines included, and nothing else is; a run that is refused changes
+nothing.
 """
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +42,7 @@ from .wsd import Schedule
 __all__ = ["RunFolder", "require_noted"]
 
 _METRICS = "metrics.jsonl"
+_LINE = re.compile(rb'\{"step": \d+, "units": ')  # how a line of it begins
 _EVENTS = {"loss", "lr", "grad_norm", "tokens_per_second"}
 
 
@@ -58,7 +62,8 @@ class RunFolder:
 
     Raises:
         FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
-            tokenizer where that of the run is not known; or another program has it open.
+            tokenizer where that of the run is not known, or files of such names that no attempt left; or
+            another program has it open.
         ValueError: the tokenizer is not the one that the data note.
         OSError: it cannot be written, or some processes do not see it.
     """
@@ -110,9 +115,11 @@ class RunFolder:
             )
         if found:
             self._require_own(found, identity, schedule, branched_at)
-        kept = self.path / TOKENIZER
+        path, kept = self.path / _METRICS, self.path / TOKENIZER
         if tokenizer is not None:
             require_noted(Path(tokenizer), identity["text"])
+        if not found:
+            _require_an_attempt(path, kept, tokenizer and Path(tokenizer))
         own = found and kept.exists()  # and its ids are what they were
         if tokenizer is not None and not own:  # whatever an earlier attempt may have left
             with written_whole(kept) as beside:
@@ -124,7 +131,6 @@ class RunFolder:
             )
         for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
             shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
-        path = self.path / _METRICS
         past = step if found else 0  # up to there, lines are of this run
         if path.exists():
             with written_whole(path) as beside, path.open("rb") as old, beside.open("wb") as new:
@@ -191,6 +197,22 @@ class RunFolder:
                 gone = self.path / f".{found[step].name}.pruned"
                 found[step].rename(gone)  # so that half a one is none
                 shutil.rmtree(gone)
+
+
+def _require_an_attempt(metrics: Path, kept: Path, tokenizer: Path | None) -> None:
+    """Refuse to replace what no attempt of a run left: metrics of something else, a model's tokenizer."""
+    with metrics.open("rb") if metrics.exists() else BytesIO() as file:
+        first = file.readline()
+    foreign = None
+    if first.endswith(b"\n") and not _LINE.match(first):
+        foreign = metrics
+    elif tokenizer is not None and kept.exists() and not metrics.exists():
+        foreign = None if kept.read_bytes() == tokenizer.read_bytes() else kept
+    if foreign is not None:
+        raise FileExistsError(
+            f"{foreign} lies beside no checkpoint and is not what an attempt left, so it is not replaced. "
+            "Choose another folder."
+        )
 
 
 def require_noted(tokenizer: Path, text: dict) -> None:

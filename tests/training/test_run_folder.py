@@ -76,7 +76,9 @@ def test_lines_of_an_attempt_without_a_checkpoint_are_no_other_run_s(make, tmp_p
     start = latest_checkpoint(tmp_path / "trunk")
     for go_on in (Trainer.branch_from, Trainer.load):
         decay.mkdir()
-        (decay / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 5)))
+        (decay / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": n, "units": 16}) + "\n" for n in range(1, 5))
+        )
         run = make(schedule=decay_schedule(start, 4))
         go_on(run, start)
         trained(run, 8, folder=decay)
@@ -229,6 +231,34 @@ def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
     ):
         trained(make(), folder=tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == "its metrics"
+
+
+@pytest.mark.parametrize(
+    ("files", "foreign"),
+    [
+        ({"metrics.jsonl": '{"epoch": 1, "eval": 0.7}\n{"ep'}, "metrics.jsonl"),
+        ({"metrics.jsonl": '{"step": 1, "eval": 0.7}\n'}, "metrics.jsonl"),
+        ({"metrics.jsonl": '{"epoch": 1}\n', "tokenizer.json": "a model's"}, "metrics.jsonl"),
+        ({"config.json": "{}", "tokenizer.json": "a model's"}, "tokenizer.json"),
+        ({"tokenizer.json": "the run's"}, None),
+        ({"metrics.jsonl": '{"step": 1, "units": 16}\n{"st', "tokenizer.json": "an attempt's"}, None),
+        ({"metrics.jsonl": '{"st', "tokenizer.json": "an attempt's"}, None),
+        ({"metrics.jsonl": "", "notes.txt": "mine"}, None),
+    ],
+)
+def test_what_no_attempt_left_is_not_replaced(make, tmp_path, files, foreign):
+    (tmp_path / "given").write_text("the run's")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    if foreign:
+        with pytest.raises(FileExistsError, match=f"{foreign} lies beside no checkpoint and is not what an"):
+            trained(make(), 1, folder=folder, tokenizer=tmp_path / "given")
+        assert {path.name: path.read_text() for path in folder.iterdir()} == files
+    else:
+        trained(make(), 1, folder=folder, tokenizer=tmp_path / "given")
+        assert len(lines(folder)) == 1 and (folder / "tokenizer.json").read_text() == "the run's"
 
 
 def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
