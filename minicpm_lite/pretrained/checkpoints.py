@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_positive_integer
 from ..files import locked, written_whole
-from ..language.decoder import Decoder
+from ..language.decoder import Decoder, require_plain
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..language.writing import warn_of_ordinary_ends
 from ..optional import require
@@ -90,8 +90,8 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """The tokenizer of a model: ``tokenizer.json`` of a folder or on the hub, or what a GGUF file holds.
 
-    It reads whole texts: lengths at which the file would cut or pad them are left out. Tokens that the folder
-    lists or names beside it are added, see `added_tokens`.
+    It reads whole texts: lengths at which the file would cut or pad them are left out, and so is what it
+    would put behind each. Tokens that the folder lists or names beside it are added, see `added_tokens`.
 
     Raises:
         FileNotFoundError: there is no such path, or the folder holds no ``tokenizer.json``.
@@ -100,7 +100,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """
     path = _local(path_or_id, ADDED_TOKENS_FILES)
     if _is_gguf(path):
-        return gguf_tokenizer(path)
+        return fast_tokenizer(gguf_tokenizer(path))
     file = path / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -372,15 +372,7 @@ def _new_folder(path: Path) -> Iterator[None]:
 
 def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
     """The weights by name, if they are those of a plain decoder, each with numbers of its own."""
-    with torch.device("meta"):
-        plain = _parts(Decoder(model.config))
-    here = _parts(model)
-    if changed := [name for name in here | plain if here.get(name) != plain.get(name)]:
-        name = changed[0]
-        raise ValueError(
-            f"The model was changed inside: {name or 'the model itself'} is {here.get(name, 'missing')}, and "
-            f"in a plain decoder {plain.get(name, 'missing')}. Merge or undo what was built into it first."
-        )
+    require_plain(model)
     weights = model.state_dict()
     if any(tensor.is_meta for tensor in weights.values()):
         raise ValueError("The model is on the meta device: it has shapes and no weights to write.")
@@ -393,17 +385,6 @@ def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
                 "its own copy; for the two tables, set tie_word_embeddings instead."
             )
     return weights
-
-
-def _parts(model: Decoder) -> dict[str, str]:
-    """What stands under each name: first the types of all modules, then the shapes of all weights.
-
-    The types too, because a layer that computes with its weight in another way has the same names and shapes.
-    """
-    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
-    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in types.items()} | {
-        name: f"of shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()
-    }
 
 
 def _largest_id(tokenizer: Tokenizer) -> int:

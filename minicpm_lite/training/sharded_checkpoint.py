@@ -47,6 +47,7 @@ from ..config import model_config
 from ..files import written_whole
 from ..language.decoder import Decoder
 from .processes import on_each, on_first, rank, world_size
+from .state import BUILT_IN
 
 __all__ = [
     "checkpoints",
@@ -200,7 +201,7 @@ def load_weights(checkpoint: str | Path) -> Decoder:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged or foreign, or holds another module than a decoder.
+        ValueError: it is damaged or foreign, or holds another module than a plain decoder.
     """
     checkpoint = Path(checkpoint)
     facts = read_facts(checkpoint)
@@ -209,6 +210,12 @@ def load_weights(checkpoint: str | Path) -> Decoder:
             f"{checkpoint} holds a {facts['model']['class']}, which is no decoder. Make such a module, and "
             "load the checkpoint with the Trainer of its run."
         )
+    for name, kind in facts["choice of parameters"].items():
+        if BUILT_IN in kind:
+            raise ValueError(
+                f"{checkpoint} holds a decoder that was changed inside: {name} is {kind}. Make such a one "
+                "and load the checkpoint with the Trainer of its run."
+            )
     config = model_config(facts["model config"], f"The model config of {checkpoint}")
     with torch.device("meta"):
         model = Decoder(config)

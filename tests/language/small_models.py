@@ -7,6 +7,7 @@ import torch
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import save_pretrained
 
@@ -66,6 +67,18 @@ def make_model(config: ModelConfig, seed: int = 0) -> Decoder:
 
 def make_ids(config: ModelConfig, batch: int = 2, tokens: int = 17) -> torch.Tensor:
     return torch.randint(config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def changed_inside(config: ModelConfig) -> Decoder:
+    """A decoder in which a layer of the same names and shapes computes something else."""
+
+    class Halved(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model = make_model(config)
+    replace_linears(model, lambda name, linear: Halved(linear.in_features, linear.out_features, bias=False))
+    return model
 
 
 def opened_by_transformers(model: Decoder, family: str) -> torch.nn.Module:
