@@ -73,9 +73,12 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(metavar="STEPS")] = 1000,
     keep: Annotated[
-        int,
-        typer.Option(metavar="N", help="newest checkpoints that stay, beside the stable one"),
-    ] = 2,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="newest checkpoints that stay, beside the stable one; else 2, or as many as --out holds",
+        ),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard events, too")] = False,
     skip_non_finite: Annotated[
         int,
@@ -113,7 +116,8 @@ def train(
         int | None,
         typer.Option(
             metavar="WINDOWS",
-            help="at once; else 1 on a GPU (raise it until its memory is full), all of them on a CPU",
+            help="at once; else 1 on a GPU (raise it until its memory is full), all of them on a CPU; "
+            "experts are balanced over as many",
         ),
     ] = None,
     activation_checkpointing: Annotated[
@@ -213,7 +217,7 @@ def train(
     from ..language.decoder import Decoder
     from ..language.writing import warn_of_ordinary_ends
     from ..pretrained.checkpoints import read_tokenizer
-    from ..training.sharded_checkpoint import latest_checkpoint
+    from ..training.sharded_checkpoint import checkpoints, latest_checkpoint
     from ..training.trainer import Trainer
 
     with processes() as device:
@@ -233,8 +237,10 @@ def train(
             print(_announced(config, plan), flush=True)
             print(_not_an_end(shards, decoder.config), end="", file=sys.stderr)
         tokenizer = on_first(lambda: _tokenizer(shards))
-        if rank() == 0 and tokenizer is not None:
-            warn_of_ordinary_ends(read_tokenizer(tokenizer), decoder.config)
+        if tokenizer is not None:
+            on_first(lambda: warn_of_ordinary_ends(read_tokenizer(tokenizer), decoder.config))
+        if keep is None:  # what a run was begun with goes on
+            keep = max(2, len(checkpoints(out).keys() - {plan.schedule.decay_start}))
         progress = sys.stderr.isatty()
         try:
             trainer.train(

@@ -283,12 +283,14 @@ class Trainer:
         self.model.train()
         began = self.step
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
+        # of several processes one may raise alone, and cannot save alone
+        in_a_step = (Exception,) if world_size() == 1 else (NothingPredicted, NotFinite)
         with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
                 started = time.perf_counter()
                 with self._saving_after(folder, began, Exception):
                     read = self._read()
-                with self._saving_after(folder, began, NothingPredicted, NotFinite):
+                with self._saving_after(folder, began, *in_a_step):
                     metrics = self._update(*read, started, skip_non_finite)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is not None:

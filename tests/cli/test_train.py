@@ -22,7 +22,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training.settings import TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import load_weights, read_facts
+from minicpm_lite.training.sharded_checkpoint import checkpoints, load_weights, read_facts
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Cosine
 
@@ -536,6 +536,16 @@ def test_a_run_goes_on_from_a_named_step(at_home, capsys):
     assert lines(at_home / "run") == before
     facts = json.loads((at_home / "again" / "step-00000012" / "checkpoint.json").read_text())
     assert facts["schedule"]["decay_steps"] == 2
+
+
+def test_a_run_goes_on_with_as_many_checkpoints_as_it_was_begun_with(at_home):
+    run = train("--data", "one", "--out", "run")
+    often = [*STEP, "--steps", "12", "--warmup", "3", "--decay", "0", "--checkpoint-every", "1"]
+    assert main([*run, *often, "--until", "6", "--keep", "5"]) == 0
+    assert main([*run, "--resume", "--checkpoint-every", "1", "--until", "9"]) == 0
+    assert sorted(checkpoints("run")) == [5, 6, 7, 8, 9]
+    assert main([*run, "--resume", "--keep", "1"]) == 0
+    assert sorted(checkpoints("run")) == [12]
 
 
 def test_a_decay_of_no_step(at_home, capsys):

@@ -1132,19 +1132,27 @@ def test_what_was_made_before_a_batch_that_cannot_be_read_is_kept(tmp_path, erro
         assert run.losses == whole.losses and run.step == 10
 
 
-def test_an_error_of_the_objective_is_perhaps_one_process_s_alone(tmp_path):
-    """Those that train on would not save with it, so it ends at once."""
+@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_was_made_before_an_error_of_the_objective_is_kept(tmp_path, error, sharded):
+    """One process need not ask others whether they save, too."""
 
     def failing(model, batch):
-        if run.step == 5:
-            raise FloatingPointError("a guard of one's own")
+        if run.step == 5 and not mended:
+            raise error("of one's own")
         return _spread(model, batch)
 
-    run = poisoned()
-    run.objective = replace(run.objective, loss=failing)
-    with pytest.raises(FloatingPointError, match="a guard of one's own"):
-        run.train(folder=tmp_path, progress=False)
-    assert run.step == 5 and not checkpoints(tmp_path)
+    with processes() if sharded else nullcontext():
+        run, whole = (poisoned(layout=Layout(sharded=sharded)) for _ in "ab")
+        run.objective, mended = replace(run.objective, loss=failing), False
+        with pytest.raises(error, match="of one's own"):
+            run.train(folder=tmp_path, progress=False)
+        assert run.step == 5 and list(checkpoints(tmp_path)) == [5]
+        mended = True
+        whole.load(latest_checkpoint(tmp_path))
+        for each in (run, whole):
+            each.train(progress=False)
+        assert run.losses == whole.losses
 
 
 @pytest.mark.parametrize("first", [Poisoned(1), Unreadable(1, value=OSError("a disk"))])
