@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["locked", "written_whole"]
+__all__ = ["locked", "remove", "written_whole"]
 
 # What file systems on a network or in user space say of what they do not have.
 _HAS_NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
@@ -57,7 +57,7 @@ def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:
-        _remove(beside)
+        remove(beside)
         _put_back(old, path)
         try:
             yield beside
@@ -67,7 +67,7 @@ def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
             beside.replace(path)
             _sync_one(path.parent)
         except BaseException:
-            _remove(beside)
+            remove(beside)
             raise
         finally:
             _put_back(old, path)
@@ -117,10 +117,11 @@ def _put_back(old: Path, path: Path) -> None:
     """Give a replaced folder its name again if nothing has taken it, else remove it."""
     if old.exists() and not path.exists():
         old.rename(path)
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, of which what it points to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

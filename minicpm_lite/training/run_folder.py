@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Self
 
 from ..data.shards import TOKENIZER, is_tokenizer
-from ..files import locked, written_whole
+from ..files import locked, remove, written_whole
 from ..optional import require
 from ..pretrained.checkpoints import read_tokenizer
 from .branch import require_same_past
@@ -39,7 +39,7 @@ from .sharded_checkpoint import checkpoints, read_facts, require_shared
 from .state import require_same_run
 from .wsd import Schedule
 
-__all__ = ["RunFolder", "require_noted"]
+__all__ = ["RunFolder", "require_noted", "require_own"]
 
 _METRICS = "metrics.jsonl"
 _LINE = re.compile(rb'\{"step": \d+, "units": ')  # how a line of it begins
@@ -114,7 +114,7 @@ class RunFolder:
                 "on from here, or choose another folder."
             )
         if found:
-            self._require_own(found, identity, schedule, branched_at)
+            require_own(found[max(found)], identity, schedule, branched_at)
         path, kept = self.path / _METRICS, self.path / TOKENIZER
         if tokenizer is not None:
             require_noted(Path(tokenizer), identity["text"])
@@ -130,7 +130,7 @@ class RunFolder:
                 "the ids of this run is not known. Remove it, or choose another folder."
             )
         for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
-            shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
+            remove(left)  # by a process that was killed in a save, or as it pruned
         past = step if found else 0  # up to there, lines are of this run
         if path.exists():
             with written_whole(path) as beside, path.open("rb") as old, beside.open("wb") as new:
@@ -139,22 +139,6 @@ class RunFolder:
         if self._tensorboard:
             events = str(self.path / "tensorboard")
             self._events = _writer().SummaryWriter(events, purge_step=past + 1)
-
-    def _require_own(
-        self, found: dict[int, Path], identity: dict[str, dict], schedule: Schedule, branched_at: int | None
-    ) -> None:
-        newest = found[max(found)]
-        try:
-            facts = read_facts(newest)
-            require_same_run(newest, facts, identity)
-            require_same_past(newest, facts, schedule)
-        except ValueError as error:
-            raise FileExistsError(f"{error} Choose another folder for this run.") from None
-        if facts["branched_at"] != branched_at:
-            raise FileExistsError(
-                f"{newest} is of a run that {_origin(facts['branched_at'])}, and this run "
-                f"{_origin(branched_at)}. Choose another folder, so that both can go on."
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +180,28 @@ class RunFolder:
             if step != self._decay_start:
                 gone = self.path / f".{found[step].name}.pruned"
                 found[step].rename(gone)  # so that half a one is none
-                shutil.rmtree(gone)
+                remove(gone)
+
+
+def require_own(
+    checkpoint: Path, identity: dict[str, dict], schedule: Schedule, branched_at: int | None
+) -> None:
+    """Refuse a folder of which a checkpoint is another run's; the arguments are those of `RunFolder`.
+
+    Raises:
+        FileExistsError: a sentence that says by what it is another one.
+    """
+    try:
+        facts = read_facts(checkpoint)
+        require_same_run(checkpoint, facts, identity)
+        require_same_past(checkpoint, facts, schedule)
+    except ValueError as error:
+        raise FileExistsError(f"{error} Choose another folder for this run.") from None
+    if facts["branched_at"] != branched_at:
+        raise FileExistsError(
+            f"{checkpoint} is of a run that {_origin(facts['branched_at'])}, and this run "
+            f"{_origin(branched_at)}. Choose another folder, so that both can go on."
+        )
 
 
 def _require_an_attempt(metrics: Path, kept: Path, tokenizer: Path | None) -> None:

@@ -210,15 +210,16 @@ def load_weights(checkpoint: str | Path) -> Decoder:
             f"{checkpoint} holds a {facts['model']['class']}, which is no decoder. Make such a module, and "
             "load the checkpoint with the Trainer of its run."
         )
+    config = model_config(facts["model config"], f"The model config of {checkpoint}")
+    with torch.device("meta"):
+        model = Decoder(config)
+    own = dict(model.named_parameters())
     for name, kind in facts["choice of parameters"].items():
-        if BUILT_IN in kind:
+        if BUILT_IN in kind or name not in own:
             raise ValueError(
                 f"{checkpoint} holds a decoder that was changed inside: {name} is {kind}. Make such a one "
                 "and load the checkpoint with the Trainer of its run."
             )
-    config = model_config(facts["model config"], f"The model config of {checkpoint}")
-    with torch.device("meta"):
-        model = Decoder(config)
     model.to_empty(device="cpu")
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     require_whole(checkpoint, facts, {name: tensor.shape for name, tensor in state.items()}, extra=True)

@@ -51,9 +51,9 @@ from .objective import Objective, next_token
 from .optimizer import adamw
 from .precision import rounded
 from .processes import add_up, on_each, on_first, raise_together, rank, world_size
-from .run_folder import RunFolder
+from .run_folder import RunFolder, require_own
 from .settings import Layout, TrainerConfig
-from .sharded_checkpoint import read_facts, read_tensors, require_whole, write_checkpoint
+from .sharded_checkpoint import is_checkpoint, read_facts, read_tensors, require_whole, write_checkpoint
 from .state import (
     buffers_given_back,
     checkpoint_shapes,
@@ -136,10 +136,10 @@ class Trainer:
     Raises:
         ValueError: everything is frozen, or what is trained holds numbers shorter than float32, or a
             parameter that is to be cut over processes has a hook of its gradient, or two tensors share
-            memory; windows do not fit the model or the config, or the batches give none of a step; there are
-            several processes, and the layout keeps the model whole, the batch cannot be shared evenly, or
-            they were given different models, data, configs or layouts; or the model is on the meta device
-            and not drawn, see `distributed.shard`.
+            memory, or it is compiled; windows do not fit the model or the config, or the batches give none
+            of a step; there are several processes, and the layout keeps the model whole, the batch cannot be
+            shared evenly, or they were given different models, data, configs or layouts; or the model is on
+            the meta device and not drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -171,6 +171,11 @@ class Trainer:
             raise ValueError(
                 f"The {type(model).__name__} is on the meta device and has no weights. Make it elsewhere, or "
                 "give Layout(sharded=True), with which a decoder's weights are drawn."
+            )
+        if hasattr(model, "_orig_mod"):  # weights would be saved under other names
+            raise ValueError(
+                "The model is what torch.compile made of one. Give the model itself; what has it compiled is "
+                "TrainerConfig(compile=True)."
             )
         _require_long_enough(model)
         require_own_memory(model)
@@ -486,16 +491,23 @@ class Trainer:
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
 
-        A checkpoint of this step that stands there is replaced, also another run's, which `train` refuses.
+        What the run saved there at this step is replaced.
 
         Raises:
+            FileExistsError: another run has a checkpoint of this step there.
             ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or
                 `grad_norms` was changed.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
         self._require_curves()
-        cut_again(self.model)
+        identity, there = self._identity(), Path(folder) / f"step-{self.step:08d}"
+
+        def check() -> None:
+            if is_checkpoint(there):
+                require_own(there, identity, self.schedule, self._branched_at)
+
+        on_first(check)
         facts = {
             "step": self.step,
             "branched_at": self._branched_at,
@@ -509,7 +521,7 @@ class Trainer:
             for name, curve in (("losses", self.losses), ("grad_norms", self.grad_norms))
         }
         tensors = checkpoint_tensors(self.model, self.optimizer) | curves
-        return write_checkpoint(folder, tensors, facts | self._identity())
+        return write_checkpoint(folder, tensors, facts | identity)
 
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call
 
 from minicpm_lite import ModelConfig
@@ -240,6 +241,38 @@ def test_watching_moves_no_buffers_and_reads_with_those_of_the_update(precision)
 
     reading = readings[1]
     assert (reading.first, reading.second) == directional_derivatives(loss, parts, update)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_chance_is_that_of_the_update_and_goes_on_from_there(micro_batch):
+    """Dropout: a reading by hand draws what the update drew, in each of its passes."""
+
+    def run():
+        torch.manual_seed(0)
+        model, objective = nn.Sequential(Centred(), nn.Dropout(0.5)), Objective("sizes", _sizes, len)
+        layout = Layout(micro_batch)
+        return Trainer(model, Rows(), WSD(0.05, 1, 20, 9), TrainerConfig(), objective, layout)
+
+    watched = run()
+    readings = list(watch_decay(watched, 17, every=5))
+    alone = run()
+    alone.train(17, progress=False)
+    assert watched.losses == alone.losses and len(set(alone.losses)) == 17
+    by_hand = run()
+    by_hand.train(9, progress=False)
+    model, chance = copy.deepcopy(by_hand.model), torch.get_rng_state()
+    passes, mean = by_hand.batches[9].split(micro_batch or 8), model[0].mean.clone()
+    by_hand.train(10, progress=False)
+    parts = list(model.parameters())
+    update = [p.detach() - start.detach() for p, start in zip(by_hand.model.parameters(), parts, strict=True)]
+
+    def loss():
+        torch.set_rng_state(chance)
+        model[0].mean = mean.clone()
+        return sum((model(part) - 1).square().mean() for part in passes) / len(passes)
+
+    reading, expected = readings[1], directional_derivatives(loss, parts, update)
+    assert (reading.first, reading.second) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])

@@ -290,6 +290,23 @@ def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
     assert sorted(checkpoints(tmp_path / "trunk")) == [2, 4, 6, 8], "the trunk goes on"
 
 
+@pytest.mark.parametrize("what", ["text", "seed", "branch"])
+def test_a_save_by_hand_replaces_no_other_run_s(make, tmp_path, what):
+    run = trained(make(schedule=WSD(0.01, 2, 100, 0)), 3)
+    path = run.save(tmp_path)
+    before = (path / "checkpoint.json").read_bytes()
+    if what == "branch":
+        other = make(schedule=decay_schedule(path, 4))
+        other.branch_from(path)
+    else:
+        how = {"text": dict(tokens=torch.arange(900) % 40), "seed": dict(config=replace(CONFIG, seed=1))}
+        other = trained(make(schedule=run.schedule, **how[what]), 3)
+    with pytest.raises(FileExistsError, match="Choose another folder"):
+        other.save(tmp_path)
+    assert (path / "checkpoint.json").read_bytes() == before
+    assert run.save(tmp_path) == path, "its own is replaced"
+
+
 def test_two_programs_do_not_share_a_folder(make, tmp_path):
     with (
         locked(tmp_path),
@@ -299,6 +316,19 @@ def test_two_programs_do_not_share_a_folder(make, tmp_path):
     assert listing(tmp_path) == []
     trained(make(), 2, folder=tmp_path)
     assert listing(tmp_path) == ["metrics.jsonl", "step-00000002"]
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_pruned_by_its_link(make, tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    trained(make(), 2, folder=folder)
+    (folder / "step-00000002").rename(elsewhere)
+    (folder / "step-00000002").symlink_to(elsewhere)
+    (folder / ".step-00000001.pruned").symlink_to(elsewhere)  # of one that was killed
+    run = make()
+    run.load(folder / "step-00000002")
+    trained(run, 5, folder=folder, checkpoint_every=1, keep=2)
+    assert listing(folder) == ["metrics.jsonl", "step-00000004", "step-00000005"]
+    run.load(elsewhere)
 
 
 def test_what_a_process_killed_as_it_pruned_left_is_no_checkpoint(make, tmp_path, monkeypatch):

@@ -146,6 +146,18 @@ def test_a_decoder_that_was_changed_inside_is_no_plain_one(make, layout, tmp_pat
     assert resumed.losses == run.losses
 
 
+def test_a_weight_that_a_plain_decoder_has_not_is_not_left_out(layout, tmp_path):
+    """Though each module is of the class that stands there in a plain one."""
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.ones(16))
+    path = Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=layout).save(tmp_path)
+    with pytest.raises(
+        ValueError, match="changed inside: layers.1.self_attn.q_proj.bias is trained in float32"
+    ):
+        load_weights(path)
+
+
 def test_a_longrope_config_comes_back(make, tmp_path):
     scaling = RopeScaling("longrope", 32, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 4.0))
     config = replace(MODEL, rope_scaling=scaling)

@@ -385,6 +385,13 @@ def test_a_model_without_weights():
         Trainer(model, TOKENS, SCHEDULE, CONFIG)
 
 
+def test_a_compiled_model_is_refused():
+    """Its checkpoints would name weights as nobody else does."""
+    compiled = torch.compile(Decoder(MODEL), backend="eager")
+    with pytest.raises(ValueError, match=r"what torch.compile made of one.*TrainerConfig\(compile=True\)"):
+        Trainer(compiled, TOKENS, SCHEDULE, CONFIG)
+
+
 def test_a_cut_needs_processes():
     with pytest.raises(ValueError, match="none were joined. Make and train it within `with processes"):
         Trainer(Decoder(MODEL), TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
