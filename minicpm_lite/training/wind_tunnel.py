@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
-from ..language.scoring import context_only, token_losses
+from ..language.scoring import context_only, evaluating, token_losses
 from .optimizer import mup_groups
 
 __all__ = ["LossSurface", "Parabola", "PowerLaw", "Sigmoid", "batch_size_tokens", "conditional_losses",
@@ -366,7 +366,8 @@ def conditional_losses(
     if contexts.shape[1] == 0:
         raise ValueError("The contexts hold no token; give one at least, such as the start token.")
     window = torch.cat([context_only(contexts), answers], dim=1)
-    return token_losses(model, window).sum(dim=1) / answers.shape[1]
+    with evaluating(model):
+        return token_losses(model, window).sum(dim=1) / answers.shape[1]
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,29 @@ def changed_inside(config: ModelConfig) -> Decoder:
     return model
 
 
+def with_dropout(config: ModelConfig) -> Decoder:
+    """A decoder in training mode that forgets half of what enters its feed-forward networks."""
+    model = make_model(config)
+    replace_linears(
+        model,
+        lambda name, linear: WithDropout(linear) if name.endswith("down_proj") else linear,
+    )
+    return model.train()
+
+
+class WithDropout(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(torch.nn.functional.dropout(x, 0.5, self.training))
+
+
 def opened_by_transformers(model: Decoder, family: str) -> torch.nn.Module:
     """The same weights in transformers, by way of a saved folder."""
     from transformers import AutoModelForCausalLM

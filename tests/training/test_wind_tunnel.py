@@ -313,6 +313,14 @@ def test_conditional_losses_count_the_answer_alone():
     assert not losses.requires_grad
 
 
+def test_a_model_that_is_in_training_is_scored_as_one_that_is_not():
+    model = Decoder(shape(24))
+    model.norm = torch.nn.Sequential(model.norm, torch.nn.Dropout(0.5))
+    contexts, answers = WINDOW[:, :4], WINDOW[:, 4:7]
+    found = conditional_losses(model.train(), contexts, answers)
+    assert model.training and torch.equal(found, conditional_losses(model.eval(), contexts, answers))
+
+
 @settings(deadline=None)
 @given(middle=st.floats(3.5, 5), slope=st.floats(0.5, 6), chance=st.sampled_from([0.0, 0.25, 0.5]))
 def test_a_sigmoid_is_found_again_and_inverted(middle, slope, chance):
