@@ -223,8 +223,9 @@ def _used(function: Callable) -> set[str]:
             continue
         seen.add(function)
         names, has_loop = _names_in(function.__code__)
+        beside = [function.__globals__.get(name) for name in names]
         found |= names | ({_LOOP} if has_loop else set())
-        beside = (function.__globals__.get(name) for name in names)
+        found |= {each.__name__ for each in beside if inspect.isroutine(each)}  # imported under another name
         todo += [each for each in beside if getattr(each, "__module__", None) == function.__module__]
     return found
 

@@ -272,6 +272,9 @@ def counts_down(numbers):
     return total
 
 
+plus = sum  # the same by another name
+
+
 def by_a_helper(numbers):
     return adds(numbers)
 
@@ -285,6 +288,7 @@ def by_a_helper(numbers):
         (lambda numbers: [total := 0, *[total := total + number for number in numbers]][-1], "a loop"),
         (lambda numbers: sum(numbers), "sum"),
         (lambda numbers: np.sum(numbers), "sum"),
+        (lambda numbers: plus(numbers), "sum"),
     ],
 )
 def test_what_an_answer_must_do_without(answer, banned):
