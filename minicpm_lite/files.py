@@ -18,23 +18,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["locked", "written_whole"]
+__all__ = ["locked", "remove", "written_whole"]
 
 # What file systems on a network or in user space say of what they do not have.
 _HAS_NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """A place beside ``path``, in which to write a file or a folder; at the end it takes the name ``path``.
+def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """A place beside ``path``, in which to write a file, or a folder; at the end it takes the name ``path``.
 
     What was there before stands until then and is replaced then. If anything is raised, also by a user who
     interrupts, what was begun is removed. What a killed process left beside is removed by the next one. One
     process writes a path at a time.
 
     Raises:
-        FileExistsError: a pipe or a device has this name, or a file system is mounted there; such are never
-            replaced.
+        FileExistsError: a folder has the name of the file, a file that of the folder, or a pipe or a device
+            either's, or a file system is mounted there; such are never replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -47,6 +47,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"{path} is a pipe or a device, which is not replaced; give another name.")
+    if path.exists() and path.is_dir() != folder:
+        there, asked = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise FileExistsError(f"{path} is {there}, which {asked} does not replace; give another name.")
     if path.is_mount():
         raise FileExistsError(
             f"A file system is mounted at {path}, which cannot be replaced; give the name of something in it."
@@ -54,7 +57,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.writing")
     old = path.with_name(f".{path.name}.replaced")
     try:
-        _remove(beside)
+        remove(beside)
         _put_back(old, path)
         try:
             yield beside
@@ -64,7 +67,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             beside.replace(path)
             _sync_one(path.parent)
         except BaseException:
-            _remove(beside)
+            remove(beside)
             raise
         finally:
             _put_back(old, path)
@@ -114,10 +117,11 @@ def _put_back(old: Path, path: Path) -> None:
     """Give a replaced folder its name again if nothing has taken it, else remove it."""
     if old.exists() and not path.exists():
         old.rename(path)
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, of which what it points to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write_folder(path: Path, text: str) -> None:
-    with written_whole(path) as beside:
+    with written_whole(path, folder=True) as beside:
         (beside / "inner").mkdir(parents=True)
         (beside / "inner" / "file").write_text(text)
 
@@ -44,7 +44,7 @@ def test_after_an_error_the_old_one_stands(tmp_path, error):
     write_folder(tmp_path / "folder", "old")
     (tmp_path / "file").write_text("old")
     for name in ("file", "folder"):
-        with pytest.raises(type(error)), written_whole(tmp_path / name) as beside:
+        with pytest.raises(type(error)), written_whole(tmp_path / name, name == "folder") as beside:
             if name == "folder":
                 beside.mkdir()
                 beside /= "half"
@@ -55,12 +55,33 @@ def test_after_an_error_the_old_one_stands(tmp_path, error):
     assert (tmp_path / "folder" / "inner" / "file").read_text() == "old"
 
 
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_takes_no_folder_s_place_and_a_folder_no_file_s(tmp_path, folder, linked):
+    """Whoever names a folder means a place in it, and all that is in it would be gone."""
+    write_folder(tmp_path / "folder", "three years of work")
+    (tmp_path / "file").write_text("a day's work")
+    place = tmp_path / ("file" if folder else "folder")
+    if linked:
+        place = tmp_path / "link"
+        place.symlink_to("file" if folder else "folder")
+    there, asked = ("a file", "a folder") if folder else ("a folder", "a file")
+    with (
+        pytest.raises(FileExistsError, match=f"{place} is {there}, which {asked} does not replace"),
+        written_whole(place, folder),
+    ):
+        pytest.fail("nothing is written")
+    assert (tmp_path / "file").read_text() == "a day's work"
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "three years of work"
+    assert names(tmp_path) == ["file", "folder"] + ["link"] * linked
+
+
 def test_where_a_file_system_is_mounted_nothing_is_begun(tmp_path, monkeypatch):
     """The place could not take its new content at the end, when all was written."""
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
     mounted = pytest.raises(FileExistsError, match="A file system is mounted at .*disk, which cannot be")
-    with mounted, written_whole(tmp_path / "disk"):
+    with mounted, written_whole(tmp_path / "disk", folder=True):
         pytest.fail("nothing is written")
     write_folder(tmp_path / "disk" / "folder", "text")
     assert names(tmp_path) == ["disk"] and names(tmp_path / "disk") == ["folder"]

@@ -73,9 +73,12 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(metavar="STEPS")] = 1000,
     keep: Annotated[
-        int,
-        typer.Option(metavar="N", help="newest checkpoints that stay, beside the stable one"),
-    ] = 2,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="newest checkpoints that stay, beside the stable one; else 2, or as many as --out holds",
+        ),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard events, too")] = False,
     skip_non_finite: Annotated[
         int,
@@ -99,7 +102,10 @@ def train(
         typer.Option(help="all of them; else as many as the recipe's tokens take"),
     ] = None,
     warmup: Annotated[int | None, typer.Option(metavar="STEPS")] = None,
-    decay: Annotated[int | None, typer.Option(metavar="STEPS", help="down to a tenth of the peak")] = None,
+    decay: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="down to a tenth of the peak, or as the run's schedule says"),
+    ] = None,
     peak_lr: Annotated[float | None, typer.Option(metavar="RATE", help="of the stable stage")] = None,
     batch_tokens: Annotated[
         float | None,
@@ -110,7 +116,8 @@ def train(
         int | None,
         typer.Option(
             metavar="WINDOWS",
-            help="at once; else 1 on a GPU (raise it until its memory is full), all of them on a CPU",
+            help="at once; else 1 on a GPU (raise it until its memory is full), all of them on a CPU; "
+            "experts are balanced over as many",
         ),
     ] = None,
     activation_checkpointing: Annotated[
@@ -210,7 +217,7 @@ def train(
     from ..language.decoder import Decoder
     from ..language.writing import warn_of_ordinary_ends
     from ..pretrained.checkpoints import read_tokenizer
-    from ..training.sharded_checkpoint import latest_checkpoint
+    from ..training.sharded_checkpoint import checkpoints, latest_checkpoint
     from ..training.trainer import Trainer
 
     with processes() as device:
@@ -230,8 +237,10 @@ def train(
             print(_announced(config, plan), flush=True)
             print(_not_an_end(shards, decoder.config), end="", file=sys.stderr)
         tokenizer = on_first(lambda: _tokenizer(shards))
-        if rank() == 0 and tokenizer is not None:
-            warn_of_ordinary_ends(read_tokenizer(tokenizer), decoder.config)
+        if tokenizer is not None:
+            on_first(lambda: warn_of_ordinary_ends(read_tokenizer(tokenizer), decoder.config))
+        if keep is None:  # what a run was begun with goes on
+            keep = max(2, len(checkpoints(out).keys() - {plan.schedule.decay_start}))
         progress = sys.stderr.isatty()
         try:
             trainer.train(
@@ -270,6 +279,11 @@ def _start(out: Path | None, resume: bool, resume_from: Path | None, decay_from:
 
     if resume and resume_from:
         raise ValueError("Give --resume for the newest checkpoint in --out, or --resume-from for another.")
+    if resume_from and decay_from:
+        raise ValueError(
+            "Give --decay-from to begin a decay at that checkpoint, or --resume-from to go on with its run. "
+            "A decay that was stopped goes on with --resume beside --decay-from."
+        )
     checkpoint = resume_from or decay_from
     if resume:
         if out is None:

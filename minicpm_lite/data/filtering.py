@@ -32,7 +32,7 @@ from tokenizers import Encoding, Tokenizer
 from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
 from ..language.decoder import Decoder
-from ..language.scoring import token_losses
+from ..language.scoring import evaluating, token_losses
 from ..language.tokenizer import (
     BYTE_TOKEN,
     BytePairTokenizer,
@@ -310,17 +310,18 @@ def bits_per_byte(
     require_positive_integer("max_tokens", max_tokens)
     tokenizer = reading_all_as_text(fast_tokenizer(tokenizer))
     bits = []
-    for text in texts:
-        require_text(text)
-        encoding = encode_whole(tokenizer, text, add_special_tokens=False)
-        ids = encoding.ids[:max_tokens]
-        size = _bytes_of_first(len(ids), encoding, text) - _bytes_of_first(1, encoding, text)
-        if len(ids) > 1 and size:
-            window = torch.tensor([ids], device=model.embed_tokens.weight.device)
-            nats = token_losses(model, window).sum().item()
-            bits.append(nats / math.log(2) / size)
-        else:
-            bits.append(math.nan)
+    with evaluating(model):
+        for text in texts:
+            require_text(text)
+            encoding = encode_whole(tokenizer, text, add_special_tokens=False)
+            ids = encoding.ids[:max_tokens]
+            size = _bytes_of_first(len(ids), encoding, text) - _bytes_of_first(1, encoding, text)
+            if len(ids) > 1 and size:
+                window = torch.tensor([ids], device=model.embed_tokens.weight.device)
+                nats = token_losses(model, window).sum().item()
+                bits.append(nats / math.log(2) / size)
+            else:
+                bits.append(math.nan)
     return np.array(bits, float)
 
 
@@ -368,8 +369,10 @@ def area_under_roc(good: Iterable, bad: Iterable) -> float:
             f"{unjudged} of the scores are nan, which is neither higher nor lower than another. Leave these "
             "documents out, or give them a score."
         )
-    above = (good[:, None] > bad).mean() + 0.5 * (good[:, None] == bad).mean()
-    return float(above)
+    bad.sort()  # a table of all pairs would not fit
+    lower, not_higher = (int(np.searchsorted(bad, good, side).sum()) for side in ("left", "right"))
+    pairs = len(good) * len(bad)
+    return lower / pairs + 0.5 * ((not_higher - lower) / pairs)
 
 
 def require_probability(threshold: float) -> None:

@@ -193,14 +193,20 @@ def filtering_stages(
 
     Raises:
         FileNotFoundError: there is no source folder, or no classifier.
-        ValueError: bands that do not divide the signature, a threshold outside 0 to 1, or a work folder of
-            other documents or settings.
+        ValueError: bands that do not divide the signature, a threshold outside 0 to 1, a work folder of
+            other documents or settings, or one that lies within the source, or that within it.
         FileExistsError: when a stage is run in whose work folder another program runs one.
     """
     if not Path(source).is_dir():
         raise FileNotFoundError(f"There is no folder {source}; give one with files of JSON lines.")
     if not Path(classifier).is_file():
         raise FileNotFoundError(f"There is no classifier at {classifier}; write one with its method save().")
+    places = Path(source).resolve(), Path(work).resolve()
+    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+        raise ValueError(
+            f"The source {source} and the work folder {work} lie within each other, so a stage would read "
+            "what it writes. Give folders apart."
+        )
     minhash, work, languages = minhash or MinHash(), Path(work), language_codes(languages)
     config = _engine_config(minhash, bands)
     kept_language = str(work / "language")

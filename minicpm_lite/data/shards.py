@@ -124,7 +124,7 @@ def write_shards(
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
     ended = end is None
-    with _new_folder(place), written_whole(place) as beside:
+    with _new_folder(place), written_whole(place, folder=True) as beside:
         beside.mkdir(parents=True)
         for block in _blocks(token_arrays, vocab_size, dtype, shard_tokens):
             if not shards or shards[-1]["tokens"] >= shard_tokens:

@@ -18,6 +18,7 @@ from functools import cache
 from itertools import accumulate
 from string import ascii_lowercase, printable
 
+from ..config import require_positive_integer
 from .assets import load_chinese_classics, load_conversations, load_novels
 from .packages import web_samples_file
 
@@ -96,6 +97,7 @@ def pieces_of(text: str, size: int = PIECE_CHARACTERS, shortest: int = SHORTEST_
     >>> list(pieces_of("one two three four", size=9, shortest=3))
     ['one two', 'three', 'four']
     """
+    require_positive_integer("size", size)
     start = 0
     while len(text) - start >= shortest:
         end = start + size

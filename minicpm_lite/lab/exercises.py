@@ -119,7 +119,7 @@ class Exercise:
             if watched.is_blank if watched else answer is None or _has_blank(answer):
                 return Verdict("unfinished", _UNFINISHED)
             return Verdict("wrong", self._explain(error, watched))
-        if watched and (used := [each for each in self.without if each in _used(answer)]):
+        if callable(answer) and (used := [each for each in self.without if each in _used(answer)]):
             return Verdict("wrong", f"The results are right, but the exercise asks to do without {used[0]}.")
         return Verdict("right", inspect.getdoc(self.check) or "All checks passed.")
 
@@ -214,29 +214,31 @@ def _only_none(watched: _Watched | None) -> bool:
     return bool(watched and watched.results) and all(result is None for result in watched.results)
 
 
-def _used(function: Callable) -> set[str]:
+def _used(answer: Callable) -> set[str]:
     """Names that an answer and the helpers beside it read, and "a loop" if they have one."""
-    found, seen, todo = set(), set(), [function]
+    found, seen, todo = set(), set(), [answer]
     while todo:
-        function = todo.pop()
-        if function in seen or not hasattr(function, "__code__"):
-            continue
-        seen.add(function)
-        names, outside, has_loop = _names_in(function.__code__)
-        found |= names | ({_LOOP} if has_loop else set())
-        beside = (function.__globals__.get(name) for name in outside)
+        function, beside = todo.pop(), []
+        if isinstance(function, functools.partial):
+            beside = [function.func, *function.args, *function.keywords.values()]
+            function = function.func
+        elif hasattr(function, "__code__") and function not in seen:
+            seen.add(function)
+            names, read, has_loop = _names_in(function.__code__)
+            beside = [function.__globals__.get(name) for name in read]
+            found |= names | ({_LOOP} if has_loop else set())
+        found |= {each.__name__ for each in beside if inspect.isroutine(each)}  # whatever it is called here
         todo += [each for each in beside if getattr(each, "__module__", None) == function.__module__]
     return found
 
 
 def _names_in(code: CodeType) -> tuple[set[str], set[str], bool]:
-    """Of some code and what is nested in it: all names, those that are no attributes, and if it goes back."""
+    """Of a piece of code and what is nested in it: all names, the global ones, and whether it goes back."""
     steps = list(dis.get_instructions(code))
-    names = set(code.co_names)
-    outside = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    names, read = set(code.co_names), {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
     has_loop = any("FOR_ITER" in step.opname or "BACKWARD" in step.opname for step in steps)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            inner_names, inner_outside, inner_loop = _names_in(inner)
-            names, outside, has_loop = names | inner_names, outside | inner_outside, has_loop or inner_loop
-    return names, outside, has_loop
+            inner_names, inner_read, inner_loop = _names_in(inner)
+            names, read, has_loop = names | inner_names, read | inner_read, has_loop or inner_loop
+    return names, read, has_loop

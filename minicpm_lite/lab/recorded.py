@@ -73,7 +73,7 @@ def run_jobs(
         _require_same_facts(_results_of(script), noted, json.loads(json.dumps(dict(facts))))
         todo = [job for job in jobs if job.name not in runs]
         about = dict(facts) | {
-            "command": f"python {script.resolve().relative_to(Path.cwd())}",
+            "command": f"python {os.path.relpath(script.resolve())}",
             "device": _device(workers),
             "torch": torch.__version__,
         }

@@ -158,6 +158,13 @@ class KVCache(Context):
             raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, which cuts numbers to whole ones; Int8Cache keeps 8 bits.")
+        if padding is not None and not (
+            isinstance(padding, Tensor) and bool(((padding >= 0) & (padding < room)).all())
+        ):
+            raise ValueError(
+                f"padding is {padding!r}; expected whole numbers in a tensor, from 0 to {room - 1}, one for "
+                "each row."
+            )
         self.room, self.padding, self.dtype = room, padding, dtype
         self._given = padding  # without what `take` adds to it
         self.length, self.guesses = 0, ()

@@ -35,7 +35,7 @@ from .latent_attention import LatentAttention
 from .layers import Attention, FeedForward, RMSNorm
 from .moe import MixtureOfExperts
 
-__all__ = ["Block", "Decoder"]
+__all__ = ["Block", "Decoder", "require_plain"]
 
 
 class Block(nn.Module):
@@ -180,3 +180,31 @@ class Decoder(nn.Module):
         """Number of parameters; without ``embeddings``, neither the table nor the output layer counts."""
         tables = {id(table) for table in self.tables}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
+
+
+def require_plain(model: Decoder) -> None:
+    """Refuse a decoder that was changed inside: a plain one of its weights computes something else, if any.
+
+    Raises:
+        ValueError: a sentence that names the first change.
+    """
+    with torch.device("meta"):
+        plain = _parts(Decoder(model.config))
+    here = _parts(model)
+    if changed := [name for name in here | plain if here.get(name) != plain.get(name)]:
+        name = changed[0]
+        raise ValueError(
+            f"The model was changed inside: {name or 'the model itself'} is {here.get(name, 'missing')}, and "
+            f"in a plain decoder {plain.get(name, 'missing')}. Merge or undo what was built into it first."
+        )
+
+
+def _parts(model: Decoder) -> dict[str, str]:
+    """What stands under each name: first the types of all modules, then the shapes of all weights.
+
+    The types too, because a layer that computes with its weight in another way has the same names and shapes.
+    """
+    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in types.items()} | {
+        name: f"of shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()
+    }

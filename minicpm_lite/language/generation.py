@@ -20,6 +20,7 @@ Choices, and the traps behind them:
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Int
@@ -30,6 +31,7 @@ from ..runtime import calm_threads
 from .context import KVCache
 from .decoder import Decoder
 from .sampling import Sampling, choose
+from .scoring import evaluating
 
 __all__ = ["generate", "pad_left", "resolve_stop_ids", "stream"]
 
@@ -83,7 +85,8 @@ def stream(
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
-        with torch.no_grad():  # not around the whole function: a caller's code runs between its steps
+        # not around the whole function: a caller's code runs between its steps
+        with torch.no_grad(), evaluating(model) if model.training else nullcontext():
             logits = model(newest, context, last_only=True)[:, -1]
         if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
             raise FloatingPointError(

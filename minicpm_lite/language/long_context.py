@@ -54,7 +54,8 @@ def extend_context(
         raise ValueError(
             f'This config is scaled already, by "{config.rope_scaling.rope_type}"; extend the config '
             "that the model was trained with, with the whole factor. To allow longer texts with the "
-            "scaling it has: dataclasses.replace(config, max_position_embeddings=...)."
+            "scaling it has: dataclasses.replace(config, max_position_embeddings=...), and of longrope an "
+            "attention_factor, which else follows from that."
         )
     if long_factor is not None and method != "longrope":
         raise ValueError(f'Only method "longrope" takes long_factor; this is "{method}".')

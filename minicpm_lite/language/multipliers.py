@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .decoder import Decoder
+from .decoder import Decoder, require_plain
 
 __all__ = ["fold_to_llama", "stream_sizes"]
 
@@ -35,6 +35,9 @@ def fold_to_llama(model: Decoder) -> Decoder:
 
     Embeddings take ``scale_emb``, the matrices that end a branch take ``scale_depth / sqrt(L)``, and the
     output layer takes ``dim_model_base / hidden_size``; the tables can therefore no longer be tied.
+
+    Raises:
+        ValueError: the model has latent attention or experts, or was changed inside.
     """
     config = model.config
     if config.latent_attention or config.mixture:
@@ -42,6 +45,7 @@ def fold_to_llama(model: Decoder) -> Decoder:
             "Only a decoder with ordinary attention and one feed-forward network folds to a Llama; this has "
             + ("latent attention." if config.latent_attention else "a mixture of experts.")
         )
+    require_plain(model)
     llama = Decoder(
         replace(config, scale_emb=1.0, scale_depth=None, dim_model_base=None, tie_word_embeddings=False)
     ).to(model.embed_tokens.weight)

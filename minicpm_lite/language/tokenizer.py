@@ -127,7 +127,9 @@ class BytePairTokenizer:
     _encoded_words: dict[str, list[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ids = {token: i for i, token in enumerate(self.vocabulary)}
+        # Of two with the same bytes one was added; text is text, so it is the other.
+        ids = {token: i for i, token in enumerate(self.vocabulary) if i in self.added}
+        ids |= {token: i for i, token in enumerate(self.vocabulary) if i not in self.added}
         ranks = {}
         for rank, (left, right) in enumerate(self.merges):
             self._check_id(left)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import MixtureConfig, require_positive_number
-from .decoder import Decoder
+from .decoder import Decoder, require_plain
 from .moe import MixtureOfExperts
 
 __all__ = ["balance_loss", "expert_load", "num_active_parameters", "router_probabilities", "upcycle"]
@@ -108,7 +108,7 @@ def upcycle(model: Decoder, mixture: MixtureConfig, router_std: float = 0.1) -> 
         router_std: standard deviation of the routers' weights.
 
     Raises:
-        ValueError: the model already has experts.
+        ValueError: the model already has experts, or was changed inside.
     """
     if model.config.mixture is not None:
         raise ValueError(
@@ -116,6 +116,7 @@ def upcycle(model: Decoder, mixture: MixtureConfig, router_std: float = 0.1) -> 
             "starts from a dense model."
         )
     require_positive_number("router_std", router_std)
+    require_plain(model)
     sparse = Decoder(replace(model.config, mixture=mixture)).to(model.embed_tokens.weight)
     weights = {}
     for name, weight in model.state_dict().items():

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_positive_integer
 from ..files import locked, written_whole
-from ..language.decoder import Decoder
+from ..language.decoder import Decoder, require_plain
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..language.writing import warn_of_ordinary_ends
 from ..optional import require
@@ -90,8 +90,8 @@ def load_pretrained(path_or_id: str | Path, dtype: torch.dtype = torch.float32) 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """The tokenizer of a model: ``tokenizer.json`` of a folder or on the hub, or what a GGUF file holds.
 
-    It reads whole texts: lengths at which the file would cut or pad them are left out. Tokens that the folder
-    lists or names beside it are added, see `added_tokens`.
+    It reads whole texts: lengths at which the file would cut or pad them are left out, and so is what it
+    would put behind each. Tokens that the folder lists or names beside it are added, see `added_tokens`.
 
     Raises:
         FileNotFoundError: there is no such path, or the folder holds no ``tokenizer.json``.
@@ -100,7 +100,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """
     path = _local(path_or_id, ADDED_TOKENS_FILES)
     if _is_gguf(path):
-        return gguf_tokenizer(path)
+        return fast_tokenizer(gguf_tokenizer(path))
     file = path / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -221,8 +221,8 @@ def save_pretrained(
             padded, with what transformers' ``AutoTokenizer`` asks for beside it. Left out: none is written.
         chat_template: how the model wants a conversation written, in Jinja; written as
             ``chat_template.jinja``. Left out: none is written.
-        special_tokens: what that may name, as `load_special_tokens` gives it; written with the tokenizer.
-            What is left out is what `name_special_tokens` gives.
+        special_tokens: what that may name, as `load_special_tokens` gives it; written with the tokenizer, if
+            they are special in it, see `name_special_tokens`. What is left out is what that gives.
         model_type: the family (see `families`). Left out: "minicpm3" with latent attention; with multipliers
             "granite", as which transformers opens a MiniCPM without code from elsewhere, or with experts,
             too, "minicpm"; without multipliers "mixtral" with experts and "llama" without.
@@ -252,7 +252,7 @@ def save_pretrained(
         tokenizer = fast_tokenizer(tokenizer)
         _require_known_ids(tokenizer, model.config)
         warn_of_ordinary_ends(tokenizer, model.config)
-    with _new_folder(path), written_whole(path) as beside:
+    with _new_folder(path), written_whole(path, folder=True) as beside:
         beside.mkdir()
         write_json(beside / "config.json", values)
         if model.config.eos_token_id:
@@ -260,7 +260,9 @@ def save_pretrained(
             write_json(beside / "generation_config.json", ends)
         if tokenizer is not None:
             (beside / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-            named = name_special_tokens(tokenizer, model.config) | (special_tokens or {})
+            special = {str(t) for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+            given = {name: token for name, token in (special_tokens or {}).items() if token in special}
+            named = name_special_tokens(tokenizer, model.config) | given
             write_json(beside / "tokenizer_config.json", _tokenizer_settings(model.config) | named)
         if chat_template is not None:
             (beside / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8", newline="")
@@ -370,15 +372,7 @@ def _new_folder(path: Path) -> Iterator[None]:
 
 def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
     """The weights by name, if they are those of a plain decoder, each with numbers of its own."""
-    with torch.device("meta"):
-        plain = _parts(Decoder(model.config))
-    here = _parts(model)
-    if changed := [name for name in here | plain if here.get(name) != plain.get(name)]:
-        name = changed[0]
-        raise ValueError(
-            f"The model was changed inside: {name or 'the model itself'} is {here.get(name, 'missing')}, and "
-            f"in a plain decoder {plain.get(name, 'missing')}. Merge or undo what was built into it first."
-        )
+    require_plain(model)
     weights = model.state_dict()
     if any(tensor.is_meta for tensor in weights.values()):
         raise ValueError("The model is on the meta device: it has shapes and no weights to write.")
@@ -391,17 +385,6 @@ def _plain_weights(model: Decoder) -> dict[str, torch.Tensor]:
                 "its own copy; for the two tables, set tie_word_embeddings instead."
             )
     return weights
-
-
-def _parts(model: Decoder) -> dict[str, str]:
-    """What stands under each name: first the types of all modules, then the shapes of all weights.
-
-    The types too, because a layer that computes with its weight in another way has the same names and shapes.
-    """
-    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
-    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in types.items()} | {
-        name: f"of shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()
-    }
 
 
 def _largest_id(tokenizer: Tokenizer) -> int:

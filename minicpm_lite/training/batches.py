@@ -18,7 +18,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..data.windows import Windows, batch_of
+from ..data.shards import Shards
+from ..data.windows import TokenWindows, Windows, batch_of
+from .processes import world_size
 from .settings import TrainerConfig
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "WindowBatches",
     "batch_to",
     "checksum",
+    "fitting_batches",
     "part_of",
     "require_even",
     "require_fitting",
@@ -87,6 +90,42 @@ class WindowBatches:
     def identity(self) -> dict:
         """The windows'; the batch size stands in the trainer's config."""
         return self.windows.identity()
+
+
+def fitting_batches(
+    given: Int[Tensor, " tokens"] | Shards | Windows | Batches,
+    config: TrainerConfig,
+    model: ModelConfig | None,
+) -> Batches:
+    """The batch of each step, of whatever says what is read.
+
+    Args:
+        given: a stream of tokens, in memory or in shards; windows; or the batch of each step.
+        config: the trainer's.
+        model: the shape of a decoder; None for another module, of which nothing is known.
+
+    Raises:
+        ValueError: it is something else; or windows do not fit the config or the model, or come in batches of
+            another size than the config's, or processes cannot share them evenly.
+    """
+    if isinstance(given, Tensor | Shards):
+        given = TokenWindows(given, config.sequence_length, config.seed)
+    if isinstance(given, Windows):
+        given = WindowBatches(given, config.batch_size)
+    if isinstance(given, WindowBatches):
+        require_fitting(given.windows, config, model)
+        if given.batch_size != config.batch_size:  # which is what a checkpoint and the metrics know
+            raise ValueError(
+                f"The batches are of {given.batch_size} windows, and batch_size is {config.batch_size}. Make "
+                "them the same, or give the windows alone."
+            )
+        require_even(config.batch_size, world_size())
+    elif not isinstance(given, Batches):
+        raise ValueError(
+            f"The batches are a {type(given).__name__}; expected tokens, shards, windows, or an object "
+            "of which [step] is the batch of a step and identity() says what is read."
+        )
+    return given
 
 
 def require_fitting(windows: Windows, config: TrainerConfig, model: ModelConfig | None) -> None:

@@ -6,29 +6,43 @@ goes on. A checkpoint of the warm-up or of a decay cannot: its rate is not the p
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from .sharded_checkpoint import read_facts
-from .wsd import WSD, Cosine, Schedule
+from .wsd import WSD, Cosine, DecayForm, Schedule
 
 __all__ = ["decay_schedule", "require_same_past", "saved_schedule", "schedule_facts", "stable_schedule"]
 
 
-def decay_schedule(checkpoint: str | Path, decay_steps: int, **form: object) -> WSD:
+def decay_schedule(
+    checkpoint: str | Path,
+    decay_steps: int,
+    form: DecayForm | None = None,
+    final_ratio: float | None = None,
+    half_life: float | None = None,
+) -> WSD:
     """The schedule of a checkpoint's run, with a decay that begins at the checkpoint.
 
     Args:
         checkpoint: taken in the stable stage of a WSD run.
         decay_steps: steps of the decay.
-        form: ``form``, ``final_ratio`` or ``half_life`` of `WSD`.
+        form: as `WSD` has it, like the two below. What is left out is as that run's schedule has it; but its
+            half-life, which decides the others, stays only where all three are left out.
+        final_ratio: lr at the end of the decay, as a part of the peak.
+        half_life: of an exponential decay, in steps.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it was taken in the warm-up or the decay, or under another kind of schedule.
+        ValueError: it was taken in the warm-up or the decay, or under another kind of schedule; or there is
+            no such decay.
     """
     step, old = stable_schedule(checkpoint)
-    return WSD(old.peak_lr, old.warmup_steps, step - old.warmup_steps, decay_steps, **form)
+    given = {"form": form, "final_ratio": final_ratio, "half_life": half_life}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and old.half_life:  # from which the old final_ratio follows
+        given = {"half_life": None, "final_ratio": WSD.final_ratio} | given
+    return replace(old, stable_steps=step - old.warmup_steps, decay_steps=decay_steps, **given)
 
 
 def stable_schedule(checkpoint: str | Path) -> tuple[int, WSD]:

@@ -29,9 +29,6 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
         FileExistsError: the path is a folder, a pipe or a device, which are never replaced.
         OSError: the folder is missing or cannot be written, or the disk is full; the old file stands.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is no file but a folder, a pipe or a device; give another name.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(facts)
     # `save_file` would spare the bytes, but hides what the operating system says, and leaves a file of its

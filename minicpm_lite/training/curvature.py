@@ -9,8 +9,8 @@ Choices and traps:
 - The second derivative is a difference of gradients, not of losses: a loss of 3 in float32 is exact to some
   1e-7, which a division by the square of a small step blows up.
 - Derivatives are taken where the update began, in float32, of what was minimised there, with the batch that
-  it was computed from, in its passes, and with the buffers of then. Only what is trained moves; frozen
-  parameters have no part in it.
+  it was computed from, in its passes, with the buffers of then, and with what chance drew then, as dropout
+  does. Only what is trained moves; frozen parameters have no part in it.
 - The gradient of a small batch is mostly noise, and so are its norm and its cosine with the next one.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import require_positive_number
 from .batches import batch_to, split_batch
@@ -131,20 +131,26 @@ def watch_decay(trainer: Trainer, until: int, every: int = 10) -> Iterator[Decay
     Every trained parameter must have a gradient.
 
     Raises:
-        ValueError: ``every`` is less than 2.
+        ValueError: ``every`` is less than 2; the model is cut over processes; or the loss of a reading has no
+            gradient for any weight of the model.
     """
     if every < 2:
         raise ValueError(f"every is {every}; a reading takes two updates, so at least 2 is needed.")
+    if trainer.layout.sharded:  # a loss depends on what was gathered, not on the parts that stay
+        raise ValueError(
+            "The model is cut over processes, and no gradient of a loss is taken for a part. Save the run, "
+            "load it into a Trainer with Layout(), and watch that."
+        )
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     while trainer.step + every <= until:
         trainer.train(trainer.step + every - 1, progress=False)
         gradient_before = _flat([parameter.grad for parameter in parameters])
         place = [parameter.detach().clone() for parameter in parameters]
-        buffers_there = hold_buffers(trainer.model)
+        then = _hold(trainer.model)
         trainer.train(trainer.step + 1, progress=False)
         gradient = _flat([parameter.grad for parameter in parameters])
         update = [p.detach() - start for p, start in zip(parameters, place, strict=True)]
-        first, second = _derivatives_at(trainer, parameters, place, buffers_there, update)
+        first, second = _derivatives_at(trainer, parameters, place, then, update)
         yield DecayReading(
             trainer.step,
             trainer.schedule(trainer.step),
@@ -160,26 +166,34 @@ def _derivatives_at(
     trainer: Trainer,
     parameters: list[Tensor],
     place: list[Tensor],
-    buffers_there: Callable[[], None],
+    then: Callable[[], None],
     update: list[Tensor],
 ) -> tuple[float, float]:
-    """Derivatives along the last update, at the place it began; weights and buffers stay as they are."""
+    """Derivatives along the last update, at the place it began; all stays as it is."""
     if not any(part.any() for part in update):
         return math.nan, math.nan  # there is no direction
     batch = batch_to(trainer.batches[trainer.step - 1], place[0].device)
     passes = split_batch(batch, trainer.layout.micro_batch)  # each may have a balance loss of its own
     weights = [trainer.objective.weight(part) for part in passes]
     units = sum(weights)
-    buffers_now = hold_buffers(trainer.model)
+    back_to_now = _hold(trainer.model)
 
     def gradients() -> list[Tensor]:
-        buffers_there()  # a loss in training mode may move them
-        total = [torch.zeros_like(parameter) for parameter in parameters]
+        then()  # a loss in training mode may move buffers, and draw
+        total, reached = [torch.zeros_like(parameter) for parameter in parameters], False
         for part, weight in zip(passes, weights, strict=True):  # one after another, for the memory
             loss = trainer.objective.loss(trainer.model, part)[0] * (weight / units)
-            own = torch.autograd.grad(loss, parameters, materialize_grads=True)  # it may leave an expert out
+            own = torch.autograd.grad(loss, parameters, allow_unused=True)  # it may leave an expert out
             for whole, gradient in zip(total, own, strict=True):
-                whole += gradient
+                if gradient is not None:
+                    whole += gradient
+                    reached = True
+        if not reached:
+            raise ValueError(
+                f"The loss of step {trainer.step} has no gradient for any weight of the "
+                f"{type(trainer.model).__name__}: it was computed by another module. Let the objective use "
+                "the one that it is given."
+            )
         return total
 
     now = [parameter.detach().clone() for parameter in parameters]
@@ -189,10 +203,25 @@ def _derivatives_at(
     try:
         return _derivatives(gradients, parameters, update, _STEP)
     finally:
-        buffers_now()
+        back_to_now()
         with torch.no_grad():
             for parameter, value in zip(parameters, now, strict=True):
                 parameter.copy_(value)
+
+
+def _hold(model: nn.Module) -> Callable[[], None]:
+    """Note buffers and random states; the function that comes gives them back, as often as it is called."""
+    buffers, cpu = hold_buffers(model), torch.get_rng_state()
+    gpu = next(model.parameters()).device
+    drawn = torch.cuda.get_rng_state(gpu) if gpu.type == "cuda" else None
+
+    def give_back() -> None:
+        buffers()
+        torch.set_rng_state(cpu)
+        if drawn is not None:
+            torch.cuda.set_rng_state(drawn, gpu)
+
+    return give_back
 
 
 def _flat(tensors: Sequence[Tensor]) -> Float[Tensor, " numbers"]:

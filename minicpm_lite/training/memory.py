@@ -18,7 +18,7 @@ Choices, and the traps behind them:
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -165,9 +165,38 @@ class _FusedAttention(torch.autograd.Function):
 def recompute_blocks(model: nn.Module) -> None:
     """Let the blocks of a module's decoders keep only what enters them, and compute the rest again.
 
-    They stay so; outside of training it changes nothing. Source: Chen et al. 2016, arXiv 1604.06174.
+    They stay so; outside of training it changes nothing. What a layer keeps in buffers, such as a running
+    mean, is moved once. Source: Chen et al. 2016, arXiv 1604.06174.
     """
     for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
         for block in decoder.layers:
             if not isinstance(block.forward, partial):  # a copy of such a model has it already
-                block.forward = partial(recompute, block.forward, use_reentrant=False)
+                again = {"context_fn": partial(_once, block)} if any(True for _ in block.buffers()) else {}
+                block.forward = partial(recompute, block.forward, use_reentrant=False, **again)
+
+
+def _once(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts for a block's forward pass, which begins now, and for its repetition."""
+    return nullcontext(), _BuffersOf(block)
+
+
+class _BuffersOf:
+    """A context in which the buffers of a module are copies of what they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._then = [(part, name, buffer.clone()) for part, name, buffer in self._buffers()]
+
+    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for part in self._module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                yield part, name, buffer
+
+    def __enter__(self) -> None:
+        self._now = list(self._buffers())
+        for part, name, buffer in self._then:
+            part._buffers[name] = buffer.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for part, name, buffer in self._now:
+            part._buffers[name] = buffer

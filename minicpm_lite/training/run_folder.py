@@ -13,21 +13,24 @@ behind it.
 A folder is one run's, since whoever writes there prunes checkpoints. While it is open no other program opens
 it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there. A
 branch has the past of its trunk and is another run; a checkpoint says where its run branched. What an attempt
-without a checkpoint left is replaced, lines included; a run that is refused changes nothing.
+without a checkpoint left is replaced, lines included, and nothing else is; a run that is refused changes
+nothing.
 """
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Self
 
 from ..data.shards import TOKENIZER, is_tokenizer
-from ..files import locked, written_whole
+from ..files import locked, remove, written_whole
 from ..optional import require
 from ..pretrained.checkpoints import read_tokenizer
 from .branch import require_same_past
@@ -36,9 +39,10 @@ from .sharded_checkpoint import checkpoints, read_facts, require_shared
 from .state import require_same_run
 from .wsd import Schedule
 
-__all__ = ["RunFolder", "require_noted"]
+__all__ = ["RunFolder", "require_noted", "require_own"]
 
 _METRICS = "metrics.jsonl"
+_LINE = re.compile(rb'\{"step": \d+, "units": ')  # how a line of it begins
 _EVENTS = {"loss", "lr", "grad_norm", "tokens_per_second"}
 
 
@@ -58,7 +62,8 @@ class RunFolder:
 
     Raises:
         FileExistsError: the folder holds a later checkpoint or another run's, or beside no checkpoint a
-            tokenizer where that of the run is not known; or another program has it open.
+            tokenizer where that of the run is not known, or files of such names that no attempt left; or
+            another program has it open.
         ValueError: the tokenizer is not the one that the data note.
         OSError: it cannot be written, or some processes do not see it.
     """
@@ -109,10 +114,12 @@ class RunFolder:
                 "on from here, or choose another folder."
             )
         if found:
-            self._require_own(found, identity, schedule, branched_at)
-        kept = self.path / TOKENIZER
+            require_own(found[max(found)], identity, schedule, branched_at)
+        path, kept = self.path / _METRICS, self.path / TOKENIZER
         if tokenizer is not None:
             require_noted(Path(tokenizer), identity["text"])
+        if not found:
+            _require_an_attempt(path, kept, tokenizer and Path(tokenizer))
         own = found and kept.exists()  # and its ids are what they were
         if tokenizer is not None and not own:  # whatever an earlier attempt may have left
             with written_whole(kept) as beside:
@@ -123,8 +130,7 @@ class RunFolder:
                 "the ids of this run is not known. Remove it, or choose another folder."
             )
         for left in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.pruned")]:
-            shutil.rmtree(left)  # by a process that was killed in a save, or as it pruned
-        path = self.path / _METRICS
+            remove(left)  # by a process that was killed in a save, or as it pruned
         past = step if found else 0  # up to there, lines are of this run
         if path.exists():
             with written_whole(path) as beside, path.open("rb") as old, beside.open("wb") as new:
@@ -133,22 +139,6 @@ class RunFolder:
         if self._tensorboard:
             events = str(self.path / "tensorboard")
             self._events = _writer().SummaryWriter(events, purge_step=past + 1)
-
-    def _require_own(
-        self, found: dict[int, Path], identity: dict[str, dict], schedule: Schedule, branched_at: int | None
-    ) -> None:
-        newest = found[max(found)]
-        try:
-            facts = read_facts(newest)
-            require_same_run(newest, facts, identity)
-            require_same_past(newest, facts, schedule)
-        except ValueError as error:
-            raise FileExistsError(f"{error} Choose another folder for this run.") from None
-        if facts["branched_at"] != branched_at:
-            raise FileExistsError(
-                f"{newest} is of a run that {_origin(facts['branched_at'])}, and this run "
-                f"{_origin(branched_at)}. Choose another folder, so that both can go on."
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -190,7 +180,44 @@ class RunFolder:
             if step != self._decay_start:
                 gone = self.path / f".{found[step].name}.pruned"
                 found[step].rename(gone)  # so that half a one is none
-                shutil.rmtree(gone)
+                remove(gone)
+
+
+def require_own(
+    checkpoint: Path, identity: dict[str, dict], schedule: Schedule, branched_at: int | None
+) -> None:
+    """Refuse a folder of which a checkpoint is another run's; the arguments are those of `RunFolder`.
+
+    Raises:
+        FileExistsError: a sentence that says by what it is another one.
+    """
+    try:
+        facts = read_facts(checkpoint)
+        require_same_run(checkpoint, facts, identity)
+        require_same_past(checkpoint, facts, schedule)
+    except ValueError as error:
+        raise FileExistsError(f"{error} Choose another folder for this run.") from None
+    if facts["branched_at"] != branched_at:
+        raise FileExistsError(
+            f"{checkpoint} is of a run that {_origin(facts['branched_at'])}, and this run "
+            f"{_origin(branched_at)}. Choose another folder, so that both can go on."
+        )
+
+
+def _require_an_attempt(metrics: Path, kept: Path, tokenizer: Path | None) -> None:
+    """Refuse to replace what no attempt of a run left: metrics of something else, a model's tokenizer."""
+    with metrics.open("rb") if metrics.exists() else BytesIO() as file:
+        first = file.readline()
+    foreign = None
+    if first.endswith(b"\n") and not _LINE.match(first):
+        foreign = metrics
+    elif tokenizer is not None and kept.exists() and not metrics.exists():
+        foreign = None if kept.read_bytes() == tokenizer.read_bytes() else kept
+    if foreign is not None:
+        raise FileExistsError(
+            f"{foreign} lies beside no checkpoint and is not what an attempt left, so it is not replaced. "
+            "Choose another folder."
+        )
 
 
 def require_noted(tokenizer: Path, text: dict) -> None:

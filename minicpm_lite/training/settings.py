@@ -65,6 +65,8 @@ class TrainerConfig:
 class Layout:
     """How the work of a step is laid out: decides speed and memory, and no number but by rounding.
 
+    With experts it decides one: their load is balanced within each pass, so over its rows alone.
+
     Attributes:
         micro_batch: rows of a batch that a process computes at once; its part of a step is cut into as many
             passes as that takes. None: all in one pass.

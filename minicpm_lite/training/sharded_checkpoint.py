@@ -47,6 +47,7 @@ from ..config import model_config
 from ..files import written_whole
 from ..language.decoder import Decoder
 from .processes import on_each, on_first, rank, world_size
+from .state import BUILT_IN
 
 __all__ = [
     "checkpoints",
@@ -134,7 +135,7 @@ def _written_together(path: Path) -> Iterator[Path]:
     What is raised within must be raised in all processes.
     """
     place = ExitStack()
-    beside = on_first(lambda: place.enter_context(written_whole(path)))
+    beside = on_first(lambda: place.enter_context(written_whole(path, folder=True)))
     try:
         yield beside
     except Exception:
@@ -200,7 +201,7 @@ def load_weights(checkpoint: str | Path) -> Decoder:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged or foreign, or holds another module than a decoder.
+        ValueError: it is damaged or foreign, or holds another module than a plain decoder.
     """
     checkpoint = Path(checkpoint)
     facts = read_facts(checkpoint)
@@ -212,6 +213,13 @@ def load_weights(checkpoint: str | Path) -> Decoder:
     config = model_config(facts["model config"], f"The model config of {checkpoint}")
     with torch.device("meta"):
         model = Decoder(config)
+    own = dict(model.named_parameters())
+    for name, kind in facts["choice of parameters"].items():
+        if BUILT_IN in kind or name not in own:
+            raise ValueError(
+                f"{checkpoint} holds a decoder that was changed inside: {name} is {kind}. Make such a one "
+                "and load the checkpoint with the Trainer of its run."
+            )
     model.to_empty(device="cpu")
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     require_whole(checkpoint, facts, {name: tensor.shape for name, tensor in state.items()}, extra=True)

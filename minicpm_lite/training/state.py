@@ -8,9 +8,11 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,10 +22,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..config import ModelConfig
+from ..language.decoder import Decoder
 from .processes import on_each
 from .settings import TrainerConfig
 
 __all__ = [
+    "BUILT_IN",
     "buffers_given_back",
     "checkpoint_shapes",
     "checkpoint_tensors",
@@ -38,33 +43,65 @@ __all__ = [
 ]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+BUILT_IN = ", of a built-in "
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # which is another one in every program
 
 
 def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective: str) -> dict[str, dict]:
     """What must be the same for a checkpoint to fit a run; as JSON gives it back, with lists for tuples.
 
     Args:
-        model: named by its ``config``, if that is a dataclass, else by its class and shapes.
+        model: a decoder is named by its config and by the classes of what was built into it; another module
+            by its class and shapes, and by what the fields of its ``config`` look like, if that is a
+            dataclass.
         config: the trainer's.
         text: the identity of what is read.
         objective: the name of what is minimised.
     """
     trainer = asdict(config)
     del trainer["compile"]  # decides how, not what
-    if is_dataclass(getattr(model, "config", None)):
+    if isinstance(model, Decoder):
         identity = {"model config": asdict(model.config)}
     else:
         shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
-        # a module that is cut has another class, made of FSDP's and its own
-        own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-        identity = {"model": {"class": own.__name__, **shapes}}
+        identity = {"model": {"class": _own_class(model).__name__, **shapes}}
+        if is_dataclass(own_config := getattr(model, "config", None)):  # of which JSON may not take all
+            identity["config of the module"] = {
+                field.name: _ADDRESS.sub("", repr(getattr(own_config, field.name, None)))
+                for field in fields(own_config)
+            }
+    changed = _changed_inside(model) if isinstance(model, Decoder) else {}
+
+    def built_in(name: str) -> str:
+        """Whose weight it is, if that computes with it in another way than a plain decoder."""
+        owners = (changed.get(name[:end]) for end in range(len(name)) if end == 0 or name[end] == ".")
+        return next((f"{BUILT_IN}{owner}" for owner in owners if owner), "")
+
     kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
     identity["choice of parameters"] = {
-        name: f"{kinds.get(name, 'a buffer')} in {str(tensor.dtype).removeprefix('torch.')}"
+        name: f"{kinds.get(name, 'a buffer')} in {str(tensor.dtype).removeprefix('torch.')}{built_in(name)}"
         for name, tensor in _kept(model).items()
     }
     return json.loads(json.dumps(identity))
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A module that is cut has another class, made of FSDP's and its own."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _changed_inside(model: Decoder) -> dict[str, str]:
+    """Modules that a plain decoder does not have in their places, and of what class they are."""
+    plain = _plain_classes(model.config)
+    classes = {name: _own_class(module) for name, module in model.named_modules()}
+    return {name: each.__qualname__ for name, each in classes.items() if each is not plain.get(name)}
+
+
+@cache
+def _plain_classes(config: ModelConfig) -> dict[str, type[nn.Module]]:
+    with torch.device("meta"):
+        return {name: type(module) for name, module in Decoder(config).named_modules()}
 
 
 def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -> None:

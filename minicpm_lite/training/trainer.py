@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
 from ..data.shards import Shards
-from ..data.windows import TokenWindows, Windows
+from ..data.windows import Windows
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, readable
 from ..runtime import calm_threads
@@ -38,9 +38,8 @@ from .batches import (
     WindowBatches,
     batch_to,
     checksum,
+    fitting_batches,
     part_of,
-    require_even,
-    require_fitting,
     require_known,
     split_batch,
 )
@@ -52,9 +51,9 @@ from .objective import Objective, next_token
 from .optimizer import adamw
 from .precision import rounded
 from .processes import add_up, on_each, on_first, raise_together, rank, world_size
-from .run_folder import RunFolder
+from .run_folder import RunFolder, require_own
 from .settings import Layout, TrainerConfig
-from .sharded_checkpoint import read_facts, read_tensors, require_whole, write_checkpoint
+from .sharded_checkpoint import is_checkpoint, read_facts, read_tensors, require_whole, write_checkpoint
 from .state import (
     buffers_given_back,
     checkpoint_shapes,
@@ -119,7 +118,8 @@ class Trainer:
         model: what is trained; its frozen parameters (``requires_grad=False``) stay as they are. Sharded, it
             is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
             ``logits`` of its decoder, since these are what gathers weights.
-        batches: a stream of tokens, in memory or in shards; windows; or the batch of each step.
+        batches: a stream of tokens, in memory or in shards; windows; or the batch of each step. Another of
+            these kinds may be put in its place.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
@@ -136,10 +136,10 @@ class Trainer:
     Raises:
         ValueError: everything is frozen, or what is trained holds numbers shorter than float32, or a
             parameter that is to be cut over processes has a hook of its gradient, or two tensors share
-            memory; windows do not fit the model or the config, or the batches give none of a step; there are
-            several processes, and the layout keeps the model whole, the batch cannot be shared evenly, or
-            they were given different models, data, configs or layouts; or the model is on the meta device
-            and not drawn, see `distributed.shard`.
+            memory, or it is compiled; windows do not fit the model or the config, or the batches give none
+            of a step; there are several processes, and the layout keeps the model whole, the batch cannot be
+            shared evenly, or they were given different models, data, configs or layouts; or the model is on
+            the meta device and not drawn, see `distributed.shard`.
 
     >>> from minicpm_lite.config import ModelConfig
     >>> from minicpm_lite.training.wsd import WSD
@@ -161,17 +161,7 @@ class Trainer:
         objective: Objective = next_token,
         layout: Layout = Layout(),
     ) -> None:
-        if isinstance(batches, Tensor | Shards):
-            batches = TokenWindows(batches, config.sequence_length, config.seed)
-        if isinstance(batches, Windows):
-            require_fitting(batches, config, model.config if isinstance(model, Decoder) else None)
-            batches = WindowBatches(batches, config.batch_size)
-            require_even(config.batch_size, world_size())
-        if not isinstance(batches, Batches):
-            raise ValueError(
-                f"The batches are a {type(batches).__name__}; expected tokens, shards, windows, or an object "
-                "of which [step] is the batch of a step and identity() says what is read."
-            )
+        self.model, self.config, self.batches = model, config, batches
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
@@ -182,11 +172,15 @@ class Trainer:
                 f"The {type(model).__name__} is on the meta device and has no weights. Make it elsewhere, or "
                 "give Layout(sharded=True), with which a decoder's weights are drawn."
             )
+        if hasattr(model, "_orig_mod"):  # weights would be saved under other names
+            raise ValueError(
+                "The model is what torch.compile made of one. Give the model itself; what has it compiled is "
+                "TrainerConfig(compile=True)."
+            )
         _require_long_enough(model)
         require_own_memory(model)
         own_memory(model)
-        self.model, self.batches, self.schedule, self.config = model, batches, schedule, config
-        self.objective, self.layout = objective, layout
+        self.schedule, self.objective, self.layout = schedule, objective, layout
         self._computing = nullcontext
         if layout.sharded:
             told = {"trainer config": asdict(config), "layout": asdict(layout)}
@@ -214,6 +208,16 @@ class Trainer:
                 "Make another Trainer."
             )
         super().__setattr__(name, value)
+
+    @property
+    def batches(self) -> Batches:
+        """The batch of each step."""
+        return self._batches
+
+    @batches.setter
+    def batches(self, batches: Int[Tensor, " tokens"] | Shards | Windows | Batches) -> None:
+        shape = self.model.config if isinstance(self.model, Decoder) else None
+        self._batches = fitting_batches(batches, self.config, shape)
 
     def train(
         self,
@@ -272,8 +276,10 @@ class Trainer:
         told = {"step": self.step, "until": until, "checkpoint_every": checkpoint_every,
                 "skip_non_finite": skip_non_finite, "folder": "given" if folder else "left out"}  # fmt: skip
         saved = schedule_facts(self.schedule) if folder else {}  # which a checkpoint will need
-        rates = _some_rates(self.schedule, range(self.step + 1, until + 1)) if world_size() > 1 else {}
-        require_one_run({"call of train": told, "schedule": saved | rates})
+        rates, text = {}, {}  # one process need not tell itself
+        if world_size() > 1:
+            rates, text = _some_rates(self.schedule, range(self.step + 1, until + 1)), self.batches.identity()
+        require_one_run({"call of train": told, "schedule": saved | rates, "text": text})
         self._trouble = self._stop = None  # what was reported before may have been mended
         self._interruption = Interruption()
         calm_threads()
@@ -282,12 +288,14 @@ class Trainer:
         self.model.train()
         began = self.step
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
+        # of several processes one may raise alone, and cannot save alone
+        in_a_step = (Exception,) if world_size() == 1 else (NothingPredicted, NotFinite)
         with self._writing(folder, keep, decay_start, tensorboard, tokenizer) as run:
             for _ in bar:
                 started = time.perf_counter()
                 with self._saving_after(folder, began, Exception):
                     read = self._read()
-                with self._saving_after(folder, began, NothingPredicted, NotFinite):
+                with self._saving_after(folder, began, *in_a_step):
                     metrics = self._update(*read, started, skip_non_finite)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
                 if run is not None:
@@ -483,14 +491,23 @@ class Trainer:
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
 
+        What the run saved there at this step is replaced.
+
         Raises:
+            FileExistsError: another run has a checkpoint of this step there.
             ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or
                 `grad_norms` was changed.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
         self._require_curves()
-        cut_again(self.model)
+        identity, there = self._identity(), Path(folder) / f"step-{self.step:08d}"
+
+        def check() -> None:
+            if is_checkpoint(there):
+                require_own(there, identity, self.schedule, self._branched_at)
+
+        on_first(check)
         facts = {
             "step": self.step,
             "branched_at": self._branched_at,
@@ -504,7 +521,7 @@ class Trainer:
             for name, curve in (("losses", self.losses), ("grad_norms", self.grad_norms))
         }
         tensors = checkpoint_tensors(self.model, self.optimizer) | curves
-        return write_checkpoint(folder, tensors, facts | self._identity())
+        return write_checkpoint(folder, tensors, facts | identity)
 
     def load(self, checkpoint: str | Path) -> None:
         """Go on from a checkpoint of `save`, whatever the number of processes that wrote it.

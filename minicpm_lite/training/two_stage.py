@@ -9,11 +9,15 @@ are `ConversationWindows` (`minicpm_lite.data.conversations`). Here is what a mo
 questions: `score_answers`, `choice_accuracy`. What gradients and curvature do while the rate falls is
 measured by `minicpm_lite.training.curvature`.
 
-Trap: the loss of an answer is a sum over its tokens, so a choice between answers compares losses a token.
+Traps:
+
+- The loss of an answer is a sum over its tokens, so a choice between answers compares losses a token.
+- Where the rotary frequencies follow the length of the text ("dynamic", "longrope" around its border), the
+  longest row of a batch decides for all. So what shares a batch here has the same frequencies by itself.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 from ..config import require_positive_integer
 from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
+from ..language.rotary import scaled_frequencies
 from ..language.scoring import evaluating, predicted, readable
 
 __all__ = ["AnswerScores", "choice_accuracy", "score_answers"]
@@ -57,7 +62,9 @@ class AnswerScores:
 
 @torch.no_grad()
 def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size: int = 64) -> AnswerScores:
-    """Loss and exactness of the given answers. The model is left as it was, training or not.
+    """Loss and exactness of the given answers, whatever they are given beside.
+
+    The model is left as it was, training or not.
 
     Raises:
         ValueError: there is no example; or one has no question, so that nothing stands before its answer, or
@@ -72,10 +79,10 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
         raise ValueError("An example has no question; give it one token at least, such as the start token.")
     if not all(example.answer for example in examples):
         raise ValueError("An example has no answer, so there is nothing to score; leave it out.")
-    device, parts = model.embed_tokens.weight.device, []
+    device, places, parts = model.embed_tokens.weight.device, [], []
     with evaluating(model):
-        for start in range(0, len(examples), batch_size):
-            batch = examples[start : start + batch_size]
+        for at in _batches(model, examples, batch_size):
+            batch = [examples[place] for place in at]
             window = packed_windows([[example] for example in batch], max(map(len, batch))).to(device)
             logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
             answers = predicted(window)
@@ -83,10 +90,24 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
             losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
             exact = ((logits.argmax(-1) == targets) | ~answers).all(1)
             parts.append((losses.double().sum(1).cpu(), answers.sum(1).cpu(), exact.cpu()))
-    scores = AnswerScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            places += at
+    order = torch.tensor(places).argsort()
+    scores = AnswerScores(*(torch.cat(part)[order] for part in zip(*parts, strict=True)))
     if not math.isfinite(scores.loss):  # a mean over all is finite only if each is
         raise FloatingPointError("The loss of an answer is no finite number. Are the weights whole?")
     return scores
+
+
+def _batches(model: Decoder, examples: Sequence[EncodedExample], batch_size: int) -> Iterator[list[int]]:
+    """The places of examples that are read together: those with the same rotary frequencies."""
+    lengths = {len(example) - 1 for example in examples}  # the last token is predicted, not read
+    frequencies = {length: tuple(scaled_frequencies(model.config, length)[0].tolist()) for length in lengths}
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for place, example in enumerate(examples):
+        alike.setdefault(frequencies[len(example) - 1], []).append(place)
+    for places in alike.values():
+        for start in range(0, len(places), batch_size):
+            yield places[start : start + batch_size]
 
 
 def choice_accuracy(model: Decoder, choices: Iterable[Iterable[EncodedExample]]) -> float:

@@ -37,12 +37,14 @@ from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
-from ..language.scoring import context_only, token_losses
+from ..language.scoring import context_only, evaluating, token_losses
 from .optimizer import mup_groups
 
 __all__ = ["LossSurface", "Parabola", "PowerLaw", "Sigmoid", "batch_size_tokens", "conditional_losses",
            "coordinate_check", "fit_loss_surface", "fit_parabola", "fit_power_law", "fit_sigmoid",
            "mup_groups", "tokens_to_reach"]  # fmt: skip
+
+_LOG_SLOPE = 7.0  # of a sigmoid: how far from 0 it is looked for
 
 
 def coordinate_check(
@@ -78,10 +80,8 @@ def coordinate_check(
         groups = [group | {"lr": lr} for group in groups]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     last = model.layers[-1]
-    sizes: dict[str, list[float]] = {}
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        sizes[name] = []
         return module.register_forward_hook(
             lambda module, inputs, output: sizes[name].append(output.detach().abs().mean().item())
         )
@@ -93,17 +93,18 @@ def coordinate_check(
         "residual stream": last,
         "logits": model,
     }
-    hooks = [watch(name, module) for name, module in watched.items()]
-    try:
-        for update in range(updates + 1):
+    sizes: dict[str, list[float]] = {name: [] for name in watched}
+    for update in range(updates + 1):
+        hooks = [watch(name, module) for name, module in watched.items()]
+        try:
             loss = token_losses(model, window).mean()
-            if update < updates:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        finally:
+            for hook in hooks:  # before the backward pass, in which blocks may be computed again
+                hook.remove()
+        if update < updates:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return sizes
 
 
@@ -365,7 +366,8 @@ def conditional_losses(
     if contexts.shape[1] == 0:
         raise ValueError("The contexts hold no token; give one at least, such as the start token.")
     window = torch.cat([context_only(contexts), answers], dim=1)
-    return token_losses(model, window).sum(dim=1) / answers.shape[1]
+    with evaluating(model):
+        return token_losses(model, window).sum(dim=1) / answers.shape[1]
 
 
 @dataclass(frozen=True)
@@ -415,7 +417,8 @@ def fit_sigmoid(
         ceiling: best accuracy that can be hoped for.
 
     Raises:
-        ValueError: fewer than 3 different losses, an accuracy that is none, or chance not below ceiling.
+        ValueError: fewer than 3 different losses, an accuracy that is none, or chance not below ceiling; or
+            accuracy does not fall with the loss.
     """
     loss, accuracy = _positive("loss", loss), _numbers("accuracy", accuracy)
     _same_length(loss=loss, accuracy=accuracy)
@@ -430,13 +433,18 @@ def fit_sigmoid(
             least_squares(
                 lambda p: Sigmoid(p[0], math.exp(p[1]), chance, ceiling).predict(loss) - accuracy,
                 [middle, math.log(slope)],
-                bounds=([-np.inf, -7.0], [np.inf, 7.0]),
+                bounds=([-np.inf, -_LOG_SLOPE], [np.inf, _LOG_SLOPE]),
             )
             for middle in (loss.min(), loss.mean(), loss.max())
             for slope in (1.0, 5.0)
         ),
         key=lambda result: result.cost,
     )
+    if found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
+        raise ValueError(
+            "Accuracy does not fall with the loss, so no sigmoid fits. Were they exchanged? Else measure a "
+            "wider range of losses."
+        )
     return Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
 
 

@@ -22,7 +22,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training.settings import TrainerConfig
-from minicpm_lite.training.sharded_checkpoint import load_weights, read_facts
+from minicpm_lite.training.sharded_checkpoint import checkpoints, load_weights, read_facts
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Cosine
 
@@ -539,10 +539,26 @@ def test_a_run_goes_on_from_a_named_step(at_home, capsys):
     assert facts["schedule"]["decay_steps"] == 2
 
 
+def test_a_run_goes_on_with_as_many_checkpoints_as_it_was_begun_with(at_home):
+    run = train("--data", "one", "--out", "run")
+    often = [*STEP, "--steps", "12", "--warmup", "3", "--decay", "0", "--checkpoint-every", "1"]
+    assert main([*run, *often, "--until", "6", "--keep", "5"]) == 0
+    assert main([*run, "--resume", "--checkpoint-every", "1", "--until", "9"]) == 0
+    assert sorted(checkpoints("run")) == [5, 6, 7, 8, 9]
+    assert main([*run, "--resume", "--keep", "1"]) == 0
+    assert sorted(checkpoints("run")) == [12]
+
+
 def test_a_decay_of_no_step(at_home, capsys):
     assert main(train("--data", "one", "--out", "run", *STEPS, "--until", "10")) == 0
     argv = train("--data", "one", "--out", "x", "--decay-from", "run/step-00000010", "--decay", "0")
     says(capsys, argv, "--decay is 0, and --decay-from begins a decay")
+
+
+def test_a_checkpoint_is_gone_on_with_or_decayed(at_home, capsys):
+    both = "--resume-from", "run/step-00000010", "--decay-from", "run/step-00000010"
+    for more in (["--dry-run"], ["--data", "one", "--out", "x"]):
+        says(capsys, train(*more, *both, "--decay", "6"), "Give --decay-from to begin a decay at that")
 
 
 def test_a_decay_from_nowhere(at_home, capsys):

@@ -402,6 +402,14 @@ def test_scores_that_are_none_are_not_compared(sides):
         area_under_roc(*sides)
 
 
+def test_area_under_roc_of_more_pairs_than_memory_holds():
+    """A hundred thousand documents a side, as of the definition for each tenth of the scores."""
+    good, bad = np.arange(100_000) % 10 + 1, np.arange(100_000) % 10
+    wins = sum((g > b) + 0.5 * (g == b) for g in range(1, 11) for b in range(10))
+    assert area_under_roc(good, bad) == pytest.approx(wins / 100)
+    assert area_under_roc([np.inf, 1], [-np.inf, np.inf]) == (0.5 + 1 + 0 + 1) / 4
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12)

@@ -221,10 +221,16 @@ def test_a_work_folder_is_for_one_program_at_a_time(tmp_path):
 def test_what_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         filtering_stages(tmp_path / "nothing", tmp_path, tmp_path / "c")
+    source = tmp_path / "source"
+    source.mkdir()
     with pytest.raises(FileNotFoundError, match="There is no classifier at"):
-        filtering_stages(tmp_path, tmp_path / "work", tmp_path / "c")
+        filtering_stages(source, tmp_path / "work", tmp_path / "c")
     (tmp_path / "c").write_text("")
     with pytest.raises(ValueError, match="The threshold is 2.0"):
-        filtering_stages(tmp_path, tmp_path / "work", tmp_path / "c", threshold=2.0)
+        filtering_stages(source, tmp_path / "work", tmp_path / "c", threshold=2.0)
+    (tmp_path / "link").symlink_to(source)
+    for work in (source, source / "work", tmp_path, tmp_path / "link" / "work", source / ".." / "source"):
+        with pytest.raises(ValueError, match="lie within each other, so a stage would read what it writes"):
+            filtering_stages(source, work, tmp_path / "c")
     with pytest.raises(ValueError, match="Signatures of 128 places cannot be cut into 10"):
-        filtering_stages(tmp_path, tmp_path / "work", tmp_path / "c", bands=10)
+        filtering_stages(source, tmp_path / "work", tmp_path / "c", bands=10)

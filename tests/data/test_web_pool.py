@@ -32,6 +32,8 @@ def test_a_piece_ends_at_a_space_unless_there_is_none():
     assert list(pieces_of("abc def", 5, 1)) == ["abc", "def"]
     assert list(pieces_of("abcdefgh", 3, 1)) == ["abc", "def", "gh"]
     assert list(pieces_of("abc def", 5, shortest=4)) == ["abc", "def"]
+    with pytest.raises(ValueError, match="size is 0"):
+        list(pieces_of("abc def", 0))
 
 
 def test_the_web_documents_are_eight_sources_of_fifty():

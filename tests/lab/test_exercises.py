@@ -272,6 +272,9 @@ def counts_down(numbers):
     return total
 
 
+plus = sum  # the same by another name
+
+
 def by_a_helper(numbers):
     return adds(numbers)
 
@@ -285,6 +288,10 @@ def by_a_helper(numbers):
         (lambda numbers: [total := 0, *[total := total + number for number in numbers]][-1], "a loop"),
         (lambda numbers: sum(numbers), "sum"),
         (lambda numbers: np.sum(numbers), "sum"),
+        (lambda numbers: plus(numbers), "sum"),
+        (functools.partial(lambda numbers, how: how(numbers), how=sum), "sum"),
+        (functools.partial(adds), "a loop"),
+        (functools.partial(sum), "sum"),
     ],
 )
 def test_what_an_answer_must_do_without(answer, banned):
@@ -292,20 +299,14 @@ def test_what_an_answer_must_do_without(answer, banned):
     assert verdict.state == "wrong" and verdict.message.endswith(f"the exercise asks to do without {banned}.")
 
 
-def cat(numbers):
-    return [number for number in numbers for _ in range(2)]
-
-
-def test_an_attribute_is_not_a_helper_of_its_name():
-    @exercise("joined", without=("a loop",))
-    def check(answer):
-        assert answer(torch.ones(2)).tolist() == [1, 1, 1, 1]
-
-    assert check.judge(lambda x: torch.cat([x, x])).state == "right"
-    assert check.judge(lambda x: torch.tensor(cat(x.tolist()))).message.endswith("to do without a loop.")
+def reduce(numbers):
+    return adds(numbers)
 
 
 def test_other_ways_are_right():
+    assert check_sum.judge(lambda numbers: functools.reduce(int.__add__, numbers, 0)).state == "right", (
+        "a method is not the helper of its name"
+    )
     assert check_sum.judge(lambda numbers: functools.reduce(int.__add__, numbers, 0)).state == "right"
     assert (
         check_sum.judge(lambda numbers: np.asarray(numbers, int) @ np.ones(len(numbers), int)).state

@@ -7,6 +7,7 @@ import torch
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import save_pretrained
 
@@ -66,6 +67,41 @@ def make_model(config: ModelConfig, seed: int = 0) -> Decoder:
 
 def make_ids(config: ModelConfig, batch: int = 2, tokens: int = 17) -> torch.Tensor:
     return torch.randint(config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def changed_inside(config: ModelConfig) -> Decoder:
+    """A decoder in which a layer of the same names and shapes computes something else."""
+
+    class Halved(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model = make_model(config)
+    replace_linears(model, lambda name, linear: Halved(linear.in_features, linear.out_features, bias=False))
+    return model
+
+
+def with_dropout(config: ModelConfig) -> Decoder:
+    """A decoder in training mode that forgets half of what enters its feed-forward networks."""
+    model = make_model(config)
+    replace_linears(
+        model,
+        lambda name, linear: WithDropout(linear) if name.endswith("down_proj") else linear,
+    )
+    return model.train()
+
+
+class WithDropout(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(torch.nn.functional.dropout(x, 0.5, self.training))
 
 
 def opened_by_transformers(model: Decoder, family: str) -> torch.nn.Module:

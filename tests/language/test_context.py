@@ -220,6 +220,14 @@ def test_positions_count_from_where_the_text_of_a_row_begins():
     [
         (lambda m: m(torch.zeros(1, 5, dtype=torch.long), KVCache(4)), "room for 4 tokens and would need 5"),
         (lambda m: KVCache(0), "room is 0"),
+        (
+            lambda m: KVCache(4, torch.tensor([0, 4])),
+            "padding is .*expected whole numbers in a tensor, from 0 to 3",
+        ),
+        (
+            lambda m: KVCache(4, torch.tensor([0, -1])),
+            "padding is .*expected whole numbers in a tensor, from 0",
+        ),
         (lambda m: KVCache(4, dtype=torch.int8), "dtype is torch.int8, which cuts numbers to whole ones"),
     ],
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import WRITER, WRITERS, Counted, make_ids, make_model
+from small_models import WRITER, WRITERS, Counted, make_ids, make_model, with_dropout
 
 from minicpm_lite.config import RopeScaling
 from minicpm_lite.language.context import Int8Cache, KVCache, Tree
@@ -449,3 +449,13 @@ def test_bad_input_gets_a_sentence(call, sentence):
 def test_a_cache_with_just_enough_room_is_enough(new, room):
     model, ids = make_model(WRITER), make_ids(WRITER, 2, 9)
     assert torch.equal(generate(model, ids, new, context=read_by(model, 5, room)), generate(model, ids, new))
+
+
+def test_a_model_that_is_in_training_writes_as_one_that_is_not():
+    """And between two tokens, and behind the last, it is in training."""
+    model, ids = with_dropout(WRITER), make_ids(WRITER, 2, 5)
+    modes = [model.training for _ in stream(model, ids, 8, stop_ids=())]
+    written = generate(model, ids, 8, stop_ids=())
+    assert all(modes) and all(part.training for part in model.modules())
+    assert torch.equal(written, generate(model.eval(), ids, 8, stop_ids=()))
+    assert not model.training

@@ -6,7 +6,15 @@ from statistics import mean
 
 import pytest
 import torch
-from small_models import FAMILIES, GROUPED, PLAIN, make_ids, make_model, opened_by_transformers
+from small_models import (
+    FAMILIES,
+    GROUPED,
+    PLAIN,
+    changed_inside,
+    make_ids,
+    make_model,
+    opened_by_transformers,
+)
 from torch.testing import assert_close
 
 from minicpm_lite import load_config
@@ -84,3 +92,8 @@ def test_folding_keeps_the_mode(training):
 def test_only_plain_decoders_fold(name, reason):
     with pytest.raises(ValueError, match=f"this has .*{reason}"), torch.device("meta"):
         fold_to_llama(Decoder(load_config(name)))
+
+
+def test_a_decoder_that_was_changed_inside_does_not_fold():
+    with pytest.raises(ValueError, match="changed inside: layers.0.self_attn.q_proj is"):
+        fold_to_llama(changed_inside(GROUPED))

@@ -497,6 +497,19 @@ def test_an_added_token_that_a_byte_or_a_merge_makes_stays_what_it_makes():
     assert written == mine.decode(ids) == "over the đem the top"
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.sets(st.sampled_from(["\n", " ", " the", "  ", "é", "帽", "the hat"]), min_size=1), st.data())
+def test_an_added_token_with_the_bytes_of_another_leaves_text_as_it_was(names, data):
+    """It is found by `fast` alone; and merges go on making what they made."""
+    tokenizer = Tokenizer.from_str(REFERENCE.to_str())
+    tokenizer.add_tokens(sorted(names))
+    mine = BytePairTokenizer.from_tokenizers(tokenizer)
+    text = "".join(data.draw(st.lists(st.sampled_from(["the", " hat", "\n", " ", "é", "帽", "."]))))
+    assert mine.encode(text) == REFERENCE.encode(text).ids
+    assert mine.fast.encode(text).ids == tokenizer.encode(text).ids
+    assert mine.decode(mine.encode(text)) == text
+
+
 def test_an_added_letter_that_stands_for_a_byte_is_refused():
     """A text's "ñ" would be read as half a character."""
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())

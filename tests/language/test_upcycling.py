@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import DENSE, FIVE_EXPERTS, SPARSE, make_ids, make_model
+from small_models import DENSE, FIVE_EXPERTS, SPARSE, changed_inside, make_ids, make_model
 from torch.testing import assert_close
 
 from minicpm_lite import load_config
@@ -145,6 +145,10 @@ def test_the_first_gradient_of_an_upcycled_model():
         (
             lambda: expert_load(make_model(DENSE), make_ids(SPARSE, 3, 11)),
             "no experts. Give ModelConfig a mixture",
+        ),
+        (
+            lambda: upcycle(changed_inside(DENSE), FIVE_EXPERTS),
+            "changed inside: layers.0.self_attn.q_proj is",
         ),
         (lambda: balance_loss(make_model(DENSE)), "no experts. Give ModelConfig a mixture"),
     ],

@@ -955,6 +955,20 @@ def test_special_tokens_of_a_gguf_file():
     assert load_special_tokens(smollm2_file()) == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 
 
+@pytest.mark.parametrize("ordinary", [",", "a", "<|user|>", "not in it"])
+def test_a_special_token_that_the_tokenizer_finds_ordinary_is_not_written(ordinary, tmp_path):
+    """GGUF files name such, as a comma that begins texts; transformers would leave every comma out of a text."""
+    from transformers import AutoTokenizer
+
+    named = {"bos_token": ordinary, "eos_token": "<|end|>"}
+    save_pretrained(wide_model("llama"), tmp_path / "model", make_tokenizer(), special_tokens=named)
+    assert load_special_tokens(tmp_path / "model") == {"eos_token": "<|end|>"}
+    theirs, text = AutoTokenizer.from_pretrained(tmp_path / "model"), "a man, a fortune<|user|>"
+    ids = make_tokenizer().encode(text).ids
+    assert theirs(text)["input_ids"] == load_tokenizer(tmp_path / "model").encode(text).ids == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
 def test_special_tokens_are_written_with_the_template_that_names_them(tmp_path):
     """As another release names them: the end that a template writes need not be the first that ends a text."""
     from transformers import AutoTokenizer

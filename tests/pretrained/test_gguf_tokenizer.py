@@ -268,6 +268,8 @@ def test_what_sentencepiece_puts_around_a_text(changes, around, first, keys, tmp
     before, after = around
     expected = as_llama_cpp_does(" the  man", keys, "▁" if first else "")
     assert tokenizer.encode(" the  man").ids == [*before, *expected, *after]
+    prompt = load_tokenizer(tmp_path / "a.gguf").encode(" the  man").ids
+    assert prompt == [*before, *expected], "a text that is closed has no answer"
     assert tokenizer.decode(expected) == " the  man"
 
 

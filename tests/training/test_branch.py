@@ -18,6 +18,32 @@ def test_a_decay_begins_at_a_stable_checkpoint(make, saved, step, decay_start):
     make(schedule=schedule).branch_from(saved / f"step-{step:08d}")
 
 
+FORMS = [
+    {},
+    {"form": "linear", "final_ratio": 0.0},
+    {"form": "sqrt"},
+    {"form": "cosine", "final_ratio": 0.3},
+    {"final_ratio": 0.05},
+    {"half_life": 2},
+]
+
+
+@pytest.mark.parametrize("decay_steps", [0, 4])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_decay_has_the_form_that_its_run_names(make, tmp_path, form, decay_steps):
+    """Rates of the branch are those of a run that was to decay there from the beginning."""
+    path = make(schedule=WSD(0.01, 0, 9, decay_steps, **form)).save(tmp_path)
+    asked = WSD(0.01, 0, 0, 5, **form)
+    assert decay_schedule(path, 5) == asked
+    for other in FORMS:
+        if "half_life" in other and "form" in form:
+            with pytest.raises(ValueError, match="half_life belongs to the exponential decay"):
+                decay_schedule(path, 5, **other)
+        elif other:
+            kept = {} if "half_life" in form else form  # what is given would contradict a half-life
+            assert decay_schedule(path, 5, **other) == WSD(0.01, 0, 0, 5, **kept | other)
+
+
 @pytest.mark.parametrize(
     ("step", "sentence"),
     [
@@ -124,7 +150,7 @@ def test_a_schedule_made_from_a_half_life_comes_back(make, tmp_path):
     schedule = WSD(0.01, 0, 4, 4, half_life=2)
     path = make(schedule=schedule).save(tmp_path)
     make(schedule=schedule).load(path)
-    assert decay_schedule(path, 3, half_life=2).final_ratio == 0.5**1.5
+    assert decay_schedule(path, 3, half_life=3).final_ratio == 0.5
 
 
 @dataclass(frozen=True)

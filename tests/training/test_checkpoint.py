@@ -67,8 +67,8 @@ def test_a_number_that_changed_is_told(tmp_path):
 def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for name in ("pipe", "folder"):
-        with pytest.raises(FileExistsError, match=f"{name} is no file but a folder, a pipe or a device"):
+    for name, kind in (("pipe", "a pipe or a device"), ("folder", "a folder")):
+        with pytest.raises(FileExistsError, match=f"{name} is {kind}, which"):
             save_checkpoint(tmp_path / name, {}, {})
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "folder").is_dir()
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call
 
 from minicpm_lite import ModelConfig
@@ -19,7 +20,8 @@ from minicpm_lite.training.curvature import (
     directional_derivatives,
     watch_decay,
 )
-from minicpm_lite.training.objective import Objective
+from minicpm_lite.training.objective import Objective, next_token
+from minicpm_lite.training.processes import processes
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -241,6 +243,38 @@ def test_watching_moves_no_buffers_and_reads_with_those_of_the_update(precision)
     assert (reading.first, reading.second) == directional_derivatives(loss, parts, update)
 
 
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_chance_is_that_of_the_update_and_goes_on_from_there(micro_batch):
+    """Dropout: a reading by hand draws what the update drew, in each of its passes."""
+
+    def run():
+        torch.manual_seed(0)
+        model, objective = nn.Sequential(Centred(), nn.Dropout(0.5)), Objective("sizes", _sizes, len)
+        layout = Layout(micro_batch)
+        return Trainer(model, Rows(), WSD(0.05, 1, 20, 9), TrainerConfig(), objective, layout)
+
+    watched = run()
+    readings = list(watch_decay(watched, 17, every=5))
+    alone = run()
+    alone.train(17, progress=False)
+    assert watched.losses == alone.losses and len(set(alone.losses)) == 17
+    by_hand = run()
+    by_hand.train(9, progress=False)
+    model, chance = copy.deepcopy(by_hand.model), torch.get_rng_state()
+    passes, mean = by_hand.batches[9].split(micro_batch or 8), model[0].mean.clone()
+    by_hand.train(10, progress=False)
+    parts = list(model.parameters())
+    update = [p.detach() - start.detach() for p, start in zip(by_hand.model.parameters(), parts, strict=True)]
+
+    def loss():
+        torch.set_rng_state(chance)
+        model[0].mean = mean.clone()
+        return sum((model(part) - 1).square().mean() for part in passes) / len(passes)
+
+    reading, expected = readings[1], directional_derivatives(loss, parts, update)
+    assert (reading.first, reading.second) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])
 def test_a_reading_is_of_the_passes_of_the_update(micro_batch):
     """With experts each of them minimises its own balance loss, and their mean is not that of the whole."""
@@ -317,6 +351,27 @@ def test_a_reading_takes_two_updates():
     run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG)
     with pytest.raises(ValueError, match="every is 1; a reading takes two updates"):
         next(watch_decay(run, 10, every=1))
+
+
+def test_a_cut_model_is_not_read():
+    """Its parameters stand in no graph; what is gathered of them does."""
+    torch.manual_seed(0)
+    with processes():
+        run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG, layout=Layout(sharded=True))
+        with pytest.raises(ValueError, match=r"The model is cut over processes.*with Layout\(\)"):
+            next(watch_decay(run, 6, every=3))
+    assert run.step == 0
+
+
+def test_a_loss_of_another_module_has_no_derivatives():
+    def loss(model, batch):
+        return next_token.loss(model if run.step < 3 else copy.deepcopy(model), batch)
+
+    torch.manual_seed(0)
+    objective = Objective("another's", loss, next_token.weight)
+    run = Trainer(Decoder(MODEL), TOKENS, WSD(0.01, 1, 3, 20), CONFIG, objective)
+    with pytest.raises(ValueError, match="loss of step 3 has no gradient for any weight of the Decoder"):
+        next(watch_decay(run, 6, every=3))
 
 
 def test_frozen_parameters_have_no_part_in_a_reading():

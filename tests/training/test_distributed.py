@@ -829,6 +829,9 @@ def failures(folder) -> dict:
     note("whole", plain)
     other_text = TokenWindows(TOKENS + rank, 16, 0)  # as of an older copy on another machine
     note("other text", lambda: make(windows=other_text, model=replace(MODEL, vocab_size=42)))
+    placed = make(model=replace(MODEL, vocab_size=42))
+    placed.batches = other_text
+    note("other text in its place", lambda: trained(placed, 1))
     note("other model", lambda: make(model=replace(MODEL, hidden_size=32 + 8 * rank)))
     note("other seed", lambda: make(config=replace(CONFIG, seed=rank)))
     torch.manual_seed(rank)
@@ -921,6 +924,7 @@ def test_an_error_of_one_process_is_everyone_s(answers):
         assert one[f"left on {name}"] == []
     for name, sentence in {
         "text": "What process 1 was given belongs to another text: its checksum is",
+        "text in its place": "What process 1 was given belongs to another text: its checksum is",
         "model": "What process 1 was given belongs to another model config: its hidden_size is 40, this run's is 32.",
         "seed": "What process 1 was given belongs to another trainer config: its seed is 1, this run's is 0.",
         "weights": "embed_tokens.weight of the Decoder differs between the processes",

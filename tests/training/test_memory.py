@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from minicpm_lite import ModelConfig, load_config
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, load_recipe
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.training.memory import count_saved, plan_memory, recompute_blocks
 from minicpm_lite.training.plan import plan_training
 from minicpm_lite.training.processes import processes
@@ -120,3 +122,52 @@ def test_recomputed_blocks_have_the_same_gradients_bit_for_bit():
         after = gradients()
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert less() < kept()
+
+
+class Observed(nn.Module):
+    """A linear layer of what came in, divided by its running size, as training with few bits has it."""
+
+    def __init__(self, linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("size", torch.tensor(1.0))
+        self.register_buffer("seen", torch.tensor(0))
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1  # in place, and anew
+            self.size = self.size.lerp(x.detach().abs().amax(), 0.1)
+        return self.linear(x / self.size)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_block_that_is_computed_again_moves_its_buffers_once(micro_batch):
+    def run(again):
+        torch.manual_seed(0)
+        model = Decoder(replace(MODEL, num_hidden_layers=2))
+        replace_linears(model, lambda name, linear: Observed(linear) if "q_proj" in name else linear)
+        layout = Layout(micro_batch, again)
+        tokens, config = torch.arange(400) % 501, TrainerConfig(2, 8)
+        trainer = Trainer(model, tokens, WSD(0.01, 1, 4, 0), config, layout=layout)
+        trainer.train(progress=False)
+        return trainer
+
+    kept, again = run(False), run(True)
+    assert again.losses == kept.losses
+    for name, held in kept.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], held), name
+    assert again.model.layers[1].self_attn.q_proj.seen == 5 * (2 if micro_batch else 1)
+
+
+def test_a_gradient_may_be_taken_twice_of_blocks_that_are_computed_again():
+    torch.manual_seed(0)
+    model = Decoder(replace(MODEL, num_hidden_layers=1))
+    replace_linears(model, lambda name, linear: Observed(linear) if "q_proj" in name else linear)
+    recompute_blocks(model)
+    loss, weight = model(torch.arange(8)[None]).square().mean(), model.embed_tokens.weight
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in "ab")
+    assert torch.equal(first, second) and model.layers[0].self_attn.q_proj.seen == 1

@@ -76,7 +76,9 @@ def test_lines_of_an_attempt_without_a_checkpoint_are_no_other_run_s(make, tmp_p
     start = latest_checkpoint(tmp_path / "trunk")
     for go_on in (Trainer.branch_from, Trainer.load):
         decay.mkdir()
-        (decay / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 5)))
+        (decay / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": n, "units": 16}) + "\n" for n in range(1, 5))
+        )
         run = make(schedule=decay_schedule(start, 4))
         go_on(run, start)
         trained(run, 8, folder=decay)
@@ -231,6 +233,34 @@ def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "its metrics"
 
 
+@pytest.mark.parametrize(
+    ("files", "foreign"),
+    [
+        ({"metrics.jsonl": '{"epoch": 1, "eval": 0.7}\n{"ep'}, "metrics.jsonl"),
+        ({"metrics.jsonl": '{"step": 1, "eval": 0.7}\n'}, "metrics.jsonl"),
+        ({"metrics.jsonl": '{"epoch": 1}\n', "tokenizer.json": "a model's"}, "metrics.jsonl"),
+        ({"config.json": "{}", "tokenizer.json": "a model's"}, "tokenizer.json"),
+        ({"tokenizer.json": "the run's"}, None),
+        ({"metrics.jsonl": '{"step": 1, "units": 16}\n{"st', "tokenizer.json": "an attempt's"}, None),
+        ({"metrics.jsonl": '{"st', "tokenizer.json": "an attempt's"}, None),
+        ({"metrics.jsonl": "", "notes.txt": "mine"}, None),
+    ],
+)
+def test_what_no_attempt_left_is_not_replaced(make, tmp_path, files, foreign):
+    (tmp_path / "given").write_text("the run's")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    if foreign:
+        with pytest.raises(FileExistsError, match=f"{foreign} lies beside no checkpoint and is not what an"):
+            trained(make(), 1, folder=folder, tokenizer=tmp_path / "given")
+        assert {path.name: path.read_text() for path in folder.iterdir()} == files
+    else:
+        trained(make(), 1, folder=folder, tokenizer=tmp_path / "given")
+        assert len(lines(folder)) == 1 and (folder / "tokenizer.json").read_text() == "the run's"
+
+
 def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
     """Whether it has just branched or is resumed, and whatever the trunk has pruned."""
     trunk = make(schedule=WSD(0.01, 2, 100, 0))
@@ -260,6 +290,23 @@ def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
     assert sorted(checkpoints(tmp_path / "trunk")) == [2, 4, 6, 8], "the trunk goes on"
 
 
+@pytest.mark.parametrize("what", ["text", "seed", "branch"])
+def test_a_save_by_hand_replaces_no_other_run_s(make, tmp_path, what):
+    run = trained(make(schedule=WSD(0.01, 2, 100, 0)), 3)
+    path = run.save(tmp_path)
+    before = (path / "checkpoint.json").read_bytes()
+    if what == "branch":
+        other = make(schedule=decay_schedule(path, 4))
+        other.branch_from(path)
+    else:
+        how = {"text": dict(tokens=torch.arange(900) % 40), "seed": dict(config=replace(CONFIG, seed=1))}
+        other = trained(make(schedule=run.schedule, **how[what]), 3)
+    with pytest.raises(FileExistsError, match="Choose another folder"):
+        other.save(tmp_path)
+    assert (path / "checkpoint.json").read_bytes() == before
+    assert run.save(tmp_path) == path, "its own is replaced"
+
+
 def test_two_programs_do_not_share_a_folder(make, tmp_path):
     with (
         locked(tmp_path),
@@ -269,6 +316,19 @@ def test_two_programs_do_not_share_a_folder(make, tmp_path):
     assert listing(tmp_path) == []
     trained(make(), 2, folder=tmp_path)
     assert listing(tmp_path) == ["metrics.jsonl", "step-00000002"]
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_pruned_by_its_link(make, tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    trained(make(), 2, folder=folder)
+    (folder / "step-00000002").rename(elsewhere)
+    (folder / "step-00000002").symlink_to(elsewhere)
+    (folder / ".step-00000001.pruned").symlink_to(elsewhere)  # of one that was killed
+    run = make()
+    run.load(folder / "step-00000002")
+    trained(run, 5, folder=folder, checkpoint_every=1, keep=2)
+    assert listing(folder) == ["metrics.jsonl", "step-00000004", "step-00000005"]
+    run.load(elsewhere)
 
 
 def test_what_a_process_killed_as_it_pruned_left_is_no_checkpoint(make, tmp_path, monkeypatch):

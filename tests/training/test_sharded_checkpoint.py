@@ -8,11 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import RopeScaling
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.training import trainer as trainer_module
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import (
@@ -21,6 +25,7 @@ from minicpm_lite.training.sharded_checkpoint import (
     load_weights,
     read_facts,
 )
+from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 MODEL = ModelConfig(16, 40, 2, 2, 41, max_position_embeddings=64, scale_depth=1.4, dim_model_base=16)
@@ -79,6 +84,78 @@ def test_weights_can_be_loaded_alone(make, saved):
     for one, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, whole(other))
     assert model.config == MODEL and not any(module.training for module in model.modules())
+
+
+class Ternary(nn.Linear):
+    """Computes with -1, 0 and 1 in its weight's place; names and shapes are those of any linear layer."""
+
+    def forward(self, x):
+        size = self.weight.abs().mean()
+        ternary = (self.weight / size).round().clamp(-1, 1) * size
+        return F.linear(x, self.weight + (ternary - self.weight).detach())
+
+
+class Adapted(nn.Linear):
+    """Has weights of its own beside those of a linear layer."""
+
+    def __init__(self, *sizes, **how) -> None:
+        super().__init__(*sizes, **how)
+        self.own = nn.Parameter(torch.zeros(self.out_features))
+
+    def forward(self, x):
+        return super().forward(x) + self.own
+
+
+@pytest.mark.parametrize("kind", [Ternary, Adapted])
+@pytest.mark.parametrize("which", ["", "layers.1.mlp.down_proj"])
+def test_a_decoder_that_was_changed_inside_is_no_plain_one(make, layout, tmp_path, kind, which):
+    """Its checkpoint is opened by one that was changed as it was, and by no other."""
+
+    def changed(kind):
+        torch.manual_seed(0)
+        model = Decoder(MODEL)
+
+        def change(name, linear):
+            if not name.startswith(which):
+                return linear
+            return kind(linear.in_features, linear.out_features, bias=False)
+
+        replace_linears(model, change)
+        return Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=layout)
+
+    run = changed(kind)
+    run.train(2, progress=False)
+    path, plain = run.save(tmp_path / "changed"), make()
+    with pytest.raises(
+        ValueError, match=f"decoder that was changed inside: .*, of a built-in {kind.__name__}"
+    ):
+        load_weights(path)
+    other = changed({Ternary: Adapted, Adapted: Ternary}[kind])
+    for wrong in (plain, other):
+        with pytest.raises(
+            ValueError, match=f"another choice of parameters: .*of a built-in {kind.__name__}"
+        ):
+            wrong.load(path)
+        assert wrong.step == 0
+    with pytest.raises(ValueError, match="another choice of parameters: .*, this run's is .* of a built-in"):
+        changed(kind).load(plain.save(tmp_path / "plain"))
+    resumed = changed(kind)
+    resumed.load(path)
+    for each in (run, resumed):
+        each.train(4, progress=False)
+    assert resumed.losses == run.losses
+
+
+def test_a_weight_that_a_plain_decoder_has_not_is_not_left_out(layout, tmp_path):
+    """Though each module is of the class that stands there in a plain one."""
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.ones(16))
+    path = Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=layout).save(tmp_path)
+    with pytest.raises(
+        ValueError, match="changed inside: layers.1.self_attn.q_proj.bias is trained in float32"
+    ):
+        load_weights(path)
 
 
 def test_a_longrope_config_comes_back(make, tmp_path):

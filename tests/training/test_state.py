@@ -1,6 +1,7 @@
 """What makes two runs the same, and what a checkpoint holds of any module."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_another_module_is_named_by_class_and_shapes():
         nn.Bilinear(2, 2, 3),
         "another model: its class is 'Bilinear', this run's is 'Linear'",
     )
+
+
+@dataclass
+class Shape:
+    """As transformers' configs are: with what JSON does not take."""
+
+    width: int = 8
+    dtype: torch.dtype = torch.float32
+    activation: Callable = field(default_factory=lambda: lambda x: x)
+
+
+def test_a_module_is_named_by_its_config_too_whatever_that_holds():
+    def module(**fields):
+        module = nn.Linear(2, 3)
+        module.config = Shape(**fields)
+        return module
+
+    require_same_run("run", identity(module()), identity(module()))  # whose functions lie elsewhere
+    for fields, sentence in (
+        ({"width": 9}, "its width is '9', this run's is '8'"),
+        ({"dtype": torch.float16}, "its dtype is 'torch.float16', this run's is 'torch.float32'"),
+    ):
+        refused(module(), module(**fields), f"another config of the module: {sentence}")
 
 
 def test_which_parameters_are_trained_and_in_which_numbers_belongs_to_it():

@@ -27,6 +27,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
+from minicpm_lite.training.batches import WindowBatches
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token, within_documents
 from minicpm_lite.training.optimizer import mup_groups
@@ -385,6 +386,13 @@ def test_a_model_without_weights():
         Trainer(model, TOKENS, SCHEDULE, CONFIG)
 
 
+def test_a_compiled_model_is_refused():
+    """Its checkpoints would name weights as nobody else does."""
+    compiled = torch.compile(Decoder(MODEL), backend="eager")
+    with pytest.raises(ValueError, match=r"what torch.compile made of one.*TrainerConfig\(compile=True\)"):
+        Trainer(compiled, TOKENS, SCHEDULE, CONFIG)
+
+
 def test_a_cut_needs_processes():
     with pytest.raises(ValueError, match="none were joined. Make and train it within `with processes"):
         Trainer(Decoder(MODEL), TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
@@ -421,6 +429,51 @@ def test_a_checkpoint_is_written_at_the_end_into_a_new_folder(tmp_path):
 def test_text_and_lengths_that_do_not_fit_the_model(make_it, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_it()
+
+
+KINDS = {
+    "tokens": lambda windows, size: windows.tokens,
+    "windows": lambda windows, size: windows,
+    "batches": WindowBatches,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_may_be_given_as_any_kind_at_the_door_and_later(kind):
+    """The updates are the same; and what does not fit is refused at both places."""
+
+    other = TOKENS.flip(0)
+
+    def given(tokens=other, length=16, size=4):
+        return KINDS[kind](TokenWindows(tokens, length, 0), size)
+
+    whole, changed = Trainer(make().model, given(), SCHEDULE, CONFIG), make()
+    changed.batches = given()
+    assert changed.batches.identity() == whole.batches.identity() != make().batches.identity()
+    for run in (whole, changed):
+        run.train(3, progress=False)
+    assert_same(whole, changed)
+    refused = {"ids from 1 to 40; the model knows 0 to 39": lambda: given(TOKENS + 1)}
+    if kind != "tokens":
+        refused["windows predict 8 tokens each, and sequence_length is 16"] = lambda: given(length=8)
+    if kind == "batches":
+        refused["batches are of 8 windows, and batch_size is 4"] = lambda: given(size=8)
+    for sentence, wrong in refused.items():
+        with pytest.raises(ValueError, match=sentence):
+            Trainer(make().model, wrong(), SCHEDULE, CONFIG)
+        before = changed.batches
+        with pytest.raises(ValueError, match=sentence):
+            changed.batches = wrong()
+        assert changed.batches is before
+
+
+def test_what_is_read_is_none_of_these_kinds():
+    run = make()
+    for wrong in (TOKENS.tolist(), "text", None):
+        with pytest.raises(
+            ValueError, match=f"batches are a {type(wrong).__name__}; expected tokens, shards"
+        ):
+            run.batches = wrong
 
 
 def test_a_run_that_blows_up_says_where():
@@ -1087,19 +1140,27 @@ def test_what_was_made_before_a_batch_that_cannot_be_read_is_kept(tmp_path, erro
         assert run.losses == whole.losses and run.step == 10
 
 
-def test_an_error_of_the_objective_is_perhaps_one_process_s_alone(tmp_path):
-    """Those that train on would not save with it, so it ends at once."""
+@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_was_made_before_an_error_of_the_objective_is_kept(tmp_path, error, sharded):
+    """One process need not ask others whether they save, too."""
 
     def failing(model, batch):
-        if run.step == 5:
-            raise FloatingPointError("a guard of one's own")
+        if run.step == 5 and not mended:
+            raise error("of one's own")
         return _spread(model, batch)
 
-    run = poisoned()
-    run.objective = replace(run.objective, loss=failing)
-    with pytest.raises(FloatingPointError, match="a guard of one's own"):
-        run.train(folder=tmp_path, progress=False)
-    assert run.step == 5 and not checkpoints(tmp_path)
+    with processes() if sharded else nullcontext():
+        run, whole = (poisoned(layout=Layout(sharded=sharded)) for _ in "ab")
+        run.objective, mended = replace(run.objective, loss=failing), False
+        with pytest.raises(error, match="of one's own"):
+            run.train(folder=tmp_path, progress=False)
+        assert run.step == 5 and list(checkpoints(tmp_path)) == [5]
+        mended = True
+        whole.load(latest_checkpoint(tmp_path))
+        for each in (run, whole):
+            each.train(progress=False)
+        assert run.losses == whole.losses
 
 
 @pytest.mark.parametrize("first", [Poisoned(1), Unreadable(1, value=OSError("a disk"))])

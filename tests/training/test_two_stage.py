@@ -1,11 +1,13 @@
 """A run through coarse data, a mixed decay and answers alone; what a model makes of held-out questions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minicpm_lite import ModelConfig
+from minicpm_lite.config import RopeScaling
 from minicpm_lite.data.conversations import ConversationWindows, EncodedExample, packed_windows
 from minicpm_lite.data.mixtures import MixtureWindows
 from minicpm_lite.data.windows import TokenWindows, Windows
@@ -94,6 +96,34 @@ def test_padding_changes_nothing():
         assert token_losses(model, row).sum().item() == pytest.approx(alone.total_loss.item(), rel=1e-5)
     assert together.tokens.tolist() == [2, 3, 1]
     assert together.loss == pytest.approx(together.total_loss.sum().item() / 6)
+
+
+SCALINGS = {
+    "plain": None,
+    "yarn": RopeScaling("yarn", 8, factor=4.0),
+    "dynamic": RopeScaling("dynamic", 8, factor=2.0),
+    "longrope": RopeScaling("longrope", 8, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 3.0, 9.0)),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_an_example_scores_the_same_whatever_shares_its_batch(kind):
+    """Also where the rotary frequencies follow the length of the text: on both sides of its border."""
+    torch.manual_seed(0)
+    model = Decoder(replace(MODEL, rope_scaling=SCALINGS[kind], init_std=0.3))
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 8, (30, 2), generator=generator).tolist()
+    drawn = [torch.randint(30, (sum(size),), generator=generator).tolist() for size in sizes]
+    asked = [EncodedExample(tuple(ids[:n]), tuple(ids[n:])) for ids, (n, _) in zip(drawn, sizes, strict=True)]
+    assert {8, 9, 10} <= set(map(len, asked))
+    alone = [score_answers(model, [example]) for example in asked]
+    for batch_size in (1, 4, 64):
+        together = score_answers(model, asked, batch_size)
+        for place, one in enumerate(alone):
+            assert together.total_loss[place].item() == pytest.approx(one.total_loss.item(), rel=1e-5)
+            assert together.tokens[place] == one.tokens and together.exact[place] == one.exact
+    by_hand = token_losses(model, packed_windows([[asked[0]]], len(asked[0]))).sum().item()
+    assert alone[0].total_loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("answer", [(3,), (3, 4)])

@@ -16,6 +16,7 @@ from minicpm_lite import load_config
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import context_only, next_token_loss
+from minicpm_lite.training.memory import recompute_blocks
 from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.wind_tunnel import (
     LossSurface,
@@ -95,6 +96,14 @@ def test_coordinate_check_counts_and_leaves_no_hooks():
     fresh = Decoder(shape(24))
     before = fresh(WINDOW[:, :-1]).abs().mean().item()
     assert coordinate_check(fresh, WINDOW, 0.01, updates=1)["logits"][0] == pytest.approx(before)
+
+
+def test_a_model_that_computes_blocks_again_has_the_same_sizes():
+    """The second time, in the backward pass, nothing is noted."""
+    kept, again = (Decoder(shape(24)) for _ in "ab")
+    again.load_state_dict(kept.state_dict())
+    recompute_blocks(again)
+    assert coordinate_check(again, WINDOW, 0.01) == coordinate_check(kept, WINDOW, 0.01)
 
 
 # 2. The batch law
@@ -304,6 +313,14 @@ def test_conditional_losses_count_the_answer_alone():
     assert not losses.requires_grad
 
 
+def test_a_model_that_is_in_training_is_scored_as_one_that_is_not():
+    model = Decoder(shape(24))
+    model.norm = torch.nn.Sequential(model.norm, torch.nn.Dropout(0.5))
+    contexts, answers = WINDOW[:, :4], WINDOW[:, 4:7]
+    found = conditional_losses(model.train(), contexts, answers)
+    assert model.training and torch.equal(found, conditional_losses(model.eval(), contexts, answers))
+
+
 @settings(deadline=None)
 @given(middle=st.floats(3.5, 5), slope=st.floats(0.5, 6), chance=st.sampled_from([0.0, 0.25, 0.5]))
 def test_a_sigmoid_is_found_again_and_inverted(middle, slope, chance):
@@ -357,6 +374,9 @@ def test_a_sigmoid_that_forgets_chance_is_off():
         (lambda: TRUE.optimal(-1), "flops is -1"),
         (lambda: LossSurface(0, 1, 1, 1, 1).optimal(9), "does not fall with both N and D"),
         (lambda: fit_sigmoid([3, 4], [0.5, 0.4]), "at least 3 different losses; there are 2"),
+        (lambda: fit_sigmoid([1, 2, 3, 4], [0.1, 0.4, 0.6, 0.9]), "Accuracy does not fall with the loss"),
+        (lambda: fit_sigmoid([1, 2, 3, 4], [0.5] * 4), "Accuracy does not fall with the loss"),
+        (lambda: fit_sigmoid([1, 2, 3], [0.25, 0.3, 0.4], chance=0.25), "Accuracy does not fall with the"),
         (lambda: fit_sigmoid([3, 4, 5], [50, 40, 30]), "give parts, not per cent"),
         (lambda: fit_sigmoid([3, 4, 5], [0.5, 0.4, 0.3], chance=1), "expected 0 <= chance < ceiling <= 1"),
         (lambda: Sigmoid(3, 1, 0.25).inverse(0.2), "runs between 0.25 and 1.0"),

@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return 1 if found else 0
         if options.command == "grade":
+            if options.csv and options.csv.is_dir():  # said before minutes of grading
+                raise FileExistsError(f"--csv is {options.csv}, a folder; give the name of a file.")
             found = grade(options.folder, paths, options.seconds)
             print(table(found))
             if options.csv:

@@ -412,6 +412,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "\n'=cmd.ipynb," in text
     assert main(["grade", "nowhere"]) == 2
     assert "There is no notebook and no folder at nowhere" in capsys.readouterr().err
+    assert main(["grade", "in", "--csv", "in"]) == 2, "before anything is graded"
+    assert "--csv is in, a folder; give the name of a file" in capsys.readouterr().err
 
 
 def test_the_example_holds():
