@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 from ..files import locked, written_whole
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, panics_as_errors
 
 __all__ = ["TOKENIZER", "Shards", "is_tokenizer", "tokenizer_checksum", "write_shards"]
 
@@ -68,10 +68,11 @@ def is_tokenizer(file: Path, checksums: Collection[int]) -> bool:
     if zlib.crc32(file.read_bytes()) in checksums:
         return True
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_file(str(file))
+        return tokenizer_checksum(tokenizer) in checksums
     except Exception:  # the package raises plain Exception
         return False
-    return tokenizer_checksum(tokenizer) in checksums
 
 
 def write_shards(
