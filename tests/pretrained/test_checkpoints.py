@@ -469,6 +469,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_paths_as_people_write_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="is the working directory"):
+        save_pretrained(make_model(OURS["llama"]), ".")
     save_pretrained(make_model(OURS["llama"]), "~/model")
     assert os.listdir(tmp_path) == ["model"]
     assert load_pretrained("~/model").config == load_pretrained("model").config
