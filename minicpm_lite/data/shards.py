@@ -101,7 +101,8 @@ def write_shards(
         ValueError: an id outside the vocabulary, something that is no array of whole numbers, an end that is
             no id or that no array holds, no token, or a vocabulary smaller than the tokenizer's or larger
             than 32 bits hold.
-        FileExistsError: the folder already holds something, or another program is writing it.
+        FileExistsError: the folder already holds something or is the working directory, or another program is
+            writing it.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
     require_positive_integer("vocab_size", vocab_size)

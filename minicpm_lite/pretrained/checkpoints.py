@@ -243,7 +243,7 @@ def save_pretrained(
         UserWarning: texts of the model end at an ordinary token of the tokenizer.
 
     Raises:
-        FileExistsError: the folder holds something, or another program writes it.
+        FileExistsError: the folder holds something or is the working directory, or another program writes it.
         ValueError: the family computes something else than the model, the model was changed inside, or the
             tokenizer gives ids that the model does not know.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing is left.
