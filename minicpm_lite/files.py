@@ -34,7 +34,8 @@ def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: a folder has the name of the file, a file that of the folder, or a pipe or a device
-            either's, or a file system is mounted there; such are never replaced.
+            either's, or a file system is mounted there, or the program stands in that folder; such are never
+            replaced.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing has changed.
 
     >>> import tempfile
@@ -50,6 +51,10 @@ def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
     if path.exists() and path.is_dir() != folder:
         there, asked = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
         raise FileExistsError(f"{path} is {there}, which {asked} does not replace; give another name.")
+    if path.is_dir() and path.samefile(os.curdir):  # whoever stands there would be in a folder that is gone
+        raise FileExistsError(
+            f"{path} is the working directory, which cannot be replaced; give the name of something in it."
+        )
     if path.is_mount():
         raise FileExistsError(
             f"A file system is mounted at {path}, which cannot be replaced; give the name of something in it."

@@ -146,6 +146,23 @@ def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
     assert names(tmp_path) == ["folder"]
 
 
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    """The program, and the shell that started it, would stand in a folder that is gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(".")
+    for path in (tmp_path, Path("."), tmp_path / "link"):
+        with (
+            pytest.raises(FileExistsError, match="is the working directory, which cannot be replaced"),
+            written_whole(path, folder=True),
+        ):
+            raise AssertionError("it was begun")
+    (tmp_path / "link").unlink()
+    assert names(tmp_path) == [] == names(Path.cwd())
+    with written_whole("shards", folder=True) as beside:
+        beside.mkdir()
+    assert names(tmp_path) == ["shards"]
+
+
 KILLED = """
 import os, signal, sys
 from minicpm_lite.files import locked, written_whole

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 from ..files import locked, written_whole
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, panics_as_errors
 
 __all__ = ["TOKENIZER", "Shards", "is_tokenizer", "tokenizer_checksum", "write_shards"]
 
@@ -68,10 +68,11 @@ def is_tokenizer(file: Path, checksums: Collection[int]) -> bool:
     if zlib.crc32(file.read_bytes()) in checksums:
         return True
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_file(str(file))
+        return tokenizer_checksum(tokenizer) in checksums
     except Exception:  # the package raises plain Exception
         return False
-    return tokenizer_checksum(tokenizer) in checksums
 
 
 def write_shards(
@@ -100,7 +101,8 @@ def write_shards(
         ValueError: an id outside the vocabulary, something that is no array of whole numbers, an end that is
             no id or that no array holds, no token, or a vocabulary smaller than the tokenizer's or larger
             than 32 bits hold.
-        FileExistsError: the folder already holds something, or another program is writing it.
+        FileExistsError: the folder already holds something or is the working directory, or another program is
+            writing it.
         OSError: it cannot be written, or the disk is full; nothing is left behind.
     """
     require_positive_integer("vocab_size", vocab_size)

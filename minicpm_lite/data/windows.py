@@ -34,7 +34,7 @@ from ..config import require_positive_integer
 from ..language.scoring import readable
 from .shards import Shards
 
-__all__ = ["Permutation", "TokenWindows", "Windows", "batch_of"]
+__all__ = ["Permutation", "TokenWindows", "Windows", "batch_of", "require_stream"]
 
 _MASK = (1 << 64) - 1
 _KINDS = (torch.int64, torch.int32, torch.int16)
@@ -82,6 +82,24 @@ def batch_of(windows: Windows, step: int, batch_size: int) -> Int[Tensor, "batch
     return torch.stack([windows[index] for index in range(step * batch_size, (step + 1) * batch_size)])
 
 
+def require_stream(tokens: Int[Tensor, " tokens"] | Shards) -> None:
+    """Refuse what is no stream of token ids.
+
+    Raises:
+        TypeError: neither a tensor nor shards, such as a list of ids.
+        ValueError: a tensor of other numbers.
+    """
+    if not isinstance(tokens, Tensor | Shards):
+        raise TypeError(
+            f"The stream is of type {type(tokens).__name__}; expected a tensor of token ids, "
+            "torch.as_tensor(ids), or Shards."
+        )
+    if isinstance(tokens, Tensor) and tokens.dtype not in _KINDS:
+        raise ValueError(
+            f"The stream is of type {tokens.dtype}; expected int64, int32 or int16: tokens.long()."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
     """A stream of tokens, in memory or in shards, cut into windows.
@@ -106,15 +124,7 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
-        if not isinstance(self.tokens, Tensor | Shards):
-            raise TypeError(
-                f"The stream is of type {type(self.tokens).__name__}; expected a tensor of token ids, "
-                "torch.as_tensor(ids), or Shards."
-            )
-        if isinstance(self.tokens, Tensor) and self.tokens.dtype not in _KINDS:
-            raise ValueError(
-                f"The stream is of type {self.tokens.dtype}; expected int64, int32 or int16: tokens.long()."
-            )
+        require_stream(self.tokens)
         if self._in_epoch < 1:
             raise ValueError(
                 f"{getattr(self.tokens, 'folder', 'The stream')} holds {len(self.tokens)} tokens; windows of "

@@ -20,7 +20,6 @@ Choices, and the traps behind them:
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 from jaxtyping import Int
@@ -86,7 +85,7 @@ def stream(
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
         # not around the whole function: a caller's code runs between its steps
-        with torch.no_grad(), evaluating(model) if model.training else nullcontext():
+        with torch.no_grad(), evaluating(model):
             logits = model(newest, context, last_only=True)[:, -1]
         if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
             raise FloatingPointError(

@@ -47,13 +47,14 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was."""
-    before = [(part, part.training) for part in model.modules()]
-    model.eval()
+    in_training = [part for part in model.modules() if part.training]
+    if in_training:  # `stream` asks at each token
+        model.eval()
     try:
         yield
     finally:
-        for part, training in before:
-            part.training = training
+        for part in in_training:
+            part.training = True
 
 
 def token_losses(

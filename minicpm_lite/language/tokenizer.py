@@ -31,7 +31,8 @@ import json
 import re
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
@@ -51,6 +52,7 @@ __all__ = [
     "fast_tokenizer",
     "leaves_out",
     "misread_tokens",
+    "panics_as_errors",
     "reading_all_as_text",
     "require_several",
     "require_text",
@@ -371,7 +373,8 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
 
     Raises:
         TypeError: something else was given.
-        ValueError: a letter was added that stands for a byte in the vocabulary; texts would lose it.
+        ValueError: a letter was added that stands for a byte in the vocabulary; texts would lose it. Or what
+            is put around texts has no id.
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> tokenizer.enable_truncation(2)
@@ -394,7 +397,14 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
             )
     cuts = tokenizer.truncation or tokenizer.padding or tokenizer.encode_special_tokens
     by_chance = bool(getattr(tokenizer.model, "dropout", None))
-    around = tokenizer.post_processor.process(_ONE_TOKEN) if tokenizer.post_processor else _ONE_TOKEN
+    try:
+        with panics_as_errors():
+            around = tokenizer.post_processor.process(_ONE_TOKEN) if tokenizer.post_processor else _ONE_TOKEN
+    except ValueError as error:
+        raise ValueError(
+            f"The tokenizer's post-processor cannot be applied to a text ({error}). Does it name a token "
+            "without its id?"
+        ) from None
     front = around.special_tokens_mask.index(0)
     closes = len(around.ids) > front + 1
     if not (cuts or by_chance or closes):
@@ -415,6 +425,17 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
         single = [*(each["id"] for each in before), "$A"]
         whole.post_processor = processors.TemplateProcessing(single, special_tokens=before)
     return whole
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise as a ValueError what `tokenizers` panics with, whose class is no Exception and in no module."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
 
 
 def misread_tokens(tokenizer: Tokenizer) -> dict[int, str]:

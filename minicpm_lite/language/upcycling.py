@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import MixtureConfig, require_positive_number
 from .decoder import Decoder, require_plain
 from .moe import MixtureOfExperts
+from .scoring import evaluating
 
 __all__ = ["balance_loss", "expert_load", "num_active_parameters", "router_probabilities", "upcycle"]
 
@@ -52,7 +53,8 @@ def router_probabilities(
         for mixture in _mixtures(model)
     ]
     try:
-        model(ids)
+        with evaluating(model):
+            model(ids)
     finally:
         for hook in hooks:
             hook.remove()

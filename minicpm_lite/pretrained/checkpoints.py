@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from ..config import LARGEST_VOCABULARY, ModelConfig, list_configs, require_positive_integer
 from ..files import locked, written_whole
 from ..language.decoder import Decoder, require_plain
-from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, panics_as_errors
 from ..language.writing import warn_of_ordinary_ends
 from ..optional import require
 from .added_tokens import ADDED_TOKENS_FILES, read_added_tokens
@@ -118,10 +118,11 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
     """The tokenizer of a ``tokenizer.json``, under whatever name; as `load_tokenizer` gives it.
 
     Raises:
-        ValueError: the file is damaged, or something else.
+        ValueError: the file is damaged, or something else, or gives two tokens one id.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not a tokenizer.json of the tokenizers package: {reason}") from None
@@ -129,7 +130,17 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
         raise ValueError(
             f"{file} gives a token the id {largest:,}; expected less than {LARGEST_VOCABULARY:,}."
         )
-    return fast_tokenizer(tokenizer)
+    names: dict[int, str] = {}
+    for name, token in tokenizer.get_vocab().items():
+        if (other := names.setdefault(token, name)) != name:
+            raise ValueError(
+                f"{file} gives {shown(min(name, other))} and {shown(max(name, other))} the same id, {token}; "
+                "expected an id of its own for each token."
+            )
+    try:
+        return fast_tokenizer(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_chat_template(path_or_id: str | Path) -> str | None:
@@ -232,7 +243,7 @@ def save_pretrained(
         UserWarning: texts of the model end at an ordinary token of the tokenizer.
 
     Raises:
-        FileExistsError: the folder holds something, or another program writes it.
+        FileExistsError: the folder holds something or is the working directory, or another program writes it.
         ValueError: the family computes something else than the model, the model was changed inside, or the
             tokenizer gives ids that the model does not know.
         OSError: the folder above is missing or cannot be written, or the disk is full; nothing is left.

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
 from ..data.shards import Shards
-from ..data.windows import Windows
+from ..data.windows import Windows, require_stream
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, readable
 from ..runtime import calm_threads
@@ -407,7 +407,7 @@ class Trainer:
         return passes, units, seen % 2**32
 
     @torch.no_grad()
-    def evaluate(self, tokens: Int[Tensor, " tokens"], batch_size: int = 32) -> float:
+    def evaluate(self, tokens: Int[Tensor, " tokens"] | Shards, batch_size: int = 32) -> float:
         """Mean loss over a held-out stream, cut into windows of the training length; in nats a token.
 
         Processes of a model that is cut call it together, with as many tokens each.
@@ -419,9 +419,11 @@ class Trainer:
         was, training or not.
 
         Raises:
-            ValueError: the stream is too short, holds ids that the model does not know, or nothing that is
-                predicted; or processes were given streams of other lengths.
+            TypeError: neither a tensor nor shards, such as a list of ids.
+            ValueError: the stream is too short, holds no whole numbers, ids that the model does not know, or
+                nothing that is predicted; or processes were given streams of other lengths.
         """
+        require_stream(tokens)
         require_positive_integer("batch_size", batch_size)
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)

@@ -86,6 +86,15 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path):
     assert Shards(tmp_path / "disk")[:].tolist() == TOKENS.tolist()
 
 
+def test_the_working_directory_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unread = iter([TOKENS])
+    with pytest.raises(FileExistsError, match="is the working directory"):
+        write_shards(".", unread, 1000)
+    assert list(unread) and not any(tmp_path.iterdir())
+    assert len(write_shards("x", [TOKENS], 1000)) == len(TOKENS)
+
+
 def test_shards_are_plain_npy_files(folder):
     assert (
         np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]).tolist() == TOKENS.tolist()

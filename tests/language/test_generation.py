@@ -459,3 +459,12 @@ def test_a_model_that_is_in_training_writes_as_one_that_is_not():
     assert all(modes) and all(part.training for part in model.modules())
     assert torch.equal(written, generate(model.eval(), ids, 8, stop_ids=()))
     assert not model.training
+
+
+def test_a_part_in_training_within_a_model_that_is_not_draws_nothing():
+    """As what `replace_linears` put into a model that was read, until someone calls eval()."""
+    model, ids = with_dropout(WRITER), make_ids(WRITER, 2, 5)
+    alone = generate(model.eval(), ids, 8, stop_ids=())
+    model.layers[0].mlp.down_proj.train()
+    assert torch.equal(generate(model, ids, 8, stop_ids=()), alone)
+    assert model.layers[0].mlp.down_proj.training and not model.training

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import DENSE, FIVE_EXPERTS, SPARSE, changed_inside, make_ids, make_model
+from small_models import DENSE, FIVE_EXPERTS, SPARSE, WithDropout, changed_inside, make_ids, make_model
 from torch.testing import assert_close
 
 from minicpm_lite import load_config
 from minicpm_lite.config import MixtureConfig
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.moe import load_balance_loss
 from minicpm_lite.language.scoring import next_token_loss
 from minicpm_lite.language.upcycling import (
@@ -164,3 +165,12 @@ def test_counting_the_load_leaves_the_balance_loss_of_the_last_step():
     before = balance_loss(model)
     expert_load(model, ids.flip(1))
     assert balance_loss(model).requires_grad and torch.equal(balance_loss(model), before)
+
+
+def test_the_load_of_a_model_in_training_is_that_of_one_that_is_not():
+    """A router may have an adapter with dropout."""
+    model, ids = make_model(SPARSE), make_ids(SPARSE, 3, 11)
+    replace_linears(model, lambda name, linear: WithDropout(linear))
+    found = router_probabilities(model.train(), ids), expert_load(model, ids)
+    assert all(part.training for part in model.modules())
+    assert_close(found, (router_probabilities(model.eval(), ids), expert_load(model, ids)), rtol=0, atol=0)

@@ -19,6 +19,7 @@ import minicpm_lite
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.packages import smollm2_file
+from minicpm_lite.data.shards import is_tokenizer
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.multipliers import fold_to_llama
@@ -30,6 +31,7 @@ from minicpm_lite.pretrained.checkpoints import (
     load_pretrained,
     load_special_tokens,
     load_tokenizer,
+    read_tokenizer,
     save_pretrained,
 )
 
@@ -467,6 +469,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_paths_as_people_write_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="is the working directory"):
+        save_pretrained(make_model(OURS["llama"]), ".")
     save_pretrained(make_model(OURS["llama"]), "~/model")
     assert os.listdir(tmp_path) == ["model"]
     assert load_pretrained("~/model").config == load_pretrained("model").config
@@ -768,6 +772,38 @@ def test_a_tokenizer_of_a_folder(saved):
     (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         load_tokenizer(saved)
+
+
+def give_two_tokens_one_id(described: dict) -> None:
+    described["model"]["vocab"]["L"] = described["model"]["vocab"]["e"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            lambda d: d["post_processor"]["special_tokens"].clear(),
+            r"json: The tokenizer's post-processor cannot be applied .* Does it name a token without its id\?",
+        ),
+        (
+            lambda d: d["model"].update(continuing_subword_prefix="é"),
+            "json is not a tokenizer.json of the tokenizers package: ",
+        ),
+        (give_two_tokens_one_id, "json gives 'L' and 'e' the same id, 68; expected an id of its own"),
+    ],
+)
+def test_a_tokenizer_at_which_the_package_panics_or_stumbles_is_refused_by_name(damage, sentence, tmp_path):
+    tokenizer = train_tokenizer("the cat and the hat", 262)
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 262)])
+    described, file = json.loads(tokenizer.to_str()), tmp_path / "t.json"
+    file.write_text(json.dumps(described))
+    assert read_tokenizer(file).encode("the").ids == tokenizer.encode("the").ids
+    damage(described)
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=sentence):
+        read_tokenizer(file)
+    assert not is_tokenizer(file, [0])
 
 
 def listing(*tokens: str, first: int) -> str:

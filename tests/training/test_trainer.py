@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,6 +301,16 @@ def test_evaluation_refuses_what_it_cannot_measure():
         run.evaluate(torch.arange(100))
     with pytest.raises(ValueError, match="batch_size is 0"):
         run.evaluate(TOKENS, batch_size=0)
+
+
+def test_evaluation_refuses_what_is_no_stream(monkeypatch):
+    run = make()
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(ValueError, match=r"of type torch.float32; expected int64"):
+        run.evaluate(TOKENS + 0.7)
+    for ids in (TOKENS.tolist(), TOKENS.numpy()):
+        with pytest.raises(TypeError, match=r"expected a tensor of token ids, torch.as_tensor"):
+            run.evaluate(ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
