@@ -48,8 +48,7 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was."""
     in_training = [part for part in model.modules() if part.training]
-    if in_training:  # `stream` asks at each token
-        model.eval()
+    model.eval()
     try:
         yield
     finally:
