@@ -1,4 +1,4 @@
-"""The stream as it grows, by formula and by hooks; decoders folded to a Llama."""
+"""The stream as it grows, by formula and by hooks; its free scale; decoders folded to a Llama."""
 
 import math
 from dataclasses import replace
@@ -67,6 +67,32 @@ def test_with_the_multiplier_the_depth_cancels():
     assert math.isclose(without[1] / without[0], 64 / 4, rel_tol=0.35)
 
 
+# The free scale of the stream
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_only_the_ratio_of_the_two_factors_counts(name):
+    model = make_model(FAMILIES[name]).double()
+    config, ids = model.config, make_ids(model.config)
+    depth = config.num_hidden_layers**0.5 if config.scale_depth is None else config.scale_depth
+    for scale_emb in (0.1, 1.0, 40.0):
+        change = scale_emb / config.scale_emb
+        other = Decoder(
+            replace(
+                config,
+                scale_emb=scale_emb,
+                scale_depth=depth * change,
+                rms_norm_eps=config.rms_norm_eps * change**2,
+            )
+        ).double()
+        other.load_state_dict(model.state_dict())
+        assert_close(other(ids), model(ids), atol=1e-6, rtol=1e-6)
+        other = Decoder(replace(other.config, rms_norm_eps=config.rms_norm_eps * change)).double()
+        other.load_state_dict(model.state_dict())
+        assert scale_emb == config.scale_emb or not torch.allclose(other(ids), model(ids), atol=1e-6)
+
+
 # Folding
 
 
@@ -77,8 +103,19 @@ def test_fold_to_llama(name):
     ids = make_ids(model.config)
     folded = fold_to_llama(model)
     assert (folded.config.scale_emb, folded.config.residual_scale, folded.config.width_ratio) == (1, 1, 1)
+    assert folded.config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert folded.num_parameters(embeddings=True) == model.num_parameters(embeddings=True)
+    for folded_table, table in zip(folded.tables, model.tables, strict=True):
+        assert torch.equal(folded_table, table)
     assert_close(folded(ids), model(ids), atol=2e-5, rtol=1e-5)
     assert_close(opened_by_transformers(folded, "llama")(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+
+
+def test_the_model_that_was_folded_stays_as_it_was():
+    model = make_model(GROUPED)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    fold_to_llama(model)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize("training", [True, False])

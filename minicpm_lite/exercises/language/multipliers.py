@@ -1,6 +1,7 @@
 """Checks and quiz of the chapter on the multipliers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import torch
@@ -10,16 +11,19 @@ from ...config import ModelConfig, load_config
 from ...lab.exercises import exercise
 from ...lab.mistakes import same
 from ...lab.quiz import Quiz
+from ...language.decoder import Decoder
 
 
 def _buried(
-    start, attention, feed_forward, layers, scale, power=2, squared=True, offset=0, never=None, drowned=2
-):
+    start, attention, feed_forward, layers, scale, power=2, squared=True, offset=0, never=None, drowned=2,
+    equal=False,
+):  # fmt: skip
     r = 1.0 if scale is None else scale / math.sqrt(layers)
     each = r**power * (attention**2 + feed_forward**2 if squared else attention + feed_forward)
     word = start**2 if squared else start
     for blocks in range(1, layers + 1):
-        if drowned / 2 * blocks * each > word:
+        added = drowned / 2 * blocks * each
+        if added > word or equal and added == word:
             return blocks + offset
     return never
 
@@ -31,6 +35,7 @@ def _buried(
         lambda *given: _buried(*given, power=1),
         lambda *given: _buried(*given, power=0),
         lambda *given: _buried(*given, offset=-1),
+        lambda *given: _buried(*given, equal=True),
         lambda *given: _buried(*given, drowned=4),  # attention and feed-forward counted twice
         lambda *given: _buried(*given, never=given[3]),
         lambda *given: _buried(*given[:4], given[4] and 1.4),
@@ -62,6 +67,9 @@ def buried_after(answer):
     assert answer(3.0, 1.0, 1.0, 4, None) is None, "Four blocks add 8, and there is no fifth: return None."
     assert answer(3.0, 2.0, 1.0, 8, None) == 2, "Attention adds 4 here, the feed-forward network 1."
     assert answer(3.0, 1.0, 2.0, 8, None) == 2, "Attention adds 1 here, the feed-forward network 4."
+    assert answer(2.0, 1.0, 1.0, 4, None) == 3, (
+        "After two blocks 4 has been added to a word of 4: as much, and not more."
+    )
     assert answer(2.0, 1.0, 1.0, 16, 1.5) == 15, "scale_depth is an argument: with 1.5, r is 0.375 here."
 
 
@@ -77,11 +85,13 @@ _START, _END = 1.181, 5.999  # RMS of the stream of the model with 16 blocks, be
         math.sqrt(_START**2 + (_END**2 - _START**2) / 4),
         _START + (_END - _START) / 4,
         math.sqrt((_END**2 - _START**2) / 16),
+        "1.9",
     ),
 )
 def forecast(answer):
     """The part of the blocks is a sixteenth of what it was in the mean square; that of the word stays."""
     expected = math.sqrt(_START**2 + (_END**2 - _START**2) / 16)
+    assert not isinstance(answer, str), f"Expected a number, not the text {answer!r}."
     assert not same(answer, _END / 4, tolerance=0.01), (
         "That divides the whole stream by four. Does the word at its start become smaller, too?"
     )
@@ -91,44 +101,111 @@ def forecast(answer):
     )
 
 
-def _fold(weights, config, table=None, out=None, residual=None, names=("o_proj", "down_proj")):
-    table = config.scale_emb if table is None else table
-    out = 1 / config.width_ratio if out is None else out
-    residual = config.residual_scale if residual is None else residual
-    folded = {
-        name: weight * residual if any(each in name for each in names) else weight
-        for name, weight in weights.items()
-    }
-    tied = weights["embed_tokens.weight"]
-    return folded | {"embed_tokens.weight": tied * table, "lm_head.weight": tied * out}
+@exercise(
+    "other name",
+    wrong=(
+        lambda config, scale_emb: replace(config, scale_emb=scale_emb),
+        lambda config, scale_emb: _renamed(config, scale_emb, power=0),
+        lambda config, scale_emb: _renamed(config, scale_emb, power=1),
+        lambda config, scale_emb: _renamed(config, scale_emb, power=-2),
+        lambda config, scale_emb: _renamed(config, scale_emb, depth=-1),
+        lambda config, scale_emb: _renamed(config, scale_emb, depth=0),
+        lambda config, scale_emb: _renamed(config, scale_emb, without=1.0),
+        lambda config, scale_emb: replace(
+            _renamed(config, scale_emb), scale_depth=config.scale_depth and _renamed(config, 1.0).scale_depth
+        ),
+        lambda config, scale_emb: replace(_renamed(config, scale_emb), dim_model_base=None),
+        lambda config, scale_emb: replace(
+            _renamed(config, scale_emb), init_std=config.init_std * config.scale_emb
+        ),
+    ),
+)
+def other_name(answer):
+    """The same function of the same weights: of the two factors only their ratio counts."""
+    cases = (
+        (_FOLDED[0], 1.0),
+        (_FOLDED[1], 20.0),
+        (replace(_FOLDED[0], scale_emb=3.0, rms_norm_eps=0.04), 12.0),
+        (replace(_FOLDED[0], scale_depth=None, num_hidden_layers=9), 1.0),
+        (replace(_FOLDED[0], scale_emb=1.0, scale_depth=None, num_hidden_layers=16), 12.0),
+    )
+    for config, scale_emb in cases:
+        got, expected = answer(config, scale_emb), _renamed(config, scale_emb)
+        assert isinstance(got, ModelConfig), f"Expected a `ModelConfig`, not {type(got).__name__}."
+        assert math.isclose(got.scale_emb, scale_emb), f"`scale_emb` was to become {scale_emb:g}."
+        assert got.scale_depth is not None, (
+            "Without `scale_depth` r is 1, and here it has to become another number. Which `scale_depth` "
+            "gives r = 1?"
+        )
+        assert math.isclose(got.residual_scale, expected.residual_scale, rel_tol=1e-6), (
+            f"r was {config.residual_scale:.4g} with scale_emb {config.scale_emb:g}, and is now "
+            f"{got.residual_scale:.4g} with {scale_emb:g}: the ratio of the two is another."
+        )
+        assert math.isclose(got.rms_norm_eps, expected.rms_norm_eps, rel_tol=1e-6), (
+            f"`rms_norm_eps` is {got.rms_norm_eps:.4g}. It is added to a mean *square*: by what has that of "
+            "the stream been multiplied?"
+        )
+        changed = [
+            field.name
+            for field in fields(config)
+            if field.name not in ("scale_emb", "scale_depth", "rms_norm_eps")
+            and getattr(got, field.name) != getattr(config, field.name)
+        ]
+        assert not changed, f"`{', '.join(changed)}` has no reason to change."
+
+
+def _renamed(
+    config: ModelConfig, scale_emb: float, power: int = 2, depth: int = 1, without: float | None = None
+) -> ModelConfig:
+    change = scale_emb / config.scale_emb
+    scale_depth = config.scale_depth or without or config.num_hidden_layers**0.5
+    return replace(
+        config,
+        scale_emb=scale_emb,
+        scale_depth=scale_depth * change**depth,
+        rms_norm_eps=config.rms_norm_eps * change**power,
+    )
+
+
+def _fold(weights, config, residual=None, last=None, power=2, ends=("o_proj", "down_proj"), norms=()):
+    residual = config.residual_scale / config.scale_emb if residual is None else residual
+    last = 1 / config.width_ratio if last is None else last
+    folded = {}
+    for name, weight in weights.items():
+        if name == "norm.weight" or any(each in name for each in norms):
+            weight = weight * last
+        elif any(each in name for each in ends):
+            weight = weight * residual
+        folded[name] = weight
+    return folded, config.rms_norm_eps / config.scale_emb**power
 
 
 def _fold_in_place(weights, config):
     for name, weight in weights.items():
         if "o_proj" in name or "down_proj" in name:
-            weight *= config.residual_scale
+            weight *= config.residual_scale / config.scale_emb
     return _fold(weights, config, residual=1.0)
-
-
-def _fold_the_folded(weights, config):
-    return _fold(weights, config, out=config.scale_emb / config.width_ratio)
 
 
 @exercise(
     "mended fold",
     wrong=(
         _fold_in_place,
-        _fold_the_folded,
-        lambda weights, config: _fold(weights, config, out=config.width_ratio),
-        lambda weights, config: _fold(weights, config, names=("o_proj",)),
-        lambda weights, config: _fold(weights, config, residual=config.scale_depth),
-        lambda weights, config: _fold(weights, config, names=("o_proj", "down_proj", "up_proj")),
-        lambda weights, config: _fold(weights, config, table=12),
+        lambda weights, config: _fold(weights, config, power=0),
+        lambda weights, config: _fold(weights, config, power=1),
+        lambda weights, config: _fold(weights, config, norms=("norm",)),
+        lambda weights, config: _fold(weights, config, last=1.0),
+        lambda weights, config: _fold(weights, config, last=config.width_ratio),
+        lambda weights, config: _fold(weights, config, ends=("o_proj",)),
+        lambda weights, config: _fold(weights, config, ends=("o_proj", "down_proj", "up_proj")),
+        lambda weights, config: _fold(weights, config, residual=config.residual_scale),
+        lambda weights, config: _fold(weights, config, residual=config.scale_depth / config.scale_emb),
+        lambda weights, config: _fold(weights, config)[0],
     ),
     without=("fold_to_llama",),
 )
 def mended_fold(answer):
-    """Each multiplier is in the matrix beside it, and the model that was folded is as it was."""
+    """A Llama computes the same with these weights, and the model that was folded is as it was."""
     for number, config in enumerate(_FOLDED):
         weights = _weights(config, number)
         given = {name: weight.clone() for name, weight in weights.items()}
@@ -136,21 +213,32 @@ def mended_fold(answer):
         assert all(torch.equal(given[name], weight) for name, weight in weights.items()), (
             "The weights that were given have changed: the model that they belong to is spoiled."
         )
-        assert isinstance(got, dict), "Expected a dictionary of weights."
-        assert "lm_head.weight" in got, "A Llama whose tables differ needs the second one, `lm_head.weight`."
-        expected = _fold(weights, config)
-        assert set(got) == set(expected), (
-            "The folded model has the weights of the old one, and `lm_head.weight`."
+        assert isinstance(got, tuple | list) and len(got) == 2, (
+            "Expected two things: the dictionary of weights, and the ε of the norms."
         )
-        told = {
-            "lm_head.weight": "The output table is the *old* table, divided by `config.width_ratio`.",
-            "embed_tokens.weight": "The table takes `config.scale_emb`.",
-        }
-        for name, weight in expected.items():
-            assert same(got[name], weight), (
-                told.get(name, f"`{name}` is another than expected.")
-                + " Blocks take `config.residual_scale` in the two matrices that end a branch, in no other."
-            )
+        folded, eps = got
+        assert isinstance(folded, Mapping), f"Expected a dictionary of weights, not {type(folded).__name__}."
+        assert set(folded) - {"lm_head.weight"} == set(weights), (
+            "The folded model has the weights of the old one, and no other."
+        )
+        ids = torch.arange(config.vocab_size)[None]
+        with torch.no_grad():
+            expected = _decoder(weights, config)(ids)
+            llama = replace(
+                config, scale_emb=1.0, scale_depth=None, dim_model_base=None, rms_norm_eps=float(eps),
+                tie_word_embeddings="lm_head.weight" not in folded,
+            )  # fmt: skip
+            logits = _decoder(folded, llama)(ids)
+        assert same(logits, expected), (
+            "A Llama with these weights and this ε computes other logits. Go through the list of what takes "
+            "which factor: the ends of the branches, the last norm, ε."
+        )
+
+
+def _decoder(weights: Mapping[str, Tensor], config: ModelConfig) -> Decoder:
+    decoder = Decoder(config).double()
+    decoder.load_state_dict(dict(weights))
+    return decoder
 
 
 def _rates(
@@ -159,24 +247,21 @@ def _rates(
     lr,
     weight_decay,
     residual=None,
-    table=None,
-    out=None,
+    last=None,
     power=1,
+    norms=("norm.weight",),
     decays=lambda decay, c: decay / c,
 ):
-    residual = config.residual_scale if residual is None else residual
-    table = config.scale_emb if table is None else table
-    out = 1 / config.width_ratio if out is None else out
+    residual = config.residual_scale / config.scale_emb if residual is None else residual
+    last = 1 / config.width_ratio if last is None else last
     rates = {}
     for name in names:
         c, decay = 1.0, weight_decay
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             c = residual
-        elif name == "embed_tokens.weight":
-            c, decay = table, 0.0
-        elif name == "lm_head.weight":
-            c, decay = out, 0.0
-        elif "norm" in name:
+        elif name in norms:
+            c = last
+        if "norm" in name or name == "embed_tokens.weight":
             decay = 0.0
         rates[name] = lr * c**power, decays(decay, c)
     return rates
@@ -190,9 +275,15 @@ def _rates(
         lambda *given: _rates(*given, power=2),  # plain gradient descent
         lambda *given: _rates(*given, decays=lambda decay, c: decay),
         lambda *given: _rates(*given, decays=lambda decay, c: decay * c),
+        lambda *given: _rates(*given, residual=given[1].residual_scale),
         lambda *given: _rates(*given, residual=given[1].scale_depth),
-        lambda *given: _rates(*given, out=given[1].width_ratio),
-        lambda *given: _rates(*given, table=1.0),
+        lambda *given: _rates(*given, last=given[1].width_ratio),
+        lambda *given: _rates(*given, last=1.0),
+        lambda *given: _rates(*given, norms=[name for name in given[0] if "norm" in name]),
+        lambda *given: {
+            name: (rate * given[1].scale_emb if name == "embed_tokens.weight" else rate, decay)
+            for name, (rate, decay) in _rates(*given).items()
+        },
         lambda *given: {
             name: (rate, given[3] if "norm" in name else decay)
             for name, (rate, decay) in _rates(*given).items()
@@ -202,7 +293,7 @@ def _rates(
 def folded_rates(answer):
     """The folded Llama now learns what the MiniCPM learns. Weight decay takes the rate times the decay."""
     for number, (config, lr, decay) in enumerate(zip(_FOLDED, (0.01, 0.02), (0.1, 0.3), strict=True)):
-        names = [*_weights(config, number), "lm_head.weight"]
+        names = list(_weights(config, number))
         got, expected = answer(list(names), config, lr, decay), _rates(names, config, lr, decay)
         assert isinstance(got, dict), f"Expected a dictionary from names to pairs, not {type(got).__name__}."
         assert set(got) == set(expected), "Every name has a rate and a decay, and no other has."
@@ -210,22 +301,22 @@ def folded_rates(answer):
             assert len(got[name]) == 2, f"`{name}`: expected a pair of the rate and the decay."
             assert same(got[name][0], rate, tolerance=1e-9), (
                 f"`{name}`: the rate should be {rate:.4g} and is {float(got[name][0]):.4g}. Which factor was "
-                "folded into this matrix, and how far does it move in a step?"
+                "folded into this weight, and how far does it move in a step?"
             )
             assert same(got[name][1], kept, tolerance=1e-9), (
                 f"`{name}`: its decay is {float(got[name][1]):.4g}. A step of AdamW shrinks a weight by rate "
-                "× decay. By what share did the MiniCPM's matrix shrink? Tables and norms do not decay."
+                "× decay. By what share did the MiniCPM's matrix shrink? The table and norms do not decay."
             )
 
 
 _FOLDED = (
     ModelConfig(
         hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=10,
-        scale_emb=12, scale_depth=1.4, dim_model_base=4,
+        scale_emb=12, scale_depth=1.4, dim_model_base=4, rms_norm_eps=0.01,
     ),
     ModelConfig(
         hidden_size=12, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2, vocab_size=6,
-        scale_emb=5, scale_depth=2, dim_model_base=3,
+        scale_emb=5, scale_depth=2, dim_model_base=3, rms_norm_eps=0.02,
     ),
 )  # fmt: skip
 
@@ -367,8 +458,10 @@ _FITS = replace(
         replace(_FITS, intermediate_size=7000, num_hidden_layers=32),
         replace(_FITS, max_position_embeddings=4096),
         replace(_FITS, scale_depth=None),
+        replace(_FITS, hidden_size=1600, intermediate_size=4800, num_hidden_layers=53, num_attention_heads=1,
+                num_key_value_heads=1),  # one narrow head
     ),
-)
+)  # fmt: skip
 def design(answer):
     """It fits. Now find out what it costs in loss."""
     assert isinstance(answer, ModelConfig), f"Expected a `ModelConfig`, not {type(answer).__name__}."
@@ -382,6 +475,10 @@ def design(answer):
         "to four times was asked for."
     )
     assert answer.head_dim in (64, 128), f"Heads are {answer.head_dim} wide; choose 64 or 128."
+    assert answer.num_attention_heads * answer.head_dim == answer.hidden_size, (
+        f"{answer.num_attention_heads} heads of {answer.head_dim} are not as wide as the model, "
+        f"{answer.hidden_size}."
+    )
     assert answer.num_hidden_layers >= 40, f"{answer.num_hidden_layers} blocks: at least 40 were asked for."
     assert answer.max_position_embeddings >= _PHONE_TOKENS, (
         f"`max_position_embeddings` is {answer.max_position_embeddings:,}: this model refuses the "
@@ -432,24 +529,37 @@ quiz = Quiz(
             "Its part and the lane that it is added to both contain r, which cancels: about 1/√l in block l.",
         ),
         (
-            "Why are the rows of the table not simply drawn twelve times as large?",
+            "Why are the rows of the table not simply drawn twelve times as large, in place of scale_emb?",
             [
                 "They would not fit in bf16",
-                "A multiplier also makes each step on them count twelve times",
+                "They are the output table, too, and all logits would be twelve times as large",
                 "Large numbers cannot be learned",
             ],
             1,
-            "Adam moves a number by about the rate, whatever its size; the multiplier enlarges the step.",
+            "One table serves both ends. (And Adam would move rows that large by a twelfth of their former "
+            "share in a step, as it moves a number by about the rate, whatever its size.)",
         ),
         (
-            "Why can a folded MiniCPM not keep its tables tied?",
+            "scale_emb is set from 12 to 1, scale_depth from 1.4 to 1.4/12, and the ε of the norms divided "
+            "by 144. What does the model do differently?",
             [
-                "Llama does not allow it",
-                "The input table is multiplied, the output table divided",
-                "It would need more memory",
+                "The words weigh less against what the blocks add",
+                "The logits are a twelfth of what they were",
+                "Nothing, neither when it computes nor when it learns",
+            ],
+            2,
+            "The whole stream is a twelfth, and every norm reads its direction: only r / scale_emb counts.",
+        ),
+        (
+            "Two rules keep the sum of all steps the same whatever the depth. With one, the rate divided by "
+            "the start of the ends of the branches falls as 1/√L. What does it lose?",
+            [
+                "Deep models diverge",
+                "The blocks of deep models change ever less of what they began as",
+                "The stream grows with the depth",
             ],
             1,
-            "They take different factors, so they are different tables.",
+            "A step is an ever smaller part of the weight that it changes: the blocks learn lazily.",
         ),
     ]
 )

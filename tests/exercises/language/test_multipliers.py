@@ -14,12 +14,38 @@ from minicpm_lite.language.decoder import Decoder
 def fold_in_double_precision(weights, config):
     """A copy that is changed in place afterwards."""
     folded = {name: weight.double() for name, weight in weights.items()}
-    folded["lm_head.weight"] = folded["embed_tokens.weight"] * config.dim_model_base / config.hidden_size
-    folded["embed_tokens.weight"] *= config.scale_emb
+    folded["norm.weight"] *= config.dim_model_base / config.hidden_size
     for layer in range(config.num_hidden_layers):
         for name in (f"layers.{layer}.self_attn.o_proj.weight", f"layers.{layer}.mlp.down_proj.weight"):
-            folded[name] *= config.scale_depth / config.num_hidden_layers**0.5
-    return folded
+            folded[name] *= config.scale_depth / config.num_hidden_layers**0.5 / config.scale_emb
+    return folded, torch.tensor(config.rms_norm_eps / config.scale_emb**2)
+
+
+def fold_with_two_tables(weights, config, divided="lm_head.weight"):
+    """The stream as large as it was: the input table takes its factor, and the output table is another."""
+    folded = {name: weight.clone() for name, weight in weights.items()}
+    folded["lm_head.weight"] = folded["embed_tokens.weight"].clone()
+    folded["embed_tokens.weight"] *= config.scale_emb
+    folded[divided] /= config.width_ratio
+    for name in folded:
+        if "o_proj" in name or "down_proj" in name:
+            folded[name] *= config.residual_scale
+    return folded, config.rms_norm_eps
+
+
+def fold_dividing_the_last_norm(weights, config):
+    return fold_with_two_tables(weights, config, divided="norm.weight")
+
+
+def another_name_of_a_stream(config, scale_emb):
+    """By way of the ratio."""
+    ratio = config.residual_scale / config.scale_emb
+    return replace(
+        config,
+        scale_emb=scale_emb,
+        scale_depth=ratio * scale_emb * math.sqrt(config.num_hidden_layers),
+        rms_norm_eps=config.rms_norm_eps / config.scale_emb**2 * scale_emb**2,
+    )
 
 
 def buried_in_closed_form(start, attention, feed_forward, layers, scale):
@@ -31,10 +57,9 @@ def buried_in_closed_form(start, attention, feed_forward, layers, scale):
 def rates_as_tensors(names, config, lr, weight_decay):
     """Lists of tensors, from a table of factors."""
     factors = {
-        "embed_tokens": config.scale_emb,
-        "lm_head": config.dim_model_base / config.hidden_size,
-        "o_proj": config.scale_depth / config.num_hidden_layers**0.5,
-        "down_proj": config.scale_depth / config.num_hidden_layers**0.5,
+        "norm": config.dim_model_base / config.hidden_size,
+        "o_proj": config.scale_depth / config.num_hidden_layers**0.5 / config.scale_emb,
+        "down_proj": config.scale_depth / config.num_hidden_layers**0.5 / config.scale_emb,
     }
     rates = {}
     for name in names:
@@ -76,6 +101,9 @@ def equal_by_search_outwards(config, layers):
         (check.folded_rates, rates_as_tensors),
         (check.forecast, torch.tensor(1.9)),
         (check.mended_fold, fold_in_double_precision),
+        (check.mended_fold, fold_with_two_tables),
+        (check.mended_fold, fold_dividing_the_last_norm),
+        (check.other_name, another_name_of_a_stream),
         (
             check.design,
             replace(
