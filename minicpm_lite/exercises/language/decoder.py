@@ -420,6 +420,70 @@ def leaks(answer):
     assert same(answer(_counted, ids[:, :1]), False), "With a single token there is no future to see."
 
 
+def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """The loss of each token but the first."""
+    chances = torch.as_tensor(logits).log_softmax(dim=-1)[:-1]
+    return -chances.gather(1, ids[1:, None]).squeeze(1)
+
+
+@exercise(
+    "answer loss",
+    wrong=(
+        lambda logits, ids, start: _lane_losses(logits, ids)[start:].mean(),  # the answer's own lanes
+        lambda logits, ids, start: _lane_losses(logits, ids).mean(),  # the question counts, too
+        lambda logits, ids, start: _lane_losses(logits, ids)[2:].mean(),
+        lambda logits, ids, start: _lane_losses(logits, ids)[max(start - 1, 0) :].sum(),
+        lambda logits, ids, start: _lane_losses(logits, ids)[max(start - 1, 0) :].mean() / math.log(2),
+        lambda logits, ids, start: _lane_losses(logits, ids)[start - 1 :].mean(),  # -1 is the last
+        lambda logits, ids, start: (
+            _lane_losses(logits, ids)[max(start - 1, 0) :].sum() / (len(ids) - max(start - 1, 0))
+        ),
+        lambda logits, ids, start: -logits.log_softmax(-1)[range(len(ids)), ids][start:].mean(),  # no shift
+        lambda logits, ids, start: (
+            -logits.softmax(-1)[range(len(ids) - 1), ids[1:]][max(start - 1, 0) :].mean()
+        ),
+        lambda logits, ids, start: (
+            -logits.log_softmax(0)[range(len(ids) - 1), ids[1:]][max(start - 1, 0) :].mean()
+        ),
+    ),
+    without=("cross_entropy", "nll_loss", "next_token_loss", "token_losses"),
+)
+def answer_loss(answer):
+    """The token at a position is predicted by the lane before it."""
+    halves = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(7)], [9.0, 0.0]])
+    got = answer(halves, torch.tensor([1, 0, 1, 1]), 2)
+    assert not same(got, math.log(8 / 7)), (
+        "Yours counts the token at 3 alone, which lane 2 was asked for. Who was asked for the token at 2?"
+    )
+    assert not same(got, (math.log(8 / 7) + math.log(1 + math.exp(9))) / 2), (
+        "Yours asks each lane for its own token. It was asked for the next one."
+    )
+    assert same(got, (math.log(4 / 3) + math.log(8 / 7)) / 2), (
+        "Four tokens, and the answer starts at 2. Lane 1 gives the token at 2 a chance of 3/4, lane 2 gives "
+        "the token at 3 one of 7/8: the loss is the average of ln(4/3) and ln(8/7), 0.211 nats. Lane 3 was "
+        "asked for a token that nobody knows."
+    )
+    everything = (math.log(2) + math.log(4 / 3) + math.log(8 / 7)) / 3
+    for start in (1, 0):
+        assert same(answer(halves, torch.tensor([1, 0, 1, 1]), start), everything), (
+            f"With `start` = {start} all tokens count but the first, which no lane was asked for: three of "
+            "four."
+        )
+    assert same(answer(halves, torch.tensor([1, 0, 1, 1]), 3), math.log(8 / 7)), (
+        "With `start` = 3 one token counts, the last, and lane 2 was asked for it."
+    )
+    generator = torch.Generator().manual_seed(0)
+    for tokens, vocabulary, start in ((7, 5, 4), (9, 12, 2)):
+        logits = 3 * torch.randn(tokens, vocabulary, generator=generator)
+        ids = torch.randint(vocabulary, (tokens,), generator=generator)
+        expected = _lane_losses(logits, ids)[start - 1 :].mean()
+        assert same(answer(logits, ids, start), expected), (
+            f"{tokens} tokens of a vocabulary of {vocabulary}, the answer from {start} on: a chance is the "
+            "exponential of a logit divided by the sum over the *vocabulary*, and the logarithm is the "
+            "natural one."
+        )
+
+
 @exercise(
     "block parameters",
     wrong=(

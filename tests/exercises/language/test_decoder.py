@@ -71,9 +71,21 @@ def leaks_by_one_token(model, ids):
     return False
 
 
+def answer_loss_by_steps(logits, ids, start):
+    """In double precision, one token after the other."""
+    total, count = 0.0, 0
+    for position in range(len(ids)):
+        if position >= max(start, 1):
+            row = logits[position - 1].double().exp()
+            total -= math.log(row[ids[position]] / row.sum())
+            count += 1
+    return total / count
+
+
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
+        (check.answer_loss, answer_loss_by_steps),
         (check.window_attention, window_attention),
         (check.share_keys, lambda key, heads: key[[h * len(key) // heads for h in range(heads)]]),
         (check.forecast, {"is": 0.42, "are": torch.tensor(0.43)}),
