@@ -37,9 +37,12 @@ def same(got: object, expected: object, tolerance: float = 1e-5) -> bool:
     mine, theirs = _array(expected), _array(got)
     if mine is None or theirs is None:
         if _is_sequence(expected) and _is_sequence(got):
-            return len(got) == len(expected) and all(map(same, got, expected))
+            return len(got) == len(expected) and all(
+                same(one, other, tolerance) for one, other in zip(got, expected, strict=True)
+            )
         return type(got) is type(expected) and got == expected
-    return mine.shape == theirs.shape and np.allclose(theirs, mine, tolerance, tolerance, equal_nan=True)
+    one_kind = mine.dtype == theirs.dtype and mine.shape == theirs.shape  # complex is no right kind of real
+    return one_kind and np.allclose(theirs, mine, tolerance, tolerance, equal_nan=True)
 
 
 def mistakes(solution: object, unused: Sequence[str] = ()) -> Iterator[tuple[str, Callable]]:
@@ -109,11 +112,13 @@ def _one_off(result: object) -> object:
 def _array(value: object) -> np.ndarray | None:
     """The numbers of a value, in double precision; None if it holds anything else."""
     if isinstance(value, Tensor):
-        return value.detach().cpu().double().numpy()
-    if isinstance(value, np.ndarray):
-        return value.astype(float) if value.dtype.kind in "biuf" else None
-    if isinstance(value, Number | np.generic) and not isinstance(value, complex):
-        return np.array(float(value))
+        value = value.detach().cpu()
+        return (value.cdouble() if value.is_complex() else value.double()).numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        kind = value.dtype.kind
+        return np.asarray(value, complex if kind == "c" else float) if kind in "biufc" else None
+    if isinstance(value, Number):
+        return np.asarray(value, complex if isinstance(value, complex) else float)
     if _is_sequence(value):
         parts = [_array(each) for each in value]
         if all(part is not None for part in parts) and len({part.shape for part in parts}) <= 1:

@@ -39,8 +39,10 @@ def extend_context(
         config: of the model as it was trained, without rope_scaling.
         method: "ntk" or one of the types of `RopeScaling`.
         factor: how many times longer.
-        long_factor: "longrope": what each frequency is divided by beyond the original context; up to it
-            nothing changes. See `search_factors`, or `load_rope_scaling` for released ones.
+        long_factor: "longrope": what each frequency is divided by beyond the original context. Up to it
+            the frequencies stay as they are, but cosine and sine grow with the context, at every length, as
+            they do in released models (see `RopeScaling`). See `search_factors`, or `load_rope_scaling` for
+            released ones.
 
     Raises:
         ValueError: an unknown method, a factor below 1, factors that are missing or not wanted, a config that

@@ -1,6 +1,7 @@
 """Right answers in every style are the same; every mistake is another answer."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -57,6 +58,11 @@ def test_numbers_are_the_same_whatever_holds_them(one, other, numbers):
         ([[1, 2], [3]], [[1, 2], [3]], True),
         ([[1, 2], [3]], [[1, 2], [4]], False),
         ([], [], True),
+        (torch.tensor([1 + 2j]), [1 + 2j], True),
+        (np.array([1 + 2j], np.complex64), torch.tensor([1 + 2j]), True),
+        (torch.tensor([1 + 2j]), torch.tensor([1 - 9j]), False),
+        (Fraction(1, 4), 0.25, True),
+        (np.bool_(True), True, True),
         ("1", 1, False),
         (torch.tensor([True, False]), [1, 0], True),
         (1 + 0j, 1, False),
@@ -100,3 +106,9 @@ def test_mistakes_are_made_of_one_argument_each():
 
 def test_of_a_value_no_mistakes_are_made():
     assert list(mistakes(3)) == []
+
+
+@pytest.mark.parametrize("nested", [lambda number: [[1.0], [1.0, number]], lambda number: [{"loss": number}]])
+def test_the_tolerance_holds_in_every_level(nested):
+    assert same(nested(2.05), nested(2.0), 0.1)
+    assert not same(nested(2.000001), nested(2.0), 1e-9)
