@@ -62,8 +62,8 @@ def window_attention(answer):
     got = answer(zeros, zeros, value, 4)
     assert same(got, [[8.0], [6.0], [6.0], [5.0]]), (
         "Queries of zero, values 8, 4, 6, 2 and a window of 4: all scores are equal, so each token takes the "
-        "plain average of what it may see, 8, then (8 + 4) / 2, and so on. Does yours see the future, or do "
-        "its weights no longer add up to 1?"
+        "plain average of what it may see, 8, then (8 + 4) / 2, and so on. Does yours see the future, do its "
+        "weights no longer add up to 1, or does it pass over the `window` that is given?"
     )
     assert same(answer(zeros, zeros, value, 2), [[8.0], [6.0], [5.0], [4.0]]), (
         "The same with a window of 2: the last token sees 6 and 2, itself included, and their average is 4."
@@ -75,7 +75,8 @@ def window_attention(answer):
         value = torch.randn(tokens, 3, generator=generator)
         assert same(answer(query, key, value, window), _window(query, key, value, window)), (
             f"{tokens} tokens of width {width} with random queries and a window of {window}: the scores are "
-            "products of query and key, divided by the root of *their* width; values may have another one."
+            "products of query and key, divided by the root of *their* width; values may have another one. "
+            "(Nothing that was given may be changed.)"
         )
 
 
@@ -284,6 +285,7 @@ def _looking_back(width: int, base: float, by: float = -1, size: float = 10.0, p
         lambda width, base: _looking_back(width, base, by=-2),
         lambda width, base: _looking_back(width, base, size=0.5),
         lambda width, base: _looking_back(width, base, pairs=1),
+        lambda width, base: _looking_back(width, base, pairs=1, size=100.0),
         lambda width, base: _looking_back(width, 10_000.0),
         lambda width, base: _looking_back(width, base)[::-1],
     ),
@@ -303,10 +305,20 @@ def previous_word(answer):
         before = weights.diagonal(-1)
         worst = 1 + before.argmin().item()
         found = weights[worst].argmax().item()
-        assert before.min() > 0.5, (
+        assert max(query.abs().max(), key.abs().max()) <= 20, (
+            "No number may be above 20 or below -20. With longer vectors one pair alone could do it."
+        )
+        said = (
             f"In a head {width} wide with base {base:,.0f}, token {worst} of 48 gives {before.min():.2f} of "
-            f"its weight to the one before it, and {weights[worst, found]:.2f} to token {found}. When do the "
-            "turned vectors point the same way, in every pair, and how long must they be to win?"
+            "its weight to the one before it"
+        )
+        assert before.min() > 0.5 or found != worst - 1, (
+            f"{said}: the right place, and too little weight. What makes a softmax sharper, and do all pairs "
+            "help?"
+        )
+        assert before.min() > 0.5, (
+            f"{said}, and {weights[worst, found]:.2f} to token {found}. When do the turned vectors point the "
+            "same way, in every pair?"
         )
 
 
@@ -458,7 +470,14 @@ def answer_loss(answer):
     assert not same(got, (math.log(8 / 7) + math.log(1 + math.exp(9))) / 2), (
         "Yours asks each lane for its own token. It was asked for the next one."
     )
-    assert same(got, (math.log(4 / 3) + math.log(8 / 7)) / 2), (
+    right = (math.log(4 / 3) + math.log(8 / 7)) / 2
+    assert not same(got, 2 * right), "Yours is a sum over the answer. The loss is its average."
+    assert not same(got, right / math.log(2)), "Yours is in bits. Nats have the natural logarithm."
+    assert not same(got, -(3 / 4 + 7 / 8) / 2), "Yours averages the probabilities. Where is their logarithm?"
+    assert not same(got, (math.log(2) + math.log(4 / 3) + math.log(8 / 7)) / 3), (
+        "Yours takes the whole text. Only tokens from `start` on count."
+    )
+    assert same(got, right), (
         "Four tokens, and the answer starts at 2. Lane 1 gives the token at 2 a chance of 3/4, lane 2 gives "
         "the token at 3 one of 7/8: the loss is the average of ln(4/3) and ln(8/7), 0.211 nats. Lane 3 was "
         "asked for a token that nobody knows."
@@ -531,7 +550,9 @@ def longest_text(answer):
         vocab_size=8,
     )  # fmt: skip
     got = answer(tiny, 16)
-    assert not same(got, 4), "A token keeps a key *and* a value."
+    assert not same(got, 4), (
+        "A token keeps a key *and* a value, and each of their numbers takes two bytes. Which do you miss?"
+    )
     assert not same(got, 0), (
         "No token fits, by your answer. Only the key-value heads are kept, not all query heads, and their "
         "width stands in the config: 2 numbers here."
