@@ -46,12 +46,16 @@ def _buried(
     ),
 )
 def buried_after(answer):
-    """With the multiplier a word is buried late or never; without it, one block is often enough."""
+    """A word does not last long: two blocks of 40 in a MiniCPM, and one without the multiplier."""
     assert answer(3.0, 1.0, 1.0, 10, None) == 5, (
         "A word of 3 has mean square 9. Each block adds 1 for attention and 1 for the feed-forward network: "
         "8 after four blocks, 10 after five."
     )
     assert answer(1.2, 1.5, 3.8, 40, None) == 1, "1.5² + 3.8² is far more than 1.2²: one block is enough."
+    assert answer(1.2, 1.5, 3.8, 40, 1.4) == 2, (
+        "With a scale_depth of 1.4 and 40 blocks, r² is 0.049: a block adds 0.82 to the mean square, and the "
+        "word has 1.44."
+    )
     assert answer(4.0, 1.0, 3.0, 9, 3.0) == 2, (
         "With scale_depth 3 and 9 blocks r is 1: each block adds 1 + 9 to the mean square, the word has 16."
     )
@@ -466,9 +470,10 @@ def design(answer):
     """It fits. Now find out what it costs in loss."""
     assert isinstance(answer, ModelConfig), f"Expected a `ModelConfig`, not {type(answer).__name__}."
     assert answer.vocab_size == _PHONE.vocab_size, "Keep the vocabulary: 73,440."
-    of_releases = (_PHONE.scale_emb, _PHONE.scale_depth, _PHONE.dim_model_base)
-    assert (answer.scale_emb, answer.scale_depth, answer.dim_model_base) == of_releases, (
-        "Keep the multipliers of the 1.2B: scale_emb=12, scale_depth=1.4, dim_model_base=256."
+    kept_fields = ("scale_emb", "scale_depth", "dim_model_base", "init_std", "tie_word_embeddings")
+    assert all(getattr(answer, name) == getattr(_PHONE, name) for name in kept_fields), (
+        "Keep the multipliers of the 1.2B, and what gives them their meaning, its start and its tied tables: "
+        "scale_emb=12, scale_depth=1.4, dim_model_base=256, init_std=0.1, tie_word_embeddings=True."
     )
     assert 2 <= answer.intermediate_size / answer.hidden_size <= 4, (
         f"The feed-forward width is {answer.intermediate_size / answer.hidden_size:.1f} times the width: two "
