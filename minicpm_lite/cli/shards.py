@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .places import as_path
+
 __all__ = ["shards"]
 
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -13,10 +15,13 @@ _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 def shards(
     texts: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help=".txt or .jsonl files, also with .gz; .parquet")
+        list[Path],
+        typer.Argument(
+            parser=as_path, metavar="FILE...", help=".txt or .jsonl files, also with .gz; .parquet"
+        ),
     ],
-    tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="a tokenizer.json")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
+    tokenizer: Annotated[Path, typer.Option(parser=as_path, metavar="FILE", help="a tokenizer.json")],
+    out: Annotated[Path, typer.Option(parser=as_path, metavar="DIR", help="a new folder")],
     field: Annotated[
         str, typer.Option(metavar="NAME", help="of the text in a .jsonl line or a table")
     ] = "text",

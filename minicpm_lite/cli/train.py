@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..config import MissingBlockError, ModelConfig, TrainingRecipe, load_config, load_recipe
+from .places import as_path
 
 if TYPE_CHECKING:
     from ..data.shards import Shards
@@ -52,13 +53,14 @@ def train(
             help="shards to read; given again, they are mixed by weight",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the run")] = None,
+    out: Annotated[Path | None, typer.Option(parser=as_path, metavar="DIR", help="folder of the run")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")
     ] = False,
     resume_from: Annotated[
         Path | None,
         typer.Option(
+            parser=as_path,
             metavar="CHECKPOINT",
             help="go on from this one; what --out holds must not be later",
         ),
@@ -66,6 +68,7 @@ def train(
     decay_from: Annotated[
         Path | None,
         typer.Option(
+            parser=as_path,
             metavar="CHECKPOINT",
             help="begin at a checkpoint of a stable stage and decay from there; beside --resume, too, when "
             "the decay was stopped",
@@ -467,13 +470,15 @@ def _not_an_end(shards: dict[str, "Shards"], model: ModelConfig) -> str:
 
 def _weighted(source: str) -> tuple[str, float]:
     """Folder and weight of ``folder:weight``; a folder may have a colon in its name, and is taken first."""
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         return source, 1.0
     folder, colon, given = source.rpartition(":")
     try:
         weight = float(given) if colon else 1.0
     except ValueError:
         colon, weight = "", 1.0
+    if not (folder if colon else source):
+        raise ValueError(f"--data {shlex.quote(source)} names no folder; expected shards to read.")
     if not 0 < weight < math.inf:
         raise ValueError(
             f"--data {source} has the weight {given}; expected a finite number above 0. Leave a folder out "
