@@ -12,18 +12,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..config import ModelConfig
-from ..language.decoder import Decoder
+from ..language.decoder import Decoder, changed_inside, own_class
 from .processes import on_each
 from .settings import TrainerConfig
 
@@ -57,25 +54,34 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
         config: the trainer's.
         text: the identity of what is read.
         objective: the name of what is minimised.
+
+    Raises:
+        ValueError: a module keeps state that is no tensor of a checkpoint.
     """
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"{name or 'The model'} keeps a state of its own ({type(module).__name__}.get_extra_state), "
+                "which no checkpoint of a run holds. Keep it in a buffer, by register_buffer."
+            )
     trainer = asdict(config)
     del trainer["compile"]  # decides how, not what
     if isinstance(model, Decoder):
         identity = {"model config": asdict(model.config)}
     else:
         shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
-        identity = {"model": {"class": _own_class(model).__name__, **shapes}}
+        identity = {"model": {"class": own_class(model).__name__, **shapes}}
         if is_dataclass(own_config := getattr(model, "config", None)):  # of which JSON may not take all
             identity["config of the module"] = {
-                field.name: _ADDRESS.sub("", repr(getattr(own_config, field.name, None)))
-                for field in fields(own_config)
+                field.name: _spelled(getattr(own_config, field.name, None)) for field in fields(own_config)
             }
-    changed = _changed_inside(model) if isinstance(model, Decoder) else {}
+    changed = changed_inside(model) if isinstance(model, Decoder) else {}
 
     def built_in(name: str) -> str:
         """Whose weight it is, if that computes with it in another way than a plain decoder."""
-        owners = (changed.get(name[:end]) for end in range(len(name)) if end == 0 or name[end] == ".")
-        return next((f"{BUILT_IN}{owner}" for owner in owners if owner), "")
+        owners = [name[:end] for end in range(len(name)) if end == 0 or name[end] == "."]
+        built_in = [changed[owner][0] for owner in owners if owner in changed]
+        return f"{BUILT_IN}{built_in[0].__qualname__}" if built_in else ""
 
     kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
@@ -86,22 +92,22 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
     return json.loads(json.dumps(identity))
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
-    """A module that is cut has another class, made of FSDP's and its own."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-
-
-def _changed_inside(model: Decoder) -> dict[str, str]:
-    """Modules that a plain decoder does not have in their places, and of what class they are."""
-    plain = _plain_classes(model.config)
-    classes = {name: _own_class(module) for name, module in model.named_modules()}
-    return {name: each.__qualname__ for name, each in classes.items() if each is not plain.get(name)}
-
-
-@cache
-def _plain_classes(config: ModelConfig) -> dict[str, type[nn.Module]]:
-    with torch.device("meta"):
-        return {name: type(module) for name, module in Decoder(config).named_modules()}
+def _spelled(value: object) -> str:
+    """As `repr` has it, and the same in every program: without addresses, and sets in one order."""
+    if type(value) in (set, frozenset, list, tuple) and value:
+        inside = [_spelled(each) for each in value]
+        listed = ", ".join(inside if isinstance(value, list | tuple) else sorted(inside))
+        if type(value) is list:
+            return f"[{listed}]"
+        if type(value) is tuple:
+            return f"({listed}{',' * (len(value) == 1)})"
+        return f"{{{listed}}}" if type(value) is set else f"frozenset({{{listed}}})"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_spelled(key)}: {_spelled(each)}" for key, each in value.items()) + "}"
+    if is_dataclass(value) and not isinstance(value, type):
+        listed = [f"{each.name}={_spelled(getattr(value, each.name))}" for each in fields(value) if each.repr]
+        return f"{type(value).__qualname__}({', '.join(listed)})"
+    return _ADDRESS.sub("", repr(value))
 
 
 def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -> None:
@@ -230,6 +236,10 @@ def checkpoint_shapes(model: nn.Module, updates: Mapping[str, int]) -> dict[str,
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and persistent buffers."""
-    persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    passing = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
     return dict(model.named_parameters()) | buffers

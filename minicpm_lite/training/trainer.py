@@ -119,7 +119,7 @@ class Trainer:
             is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
             ``logits`` of its decoder, since these are what gathers weights.
         batches: a stream of tokens, in memory or in shards; windows; or the batch of each step. Another of
-            these kinds may be put in its place.
+            these kinds may be put in its place, and of the same tokenizer.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
@@ -161,7 +161,9 @@ class Trainer:
         objective: Objective = next_token,
         layout: Layout = Layout(),
     ) -> None:
-        self.model, self.config, self.batches = model, config, batches
+        self._model, self._config, self._layout = model, config, layout
+        self.step = 0
+        self.batches = batches
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
@@ -180,7 +182,7 @@ class Trainer:
         _require_long_enough(model)
         require_own_memory(model)
         own_memory(model)
-        self.schedule, self.objective, self.layout = schedule, objective, layout
+        self.schedule, self.objective = schedule, objective
         self._computing = nullcontext
         if layout.sharded:
             told = {"trainer config": asdict(config), "layout": asdict(layout)}
@@ -193,7 +195,6 @@ class Trainer:
             self._computing = partial(rounded, model)
         self.optimizer = adamw(model, config, schedule.peak_lr)
         self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
-        self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
         self._branched_at: int | None = None
@@ -201,13 +202,20 @@ class Trainer:
         self._interruption = Interruption()
         self._stop: BaseException | None = None
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in ("model", "config", "layout") and name in vars(self):
-            raise AttributeError(
-                f"The {name} of a Trainer stays what it was made with, since its optimizer was made for it. "
-                "Make another Trainer."
-            )
-        super().__setattr__(name, value)
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; the optimizer was made for it, so it stays."""
+        return self._model
+
+    @property
+    def config(self) -> TrainerConfig:
+        """What stays the same over the run."""
+        return self._config
+
+    @property
+    def layout(self) -> Layout:
+        """How the steps are computed, for which the model was prepared."""
+        return self._layout
 
     @property
     def batches(self) -> Batches:
@@ -217,7 +225,11 @@ class Trainer:
     @batches.setter
     def batches(self, batches: Int[Tensor, " tokens"] | Shards | Windows | Batches) -> None:
         shape = self.model.config if isinstance(self.model, Decoder) else None
-        self._batches = fitting_batches(batches, self.config, shape)
+        fitting = fitting_batches(batches, self.config, shape)
+        if self.step:
+            read = self.batches.identity()
+            require_one_tokenizer({"these batches": fitting.identity(), "what this run has read": read})
+        self._batches = fitting
 
     def train(
         self,
@@ -421,13 +433,17 @@ class Trainer:
         Raises:
             TypeError: neither a tensor nor shards, such as a list of ids.
             ValueError: the stream is too short, holds no whole numbers, ids that the model does not know, or
-                nothing that is predicted; or processes were given streams of other lengths.
+                nothing that is predicted, or shards note another tokenizer than those of the run; or
+                processes were given other streams.
         """
         require_stream(tokens)
         require_positive_integer("batch_size", batch_size)
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
-        require_one_run({"call of evaluate": {"number of windows": len(starts), "batch_size": batch_size}})
+        noted = {"tokenizer": tokens.tokenizer if isinstance(tokens, Shards) else None}
+        given = {"number of windows": len(starts), "batch_size": batch_size}
+        require_one_run({"call of evaluate": given, "held-out stream": noted})
+        require_one_tokenizer({"the held-out stream": noted, "the data of this run": self.batches.identity()})
         if not starts:
             raise ValueError(
                 f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."

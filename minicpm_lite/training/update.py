@@ -79,12 +79,13 @@ def update(
             minimised, reported = loss(batch)
             (minimised * (weight / units)).backward()
         total = total + reported.detach() * (weight / units)
-    if not isinstance(model, FSDPModule) and all(weight.grad is None for weight in model.parameters()):
+    trained = [weight for weight in model.parameters() if weight.requires_grad]  # others keep old gradients
+    if not isinstance(model, FSDPModule) and all(weight.grad is None for weight in trained):
         raise ValueError(
             f"No weight of the {type(model).__name__} has a gradient in step {step}: its loss was computed "
             "by another module. Let the objective use the one that it is given."
         )
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
     norm_now = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss_now = add_up(total).item()
     if not (math.isfinite(norm_now) and math.isfinite(loss_now)):

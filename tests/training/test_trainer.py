@@ -28,6 +28,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
+from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training.batches import WindowBatches
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token, within_documents
@@ -290,7 +291,7 @@ def test_another_objective_is_minimised_from_the_next_step_on(compiled, monkeypa
 def test_what_the_optimizer_was_made_for_stays(name):
     run = make()
     before = getattr(run, name)
-    with pytest.raises(AttributeError, match=f"The {name} of a Trainer stays what it was made with"):
+    with pytest.raises(AttributeError, match=f"property '{name}' of 'Trainer' object has no setter"):
         setattr(run, name, before)
     assert getattr(run, name) is before
 
@@ -301,6 +302,32 @@ def test_evaluation_refuses_what_it_cannot_measure():
         run.evaluate(torch.arange(100))
     with pytest.raises(ValueError, match="batch_size is 0"):
         run.evaluate(TOKENS, batch_size=0)
+
+
+def test_one_run_knows_one_tokenizer(tmp_path):
+    """Ids that another one made mean other texts; so it is in evaluation, and where the data are replaced."""
+    folders, shape = {}, replace(MODEL, vocab_size=300)
+    for name, text in (("own", "the cat sat "), ("foreign", "a dog ran by ")):
+        cutter = train_tokenizer(text * 9, 257)
+        for part in ("read", "held out"):
+            ids = torch.randint(0, 40, (500,))
+            folders[name, part] = write_shards(tmp_path / name / part, [ids.numpy()], 300, cutter)
+    run = Trainer(Decoder(shape), folders["own", "read"], SCHEDULE, CONFIG)
+    run.train(2, progress=False)
+    assert math.isfinite(run.evaluate(folders["own", "held out"]) + run.evaluate(TOKENS))
+    sentence = "were cut with different tokenizers; one model knows one"
+    with pytest.raises(ValueError, match=f"the held-out stream and the data of this run {sentence}"):
+        run.evaluate(folders["foreign", "held out"])
+    for batches in (folders["foreign", "read"], TokenWindows(folders["foreign", "read"], 16, 0)):
+        before = run.batches
+        with pytest.raises(ValueError, match=f"these batches and what this run has read {sentence}"):
+            run.batches = batches
+        assert run.batches is before
+    for batches in (folders["own", "held out"], TOKENS):
+        run.batches = batches
+    new = Trainer(Decoder(shape), folders["own", "read"], SCHEDULE, CONFIG)
+    new.batches = folders["foreign", "read"]  # of which nothing was read yet
+    new.train(1, progress=False)
 
 
 def test_evaluation_refuses_what_is_no_stream(monkeypatch):
