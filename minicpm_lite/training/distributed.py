@@ -60,6 +60,7 @@ from ..language.decoder import Decoder
 from ..language.layers import RMSNorm
 from .processes import add_up, local_device, on_each, world_size
 from .settings import TrainerConfig
+from .state import weight_checksums
 
 __all__ = ["cut_again", "initialise", "leave_unreached", "shard"]
 
@@ -149,22 +150,13 @@ def _require_the_rest(model: nn.Module, on_meta: dict[Decoder, set[str]]) -> Non
 
 def _require_the_same(model: nn.Module) -> None:
     """Refuse weights that differ between the processes."""
-    first, *others = on_each(lambda: _checksums(model) if world_size() > 1 else {})
-    for name in first:
-        if any(theirs.get(name) != first[name] for theirs in others):
+    first, *others = on_each(lambda: weight_checksums(model) if world_size() > 1 else {})
+    for name in dict.fromkeys(name for checksums in (first, *others) for name in checksums):
+        if any(theirs.get(name) != first.get(name) for theirs in others):
             raise ValueError(
                 f"{name} of the {type(model).__name__} differs between the processes, and each would keep "
                 "its part. Seed them alike before the model is made, or load the same weights in all."
             )
-
-
-def _checksums(model: nn.Module) -> dict[str, int]:
-    """Of each parameter that has values, by its name."""
-    return {
-        name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta
-    }
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
@@ -37,6 +38,7 @@ __all__ = [
     "require_same_run",
     "run_identity",
     "updates_made",
+    "weight_checksums",
 ]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -110,19 +112,27 @@ def _spelled(value: object) -> str:
     return _ADDRESS.sub("", repr(value))
 
 
-def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -> None:
+def require_same_run(
+    path: str | Path, facts: dict, identity: dict[str, dict], may_differ: Container[str] = ()
+) -> None:
     """Refuse a checkpoint whose facts differ from a run's `run_identity`.
+
+    Args:
+        path: the checkpoint's.
+        facts: what it says; of what the identity does not speak, it may say anything.
+        identity: the run's.
+        may_differ: fields that are not compared.
 
     Raises:
         ValueError: a sentence that names the first field that differs.
     """
     for part, mine in identity.items():
-        theirs = facts.get(part)
-        for field in mine:
-            if theirs is None or theirs.get(field) != mine[field]:
+        theirs = facts.get(part) or {}
+        for field in mine | theirs:
+            if theirs.get(field) != mine.get(field) and field not in may_differ:
                 raise ValueError(
-                    f"{path} belongs to another {part}: its {field} is "
-                    f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
+                    f"{path} belongs to another {part}: its {field} is {theirs.get(field)!r}, this run's is "
+                    f"{mine.get(field)!r}."
                 )
 
 
@@ -135,6 +145,15 @@ def require_one_run(facts: dict[str, dict]) -> None:
     first, *others = on_each(lambda: facts)
     for number, theirs in enumerate(others, start=1):
         require_same_run(f"What process {number} was given", theirs, first)
+
+
+def weight_checksums(model: nn.Module) -> dict[str, int]:
+    """Of each parameter that has values here, and all of them, by its name."""
+    return {
+        name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for name, parameter in model.named_parameters()
+        if not (parameter.is_meta or isinstance(parameter, DTensor))
+    }
 
 
 def own_memory(model: nn.Module) -> None:

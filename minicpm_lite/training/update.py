@@ -62,7 +62,7 @@ def update(
     Raises:
         NothingPredicted: the step has nothing to learn from.
         NotFinite: loss or gradient.
-        ValueError: the loss has no gradient for any weight of a whole model.
+        ValueError: the loss has no gradient for any weight of a whole model, or the schedule gives no rate.
     """
     units = sum(weight for _, weight in passes) if units is None else units
     if not units:
@@ -70,9 +70,13 @@ def update(
             f"The batch of step {step} holds nothing that is to be predicted, so it has no loss. Leave such "
             "batches out."
         )
+    if not 0 <= (rate := schedule(step)) < math.inf:
+        raise ValueError(
+            f"The schedule gives the rate {rate:.3g} for step {step}; expected a finite number, not below 0."
+        )
     optimizer.zero_grad(set_to_none=True)
     for group in optimizer.param_groups:
-        group["lr"] = schedule(step) * group["lr_ratio"]
+        group["lr"] = rate * group["lr_ratio"]
     total = 0.0
     for batch, weight in passes:
         with computing():
@@ -91,7 +95,7 @@ def update(
     if not (math.isfinite(norm_now) and math.isfinite(loss_now)):
         raise NotFinite(
             f"The gradient of step {step} is not finite (norm {norm_now:.3g}, loss {loss_now:.3g}). The "
-            f"learning rate there is {schedule(step):.3g}; a lower peak or a longer warm-up usually cures it."
+            f"learning rate there is {rate:.3g}; a lower peak or a longer warm-up usually cures it."
         )
     optimizer.step()
     return loss_now, norm_now

@@ -290,6 +290,30 @@ def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
     assert sorted(checkpoints(tmp_path / "trunk")) == [2, 4, 6, 8], "the trunk goes on"
 
 
+def test_a_run_that_began_with_other_weights_is_another_one(make, reseal, tmp_path):
+    """Though all its settings are the same. To go on, nobody needs the weights of the beginning."""
+    one, model = make(), Decoder(make().model.config)
+    other = Trainer(model, one.batches, one.schedule, one.config, layout=one.layout)  # drawn from elsewhere
+    for name, run in (("one", one), ("other", other)):
+        trained(run, 6, folder=tmp_path / name)
+    mixed = make()
+    mixed.load(tmp_path / "one" / "step-00000006")
+    sentence = "step-00000006 is of a run that began with other weights than this one. Choose another folder"
+    for write in (lambda: trained(mixed, folder=tmp_path / "other"), lambda: mixed.save(tmp_path / "other")):
+        with pytest.raises(FileExistsError, match=sentence):
+            write()
+    again = make()
+    again.load(tmp_path / "other" / "step-00000006")
+    trained(again, folder=tmp_path / "other")
+    assert again.losses == trained(other).losses
+    reseal(tmp_path / "other" / "step-00000010", start_weights=None)  # as of one that does not say
+    again.save(tmp_path / "other")
+    old = make()
+    old.load(tmp_path / "one" / "step-00000006")
+    reseal(tmp_path / "one" / "step-00000006", start_weights=None)
+    trained(old, folder=tmp_path / "one")
+
+
 @pytest.mark.parametrize("what", ["text", "seed", "branch"])
 def test_a_save_by_hand_replaces_no_other_run_s(make, tmp_path, what):
     run = trained(make(schedule=WSD(0.01, 2, 100, 0)), 3)

@@ -72,6 +72,12 @@ def test_another_module_is_named_by_class_and_shapes():
     )
 
 
+def test_what_this_run_has_not_tells_it_from_another_too():
+    one, two = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    refused(two, one, r"another model: its 1.weight is None, this run's is \[2, 2\]")
+    refused(one, two, r"another model: its 1.weight is \[2, 2\], this run's is None")
+
+
 @dataclass
 class Shape:
     """As transformers' configs are: with what JSON does not take."""

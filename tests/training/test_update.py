@@ -122,6 +122,16 @@ def test_what_is_not_finite_is_refused_before_anything_moves(what):
     assert torch.equal(line.weight.data, model().weight.data)
 
 
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_what_is_no_rate_moves_nothing(rate):
+    line = model()
+    with pytest.raises(
+        ValueError, match=f"The schedule gives the rate {rate:.3g} for step 2; expected a finite"
+    ):
+        step(line, cut(6), schedule=lambda step: rate)
+    assert torch.equal(line.weight, model().weight)
+
+
 @pytest.mark.parametrize("old", [3.0, math.nan])
 def test_a_gradient_that_a_frozen_weight_still_holds_does_not_count(old):
     """Of an earlier stage, in which it was trained."""
