@@ -429,6 +429,8 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
     if end is not None:
         apart = objective.within_documents(end)
         began_so = start is not None and start.facts["objective"]["name"] == apart.name
+        if within_documents and not began_so:
+            _require_own_beginning(shards, end)
         return apart if within_documents or began_so else objective.next_token
     if within_documents:
         raise ValueError(
@@ -436,6 +438,20 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
             f"{'note different ones' if ends else 'notes none'}. Write shards with --end."
         )
     return objective.next_token
+
+
+def _require_own_beginning(shards: dict[str, "Shards"], end: int) -> None:
+    """Refuse documents that begin with the token that ends them: it would be read as one by itself."""
+    from ..pretrained.checkpoints import read_tokenizer
+
+    for folder, each in shards.items():
+        file = each.tokenizer_file()
+        if file is not None and end in read_tokenizer(file).encode("").ids:
+            raise ValueError(
+                f"The tokenizer of {folder} puts the token that ends documents in front of each, too, so "
+                "--within-documents would cut each text off from its beginning. Leave it out, or write "
+                "shards with another --end."
+            )
 
 
 def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:

@@ -83,12 +83,17 @@ def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int
     """Examples as windows of ``length`` tokens, those of a row one after another and padding behind them.
 
     Answers are predicted. All else has the mark of `context_only`: questions, and the padding, which is id 0.
+
+    Raises:
+        ValueError: the examples of a row are longer than a window.
     """
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     answers = torch.zeros(len(rows), length, dtype=torch.bool)
     for row, examples in enumerate(rows):
         parts = [part for example in examples for part in (example.question, example.answer)]  # in turn
         tokens = [token for part in parts for token in part]
+        if len(tokens) > length:
+            raise ValueError(f"The examples of row {row} have {len(tokens)} tokens; a window holds {length}.")
         ids[row, : len(tokens)] = torch.tensor(tokens)
         lengths = torch.tensor([len(part) for part in parts])
         answers[row, : len(tokens)] = (torch.arange(len(parts)) % 2 == 1).repeat_interleave(lengths)

@@ -78,7 +78,7 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
 
     Raises:
         ValueError: no processes were joined, or something that no decoder draws is on the meta device, or
-            weights differ between the processes.
+            weights differ between the processes, or what is gathered at different times shares a weight.
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -86,6 +86,7 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
             "within `with processes():`, also where there is only one."
         )
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    _require_own_parts(model, decoders)
     on_meta = {decoder: _to_draw(decoder) for decoder in decoders}
     _require_the_rest(model, on_meta)
     _require_the_same(model)
@@ -135,6 +136,21 @@ def _to_draw(decoder: Decoder) -> set[str]:
     drawn = dict(decoder.initial_stds()).keys()
     drawn |= {module.weight for module in decoder.modules() if isinstance(module, RMSNorm)}
     return {name for name, p in decoder.named_parameters() if p.is_meta and p in drawn}
+
+
+def _require_own_parts(model: nn.Module, decoders: list[Decoder]) -> None:
+    """Refuse one parameter in two parts that are gathered apart: blocks, the rest of a decoder, all else."""
+    apart = {block for decoder in decoders for block in decoder.layers}.union(decoders, [model])
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module in apart]
+    first: dict[nn.Parameter, tuple[str, str]] = {}  # its name, and the part that it stands in
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        part = max((path for path in paths if not path or name.startswith(f"{path}.")), key=len)
+        other, its_part = first.setdefault(parameter, (name, part))
+        if part != its_part:
+            raise ValueError(
+                f"{other} and {name} are one Parameter, in parts of the model that are gathered at different "
+                "times, so it cannot be cut. Give Layout(), which keeps the model whole."
+            )
 
 
 def _require_the_rest(model: nn.Module, on_meta: dict[Decoder, set[str]]) -> None:

@@ -268,3 +268,10 @@ def test_the_tokenizer_from_scratch_encodes_examples():
     encoded = encode_example(tokenizer, Example("sum", "2 plus 3", "five"))
     assert encoded.question == tuple(tokenizer.encode("<用户>2 plus 3<AI>"))
     assert encoded.answer == tuple(tokenizer.encode(" five\n"))
+
+
+def test_a_row_that_is_longer_than_a_window():
+    row = [EncodedExample((1, 2, 3), (4, 5))]
+    assert packed_windows([row], 5).shape == (1, 5)
+    with pytest.raises(ValueError, match="The examples of row 0 have 5 tokens; a window holds 4"):
+        packed_windows([row], 4)

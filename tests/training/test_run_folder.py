@@ -331,6 +331,20 @@ def test_a_save_by_hand_replaces_no_other_run_s(make, tmp_path, what):
     assert run.save(tmp_path) == path, "its own is replaced"
 
 
+def test_a_save_by_hand_goes_into_no_other_run_s_folder(make, tmp_path):
+    """Also at a step of which that has no checkpoint: its next prune would remove it."""
+    run = trained(make(), 4, folder=tmp_path)
+    for step in (3, 4, 5):
+        other = trained(make(config=replace(CONFIG, seed=1)), step)
+        with pytest.raises(FileExistsError, match="belongs to another .*Choose another folder"):
+            other.save(tmp_path)
+    assert sorted(checkpoints(tmp_path)) == [4]
+    trained(run, 6).save(tmp_path)
+    early = trained(make(), 2)
+    early.save(tmp_path)
+    assert sorted(checkpoints(tmp_path)) == [2, 4, 6]
+
+
 def test_two_programs_do_not_share_a_folder(make, tmp_path):
     with (
         locked(tmp_path),

@@ -287,6 +287,15 @@ def test_another_objective_is_minimised_from_the_next_step_on(compiled, monkeypa
     assert run.losses[-1] == 10 and run.grad_norms[-1] == 0
 
 
+def test_weights_that_were_shortened_since_are_not_trained():
+    run = trained(2)
+    run.model.bfloat16()
+    with pytest.raises(ValueError, match="embed_tokens.weight is trained and is in bfloat16, in which most"):
+        run.train(progress=False)
+    run.model.float()
+    run.train(3, progress=False)
+
+
 @pytest.mark.parametrize("name", ["model", "config", "layout"])
 def test_what_the_optimizer_was_made_for_stays(name):
     run = make()
