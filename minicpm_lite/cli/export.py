@@ -7,13 +7,14 @@ import typer
 
 from .chat import ChatTemplate
 from .generate import Model
+from .places import as_path
 
 __all__ = ["export"]
 
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
+    out: Annotated[Path, typer.Option(parser=as_path, metavar="DIR", help="a new folder")],
     family: Annotated[
         str | None,
         typer.Option(help="whose code computes it: llama, granite, mixtral, minicpm3, minicpm, ..."),

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .places import as_place
+
 if TYPE_CHECKING:
     from ..language.sampling import Sampling
 
 __all__ = ["generate", "sampling_of"]
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="a run, a checkpoint, a folder, a .gguf file, owner/name")
+    str,
+    typer.Argument(
+        parser=as_place, metavar="MODEL", help="a run, a checkpoint, a folder, a .gguf file, owner/name"
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="tokens at most")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the best token each time")]

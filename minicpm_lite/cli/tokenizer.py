@@ -6,14 +6,19 @@ from typing import Annotated
 
 import typer
 
+from .places import as_path
+
 __all__ = ["tokenizer"]
 
 
 def tokenizer(
     texts: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help=".txt or .jsonl files, also with .gz; .parquet")
+        list[Path],
+        typer.Argument(parser=as_path, metavar="FILE", help=".txt or .jsonl files, also with .gz; .parquet"),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="where to write it, such as tokenizer.json")],
+    out: Annotated[
+        Path, typer.Option(parser=as_path, metavar="FILE", help="where to write it, such as tokenizer.json")
+    ],
     vocab_size: Annotated[
         int,
         typer.Option(min=257, max=1 << 24, metavar="N", help="ids: the bytes, the end, what is learned"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..config import MissingBlockError, ModelConfig, TrainingRecipe, load_config, load_recipe
+from .places import as_path
 
 if TYPE_CHECKING:
     from ..data.shards import Shards
@@ -52,13 +53,14 @@ def train(
             help="shards to read; given again, they are mixed by weight",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of the run")] = None,
+    out: Annotated[Path | None, typer.Option(parser=as_path, metavar="DIR", help="folder of the run")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")
     ] = False,
     resume_from: Annotated[
         Path | None,
         typer.Option(
+            parser=as_path,
             metavar="CHECKPOINT",
             help="go on from this one; what --out holds must not be later",
         ),
@@ -66,6 +68,7 @@ def train(
     decay_from: Annotated[
         Path | None,
         typer.Option(
+            parser=as_path,
             metavar="CHECKPOINT",
             help="begin at a checkpoint of a stable stage and decay from there; beside --resume, too, when "
             "the decay was stopped",
@@ -426,6 +429,8 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
     if end is not None:
         apart = objective.within_documents(end)
         began_so = start is not None and start.facts["objective"]["name"] == apart.name
+        if within_documents and not began_so:
+            _require_own_beginning(shards, end)
         return apart if within_documents or began_so else objective.next_token
     if within_documents:
         raise ValueError(
@@ -433,6 +438,20 @@ def _objective(shards: dict[str, "Shards"], within_documents: bool, start: Start
             f"{'note different ones' if ends else 'notes none'}. Write shards with --end."
         )
     return objective.next_token
+
+
+def _require_own_beginning(shards: dict[str, "Shards"], end: int) -> None:
+    """Refuse documents that begin with the token that ends them: it would be read as one by itself."""
+    from ..pretrained.checkpoints import read_tokenizer
+
+    for folder, each in shards.items():
+        file = each.tokenizer_file()
+        if file is not None and end in read_tokenizer(file).encode("").ids:
+            raise ValueError(
+                f"The tokenizer of {folder} puts the token that ends documents in front of each, too, so "
+                "--within-documents would cut each text off from its beginning. Leave it out, or write "
+                "shards with another --end."
+            )
 
 
 def _ended(model: ModelConfig, shards: dict[str, "Shards"], start: Start | None) -> ModelConfig:
@@ -467,13 +486,15 @@ def _not_an_end(shards: dict[str, "Shards"], model: ModelConfig) -> str:
 
 def _weighted(source: str) -> tuple[str, float]:
     """Folder and weight of ``folder:weight``; a folder may have a colon in its name, and is taken first."""
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         return source, 1.0
     folder, colon, given = source.rpartition(":")
     try:
         weight = float(given) if colon else 1.0
     except ValueError:
         colon, weight = "", 1.0
+    if not (folder if colon else source):
+        raise ValueError(f"--data {shlex.quote(source)} names no folder; expected shards to read.")
     if not 0 < weight < math.inf:
         raise ValueError(
             f"--data {source} has the weight {given}; expected a finite number above 0. Leave a folder out "

@@ -5,10 +5,14 @@ from typing import Annotated
 
 import typer
 
+from .places import as_path
+
 __all__ = ["verify"]
 
 
-def verify(folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="shards")]) -> None:
+def verify(
+    folders: Annotated[list[Path], typer.Argument(parser=as_path, metavar="DIR", help="shards")],
+) -> None:
     """Read shards whole, with their index and tokenizer, and compare checksums, after a copy for instance.
 
     Training checks them, too, but only what it reads.

@@ -73,22 +73,26 @@ def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -
     """
     tokenizer = fast_tokenizer(tokenizer)
     question = encode_chat(tokenizer, minicpm_chat, [{"role": "user", "content": example.question}])
-    answer = encode_text(tokenizer, example.answered.removeprefix(" "))
-    if not (answer and tokenizer.id_to_token(answer[0]).startswith("▁")):
-        answer = encode_text(tokenizer, example.answered)
-    return EncodedExample(tuple(question), tuple(answer))
+    first, *_ = tokenizer.encode("a", add_special_tokens=False).tokens or [""]
+    answered = example.answered.removeprefix(" ") if first.startswith("▁") else example.answered
+    return EncodedExample(tuple(question), tuple(encode_text(tokenizer, answered)))
 
 
 def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int[Tensor, "rows length"]:
     """Examples as windows of ``length`` tokens, those of a row one after another and padding behind them.
 
     Answers are predicted. All else has the mark of `context_only`: questions, and the padding, which is id 0.
+
+    Raises:
+        ValueError: the examples of a row are longer than a window.
     """
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     answers = torch.zeros(len(rows), length, dtype=torch.bool)
     for row, examples in enumerate(rows):
         parts = [part for example in examples for part in (example.question, example.answer)]  # in turn
         tokens = [token for part in parts for token in part]
+        if len(tokens) > length:
+            raise ValueError(f"The examples of row {row} have {len(tokens)} tokens; a window holds {length}.")
         ids[row, : len(tokens)] = torch.tensor(tokens)
         lengths = torch.tensor([len(part) for part in parts])
         answers[row, : len(tokens)] = (torch.arange(len(parts)) % 2 == 1).repeat_interleave(lengths)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .windows import Windows
 
-__all__ = ["MixtureWindows", "going_on", "require_one_tokenizer"]
+__all__ = ["MixtureWindows", "going_on", "noted_tokenizers", "require_one_tokenizer"]
 
 _LONGEST_PERIOD = 100_000
 
@@ -211,13 +211,20 @@ def require_one_tokenizer(identities: Mapping[str, Mapping]) -> None:
     """
     names: dict[int, str] = {}
     for name, identity in identities.items():
-        for source in identity.get("sources", [identity]):
-            if isinstance(source, Mapping) and source.get("tokenizer") is not None:
-                names.setdefault(source["tokenizer"], name)
+        for tokenizer in noted_tokenizers(identity):
+            names.setdefault(tokenizer, name)
     if len(names) > 1:
         raise ValueError(
             f"{' and '.join(names.values())} were cut with different tokenizers; one model knows one."
         )
+
+
+def noted_tokenizers(identity: Mapping) -> list[int]:
+    """The checksums of tokenizers that windows note, or the sources of a mixture, which may be mixtures."""
+    if "sources" in identity:
+        sources = [source for source in identity["sources"] if isinstance(source, Mapping)]
+        return [tokenizer for source in sources for tokenizer in noted_tokenizers(source)]
+    return [] if identity.get("tokenizer") is None else [identity["tokenizer"]]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
 
@@ -48,6 +49,7 @@ TOKENIZER = "tokenizer.json"
 INDEX = "shards.json"
 _FORMAT = {"format": "minicpm_lite token shards", "version": 1}
 _BLOCK_TOKENS = 1 << 20  # what one checksum covers
+_MOST_OPEN = 64  # shards of a folder at a time, since a program may open 1,024 files in all
 
 
 def tokenizer_checksum(tokenizer: Tokenizer | BytePairTokenizer) -> int:
@@ -276,17 +278,21 @@ class Shards:
         extra = {path.name for path in self.folder.glob("*.npy")} - {shard["file"] for shard in self._shards}
         if extra:
             raise ValueError(f"{self.folder / min(extra)} is not in {INDEX}. Is it left from another corpus?")
-        self._arrays = [self._open(shard, np.dtype(index["dtype"])) for shard in self._shards]
+        self._dtype = np.dtype(index["dtype"])
+        self._array = lru_cache(_MOST_OPEN)(self._open)
+        for number in range(len(self._shards)):
+            self._array(number)
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self._shards]).tolist()
         self._intact = [bytearray(len(shard["checksums"])) for shard in self._shards]
 
-    def _open(self, shard: dict, dtype: np.dtype) -> np.ndarray:
+    def _open(self, number: int) -> np.ndarray:
+        shard, dtype = self._shards[number], self._dtype
         path = self.folder / shard["file"]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; {INDEX} says it holds {shard['tokens']:,} tokens.")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, OSError, EOFError, TokenError) as error:
+        except (ValueError, EOFError, TokenError) as error:
             raise ValueError(
                 f"{path} is not a whole .npy file ({error}). It may be truncated; copy or write it again."
             ) from None
@@ -323,7 +329,7 @@ class Shards:
             )
             for block in range(first // self._block_tokens, (last - 1) // self._block_tokens + 1):
                 self._check(shard, block)
-            pieces.append(self._arrays[shard][first:last].astype(np.int64))
+            pieces.append(self._array(shard)[first:last].astype(np.int64))
             start = self._starts[shard + 1]
         return torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.long)
 
@@ -362,7 +368,7 @@ class Shards:
         if self._intact[shard][block]:
             return
         first = block * self._block_tokens
-        tokens = self._arrays[shard][first : first + self._block_tokens]
+        tokens = self._array(shard)[first : first + self._block_tokens]
         if zlib.crc32(tokens.tobytes()) != self._shards[shard]["checksums"][block]:
             raise ValueError(
                 f"{self.folder / self._shards[shard]['file']} is damaged: its tokens {first:,} to "

@@ -87,12 +87,17 @@ def require_stream(tokens: Int[Tensor, " tokens"] | Shards) -> None:
 
     Raises:
         TypeError: neither a tensor nor shards, such as a list of ids.
-        ValueError: a tensor of other numbers.
+        ValueError: a tensor of other numbers, or of several dimensions.
     """
     if not isinstance(tokens, Tensor | Shards):
         raise TypeError(
             f"The stream is of type {type(tokens).__name__}; expected a tensor of token ids, "
             "torch.as_tensor(ids), or Shards."
+        )
+    if isinstance(tokens, Tensor) and tokens.ndim != 1:
+        raise ValueError(
+            f"The stream is of shape {tuple(tokens.shape)}; expected one dimension, the tokens: "
+            "tokens.flatten()."
         )
     if isinstance(tokens, Tensor) and tokens.dtype not in _KINDS:
         raise ValueError(

@@ -22,15 +22,20 @@ import dis
 import functools
 import inspect
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType
 
 from ..optional import require
 from .display import inline_html, show
 from .mistakes import mistakes
 from .style import THEME
+
+if not __debug__:  # every answer would be right
+    raise ImportError(
+        "Checks are made of asserts, which Python leaves out with -O or PYTHONOPTIMIZE; start it without."
+    )
 
 get_ipython = require(
     "IPython", install="minicpm_lite[notebooks]", purpose="use the book's notebooks"
@@ -215,30 +220,56 @@ def _only_none(watched: _Watched | None) -> bool:
 
 
 def _used(answer: Callable) -> set[str]:
-    """Names that an answer and the helpers beside it read, and "a loop" if they have one."""
+    """Names that an answer and the helpers beside it read, and "a loop" if they have one.
+
+    Of an object that is called, all methods of its class count.
+    """
     found, seen, todo = set(), set(), [answer]
     while todo:
-        function, beside = todo.pop(), []
-        if isinstance(function, functools.partial):
-            beside = [function.func, *function.args, *function.keywords.values()]
-            function = function.func
-        elif hasattr(function, "__code__") and function not in seen:
-            seen.add(function)
-            names, read, has_loop = _names_in(function.__code__)
-            beside = [function.__globals__.get(name) for name in read]
+        part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if hasattr(part, "__code__"):
+            names, _, has_loop = _names_in(part.__code__)
             found |= names | ({_LOOP} if has_loop else set())
-        found |= {each.__name__ for each in beside if inspect.isroutine(each)}  # whatever it is called here
-        todo += [each for each in beside if getattr(each, "__module__", None) == function.__module__]
+        beside = _beside(part)
+        home = getattr(part.func if isinstance(part, functools.partial) else part, "__module__", None) or ""
+        own = [each for each in beside if getattr(each, "__module__", None) == home]
+        called = [each for each in beside if inspect.isroutine(each)]
+        if isinstance(part, type):
+            called = [each for each in called if each not in own]  # a method may have any name
+        found |= {each.__name__ for each in called}  # whatever it is called here
+        todo += own
     return found
 
 
-def _names_in(code: CodeType) -> tuple[set[str], set[str], bool]:
+def _beside(part: object) -> list[object]:
+    """What a part of an answer reads, or is made of."""
+    if isinstance(part, functools.partial):
+        return [part.func, *part.args, *part.keywords.values()]
+    if isinstance(part, type):
+        return [*vars(part).values(), *part.__bases__]
+    if inspect.ismethod(part):
+        return [part.__func__, part.__self__]
+    if hasattr(part, "__code__"):
+        _, read, _ = _names_in(part.__code__)
+        enclosed = [cell.cell_contents for cell in part.__closure__ or () if cell != types.CellType()]
+        given = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        return [*(part.__globals__.get(name) for name in read), *enclosed, *given]
+    if hasattr(part, "__wrapped__"):  # by functools.cache, say
+        return [part.__wrapped__]
+    return [] if inspect.isroutine(part) else [type(part), *getattr(part, "__dict__", {}).values()]
+
+
+def _names_in(code: types.CodeType) -> tuple[set[str], set[str], bool]:
     """Of a piece of code and what is nested in it: all names, the global ones, and whether it goes back."""
     steps = list(dis.get_instructions(code))
-    names, read = set(code.co_names), {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
+    names = set(code.co_names)
+    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     has_loop = any("FOR_ITER" in step.opname or "BACKWARD" in step.opname for step in steps)
     for inner in code.co_consts:
-        if isinstance(inner, CodeType):
+        if isinstance(inner, types.CodeType):
             inner_names, inner_read, inner_loop = _names_in(inner)
             names, read, has_loop = names | inner_names, read | inner_read, has_loop or inner_loop
     return names, read, has_loop

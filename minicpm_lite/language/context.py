@@ -13,7 +13,8 @@ A decoder is weights alone; each call brings how its tokens meet. The decoder as
 - `Tree` feeds guesses that branch through a cache: each sees the text and its own ancestors.
 
 What else may come is a subclass with one or two of the four methods of its own: sparse attention overrides
-``keep`` and ``attend``, pages of memory shared by requests override ``keep``.
+``keep`` and ``attend``, pages of memory shared by requests override ``keep``, and ``select`` and ``take`` if
+rows are to move.
 
 Choices, and the traps behind them:
 
@@ -63,7 +64,8 @@ def dense_attention(
     kv_heads, keys = key.shape[1:3]
     if mask is None and 1 < queries < keys:
         mask = causal_mask(queries, keys, query.device)
-    if queries == 1:  # the group becomes the query axis, so that no key is copied for it
+    per_head = mask is not None and mask.ndim == 4 and mask.shape[1] > 1
+    if queries == 1 and not per_head:  # the group becomes the query axis, so that no key is copied for it
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, key, value, mask).reshape(batch, heads, 1, -1)
     return F.scaled_dot_product_attention(
@@ -168,6 +170,7 @@ class KVCache(Context):
         self.room, self.padding, self.dtype = room, padding, dtype
         self._given = padding  # without what `take` adds to it
         self.length, self.guesses = 0, ()
+        self._rows = 0  # of the batch; none before the first call
         self._model: ref | None = None  # that filled it, and is not kept alive by it
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
         self._told = False  # whether the call that begins has brought its ids
@@ -229,7 +232,7 @@ class KVCache(Context):
             raise ValueError(
                 f"The cache has room for {self.room} tokens and would need {self.reach}; make a larger one."
             )
-        rows = self._batch if self.length else len(x if self.padding is None else self.padding)
+        rows = self._rows if self.length else len(x if self.padding is None else self.padding)
         if len(x) != rows:
             raise ValueError(
                 f"The cache is for {rows} rows, and {len(x)} came; use one cache for each batch."
@@ -238,6 +241,7 @@ class KVCache(Context):
             self._layers.clear()
             self._angles = None
             self._text = self._text if told else None
+            self._rows = rows
         if self._text is not None and not told:
             self._text[:, self.length : self.reach] = -1
 
@@ -265,7 +269,7 @@ class KVCache(Context):
         """Store what a layer makes of the new tokens, and return it with all that it made before.
 
         Raises:
-            ValueError: gradients are on.
+            ValueError: gradients are on, or two layers have one number.
         """
         if torch.is_grad_enabled() and new[0].requires_grad:
             raise ValueError(
@@ -273,6 +277,11 @@ class KVCache(Context):
             )
         if layer not in self._layers:
             self._layers[layer] = tuple(self._space(each) for each in new)
+        elif self.length == 0:  # where a text begins, nothing is kept of the layer before
+            raise ValueError(
+                f"Two layers have the number {layer}, as a copy of a block has that of its original, and a "
+                "cache keeps under it what a layer makes. Give each its own: block.self_attn.layer."
+            )
         kept, end = self._layers[layer], self.length + new[0].shape[2]
         for whole, each in zip(kept, new, strict=True):
             whole.narrow(2, self.length, each.shape[2]).copy_(each)
@@ -323,6 +332,7 @@ class KVCache(Context):
                 self._layers[layer] = tuple(whole[rows] for whole in kept)
             if self._text is not None:
                 self._text = self._text[rows]
+        self._rows = len(rows)
         moved = self.padding is not self._given
         if self._given is not None:
             self._given = self._given[rows]
@@ -335,9 +345,9 @@ class KVCache(Context):
         Raises:
             ValueError: it has read nothing.
         """
-        if not self._layers:
+        if not self._rows:
             raise ValueError("The cache has read nothing yet; feed it a text first.")
-        return len(next(iter(self._layers.values()))[0])
+        return self._rows
 
     def take(self, path: Iterable[SupportsIndex] | Iterable[Sequence[SupportsIndex]]) -> None:
         """Of the guesses that were fed through a `Tree`, these become text; the others are forgotten.

@@ -23,6 +23,7 @@ Choices, and the traps behind them:
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from .latent_attention import LatentAttention
 from .layers import Attention, FeedForward, RMSNorm
 from .moe import MixtureOfExperts
 
-__all__ = ["Block", "Decoder", "require_plain"]
+__all__ = ["Block", "Decoder", "changed_inside", "own_class", "require_plain"]
 
 
 class Block(nn.Module):
@@ -182,29 +183,59 @@ class Decoder(nn.Module):
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
 
+def changed_inside(model: Decoder) -> dict[str, tuple[type | None, type | None]]:
+    """By name, the modules that are of another class in a plain decoder: their class here and there, if any.
+
+    A layer that computes with its weight in another way has the same names and shapes; its class tells.
+    """
+    return _different(_classes(model), _classes(_plain(model.config)))
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of one that is cut over processes, which is of FSDP's class too, its own."""
+    classes = type(module).__mro__
+    return next(kind for kind in classes if not kind.__module__.startswith("torch.distributed.fsdp"))
+
+
 def require_plain(model: Decoder) -> None:
     """Refuse a decoder that was changed inside: a plain one of its weights computes something else, if any.
 
     Raises:
-        ValueError: a sentence that names the first change.
+        ValueError: a sentence that names the first change; or the model is cut over processes.
     """
-    with torch.device("meta"):
-        plain = _parts(Decoder(model.config))
-    here = _parts(model)
-    if changed := [name for name in here | plain if here.get(name) != plain.get(name)]:
-        name = changed[0]
+    if own_class(model) is not type(model):
         raise ValueError(
-            f"The model was changed inside: {name or 'the model itself'} is {here.get(name, 'missing')}, and "
-            f"in a plain decoder {plain.get(name, 'missing')}. Merge or undo what was built into it first."
+            "The model is cut over processes, and each holds a part of it. Save a checkpoint with its "
+            "Trainer; load_weights makes a whole model of that."
+        )
+    if changed := changed_inside(model) or _different(_shapes(model), _shapes(_plain(model.config))):
+        name, (here, there) = next(iter(changed.items()))
+        raise ValueError(
+            f"The model was changed inside: {name or 'the model itself'} is {_shown(here)}, and in a plain "
+            f"decoder {_shown(there)}. Merge or undo what was built into it first."
         )
 
 
-def _parts(model: Decoder) -> dict[str, str]:
-    """What stands under each name: first the types of all modules, then the shapes of all weights.
+@lru_cache(maxsize=16)
+def _plain(config: ModelConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config)
 
-    The types too, because a layer that computes with its weight in another way has the same names and shapes.
-    """
-    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
-    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in types.items()} | {
-        name: f"of shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()
-    }
+
+def _classes(model: Decoder) -> dict[str, type]:
+    return {name: own_class(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _shapes(model: Decoder) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _different(here: dict, there: dict) -> dict[str, tuple]:
+    pairs = {name: (here.get(name), there.get(name)) for name in here | there}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _shown(part: type | torch.Size | None) -> str:
+    if isinstance(part, type):
+        return f"{part.__module__}.{part.__qualname__}"
+    return "missing" if part is None else f"of shape {tuple(part)}"

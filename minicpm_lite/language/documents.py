@@ -15,7 +15,9 @@ shards note the token (`minicpm_lite.data.shards.Shards.end`).
 Choices and traps:
 
 - The first token of a document is predicted from the end token alone: a model learns how documents begin.
-- The end token belongs to the document that it ends, and is predicted from it.
+- The end token belongs to the document that it ends, and is predicted from it. Where a tokenizer puts the
+  same token in front of each text, too, that one would be a document of its own, and no text would see how it
+  begins: with such shards the command line refuses.
 - Rotary positions act by their differences, so where a document's positions begin changes nothing but
   rounding. They begin at 0, as they would alone.
 - Not so where the rotary frequencies follow the length of the text ("dynamic", "longrope" around its border):

@@ -47,13 +47,14 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was."""
-    in_training = [part for part in model.modules() if part.training]
+    before = [(part, part.training) for part in model.modules()]  # a part before those within it
     model.eval()
     try:
         yield
     finally:
-        for part in in_training:
-            part.training = True
+        for part, training in before:
+            if part.training != training:
+                part.train(training)  # which may do more than note it, as where an adapter is merged
 
 
 def token_losses(

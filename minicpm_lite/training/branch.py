@@ -81,7 +81,8 @@ def schedule_facts(schedule: Schedule) -> dict:
     """
     facts = {"kind": type(schedule).__name__}
     try:
-        facts |= {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+        facts |= {field.name: getattr(schedule, field.name) for field in fields(schedule) if field.init}
+        saved_schedule({"schedule": facts}, type(schedule))
         comes_back = json.loads(json.dumps(facts)) == facts
     except (TypeError, ValueError):
         comes_back = False

@@ -60,6 +60,7 @@ from ..language.decoder import Decoder
 from ..language.layers import RMSNorm
 from .processes import add_up, local_device, on_each, world_size
 from .settings import TrainerConfig
+from .state import weight_checksums
 
 __all__ = ["cut_again", "initialise", "leave_unreached", "shard"]
 
@@ -77,14 +78,21 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
 
     Raises:
         ValueError: no processes were joined, or something that no decoder draws is on the meta device, or
-            weights differ between the processes.
+            weights differ between the processes, or what is gathered at different times shares a weight, or
+            the model is cut already.
     """
     if not dist.is_initialized():
         raise ValueError(
             "Layout(sharded=True) cuts the model over the processes, and none were joined. Make and train it "
             "within `with processes():`, also where there is only one."
         )
+    if _cut(model):
+        raise ValueError(
+            "The model is cut over the processes already, by another Trainer. Make it anew, and let the new "
+            "Trainer load a checkpoint, or branch_from one."
+        )
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    _require_own_parts(model, decoders)
     on_meta = {decoder: _to_draw(decoder) for decoder in decoders}
     _require_the_rest(model, on_meta)
     _require_the_same(model)
@@ -136,6 +144,21 @@ def _to_draw(decoder: Decoder) -> set[str]:
     return {name for name, p in decoder.named_parameters() if p.is_meta and p in drawn}
 
 
+def _require_own_parts(model: nn.Module, decoders: list[Decoder]) -> None:
+    """Refuse one parameter in two parts that are gathered apart: blocks, the rest of a decoder, all else."""
+    apart = {block for decoder in decoders for block in decoder.layers}.union(decoders, [model])
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module in apart]
+    first: dict[nn.Parameter, tuple[str, str]] = {}  # its name, and the part that it stands in
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        part = max((path for path in paths if not path or name.startswith(f"{path}.")), key=len)
+        other, its_part = first.setdefault(parameter, (name, part))
+        if part != its_part:
+            raise ValueError(
+                f"{other} and {name} are one Parameter, in parts of the model that are gathered at different "
+                "times, so it cannot be cut. Give Layout(), which keeps the model whole."
+            )
+
+
 def _require_the_rest(model: nn.Module, on_meta: dict[Decoder, set[str]]) -> None:
     """Refuse what is on the meta device and would hold arbitrary numbers, since no decoder draws it."""
     drawn = {id(decoder.get_parameter(name)) for decoder, names in on_meta.items() for name in names}
@@ -149,22 +172,13 @@ def _require_the_rest(model: nn.Module, on_meta: dict[Decoder, set[str]]) -> Non
 
 def _require_the_same(model: nn.Module) -> None:
     """Refuse weights that differ between the processes."""
-    first, *others = on_each(lambda: _checksums(model) if world_size() > 1 else {})
-    for name in first:
-        if any(theirs.get(name) != first[name] for theirs in others):
+    first, *others = on_each(lambda: weight_checksums(model) if world_size() > 1 else {})
+    for name in dict.fromkeys(name for checksums in (first, *others) for name in checksums):
+        if any(theirs.get(name) != first.get(name) for theirs in others):
             raise ValueError(
                 f"{name} of the {type(model).__name__} differs between the processes, and each would keep "
                 "its part. Seed them alike before the model is made, or load the same weights in all."
             )
-
-
-def _checksums(model: nn.Module) -> dict[str, int]:
-    """Of each parameter that has values, by its name."""
-    return {
-        name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta
-    }
 
 
 @torch.no_grad()

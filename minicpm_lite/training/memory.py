@@ -17,7 +17,7 @@ Choices, and the traps behind them:
   of one feed-forward network as wide as the visited ones together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -171,8 +171,17 @@ def recompute_blocks(model: nn.Module) -> None:
     for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
         for block in decoder.layers:
             if not isinstance(block.forward, partial):  # a copy of such a model has it already
-                again = {"context_fn": partial(_once, block)} if any(True for _ in block.buffers()) else {}
-                block.forward = partial(recompute, block.forward, use_reentrant=False, **again)
+                block.forward = partial(_recomputed, block, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *given: object) -> Tensor:
+    """What a block makes of what it is given; the backward pass makes it again.
+
+    Whether it has buffers is asked each time, since its layers may be replaced between two runs.
+    """
+    if next(block.buffers(), None) is None:
+        return recompute(forward, *given, use_reentrant=False)
+    return recompute(forward, *given, use_reentrant=False, context_fn=partial(_once, block))
 
 
 def _once(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -83,7 +83,8 @@ def within_documents(end: int) -> Objective:
     """As `next_token`, and no token sees another document of its window.
 
     Args:
-        end: the id that ends a document, as `minicpm_lite.data.shards.Shards.end` notes it.
+        end: the id that ends a document, as `minicpm_lite.data.shards.Shards.end` notes it. It must not begin
+            documents, too.
 
     Raises:
         ValueError: it is no id.

@@ -11,24 +11,24 @@ not seen; whoever goes on makes these steps again, so the lines are dropped. So 
 behind it.
 
 A folder is one run's, since whoever writes there prunes checkpoints. While it is open no other program opens
-it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there. A
-branch has the past of its trunk and is another run; a checkpoint says where its run branched. What an attempt
-without a checkpoint left is replaced, lines included, and nothing else is; a run that is refused changes
-nothing.
+it. It is empty, or holds earlier checkpoints of this very run: same identity, same rates up to there, same
+`Origin`. A branch has the past of its trunk and is another run, and so is one that began with other weights.
+Whoever goes on need not have these: a checkpoint says what they were. What an attempt without a checkpoint
+left is replaced, lines included, and nothing else is; a run that is refused changes nothing.
 """
 
 import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from io import BytesIO
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Self
 
+from ..data.mixtures import noted_tokenizers
 from ..data.shards import TOKENIZER, is_tokenizer
 from ..files import locked, remove, written_whole
 from ..optional import require
@@ -39,11 +39,46 @@ from .sharded_checkpoint import checkpoints, read_facts, require_shared
 from .state import require_same_run
 from .wsd import Schedule
 
-__all__ = ["RunFolder", "require_noted", "require_own"]
+__all__ = ["Origin", "RunFolder", "require_noted", "require_own"]
 
 _METRICS = "metrics.jsonl"
 _LINE = re.compile(rb'\{"step": \d+, "units": ')  # how a line of it begins
 _EVENTS = {"loss", "lr", "grad_norm", "tokens_per_second"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run began, by which it is told from others of the same settings; its checkpoints say so, too.
+
+    Attributes:
+        branched_at: the step at which it branched from another run, if it did.
+        start_weights: a checksum of the weights with which it began, or what it branched from; None: it is
+            not known, as in older checkpoints.
+    """
+
+    branched_at: int | None
+    start_weights: int | None
+
+    @classmethod
+    def of(cls, facts: dict) -> Self:
+        """That of the run of a checkpoint."""
+        return cls(facts["branched_at"], facts.get("start_weights"))
+
+    def require_that_of(self, checkpoint: Path, facts: dict) -> None:
+        """Refuse a checkpoint of a run that began elsewhere.
+
+        Raises:
+            FileExistsError: a sentence that says where.
+        """
+        theirs, what = Origin.of(facts), None
+        if theirs.branched_at != self.branched_at:
+            what = f"{_branched(theirs.branched_at)}, and this run {_branched(self.branched_at)}"
+        elif None not in (theirs.start_weights, self.start_weights) and theirs != self:
+            what = "began with other weights than this one"
+        if what is not None:
+            raise FileExistsError(
+                f"{checkpoint} is of a run that {what}. Choose another folder, so that both can go on."
+            )
 
 
 class RunFolder:
@@ -54,7 +89,7 @@ class RunFolder:
         step: that of the run; later lines of the metrics are dropped.
         identity: the run's, see `state.run_identity`.
         schedule: the run's.
-        branched_at: the step at which it branched from another run, if it did.
+        origin: the run's.
         keep: how many of the newest checkpoints stay.
         decay_start: a step whose checkpoint always stays.
         tensorboard: write events, too.
@@ -74,7 +109,7 @@ class RunFolder:
         step: int,
         identity: dict[str, dict],
         schedule: Schedule,
-        branched_at: int | None,
+        origin: Origin,
         keep: int,
         decay_start: int | None,
         tensorboard: bool,
@@ -87,7 +122,7 @@ class RunFolder:
         try:
             on_first(self._make)
             require_shared(self.path)
-            on_first(lambda: self._open(step, identity, schedule, branched_at, tokenizer))
+            on_first(lambda: self._open(step, identity, schedule, origin, tokenizer))
         except BaseException:
             self._hold.close()
             raise
@@ -103,7 +138,7 @@ class RunFolder:
         step: int,
         identity: dict[str, dict],
         schedule: Schedule,
-        branched_at: int | None,
+        origin: Origin,
         tokenizer: str | Path | None,
     ) -> None:
         found = checkpoints(self.path)
@@ -114,7 +149,7 @@ class RunFolder:
                 "on from here, or choose another folder."
             )
         if found:
-            require_own(found[max(found)], identity, schedule, branched_at)
+            require_own(found[max(found)], identity, schedule, origin)
         path, kept = self.path / _METRICS, self.path / TOKENIZER
         if tokenizer is not None:
             require_noted(Path(tokenizer), identity["text"])
@@ -183,9 +218,7 @@ class RunFolder:
                 remove(gone)
 
 
-def require_own(
-    checkpoint: Path, identity: dict[str, dict], schedule: Schedule, branched_at: int | None
-) -> None:
+def require_own(checkpoint: Path, identity: dict[str, dict], schedule: Schedule, origin: Origin) -> None:
     """Refuse a folder of which a checkpoint is another run's; the arguments are those of `RunFolder`.
 
     Raises:
@@ -197,22 +230,19 @@ def require_own(
         require_same_past(checkpoint, facts, schedule)
     except ValueError as error:
         raise FileExistsError(f"{error} Choose another folder for this run.") from None
-    if facts["branched_at"] != branched_at:
-        raise FileExistsError(
-            f"{checkpoint} is of a run that {_origin(facts['branched_at'])}, and this run "
-            f"{_origin(branched_at)}. Choose another folder, so that both can go on."
-        )
+    origin.require_that_of(checkpoint, facts)
 
 
 def _require_an_attempt(metrics: Path, kept: Path, tokenizer: Path | None) -> None:
     """Refuse to replace what no attempt of a run left: metrics of something else, a model's tokenizer."""
-    with metrics.open("rb") if metrics.exists() else BytesIO() as file:
-        first = file.readline()
     foreign = None
-    if first.endswith(b"\n") and not _LINE.match(first):
-        foreign = metrics
-    elif tokenizer is not None and kept.exists() and not metrics.exists():
-        foreign = None if kept.read_bytes() == tokenizer.read_bytes() else kept
+    if metrics.exists():
+        with metrics.open("rb") as file:
+            first = file.readline()
+        if first.endswith(b"\n") and not _LINE.match(first):  # half a line is of an attempt that was killed
+            foreign = metrics
+    elif tokenizer is not None and kept.exists() and kept.read_bytes() != tokenizer.read_bytes():
+        foreign = kept
     if foreign is not None:
         raise FileExistsError(
             f"{foreign} lies beside no checkpoint and is not what an attempt left, so it is not replaced. "
@@ -230,8 +260,7 @@ def require_noted(tokenizer: Path, text: dict) -> None:
     Raises:
         ValueError: it is another one, or none. Where nothing was noted, any will do.
     """
-    sources = [source for source in text.get("sources", [text]) if isinstance(source, Mapping)]
-    noted = {source["tokenizer"] for source in sources if source.get("tokenizer") is not None}
+    noted = noted_tokenizers(text)
     if noted and not is_tokenizer(tokenizer, noted):
         read_tokenizer(tokenizer)  # a damaged file is refused with what is wrong about it
         raise ValueError(
@@ -240,7 +269,7 @@ def require_noted(tokenizer: Path, text: dict) -> None:
         )
 
 
-def _origin(branched_at: int | None) -> str:
+def _branched(branched_at: int | None) -> str:
     if branched_at is None:
         return "began at step 0"
     return f"branched from another one at step {branched_at}"

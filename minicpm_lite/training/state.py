@@ -9,21 +9,19 @@ How often each parameter was moved is a fact, not a tensor. It says, too, which 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..config import ModelConfig
-from ..language.decoder import Decoder
+from ..language.decoder import Decoder, changed_inside, own_class
 from .processes import on_each
 from .settings import TrainerConfig
 
@@ -40,6 +38,7 @@ __all__ = [
     "require_same_run",
     "run_identity",
     "updates_made",
+    "weight_checksums",
 ]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,25 +56,34 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
         config: the trainer's.
         text: the identity of what is read.
         objective: the name of what is minimised.
+
+    Raises:
+        ValueError: a module keeps state that is no tensor of a checkpoint.
     """
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"{name or 'The model'} keeps a state of its own ({type(module).__name__}.get_extra_state), "
+                "which no checkpoint of a run holds. Keep it in a buffer, by register_buffer."
+            )
     trainer = asdict(config)
     del trainer["compile"]  # decides how, not what
     if isinstance(model, Decoder):
         identity = {"model config": asdict(model.config)}
     else:
         shapes = {name: tensor.shape for name, tensor in _kept(model).items()}
-        identity = {"model": {"class": _own_class(model).__name__, **shapes}}
+        identity = {"model": {"class": own_class(model).__name__, **shapes}}
         if is_dataclass(own_config := getattr(model, "config", None)):  # of which JSON may not take all
             identity["config of the module"] = {
-                field.name: _ADDRESS.sub("", repr(getattr(own_config, field.name, None)))
-                for field in fields(own_config)
+                field.name: _spelled(getattr(own_config, field.name, None)) for field in fields(own_config)
             }
-    changed = _changed_inside(model) if isinstance(model, Decoder) else {}
+    changed = changed_inside(model) if isinstance(model, Decoder) else {}
 
     def built_in(name: str) -> str:
         """Whose weight it is, if that computes with it in another way than a plain decoder."""
-        owners = (changed.get(name[:end]) for end in range(len(name)) if end == 0 or name[end] == ".")
-        return next((f"{BUILT_IN}{owner}" for owner in owners if owner), "")
+        owners = [name[:end] for end in range(len(name)) if end == 0 or name[end] == "."]
+        built_in = [changed[owner][0] for owner in owners if owner in changed]
+        return f"{BUILT_IN}{built_in[0].__qualname__}" if built_in else ""
 
     kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
@@ -86,37 +94,45 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
     return json.loads(json.dumps(identity))
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
-    """A module that is cut has another class, made of FSDP's and its own."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+def _spelled(value: object) -> str:
+    """As `repr` has it, and the same in every program: without addresses, and sets in one order."""
+    if type(value) in (set, frozenset, list, tuple) and value:
+        inside = [_spelled(each) for each in value]
+        listed = ", ".join(inside if isinstance(value, list | tuple) else sorted(inside))
+        if type(value) is list:
+            return f"[{listed}]"
+        if type(value) is tuple:
+            return f"({listed}{',' * (len(value) == 1)})"
+        return f"{{{listed}}}" if type(value) is set else f"frozenset({{{listed}}})"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_spelled(key)}: {_spelled(each)}" for key, each in value.items()) + "}"
+    if is_dataclass(value) and not isinstance(value, type):
+        listed = [f"{each.name}={_spelled(getattr(value, each.name))}" for each in fields(value) if each.repr]
+        return f"{type(value).__qualname__}({', '.join(listed)})"
+    return _ADDRESS.sub("", repr(value))
 
 
-def _changed_inside(model: Decoder) -> dict[str, str]:
-    """Modules that a plain decoder does not have in their places, and of what class they are."""
-    plain = _plain_classes(model.config)
-    classes = {name: _own_class(module) for name, module in model.named_modules()}
-    return {name: each.__qualname__ for name, each in classes.items() if each is not plain.get(name)}
-
-
-@cache
-def _plain_classes(config: ModelConfig) -> dict[str, type[nn.Module]]:
-    with torch.device("meta"):
-        return {name: type(module) for name, module in Decoder(config).named_modules()}
-
-
-def require_same_run(path: str | Path, facts: dict, identity: dict[str, dict]) -> None:
+def require_same_run(
+    path: str | Path, facts: dict, identity: dict[str, dict], may_differ: Container[str] = ()
+) -> None:
     """Refuse a checkpoint whose facts differ from a run's `run_identity`.
+
+    Args:
+        path: the checkpoint's.
+        facts: what it says; of what the identity does not speak, it may say anything.
+        identity: the run's.
+        may_differ: fields that are not compared.
 
     Raises:
         ValueError: a sentence that names the first field that differs.
     """
     for part, mine in identity.items():
-        theirs = facts.get(part)
-        for field in mine:
-            if theirs is None or theirs.get(field) != mine[field]:
+        theirs = facts.get(part) or {}
+        for field in mine | theirs:
+            if theirs.get(field) != mine.get(field) and field not in may_differ:
                 raise ValueError(
-                    f"{path} belongs to another {part}: its {field} is "
-                    f"{None if theirs is None else theirs.get(field)!r}, this run's is {mine[field]!r}."
+                    f"{path} belongs to another {part}: its {field} is {theirs.get(field)!r}, this run's is "
+                    f"{mine.get(field)!r}."
                 )
 
 
@@ -129,6 +145,15 @@ def require_one_run(facts: dict[str, dict]) -> None:
     first, *others = on_each(lambda: facts)
     for number, theirs in enumerate(others, start=1):
         require_same_run(f"What process {number} was given", theirs, first)
+
+
+def weight_checksums(model: nn.Module) -> dict[str, int]:
+    """By name, a checksum of each parameter that has values and lies here whole."""
+    return {
+        name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for name, parameter in model.named_parameters()
+        if not (parameter.is_meta or isinstance(parameter, DTensor))
+    }
 
 
 def own_memory(model: nn.Module) -> None:
@@ -230,6 +255,10 @@ def checkpoint_shapes(model: nn.Module, updates: Mapping[str, int]) -> dict[str,
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and persistent buffers."""
-    persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    passing = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
     return dict(model.named_parameters()) | buffers

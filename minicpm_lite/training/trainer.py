@@ -10,11 +10,13 @@ and computes its part of every step, and a checkpoint is written by all and read
 """
 
 import copy
+import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
@@ -51,9 +53,9 @@ from .objective import Objective, next_token
 from .optimizer import adamw
 from .precision import rounded
 from .processes import add_up, on_each, on_first, raise_together, rank, world_size
-from .run_folder import RunFolder, require_own
+from .run_folder import Origin, RunFolder, require_own
 from .settings import Layout, TrainerConfig
-from .sharded_checkpoint import is_checkpoint, read_facts, read_tensors, require_whole, write_checkpoint
+from .sharded_checkpoint import checkpoints, read_facts, read_tensors, require_whole, write_checkpoint
 from .state import (
     buffers_given_back,
     checkpoint_shapes,
@@ -65,6 +67,7 @@ from .state import (
     require_same_run,
     run_identity,
     updates_made,
+    weight_checksums,
 )
 from .update import NotFinite, NothingPredicted, update
 from .wsd import WSD, Schedule
@@ -119,7 +122,7 @@ class Trainer:
             is cut in place; an objective then calls the module as a whole, or the ``embed``, ``states`` and
             ``logits`` of its decoder, since these are what gathers weights.
         batches: a stream of tokens, in memory or in shards; windows; or the batch of each step. Another of
-            these kinds may be put in its place.
+            these kinds may be put in its place, and of the same tokenizer.
         schedule: rate of each step.
         config: what stays the same over the run. Batches of one's own have their own size and order.
         objective: what is minimised.
@@ -161,7 +164,9 @@ class Trainer:
         objective: Objective = next_token,
         layout: Layout = Layout(),
     ) -> None:
-        self.model, self.config, self.batches = model, config, batches
+        self._model, self._config, self._layout = model, config, layout
+        self.step = 0
+        self.batches = batches
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
                 f"{world_size()} processes were started, and the layout keeps the model whole in each. Give "
@@ -180,7 +185,9 @@ class Trainer:
         _require_long_enough(model)
         require_own_memory(model)
         own_memory(model)
-        self.schedule, self.objective, self.layout = schedule, objective, layout
+        self.schedule, self.objective = schedule, objective
+        checksums = json.dumps(weight_checksums(model), sort_keys=True)  # what is drawn later has the seed
+        self._origin = Origin(None, zlib.crc32(checksums.encode()))
         self._computing = nullcontext
         if layout.sharded:
             told = {"trainer config": asdict(config), "layout": asdict(layout)}
@@ -193,21 +200,26 @@ class Trainer:
             self._computing = partial(rounded, model)
         self.optimizer = adamw(model, config, schedule.peak_lr)
         self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
-        self.step = 0
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
-        self._branched_at: int | None = None
         self._trouble: Exception | None = None
         self._interruption = Interruption()
         self._stop: BaseException | None = None
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in ("model", "config", "layout") and name in vars(self):
-            raise AttributeError(
-                f"The {name} of a Trainer stays what it was made with, since its optimizer was made for it. "
-                "Make another Trainer."
-            )
-        super().__setattr__(name, value)
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; the optimizer was made for it, so it stays."""
+        return self._model
+
+    @property
+    def config(self) -> TrainerConfig:
+        """What stays the same over the run."""
+        return self._config
+
+    @property
+    def layout(self) -> Layout:
+        """How the steps are computed, for which the model was prepared."""
+        return self._layout
 
     @property
     def batches(self) -> Batches:
@@ -217,7 +229,11 @@ class Trainer:
     @batches.setter
     def batches(self, batches: Int[Tensor, " tokens"] | Shards | Windows | Batches) -> None:
         shape = self.model.config if isinstance(self.model, Decoder) else None
-        self._batches = fitting_batches(batches, self.config, shape)
+        fitting = fitting_batches(batches, self.config, shape)
+        if self.step:
+            read = self.batches.identity()
+            require_one_tokenizer({"these batches": fitting.identity(), "what this run has read": read})
+        self._batches = fitting
 
     def train(
         self,
@@ -253,11 +269,11 @@ class Trainer:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
             FloatingPointError: a loss or a gradient is not finite.
-            ValueError: parameters were frozen or set free since the trainer was made; with a folder, `losses`
-                or `grad_norms` was changed; the batch of a step holds nothing to predict, or a shard is
-                damaged; the objective computes with another module than it is given; a checkpoint could not
-                bring the schedule back; the tokenizer is not the one that shards note; processes were told
-                different things; or the folder's name is empty.
+            ValueError: parameters were frozen, set free or shortened since the trainer was made; with a
+                folder, `losses` or `grad_norms` was changed; the batch of a step holds nothing to predict, or
+                a shard is damaged; the objective computes with another module than it is given; the schedule
+                gives no rate for a step, or a checkpoint could not bring it back; the tokenizer is not the
+                one that shards note; processes were told different things; or the folder's name is empty.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
@@ -285,6 +301,7 @@ class Trainer:
         calm_threads()
         cut_again(self.model)
         _require_same_choice(self.model, self.optimizer)
+        _require_long_enough(self.model)
         self.model.train()
         began = self.step
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")
@@ -324,7 +341,7 @@ class Trainer:
             if not folder:
                 yield None
                 return
-            past = (self.step, self._identity(), self.schedule, self._branched_at)
+            past = (self.step, self._identity(), self.schedule, self._origin)
             with RunFolder(folder, *past, keep, decay_start, tensorboard, tokenizer) as run:
                 yield run
 
@@ -363,7 +380,7 @@ class Trainer:
                     computing=self._computing,
                 )
         except NotFinite:
-            skipped = sum(map(math.isnan, self.losses[self._branched_at or 0 :])) < skip_non_finite
+            skipped = sum(map(math.isnan, self.losses[self._origin.branched_at or 0 :])) < skip_non_finite
             if not skipped:
                 raise
             loss = grad_norm = math.nan
@@ -421,13 +438,17 @@ class Trainer:
         Raises:
             TypeError: neither a tensor nor shards, such as a list of ids.
             ValueError: the stream is too short, holds no whole numbers, ids that the model does not know, or
-                nothing that is predicted; or processes were given streams of other lengths.
+                nothing that is predicted, or shards note another tokenizer than those of the run; or
+                processes were given other streams.
         """
         require_stream(tokens)
         require_positive_integer("batch_size", batch_size)
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
-        require_one_run({"call of evaluate": {"number of windows": len(starts), "batch_size": batch_size}})
+        noted = {"tokenizer": tokens.tokenizer if isinstance(tokens, Shards) else None}
+        given = {"number of windows": len(starts), "batch_size": batch_size}
+        require_one_run({"call of evaluate": given, "held-out stream": noted})
+        require_one_tokenizer({"the held-out stream": noted, "the data of this run": self.batches.identity()})
         if not starts:
             raise ValueError(
                 f"The held-out stream has {len(tokens)} tokens; at least {length + 1} are needed."
@@ -476,7 +497,7 @@ class Trainer:
         )
         text, before = other.batches.identity(), self.batches.identity()
         require_one_tokenizer({"the data of the branch": text, "those of this run": before})
-        other.step = other._branched_at = self.step
+        other.step, other._origin = self.step, replace(self._origin, branched_at=self.step)
         other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
@@ -496,23 +517,24 @@ class Trainer:
         What the run saved there at this step is replaced.
 
         Raises:
-            FileExistsError: another run has a checkpoint of this step there.
+            FileExistsError: another run has a checkpoint of this step there, or the newest one.
             ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or
                 `grad_norms` was changed.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
         self._require_curves()
-        identity, there = self._identity(), Path(folder) / f"step-{self.step:08d}"
+        identity = self._identity()
 
         def check() -> None:
-            if is_checkpoint(there):
-                require_own(there, identity, self.schedule, self._branched_at)
+            there = checkpoints(folder)
+            for step in there.keys() & {self.step, max(there, default=0)}:
+                require_own(there[step], identity, self.schedule, self._origin)
 
         on_first(check)
         facts = {
             "step": self.step,
-            "branched_at": self._branched_at,
+            **asdict(self._origin),
             "updates": updates_made(self.model, self.optimizer),
             "schedule": schedule_facts(self.schedule),
             "processes": world_size(),
@@ -552,7 +574,6 @@ class Trainer:
         """
         identity = self._identity()
         text = identity.pop("text")
-        identity.get("model config", {}).pop("eos_token_id", None)  # other text may end at other tokens
 
         def check() -> None:
             stable_schedule(checkpoint)
@@ -560,13 +581,15 @@ class Trainer:
             require_one_tokenizer({"the data of this run": text, f"what {checkpoint} read": before})
 
         on_first(check)
-        self._load(checkpoint, identity)
-        self._branched_at = self.step
+        self._load(checkpoint, identity, may_differ=("eos_token_id",))  # other text may end at other tokens
+        self._origin = replace(self._origin, branched_at=self.step)
 
-    def _load(self, checkpoint: str | Path, identity: dict[str, dict]) -> None:
+    def _load(
+        self, checkpoint: str | Path, identity: dict[str, dict], may_differ: tuple[str, ...] = ()
+    ) -> None:
         def check() -> dict:
             facts = read_facts(checkpoint)
-            require_same_run(checkpoint, facts, identity)
+            require_same_run(checkpoint, facts, identity, may_differ)
             require_same_past(checkpoint, facts, self.schedule)
             shapes = checkpoint_shapes(self.model, facts["updates"])
             shapes |= {name: torch.Size([facts["step"]]) for name in ("losses", "grad_norms")}
@@ -593,7 +616,8 @@ class Trainer:
             raise
         for name, tensor in kept.items():
             tensors[name].copy_(tensor)
-        self.step, self._branched_at = step, facts["branched_at"]
+        self.model.load_state_dict(self.model.state_dict())  # what a module derives from them, it makes anew
+        self.step, self._origin = step, Origin.of(facts)
         self.losses, self.grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
 
     def _identity(self) -> dict[str, dict]:

@@ -62,7 +62,7 @@ def update(
     Raises:
         NothingPredicted: the step has nothing to learn from.
         NotFinite: loss or gradient.
-        ValueError: the loss has no gradient for any weight of a whole model.
+        ValueError: the loss has no gradient for any weight of a whole model, or the schedule gives no rate.
     """
     units = sum(weight for _, weight in passes) if units is None else units
     if not units:
@@ -70,27 +70,32 @@ def update(
             f"The batch of step {step} holds nothing that is to be predicted, so it has no loss. Leave such "
             "batches out."
         )
+    if not 0 <= (rate := schedule(step)) < math.inf:
+        raise ValueError(
+            f"The schedule gives the rate {rate:.3g} for step {step}; expected a finite number, not below 0."
+        )
     optimizer.zero_grad(set_to_none=True)
     for group in optimizer.param_groups:
-        group["lr"] = schedule(step) * group["lr_ratio"]
+        group["lr"] = rate * group["lr_ratio"]
     total = 0.0
     for batch, weight in passes:
         with computing():
             minimised, reported = loss(batch)
             (minimised * (weight / units)).backward()
         total = total + reported.detach() * (weight / units)
-    if not isinstance(model, FSDPModule) and all(weight.grad is None for weight in model.parameters()):
+    trained = [weight for weight in model.parameters() if weight.requires_grad]  # others keep old gradients
+    if not isinstance(model, FSDPModule) and all(weight.grad is None for weight in trained):
         raise ValueError(
             f"No weight of the {type(model).__name__} has a gradient in step {step}: its loss was computed "
             "by another module. Let the objective use the one that it is given."
         )
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
     norm_now = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss_now = add_up(total).item()
     if not (math.isfinite(norm_now) and math.isfinite(loss_now)):
         raise NotFinite(
             f"The gradient of step {step} is not finite (norm {norm_now:.3g}, loss {loss_now:.3g}). The "
-            f"learning rate there is {schedule(step):.3g}; a lower peak or a longer warm-up usually cures it."
+            f"learning rate there is {rate:.3g}; a lower peak or a longer warm-up usually cures it."
         )
     optimizer.step()
     return loss_now, norm_now

@@ -14,9 +14,11 @@ import psutil
 import pytest
 import yaml
 from shell import SHAPE, TEXT, damage, says
+from tokenizers.processors import TemplateProcessing
 
 from minicpm_lite import list_configs, load_config
 from minicpm_lite.cli import main
+from minicpm_lite.data.documents import encoded
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
@@ -412,6 +414,26 @@ def test_documents_are_kept_apart_if_asked_for(at_home, capsys):
         capsys, train("--data", "ended", "--data", "other", *asked), "and ended and other note different ones"
     )
     assert not (at_home / "none").exists()
+
+
+def test_documents_that_begin_with_what_ends_them_are_not_kept_apart(at_home, capsys):
+    """The start token would be a document of its own, and no text would see it."""
+    cutter = train_tokenizer(TEXT, 298)
+    cutter.add_special_tokens(["<s>", "</s>"])
+    for name, end in (("same", "<s>"), ("other", "</s>")):
+        cutter.post_processor = TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", cutter.token_to_id("<s>"))]
+        )
+        documents = list(encoded([TEXT[:400], TEXT[7:500]], cutter, cutter.token_to_id(end)))
+        write_shards(name, documents, 300, cutter, end=cutter.token_to_id(end))
+    short = [*STEP, "--steps", "2", "--warmup", "0", "--decay", "0", "--within-documents"]
+    says(
+        capsys,
+        train("--data", "same", *short, "--out", "none"),
+        "tokenizer of same puts the token that ends documents in front of each, too, so --within-documents",
+    )
+    assert not (at_home / "none").exists()
+    assert main(train("--data", "other", *short, "--out", "run")) == 0
 
 
 def test_the_dry_run_of_a_decay(at_home, capsys):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpm_lite.data.conversations import ConversationWindows, EncodedExample
-from minicpm_lite.data.mixtures import MixtureWindows, going_on
+from minicpm_lite.data.mixtures import MixtureWindows, going_on, noted_tokenizers, require_one_tokenizer
 from minicpm_lite.data.shards import Shards, write_shards
 from minicpm_lite.data.windows import TokenWindows, Windows
 
@@ -51,6 +51,17 @@ class Cut(Numbered):
 
     def identity(self):
         return super().identity() | {"tokenizer": self.tokenizer}
+
+
+def test_a_mixture_within_a_mixture_hides_no_tokenizer():
+    seven, eight, unnoted = ({"tokenizer": each} for each in (7, 8, None))
+    inner = {"sources": [seven, {"sources": [unnoted, eight], "stages": []}], "stages": []}
+    assert noted_tokenizers(inner) == [7, 8] and noted_tokenizers({}) == noted_tokenizers(unnoted) == []
+    assert noted_tokenizers({"sources": 3, "tokenizer": 7} | {"sources": [5, seven]}) == [7]
+    for first, other in ((inner, seven), (seven, {"sources": [{"sources": [eight]}]})):
+        with pytest.raises(ValueError, match="were cut with different tokenizers"):
+            require_one_tokenizer({"a": first, "b": other})
+    require_one_tokenizer({"a": {"sources": [{"sources": [seven, unnoted]}]}, "b": seven})
 
 
 def test_one_model_knows_one_tokenizer():

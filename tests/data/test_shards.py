@@ -1,6 +1,7 @@
 """Shards: nothing is lost on the way to disk, and nothing damaged is read."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,8 +55,29 @@ def test_what_is_written_is_read(tmp_path_factory, cuts, shard, stretch):
     assert len(shards) == 1000
     assert shards[stretch].tolist() == TOKENS[stretch].tolist()
     assert shards.id_range() == (TOKENS.min(), TOKENS.max())
-    assert [len(array) for array in shards._arrays[:-1]] == [shard] * (len(shards._arrays) - 1)
+    assert [each["tokens"] for each in shards._shards[:-1]] == [shard] * (len(shards._shards) - 1)
     shards.verify()
+
+
+def test_more_shards_than_a_program_may_open(tmp_path, monkeypatch):
+    """What is mapped takes a descriptor of the process; a terabyte is thousands of shards."""
+    monkeypatch.setattr(module, "_MOST_OPEN", 3)
+    ids, before = torch.arange(40), len(os.listdir("/proc/self/fd"))
+    shards = write_shards(tmp_path / "shards", [ids], 40, shard_tokens=4)
+    for stretch in (slice(None), slice(1, 39), slice(2, 5), slice(30, 31)):
+        assert torch.equal(shards[stretch], ids[stretch])
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", [[1, 2, 3]], 10)
+
+    def too_many(path, mode):
+        raise OSError(24, "Too many open files", str(path))
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        Shards(tmp_path / "shards")
 
 
 def test_tensors_lists_and_arrays_are_taken(tmp_path):

@@ -314,3 +314,10 @@ def test_positions_outside_are_refused():
             Permutation(10, 0)[position]
     with pytest.raises(ValueError, match="size is 0"):
         Permutation(0, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 100), (100, 1), ()])
+def test_a_stream_has_one_dimension(shape, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(ValueError, match="expected one dimension, the tokens: tokens.flatten"):
+        TokenWindows(torch.zeros(shape, dtype=torch.long), 16, 0)

@@ -5,6 +5,7 @@ PYTEST_DONT_REWRITE: pytest would add to the hints of the checks.
 
 import builtins
 import functools
+import subprocess
 import sys
 
 import numpy as np
@@ -279,9 +280,48 @@ def by_a_helper(numbers):
     return adds(numbers)
 
 
+class Adds:
+    def __init__(self, how=None):
+        self.how = how
+
+    def __call__(self, numbers):
+        return self.how(numbers) if self.how else self.added(numbers)
+
+    def added(self, numbers):
+        return adds(numbers)
+
+    @staticmethod
+    def reduce(numbers):
+        return functools.reduce(int.__add__, numbers, 0)
+
+
+class AddsToo(Adds):
+    pass
+
+
+cached = functools.cache(adds)
+
+
+def enclosing(how):
+    return lambda numbers: how(numbers)
+
+
+def given(numbers, how=adds):
+    return how(numbers)
+
+
 @pytest.mark.parametrize(
     ("answer", "banned"),
     [
+        (Adds(), "a loop"),
+        (AddsToo(), "a loop"),
+        (Adds().added, "a loop"),
+        (lambda numbers: Adds()(numbers), "a loop"),
+        (functools.partial(Adds.added, None), "a loop"),
+        (lambda numbers: cached(tuple(numbers)), "a loop"),
+        (enclosing(adds), "a loop"),
+        (enclosing(sum), "sum"),
+        (given, "a loop"),
         (adds, "a loop"),
         (counts_down, "a loop"),
         (by_a_helper, "a loop"),
@@ -303,11 +343,20 @@ def reduce(numbers):
     return adds(numbers)
 
 
+class Multiplies:
+    """Of a method, the name says nothing; and a loop that is not here is not."""
+
+    def sum(self, numbers):
+        return np.asarray(numbers, int) @ np.ones(len(numbers), int)
+
+    __call__ = sum
+
+
 def test_other_ways_are_right():
     assert check_sum.judge(lambda numbers: functools.reduce(int.__add__, numbers, 0)).state == "right", (
         "a method is not the helper of its name"
     )
-    assert check_sum.judge(lambda numbers: functools.reduce(int.__add__, numbers, 0)).state == "right"
+    assert check_sum.judge(Multiplies()).state == "right"
     assert (
         check_sum.judge(lambda numbers: np.asarray(numbers, int) @ np.ones(len(numbers), int)).state
         == "right"
@@ -373,3 +422,13 @@ def test_what_decides_nothing_is_left_alone(shown):
         assert answer(2) == 4 and answer(5) == 10
 
     check.accepts(area)
+
+
+def test_no_check_without_asserts():
+    """Every answer would be right."""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", "import minicpm_lite.exercises.training.wsd"],
+        capture_output=True,
+        text=True,
+    )
+    assert "ImportError: Checks are made of asserts, which Python leaves out" in done.stderr

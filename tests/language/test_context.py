@@ -1,5 +1,6 @@
 """Contexts: attention equal to the obvious loop, cached equal to uncached, padded equal to alone."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -53,6 +54,54 @@ def test_a_masked_key_is_as_if_it_were_not_there(queries):
         q, k[:, :, seen], v[:, :, seen], enable_gqa=True
     )
     assert_close(dense_attention(q, k, v, mask), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_each_head_may_see_other_keys(queries):
+    q, k, v = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    mask = torch.rand(2, 4, queries, 7) < 0.5
+    mask[..., 0] = True
+    found = dense_attention(q, k, v, mask)
+    for head in range(4):
+        alone = dense_attention(
+            q[:, head : head + 1], k[:, [head // 2]], v[:, [head // 2]], mask[:, head : head + 1]
+        )
+        assert_close(found[:, head : head + 1], alone, atol=1e-6, rtol=1e-5)
+
+
+class Paged(KVCache):
+    """Keeps what layers make in a memory of its own."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(room)
+        self.pages: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+
+    def keep(self, layer, *new):
+        self.pages[layer] = [*self.pages[layer], new] if self.length else [new]
+        return tuple(torch.cat(each, dim=2) for each in zip(*self.pages[layer], strict=True))
+
+
+@torch.no_grad()
+def test_a_cache_may_keep_in_a_memory_of_its_own():
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    assert_close(run_cached(model, ids, [3, 4, 9], Paged(ids.shape[1])), model(ids), atol=1e-4, rtol=1e-4)
+    cache = Paged(9)
+    model(ids[:, :4], cache)
+    with pytest.raises(ValueError, match=f"The cache is for {len(ids)} rows, and 1 came"):
+        model(ids[:1, 4:5], cache)
+
+
+@torch.no_grad()
+def test_two_layers_of_one_number_share_no_cache():
+    """As a copy of a block is of its original's; without a cache nothing is filed, and all is right."""
+    model, ids = make_model(GROUPED), make_ids(GROUPED)
+    model.layers = torch.nn.ModuleList([*model.layers, copy.deepcopy(model.layers[0])])
+    expected, cache = model(ids), KVCache(ids.shape[1])
+    for _ in "ab":
+        with pytest.raises(ValueError, match="Two layers have the number 0, as a copy of a block has"):
+            model(ids, cache)
+    model.layers[-1].self_attn.layer = len(model.layers) - 1
+    assert_close(run_cached(model, ids, [3, 4], KVCache(ids.shape[1])), expected, atol=1e-4, rtol=1e-4)
 
 
 @given(queries=st.integers(1, 9), earlier=st.integers(0, 9))

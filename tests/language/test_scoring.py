@@ -70,6 +70,31 @@ def test_evaluating_gives_each_part_its_mode_back(training):
     assert [part.training for part in model.modules()] == before and len(set(before)) == 2
 
 
+class Merged(torch.nn.Linear):
+    """Its train does more than note the mode: out of training an adapter is part of the weight, as in loralib."""
+
+    merged = False
+
+    def train(self, mode: bool = True):
+        if mode == self.merged:
+            self.weight.data += -1 if mode else 1
+            self.merged = not mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_part_is_led_out_of_evaluation_as_into_it(held):
+    model = torch.nn.Sequential(torch.nn.Sequential(Merged(2, 2)), torch.nn.Dropout())
+    part = model[0][0]
+    if held:
+        part.eval()
+    before = part.weight.clone()
+    with evaluating(model):
+        assert part.merged and not part.training
+    assert part.merged == held == (not part.training)
+    torch.testing.assert_close(part.weight, before)
+
+
 def shifted_twice(model, window):
     return F.cross_entropy(
         model(readable(window))[:, :-2].mT, window[:, 2:], reduction="none", ignore_index=-1

@@ -1,7 +1,7 @@
 """Where a decay may begin, and what it shares with the run it began from."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import pytest
 
@@ -168,6 +168,35 @@ def test_fields_of_a_schedule_of_one_s_own_are_its_own(make, tmp_path):
     run = make(schedule=Halving(0.01, 5.0))
     run.train(2, progress=False)
     make(schedule=Halving(0.01, 5.0)).load(run.save(tmp_path))
+
+
+@dataclass(frozen=True)
+class Computed(Steady):
+    warmup_steps: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "warmup_steps", self.total_steps // 4)
+
+
+@dataclass(frozen=True)
+class Unknown(Steady):
+    doubled: InitVar[int] = 0
+
+    def __post_init__(self, doubled):
+        if not doubled:
+            raise ValueError("doubled is needed")
+
+
+def test_what_a_schedule_computes_of_its_fields_comes_back(make, tmp_path):
+    run = make(schedule=Computed(0.01))
+    run.train(2, tmp_path, progress=False)
+    make(schedule=Computed(0.01)).load(tmp_path / "step-00000002")
+
+
+def test_a_schedule_that_is_made_of_more_than_its_fields(make, tmp_path):
+    with pytest.raises(ValueError, match="is a Unknown, which a checkpoint could not bring back"):
+        make(schedule=Unknown(0.01, doubled=1)).train(2, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Most tests run in one process, which computes the same way as many. What needs t
 of three functions of this file under torchrun.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -23,9 +24,10 @@ from torch.testing import assert_close
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
-from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.decoder import Decoder, require_plain
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.scoring import context_only, next_token_loss, token_losses
+from minicpm_lite.training import distributed
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.distributed import initialise
 from minicpm_lite.training.objective import Objective
@@ -741,6 +743,78 @@ def signalled(folder):
     resumed = make()
     resumed.load(latest_checkpoint(folder / "signalled"))
     return code, run.step, trained(resumed).losses
+
+
+class Headed(nn.Module):
+    """A decoder with a head beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.head = Decoder(MODEL), nn.Linear(MODEL.hidden_size, MODEL.vocab_size, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.decoder.states(self.decoder.embed(ids))[-1])
+
+
+def head_tied(model):
+    model.head.weight = model.decoder.embed_tokens.weight
+
+
+def one_matrix(model):
+    model.decoder.layers[1].mlp.up_proj.weight = model.decoder.layers[0].mlp.up_proj.weight
+
+
+def one_network(model):
+    model.decoder.layers[1].mlp = model.decoder.layers[0].mlp
+
+
+def one_block(model):
+    model.decoder.layers[1] = model.decoder.layers[0]
+
+
+@pytest.mark.parametrize("tie", [head_tied, one_matrix, one_network, one_block])
+def test_a_weight_in_two_parts_that_are_gathered_apart_is_not_cut(tie):
+    """A whole model trains with it."""
+    model, layout = Headed(), Layout(sharded=True)
+    tie(model)
+    objective = Objective("scores", lambda model, ids: (model(ids).square().mean(),) * 2, len)
+    with (
+        processes(),
+        pytest.raises(ValueError, match=r"\S+ and \S+ are one Parameter, in parts .* Give Layout"),
+    ):
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, objective, layout)
+    Trainer(model, TOKENS, SCHEDULE, CONFIG, objective).train(1, progress=False)
+
+
+def test_a_weight_that_is_shared_within_a_block_is_cut():
+    model = Decoder(MODEL)
+    model.layers[0].mlp.gate_proj.weight = model.layers[0].mlp.up_proj.weight
+    whole = copy.deepcopy(model)
+    with processes():
+        cut = Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+        cut.train(2, progress=False)
+    alone = Trainer(whole, TOKENS, SCHEDULE, CONFIG)
+    alone.train(2, progress=False)
+    assert cut.losses == pytest.approx(alone.losses, abs=1e-5)
+
+
+def test_a_model_that_is_cut_is_taken_by_no_second_trainer():
+    model = Decoder(MODEL)
+    with processes():
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+        with pytest.raises(ValueError, match="is cut over the processes already, by another Trainer"):
+            Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+        with pytest.raises(ValueError, match="The model is cut over processes.*load_weights makes a whole"):
+            require_plain(model)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_weight_that_one_process_has_alone_is_named(monkeypatch, more):
+    found = [{"a": 1}, {"a": 1}]
+    found[more] = {"a": 1, "b": 2}
+    monkeypatch.setattr(distributed, "on_each", lambda work: found)
+    with pytest.raises(ValueError, match="^b of the Linear differs between the processes"):
+        distributed._require_the_same(nn.Linear(1, 1))
 
 
 @pytest.mark.slow  # two processes start, about 20 s for all that they answer

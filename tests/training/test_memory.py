@@ -171,3 +171,19 @@ def test_a_gradient_may_be_taken_twice_of_blocks_that_are_computed_again():
     loss, weight = model(torch.arange(8)[None]).square().mean(), model.embed_tokens.weight
     first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in "ab")
     assert torch.equal(first, second) and model.layers[0].self_attn.q_proj.seen == 1
+
+
+def test_layers_that_are_replaced_between_two_runs_move_their_buffers_once_too():
+    model, tokens, again = (
+        Decoder(replace(MODEL, num_hidden_layers=1)),
+        torch.arange(400) % 501,
+        Layout(None, True),
+    )
+
+    def trained():
+        Trainer(model, tokens, WSD(0.01, 0, 3, 0), TrainerConfig(2, 8), layout=again).train(progress=False)
+
+    trained()
+    replace_linears(model, lambda name, linear: Observed(linear) if "q_proj" in name else linear)
+    trained()
+    assert model.layers[0].self_attn.q_proj.seen == 3

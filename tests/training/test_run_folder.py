@@ -290,6 +290,30 @@ def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):
     assert sorted(checkpoints(tmp_path / "trunk")) == [2, 4, 6, 8], "the trunk goes on"
 
 
+def test_a_run_that_began_with_other_weights_is_another_one(make, reseal, tmp_path):
+    """Though all its settings are the same. To go on, nobody needs the weights of the beginning."""
+    one, model = make(), Decoder(make().model.config)
+    other = Trainer(model, one.batches, one.schedule, one.config, layout=one.layout)  # drawn from elsewhere
+    for name, run in (("one", one), ("other", other)):
+        trained(run, 6, folder=tmp_path / name)
+    mixed = make()
+    mixed.load(tmp_path / "one" / "step-00000006")
+    sentence = "step-00000006 is of a run that began with other weights than this one. Choose another folder"
+    for write in (lambda: trained(mixed, folder=tmp_path / "other"), lambda: mixed.save(tmp_path / "other")):
+        with pytest.raises(FileExistsError, match=sentence):
+            write()
+    again = make()
+    again.load(tmp_path / "other" / "step-00000006")
+    trained(again, folder=tmp_path / "other")
+    assert again.losses == trained(other).losses
+    reseal(tmp_path / "other" / "step-00000010", start_weights=None)  # as of one that does not say
+    again.save(tmp_path / "other")
+    old = make()
+    old.load(tmp_path / "one" / "step-00000006")
+    reseal(tmp_path / "one" / "step-00000006", start_weights=None)
+    trained(old, folder=tmp_path / "one")
+
+
 @pytest.mark.parametrize("what", ["text", "seed", "branch"])
 def test_a_save_by_hand_replaces_no_other_run_s(make, tmp_path, what):
     run = trained(make(schedule=WSD(0.01, 2, 100, 0)), 3)
@@ -305,6 +329,20 @@ def test_a_save_by_hand_replaces_no_other_run_s(make, tmp_path, what):
         other.save(tmp_path)
     assert (path / "checkpoint.json").read_bytes() == before
     assert run.save(tmp_path) == path, "its own is replaced"
+
+
+def test_a_save_by_hand_goes_into_no_other_run_s_folder(make, tmp_path):
+    """Also at a step of which that has no checkpoint: its next prune would remove it."""
+    run = trained(make(), 4, folder=tmp_path)
+    for step in (3, 4, 5):
+        other = trained(make(config=replace(CONFIG, seed=1)), step)
+        with pytest.raises(FileExistsError, match="belongs to another .*Choose another folder"):
+            other.save(tmp_path)
+    assert sorted(checkpoints(tmp_path)) == [4]
+    trained(run, 6).save(tmp_path)
+    early = trained(make(), 2)
+    early.save(tmp_path)
+    assert sorted(checkpoints(tmp_path)) == [2, 4, 6]
 
 
 def test_two_programs_do_not_share_a_folder(make, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.language.decoder import Decoder
@@ -71,6 +72,12 @@ def test_another_module_is_named_by_class_and_shapes():
     )
 
 
+def test_what_this_run_has_not_tells_it_from_another_too():
+    one, two = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    refused(two, one, r"another model: its 1.weight is None, this run's is \[2, 2\]")
+    refused(one, two, r"another model: its 1.weight is \[2, 2\], this run's is None")
+
+
 @dataclass
 class Shape:
     """As transformers' configs are: with what JSON does not take."""
@@ -92,6 +99,79 @@ def test_a_module_is_named_by_its_config_too_whatever_that_holds():
         ({"dtype": torch.float16}, "its dtype is 'torch.float16', this run's is 'torch.float32'"),
     ):
         refused(module(), module(**fields), f"another config of the module: {sentence}")
+
+
+@dataclass
+class Part:
+    names: frozenset = frozenset({"a"})
+    hidden: int = field(default=3, repr=False)
+
+
+LETTERS = "abcdefgh"
+
+
+@pytest.mark.parametrize(
+    ("value", "spelled"),
+    [
+        (set(LETTERS), "{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}"),
+        (frozenset(LETTERS), "frozenset({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})"),
+        ([{"b", "a"}, ({"d", "c"},), {}], "[{'a', 'b'}, ({'c', 'd'},), {}]"),
+        ({"z": {"b", "a"}, "y": (1, 2)}, "{'z': {'a', 'b'}, 'y': (1, 2)}"),
+        (Part(frozenset("ba")), "Part(names=frozenset({'a', 'b'}))"),
+    ],
+)
+def test_a_set_in_a_config_is_the_same_in_every_program(value, spelled):
+    """Where texts hash otherwise, a set of them has another order."""
+    module = nn.Linear(2, 3)
+    module.config = Shape(activation=value)
+    assert identity(module)["config of the module"]["activation"] == spelled
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        set(),
+        frozenset(),
+        (),
+        [],
+        {},
+        (1,),
+        {1},
+        {"b": 2, "a": (1, [2])},
+        "é'",
+        1e-5,
+        None,
+        Part(),
+        torch.float16,
+    ],
+    ids=repr,
+)
+def test_what_has_an_order_of_its_own_is_spelled_as_before(value):
+    module = nn.Linear(2, 3)
+    module.config = Shape(activation=value)
+    assert identity(module)["config of the module"]["activation"] == repr(value)
+
+
+class Counting(nn.Linear):
+    def get_extra_state(self):
+        return {"passes": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_no_checkpoint_holds_is_refused():
+    with pytest.raises(ValueError, match=r"1 keeps a state of its own \(Counting.get_extra_state\)"):
+        identity(nn.Sequential(nn.Linear(2, 2), Counting(2, 2)))
+
+
+def test_buffers_under_a_wrapper_are_kept():
+    """Its state_dict leaves out the wrapper's name."""
+    model = nn.Sequential(checkpoint_wrapper(Mixed()))
+    tensors = checkpoint_tensors(model, adamw(model, CONFIG, 0.1))
+    assert [name for name in tensors if not name.endswith(("weight", "bias"))] == [
+        "model.0._checkpoint_wrapped_module.seen"
+    ]
 
 
 def test_which_parameters_are_trained_and_in_which_numbers_belongs_to_it():

@@ -28,6 +28,7 @@ from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
+from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.training.batches import WindowBatches
 from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token, within_documents
@@ -286,11 +287,57 @@ def test_another_objective_is_minimised_from_the_next_step_on(compiled, monkeypa
     assert run.losses[-1] == 10 and run.grad_norms[-1] == 0
 
 
+class Packed(nn.Module):
+    """Computes with what it makes of a frozen weight, anew when its state is loaded, as a quantised layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(3, 3), requires_grad=False), nn.Linear(3, 3)
+        self.register_buffer("packed", self.weight.detach().clone(), persistent=False)
+        self.register_load_state_dict_post_hook(Packed.pack)
+
+    def pack(self, keys) -> None:
+        self.packed.copy_(self.weight)
+
+    def forward(self, x):
+        return self.linear(x @ self.packed)
+
+
+def test_what_a_module_makes_of_its_weights_is_made_anew(tmp_path):
+    class Rows:
+        def __getitem__(self, step):
+            return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+        def identity(self):
+            return {}
+
+    def run(seed):
+        torch.manual_seed(seed)
+        square = Objective("square", lambda model, rows: (model(rows).square().mean(),) * 2, len)
+        return Trainer(Packed(), Rows(), WSD(0.1, 0, 6, 0), CONFIG, square)
+
+    whole, resumed = run(0), run(1)
+    whole.train(3, tmp_path, progress=False)
+    resumed.load(tmp_path / "step-00000003")
+    for each in (whole, resumed):
+        each.train(progress=False)
+    assert resumed.losses == whole.losses
+
+
+def test_weights_that_were_shortened_since_are_not_trained():
+    run = trained(2)
+    run.model.bfloat16()
+    with pytest.raises(ValueError, match="embed_tokens.weight is trained and is in bfloat16, in which most"):
+        run.train(progress=False)
+    run.model.float()
+    run.train(3, progress=False)
+
+
 @pytest.mark.parametrize("name", ["model", "config", "layout"])
 def test_what_the_optimizer_was_made_for_stays(name):
     run = make()
     before = getattr(run, name)
-    with pytest.raises(AttributeError, match=f"The {name} of a Trainer stays what it was made with"):
+    with pytest.raises(AttributeError, match=f"property '{name}' of 'Trainer' object has no setter"):
         setattr(run, name, before)
     assert getattr(run, name) is before
 
@@ -301,6 +348,32 @@ def test_evaluation_refuses_what_it_cannot_measure():
         run.evaluate(torch.arange(100))
     with pytest.raises(ValueError, match="batch_size is 0"):
         run.evaluate(TOKENS, batch_size=0)
+
+
+def test_one_run_knows_one_tokenizer(tmp_path):
+    """Ids that another one made mean other texts; so it is in evaluation, and where the data are replaced."""
+    folders, shape = {}, replace(MODEL, vocab_size=300)
+    for name, text in (("own", "the cat sat "), ("foreign", "a dog ran by ")):
+        cutter = train_tokenizer(text * 9, 257)
+        for part in ("read", "held out"):
+            ids = torch.randint(0, 40, (500,))
+            folders[name, part] = write_shards(tmp_path / name / part, [ids.numpy()], 300, cutter)
+    run = Trainer(Decoder(shape), folders["own", "read"], SCHEDULE, CONFIG)
+    run.train(2, progress=False)
+    assert math.isfinite(run.evaluate(folders["own", "held out"]) + run.evaluate(TOKENS))
+    sentence = "were cut with different tokenizers; one model knows one"
+    with pytest.raises(ValueError, match=f"the held-out stream and the data of this run {sentence}"):
+        run.evaluate(folders["foreign", "held out"])
+    for batches in (folders["foreign", "read"], TokenWindows(folders["foreign", "read"], 16, 0)):
+        before = run.batches
+        with pytest.raises(ValueError, match=f"these batches and what this run has read {sentence}"):
+            run.batches = batches
+        assert run.batches is before
+    for batches in (folders["own", "held out"], TOKENS):
+        run.batches = batches
+    new = Trainer(Decoder(shape), folders["own", "read"], SCHEDULE, CONFIG)
+    new.batches = folders["foreign", "read"]  # of which nothing was read yet
+    new.train(1, progress=False)
 
 
 def test_evaluation_refuses_what_is_no_stream(monkeypatch):

@@ -120,3 +120,30 @@ def test_what_is_not_finite_is_refused_before_anything_moves(what):
     with pytest.raises(FloatingPointError, match="step 2 is not finite .*rate there is 0.1; a lower peak"):
         update(2, SCHEDULE, line, optimizer_of(line), 1.0, loss, cut(6))
     assert torch.equal(line.weight.data, model().weight.data)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_what_is_no_rate_moves_nothing(rate):
+    line = model()
+    with pytest.raises(
+        ValueError, match=f"The schedule gives the rate {rate:.3g} for step 2; expected a finite"
+    ):
+        step(line, cut(6), schedule=lambda step: rate)
+    assert torch.equal(line.weight, model().weight)
+
+
+@pytest.mark.parametrize("old", [3.0, math.nan])
+def test_a_gradient_that_a_frozen_weight_still_holds_does_not_count(old):
+    """Of an earlier stage, in which it was trained."""
+    line, plain = nn.Linear(2, 1), model()
+    nn.init.constant_(line.weight, 0.5), nn.init.zeros_(line.bias)
+    line.bias.requires_grad_(False).grad = torch.full((1,), old)
+    assert step(line, cut(6), limit=0.1) == step(plain, cut(6), limit=0.1)
+    assert torch.equal(line.weight, plain.weight) and line.bias.grad is not None
+
+
+def test_an_old_gradient_hides_no_loss_of_another_module():
+    line, other = nn.Linear(2, 1), model()
+    line.bias.requires_grad_(False).grad = torch.ones(1)
+    with pytest.raises(ValueError, match="No weight of the Linear has a gradient in step 2"):
+        update(2, SCHEDULE, line, optimizer_of(line), 1.0, lambda rows: squares(other)(rows), cut(6))

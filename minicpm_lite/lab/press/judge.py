@@ -34,7 +34,7 @@ import traceback
 import types
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
@@ -150,7 +150,7 @@ def _wait(judge: int, verdicts: int) -> None:
 def _judge(exercise: Exercise, answer: "_Answer") -> Verdict:
     signal.alarm(round(answer.seconds + _GRACE))  # the end of this process, if the check itself never ends
     try:
-        verdict = exercise.judge(answer.given())
+        verdict = replace(exercise, without=()).judge(answer.given())  # by what is written, see below
     except BaseException as error:  # of the cell itself; a check's own verdict is never raised
         if not answer.over:
             where = f" (line {answer.line} of its cell)" if answer.line else ""
@@ -197,16 +197,27 @@ class _Answer:
         return answer
 
     def written(self) -> types.FunctionType | None:
-        """The function as it is written, to be looked at and never called; None if it is none."""
+        """The function as it is written, to be looked at and never called; None if it is none.
+
+        A class stands there as one function of all that is written in it, and what a call made, such as an
+        object of that class, as one that names what the call names.
+        """
         names = dict(self.names)
         for statement in ast.parse(f"{self.helpers}\n{self.source}").body:
             match statement:
+                case ast.ClassDef(name=name):
+                    names[name] = types.FunctionType(_compiled(statement), names)
+                    continue
+                case ast.Assign([ast.Name(name)], ast.Call() as made):
+                    statement = ast.parse(f"{name} = lambda: [{', '.join(_named_in(made))}]").body[0]
                 case ast.FunctionDef(name=name) | ast.Assign([ast.Name(name)], ast.Lambda()):
-                    code = compile(ast.Module([statement], []), _CELL, "exec")
-                    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-                    named = [each for each in inner if each.co_name in (name, "<lambda>")]
-                    if named:
-                        names[name] = types.FunctionType(named[-1], names)
+                    pass
+                case _:
+                    continue
+            inner = [each for each in _compiled(statement).co_consts if isinstance(each, types.CodeType)]
+            named = [each for each in inner if each.co_name in (name, "<lambda>")]
+            if named:
+                names[name] = types.FunctionType(named[-1], names)
         found = names.get(self.expression)
         return found if inspect.isfunction(found) else None
 
@@ -331,6 +342,20 @@ def _outcome(function: Callable, args: tuple, kwargs: dict) -> tuple:
         return "returned", function(*args, **kwargs)
     except Exception as error:
         return "raised", type(error).__name__, str(error)
+
+
+def _compiled(statement: ast.stmt) -> types.CodeType:
+    return compile(ast.Module([statement], []), _CELL, "exec")
+
+
+def _named_in(made: ast.Call) -> list[str]:
+    """What a call names: functions, methods, arguments, and lambdas as they are written."""
+    written = {
+        ast.Name: lambda each: each.id,
+        ast.Attribute: lambda each: each.attr,
+        ast.Lambda: lambda each: f"({ast.unparse(each)})",
+    }
+    return [written[type(each)](each) for each in ast.walk(made) if type(each) in written]
 
 
 def _kind(value: object) -> tuple[str, object]:

@@ -55,6 +55,14 @@ ANSWERS = {
         "wrong", "the exercise asks to do without a loop",
     ),
     "a banned call": ("import torch\ndef twice(x):\n    return x * torch.ones(2).sum()", "wrong", "to do without sum"),
+    "a banned loop in a method": (
+        "class Twice:\n    def __call__(self, x):\n        for _ in range(1):\n            x = x + x + 0\n"
+        "        return x\n\n\ntwice = Twice()",
+        "wrong", "the exercise asks to do without a loop",
+    ),
+    "an object that is called": (
+        "class Twice:\n    def __call__(self, x):\n        return x + x + 0\n\n\ntwice = Twice()", "right", "Twice is",
+    ),
     "not implemented": ("def twice(x):\n    raise NotImplementedError", "unfinished", "Put your code"),
     "returns dots": ("def twice(x):\n    y = x\n    return ...", "unfinished", "Put your code"),
     "no function": ("twice = 4", "wrong", "TypeError"),
