@@ -20,7 +20,9 @@ def shards(
             parser=as_path, metavar="FILE...", help=".txt or .jsonl files, also with .gz; .parquet"
         ),
     ],
-    tokenizer: Annotated[Path, typer.Option(parser=as_path, metavar="FILE", help="a tokenizer.json")],
+    tokenizer: Annotated[
+        Path, typer.Option(parser=as_path, metavar="FILE|DIR", help="a tokenizer.json, or a model's folder")
+    ],
     out: Annotated[Path, typer.Option(parser=as_path, metavar="DIR", help="a new folder")],
     field: Annotated[
         str, typer.Option(metavar="NAME", help="of the text in a .jsonl line or a table")
@@ -37,22 +39,24 @@ def shards(
 
     A .txt file is one document, and is held in memory. A .jsonl file has one in each line, and a .parquet
     file in each row, under "text" unless --field names another. The tokenizer is a tokenizer.json as
-    published with the models; texts are read whole, whatever it says about cutting or padding them, behind
-    its start token if it has one, and a control token that a text spells, such as </s>, is text. All cores
-    cut; the environment variable RAYON_NUM_THREADS may say how many.
+    published with the models, with the tokens that the files beside it add. Texts are read whole, whatever it
+    says about cutting or padding them, behind its start token if it has one, and a control token that a text
+    spells, such as </s>, is text. All cores cut; the environment variable RAYON_NUM_THREADS may say how many.
 
     \b
       minicpm-lite shards novel.txt --tokenizer tokenizer.json \\
           --end "<|endoftext|>" --out shards
     """
     from ..data.documents import encoded, read_documents, require_texts
-    from ..data.shards import write_shards
-    from ..pretrained.checkpoints import read_tokenizer
+    from ..data.shards import TOKENIZER, write_shards
+    from ..pretrained.checkpoints import load_tokenizer, read_tokenizer
 
     require_texts(texts)
-    if not tokenizer.is_file():
+    if not tokenizer.exists():
         raise FileNotFoundError(f"There is no tokenizer at {tokenizer}.")
-    cutter = read_tokenizer(tokenizer)
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent  # its files may add tokens
+    of_folder = tokenizer in (folder, folder / TOKENIZER)
+    cutter = load_tokenizer(folder) if of_folder else read_tokenizer(tokenizer)
     end_id = None if end is None else cutter.token_to_id(end)
     if end is not None and end_id is None:
         raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")

@@ -32,6 +32,11 @@ from .display import inline_html, show
 from .mistakes import mistakes
 from .style import THEME
 
+if not __debug__:  # every answer would be right
+    raise ImportError(
+        "Checks are made of asserts, which Python leaves out with -O or PYTHONOPTIMIZE; start it without."
+    )
+
 get_ipython = require(
     "IPython", install="minicpm_lite[notebooks]", purpose="use the book's notebooks"
 ).get_ipython

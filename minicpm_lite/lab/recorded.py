@@ -26,6 +26,8 @@ from .workers import fresh_processes
 
 __all__ = ["Job", "load_results", "run_jobs", "tune_rates"]
 
+_BESIDE_FACTS = {"command", "device", "torch", "minutes", "runs"}
+
 Case = TypeVar("Case", bound=Hashable)
 
 
@@ -57,16 +59,19 @@ def run_jobs(
 
     The numbers of results are kept to six digits after the point, facts as they are. Beside the facts stand
     the command, the device, torch's version, and the minutes that all runs together took with this number of
-    workers.
+    workers; beside a result, the seconds that its job took, unless it has ``seconds`` of its own.
 
     Raises:
-        ValueError: two jobs have one name, or the results that are there were made under other facts.
+        ValueError: two jobs have one name, a fact has the name of what stands beside the facts, or the
+            results that are there were made under other facts.
         FileExistsError: another program is at the same script.
         KeyboardInterrupt: Ctrl-C; the jobs in hand end at once, and what was finished before is kept.
         Exception: what the first job raised that failed; the others were run, and their results are kept.
     """
     script, jobs, workers = Path(script), list(jobs), workers or os.cpu_count() or 1
     _require_names_of_their_own(jobs)
+    if taken := facts.keys() & _BESIDE_FACTS:
+        raise ValueError(f"A fact is named {min(taken)!r}, as what is noted beside the facts; rename it.")
     with _alone(script):
         noted, failures = load_results(script), []
         runs, minutes = noted.pop("runs"), noted.pop("minutes", 0.0)
@@ -85,11 +90,11 @@ def run_jobs(
                     failures.append(error)
                     print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
                     continue
-                runs[name] = run = future.result()
-                minutes = round(minutes + run["seconds"] / 60 / workers, 6)
+                runs[name], seconds = future.result()
+                minutes = round(minutes + seconds / 60 / workers, 6)
                 with written_whole(_results_of(script)) as beside:
                     beside.write_text(json.dumps(noted | about | {"minutes": minutes, "runs": runs}))
-                print(f"{name}: {run['seconds']:.0f} s", flush=True)
+                print(f"{name}: {seconds:.0f} s", flush=True)
     if failures:
         raise failures[0]
     return runs
@@ -210,12 +215,16 @@ def _device(workers: int) -> str:
     return f"{processors}, {os.cpu_count()} cores, {workers} worker{'s' * (workers > 1)}"
 
 
-def _timed(work: Callable[[Job], dict], job: Job) -> dict:
-    """A result as it will be read again; one that does not fit into JSON is a failure of this job alone."""
+def _timed(work: Callable[[Job], dict], job: Job) -> tuple[dict, float]:
+    """A result as it will be read again, and what it took in seconds.
+
+    One that does not fit into JSON is a failure of this job alone.
+    """
     torch.set_num_threads(1)
     start = time.perf_counter()
-    run = work(job) | {"seconds": time.perf_counter() - start}
-    return json.loads(json.dumps(_rounded(run)))
+    run = work(job)
+    seconds = time.perf_counter() - start
+    return json.loads(json.dumps(_rounded({"seconds": seconds} | run))), seconds
 
 
 def _rounded(value):

@@ -78,12 +78,18 @@ def shard(model: nn.Module, config: TrainerConfig) -> None:
 
     Raises:
         ValueError: no processes were joined, or something that no decoder draws is on the meta device, or
-            weights differ between the processes, or what is gathered at different times shares a weight.
+            weights differ between the processes, or what is gathered at different times shares a weight, or
+            the model is cut already.
     """
     if not dist.is_initialized():
         raise ValueError(
             "Layout(sharded=True) cuts the model over the processes, and none were joined. Make and train it "
             "within `with processes():`, also where there is only one."
+        )
+    if _cut(model):
+        raise ValueError(
+            "The model is cut over the processes already, by another Trainer. Make it anew, and let the new "
+            "Trainer load a checkpoint, or branch_from one."
         )
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
     _require_own_parts(model, decoders)

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from minicpm_lite.cli import main
 from minicpm_lite.data.shards import Shards
 from minicpm_lite.language.tokenizer import train_tokenizer
+from minicpm_lite.pretrained.checkpoints import load_tokenizer
 
 
 def test_texts_become_shards(at_home, capsys):
@@ -143,3 +144,22 @@ def test_texts_that_cannot_be_cut(at_home, capsys, change, sentence):
     argv = ["shards", "--tokenizer", "tokenizer.json", "--out", "made"]
     says(capsys, [*argv, *change], sentence)
     assert not (at_home / "made").exists()
+
+
+@pytest.mark.parametrize("given", ["model", "model/tokenizer.json"])
+def test_tokens_that_a_model_s_folder_adds_are_read(at_home, given):
+    """As `generate` and `export` of the same folder read them."""
+    learned = train_tokenizer(TEXT, 290)
+    (at_home / "model").mkdir()
+    learned.save("model/tokenizer.json")
+    first = learned.get_vocab_size()
+    listed = {str(first): {"content": "truth univers"}, str(first + 1): {"content": "<end>", "special": True}}
+    settings = {"added_tokens_decoder": listed, "eos_token": "<end>"}
+    (at_home / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main(["shards", "novel.txt", "--tokenizer", given, "--end", "<end>", "--out", "made"]) == 0
+    own = load_tokenizer("model")
+    assert Shards("made")[:].tolist() == [*own.encode(TEXT).ids, first + 1] and first in Shards("made")[:]
+    assert load_tokenizer("made").to_str() == own.to_str()
+    learned.save("alone.json")  # of a name by itself
+    assert main(["shards", "novel.txt", "--tokenizer", "alone.json", "--out", "alone"]) == 0
+    assert first not in Shards("alone")[:]

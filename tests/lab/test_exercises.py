@@ -5,6 +5,7 @@ PYTEST_DONT_REWRITE: pytest would add to the hints of the checks.
 
 import builtins
 import functools
+import subprocess
 import sys
 
 import numpy as np
@@ -421,3 +422,13 @@ def test_what_decides_nothing_is_left_alone(shown):
         assert answer(2) == 4 and answer(5) == 10
 
     check.accepts(area)
+
+
+def test_no_check_without_asserts():
+    """Every answer would be right."""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", "import minicpm_lite.exercises.training.wsd"],
+        capture_output=True,
+        text=True,
+    )
+    assert "ImportError: Checks are made of asserts, which Python leaves out" in done.stderr

@@ -154,6 +154,27 @@ def test_facts_may_be_added(tmp_path, monkeypatch, facts):
     assert script.with_suffix(".json").read_bytes() == before, "nothing was run, so nothing is written"
 
 
+def timed(job: Square) -> dict:
+    return {"seconds": 12.5, "rate": 80.0}
+
+
+@pytest.mark.slow  # it starts a worker process, which imports torch
+def test_a_result_keeps_seconds_of_its_own(tmp_path):
+    (script := tmp_path / "topic.py").write_text("")
+    assert run_jobs(script, [Square(2)], timed, {}, workers=1) == {
+        Square(2).name: {"seconds": 12.5, "rate": 80.0}
+    }
+    assert load_results(script)["minutes"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["command", "device", "torch", "minutes", "runs"])
+def test_what_is_noted_beside_the_facts_is_no_fact(tmp_path, name):
+    (script := tmp_path / "topic.py").write_text("")
+    with pytest.raises(ValueError, match=f"A fact is named '{name}', as what is noted beside the facts"):
+        run_jobs(script, [Square(2)], square, {"model": "lite-1m", name: 3}, workers=1)
+    assert not script.with_suffix(".json").exists()
+
+
 def test_jobs_of_one_name_are_refused(tmp_path):
     """Of two results under one name the second would replace the first."""
     jobs = [Square(2), Square(3), Square(2)]

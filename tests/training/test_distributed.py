@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
-from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.decoder import Decoder, require_plain
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.scoring import context_only, next_token_loss, token_losses
 from minicpm_lite.training import distributed
@@ -796,6 +796,16 @@ def test_a_weight_that_is_shared_within_a_block_is_cut():
     alone = Trainer(whole, TOKENS, SCHEDULE, CONFIG)
     alone.train(2, progress=False)
     assert cut.losses == pytest.approx(alone.losses, abs=1e-5)
+
+
+def test_a_model_that_is_cut_is_taken_by_no_second_trainer():
+    model = Decoder(MODEL)
+    with processes():
+        Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+        with pytest.raises(ValueError, match="is cut over the processes already, by another Trainer"):
+            Trainer(model, TOKENS, SCHEDULE, CONFIG, layout=Layout(sharded=True))
+        with pytest.raises(ValueError, match="The model is cut over processes.*load_weights makes a whole"):
+            require_plain(model)
 
 
 @pytest.mark.parametrize("more", [0, 1])
