@@ -28,7 +28,8 @@ _HAS_NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.
 def written_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
     """A place beside ``path``, in which to write a file, or a folder; at the end it takes the name ``path``.
 
-    What was there before stands until then and is replaced then. If anything is raised, also by a user who
+    What was there before stands until then and is replaced then; of a link, what it leads to stays, since
+    others may read it. If anything is raised, also by a user who
     interrupts, what was begun is removed. What a killed process left beside is removed by the next one. One
     process writes a path at a time.
 

@@ -76,6 +76,19 @@ def test_a_file_takes_no_folder_s_place_and_a_folder_no_file_s(tmp_path, folder,
     assert names(tmp_path) == ["file", "folder"] + ["link"] * linked
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_link_leads_to_stays(tmp_path, folder):
+    """A run's tokenizer.json may lead to that of the shards, which is not the run's to replace."""
+    write = write_folder if folder else lambda path, text: path.write_text(text)
+    write(tmp_path / "other's", "old")
+    (tmp_path / "link").symlink_to("other's")
+    with written_whole(tmp_path / "link", folder) as beside:
+        write(beside, "new")
+    inside = "inner/file" if folder else ""
+    assert [(tmp_path / name / inside).read_text() for name in ("other's", "link")] == ["old", "new"]
+    assert names(tmp_path) == ["link", "other's"]
+
+
 def test_where_a_file_system_is_mounted_nothing_is_begun(tmp_path, monkeypatch):
     """The place could not take its new content at the end, when all was written."""
     (tmp_path / "disk").mkdir()

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     >>> main(["train", "--config", "no-such-model", "--dry-run"])
     2
     """
+    _open_closed_streams()
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # torchrun starts the same command several times
     try:
         argv = sys.argv[1:] if argv is None else argv
@@ -64,6 +65,13 @@ def main(argv: list[str] | None = None) -> int:
             content = {"message": {"message": sentence, "extraInfo": report}}
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
     return 2
+
+
+def _open_closed_streams() -> None:
+    """Let what a daemon or a scheduler closed be empty instead; else the next file would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, for as long as the program runs
 
 
 def _sentence(error: Exception) -> str:

@@ -413,7 +413,8 @@ def drop_reasons(
     """The whole pipeline: for each document None if it is kept, else the stage that dropped it.
 
     The stages are, in order, "language", "exact duplicate", "near duplicate" and "quality"; cheap ones come
-    first, and each sees only what the ones before it kept. An empty document falls at the first.
+    first, and each sees only what the ones before it kept. An empty document falls at the first, unless
+    ``languages`` names its language, "und".
 
     Raises:
         ValueError: a threshold outside 0 to 1, or no language, or none that `identify_languages` gives; or

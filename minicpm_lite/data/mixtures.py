@@ -25,7 +25,7 @@ Choices and traps:
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -57,9 +57,9 @@ class MixtureWindows:
 
     Raises:
         ValueError: no source, sources of different window length or cut with different tokenizers, two that
-            hold the same windows, no stage, stages out of order, a weight that is negative, not finite or of
-            an unknown source, no positive weight, or weights so odd that they repeat only after more than
-            100,000 windows.
+            hold the same windows, be it in a mixture of their own, no stage, stages out of order, a weight
+            that is negative, not finite or of an unknown source, no positive weight, or weights so odd that
+            they repeat only after more than 100,000 windows.
 
     >>> import torch
     >>> from minicpm_lite.data.windows import TokenWindows
@@ -91,12 +91,13 @@ class MixtureWindows:
         given = {name: self.sources[name].identity() for name in self.sources if name not in gone}
         require_one_tokenizer(given | {"what was read before": read})
         names: dict[str, str] = {}
-        for name, content in self._contents.items():
-            if names.setdefault(content, name) != name:
-                raise ValueError(
-                    f"The sources {names[content]!r} and {name!r} hold the same windows; give them once, "
-                    "with one weight."
-                )
+        for name in given:
+            for content in (_content(each.identity()) for each in _innermost(self.sources[name])):
+                if names.setdefault(content, name) != name:
+                    raise ValueError(
+                        f"The sources {names[content]!r} and {name!r} hold the same windows; give them once, "
+                        "with one weight."
+                    )
         starts = [start for start, _ in self.stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
             raise ValueError(
@@ -243,6 +244,15 @@ class _Gone:
 
     def identity(self) -> dict:
         return self.known
+
+
+def _innermost(windows: Windows) -> Iterator[Windows]:
+    """What a mixture, or a mixture in it, is made of; anything else itself."""
+    if isinstance(windows, MixtureWindows):
+        for source in windows.sources.values():
+            yield from _innermost(source)
+    else:
+        yield windows
 
 
 def _content(identity: Mapping) -> str:

@@ -104,7 +104,7 @@ def require_same_past(checkpoint: str | Path, facts: dict, schedule: Schedule) -
     for step in range(1, facts["step"] + 1):
         if not math.isclose(old(step), schedule(step), rel_tol=1e-9):
             raise ValueError(
-                f"{checkpoint} belongs to another schedule: its rate at step {step} was {old(step):.6g}, "
+                f"{checkpoint} belongs to another schedule: its rate at step {step} is {old(step):.6g}, "
                 f"this run's is {schedule(step):.6g}. Go on from a checkpoint before that step, in another "
                 "folder, or under the schedule of the checkpoint."
             )

@@ -131,6 +131,7 @@ class Trainer:
     Attributes:
         model: as given, and it stays, as `config` and `layout` do.
         objective: as given; another in its place acts from the next step on, as `batches` and `schedule` do.
+            A checkpoint knows the newest of each, and not what was there before.
         step: updates made so far.
         losses: reported loss of each update: the next-token loss in nats a token, without a mixture's balance
             loss, or another objective's. That of a skipped step is nan.

@@ -42,6 +42,19 @@ def test_what_was_typed_wrongly(capsys, argv, sentence):
     says(capsys, argv, sentence)
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed_are_empty(closed):
+    """As under some daemons; what is opened next does not get their numbers, and is not written into."""
+    code = (
+        "import os, sys; from minicpm_lite.cli import main; code = main(['models', '--json']);"
+        "assert sys.stdin.read() == '' and not sys.stderr.isatty();"
+        "sys.exit(code if os.open('/dev/null', os.O_RDONLY) > 2 else 1)"
+    )
+    ran = subprocess.run(f'{shlex.join([sys.executable, "-c", code])} {closed}', shell=True, input="",
+                         capture_output=True, text=True)  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "") and ("lite-1m" in ran.stdout) == ("1>" not in closed)
+
+
 @pytest.mark.parametrize("local, sentences", [(None, 1), ("0", 1), ("1", 0)])
 def test_one_process_of_a_machine_says_it(monkeypatch, capsys, local, sentences):
     """Whatever else a cluster sets; what joins no processes has no other to say it."""

@@ -439,6 +439,8 @@ def test_each_stage_drops_what_it_should_and_says_so(classifier):
     ]  # fmt: skip
     assert drop_reasons(texts, classifier, threshold=0.0).count("quality") == 0
     assert drop_reasons([], classifier) == []
+    assert drop_reasons(["", " \n"], classifier) == ["language"] * 2
+    assert drop_reasons([""], classifier, 0.0, languages=("en", "und")) == [None], "as was asked"
 
 
 def test_documents_can_be_read_once_only(classifier):

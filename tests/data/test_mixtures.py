@@ -370,6 +370,13 @@ def test_the_same_windows_twice_are_refused():
     """One folder under two names would be read with the sum of both weights, each window twice."""
     with pytest.raises(ValueError, match="sources 'a' and './a' hold the same windows; give them once"):
         MixtureWindows({"a": Numbered(0), "b": Numbered(1), "./a": Numbered(0)}, [(0, {"a": 1, "b": 1})])
+    within = MixtureWindows({"web": mixture((0, {"a": 1, "b": 1}))}, [(0, {"web": 1})])  # which holds 0 and 1
+    for other in (Numbered(1), mixture((0, {"c": 1, "b": 1}), sources="bc")):
+        with pytest.raises(
+            ValueError, match="sources 'all' and 'other' hold the same windows; give them once"
+        ):
+            MixtureWindows({"all": within, "other": other}, [(0, {"all": 1})])
+    MixtureWindows({"all": within, "other": Numbered(2)}, [(0, {"all": 1, "other": 1})])
     tokens = torch.arange(100)
     with pytest.raises(ValueError, match="hold the same windows"):
         MixtureWindows(

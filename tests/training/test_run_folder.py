@@ -147,7 +147,7 @@ def listing(folder) -> list[str]:
     [
         (dict(config=replace(CONFIG, weight_decay=0.2)), "another trainer config: its weight_decay is 0.1"),
         (dict(config=replace(CONFIG, seed=1)), "another text: its seed is 0|another trainer config: its seed is 0"),
-        (dict(schedule=WSD(0.02, 2, 4, 4)), "another schedule: its rate at step 1 was 0.005, this run's is 0.01"),
+        (dict(schedule=WSD(0.02, 2, 4, 4)), "another schedule: its rate at step 1 is 0.005, this run's is 0.01"),
     ],
 )  # fmt: skip
 def test_the_folder_of_another_run(make, tmp_path, changes, sentence):

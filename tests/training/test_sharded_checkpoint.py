@@ -229,8 +229,8 @@ def refused(make):
         (dict(config=replace(CONFIG, parametrization="mup")), "its parametrization is 'standard', this run's is 'mup'"),
         (dict(tokens=TOKENS.flip(0)), "belongs to another text: its checksum is"),
         (dict(config=replace(CONFIG, seed=3)), "its seed is 0, this run's is 3"),
-        (dict(schedule=WSD(0.02, 2, 4, 4)), "another schedule: its rate at step 1 was 0.005, this run's is 0.01"),
-        (dict(schedule=WSD(0.01, 2, 1, 4)), "another schedule: its rate at step 4 was 0.01, this"),
+        (dict(schedule=WSD(0.02, 2, 4, 4)), "another schedule: its rate at step 1 is 0.005, this run's is 0.01"),
+        (dict(schedule=WSD(0.01, 2, 1, 4)), "another schedule: its rate at step 4 is 0.01, this"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run(refused, saved, changes, sentence):
