@@ -191,11 +191,12 @@ class KVCache(Context):
 
     def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
         """The tokens of the call, where it brings tokens and not other features in their place."""
+        rows, end = ids.shape[0], self.length + ids.shape[1]
         if self.length == 0 or self._text is None:
             with torch.inference_mode(False):  # as in `_space`
-                self._text = ids.new_full((len(ids), self.room), -1)
-        if len(self._text) == len(ids) and self.length + ids.shape[1] <= self.room:  # else it is refused soon
-            self._text.narrow(1, self.length, ids.shape[1]).copy_(ids)
+                self._text = ids.new_full((rows, self.room), -1)
+        if self._text.shape[0] == rows and end <= self.room:  # else it is refused soon
+            self._text[:, self.length : end] = ids
             self._told = True
 
     def has_read(self, ids: Int[Tensor, "batch tokens"]) -> bool:
@@ -232,11 +233,10 @@ class KVCache(Context):
             raise ValueError(
                 f"The cache has room for {self.room} tokens and would need {self.reach}; make a larger one."
             )
-        rows = self._rows if self.length else len(x if self.padding is None else self.padding)
-        if len(x) != rows:
-            raise ValueError(
-                f"The cache is for {rows} rows, and {len(x)} came; use one cache for each batch."
-            )
+        came = x.shape[0]
+        rows = self._rows if self.length else came if self.padding is None else len(self.padding)
+        if came != rows:
+            raise ValueError(f"The cache is for {rows} rows, and {came} came; use one cache for each batch.")
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
@@ -282,13 +282,11 @@ class KVCache(Context):
                 f"Two layers have the number {layer}, as a copy of a block has that of its original, and a "
                 "cache keeps under it what a layer makes. Give each its own: block.self_attn.layer."
             )
-        kept, end = self._layers[layer], self.length + new[0].shape[2]
-        for whole, each in zip(kept, new, strict=True):
-            whole.narrow(2, self.length, each.shape[2]).copy_(each)
-        text = tuple(whole.narrow(2, 0, end) for whole in kept)
-        if self.dtype is None:
-            return text
-        return tuple(whole.to(each.dtype) for whole, each in zip(text, new, strict=True))
+        text, end = [], self.length + new[0].shape[2]
+        for whole, each in zip(self._layers[layer], new, strict=True):
+            whole[:, :, self.length : end] = each
+            text.append(whole[:, :, :end].type_as(each))  # no copy unless the cache has a type of its own
+        return tuple(text)
 
     def _space(self, new: Tensor) -> Tensor:
         with torch.inference_mode(False):  # so that it can be written in any mode

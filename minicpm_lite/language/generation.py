@@ -84,11 +84,10 @@ def stream(
     seen, newest = ids.long(), ids[:, context.length :]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
-    parts = list(model.modules())  # a module put into a model may train where the model does not
+    training = any(part.training for part in model.modules())  # a part may, where the model does not
     for step in range(max_new_tokens):
-        training = any(part.training for part in parts)
         # not around the whole function: a caller's code runs between its steps
-        with torch.no_grad(), evaluating(model) if training else nullcontext():
+        with torch.no_grad(), evaluating(model) if training or model.training else nullcontext():
             logits = model(newest, context, last_only=True)[:, -1]
         if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
             raise FloatingPointError(

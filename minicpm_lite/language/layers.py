@@ -34,10 +34,10 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.normalized_shape, self.eps = (size,), eps
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -63,16 +63,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens width"], rotary: tuple[Tensor, Tensor], context: Context
     ) -> Float[Tensor, "batch tokens d"]:
-        query = apply_rotary(self._heads(self.q_proj(x)), *rotary)  # (batch, heads, tokens, head_dim)
-        key = apply_rotary(self._heads(self.k_proj(x)), *rotary)  # (batch, kv_heads, tokens, head_dim)
-        value = self._heads(self.v_proj(x))
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_proj(x).reshape(by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        key = self.k_proj(x).reshape(by_head).transpose(1, 2)  # (batch, kv_heads, tokens, head_dim)
+        value = self.v_proj(x).reshape(by_head).transpose(1, 2)
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         key, value = context.keep(self.layer, key, value)  # (batch, kv_heads, keys, head_dim)
         out = context.attend(self.layer, query, key, value)  # (batch, heads, tokens, head_dim)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (batch, tokens, heads * head_dim) -> (..., d)
-
-    def _heads(self, features: Tensor) -> Tensor:
-        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)"""
-        return features.reshape(*features.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

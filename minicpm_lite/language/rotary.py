@@ -60,7 +60,7 @@ def apply_rotary(
     """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position."""
     x32 = x.float()
     partner = x32.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x32 * cos, partner, sin).to(x.dtype)
+    return torch.addcmul(x32 * cos, partner, sin).type_as(x)
 
 
 def scaled_angles(

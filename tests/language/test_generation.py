@@ -461,6 +461,15 @@ def test_a_model_that_is_in_training_writes_as_one_that_is_not():
     assert not model.training
 
 
+def test_a_model_that_is_put_in_training_between_two_tokens_writes_on_as_before():
+    model, ids, written = with_dropout(WRITER).eval(), make_ids(WRITER, 2, 5), []
+    alone = generate(model, ids, 8, stop_ids=())
+    for token in stream(model, ids, 8, stop_ids=()):
+        written.append(token)
+        model.train()
+    assert torch.equal(torch.stack(written, dim=1), alone[:, 5:])
+
+
 def test_a_part_in_training_within_a_model_that_is_not_draws_nothing():
     """As what `replace_linears` put into a model that was read, until someone calls eval()."""
     model, ids = with_dropout(WRITER), make_ids(WRITER, 2, 5)
