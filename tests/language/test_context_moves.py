@@ -47,6 +47,7 @@ def trees(draw) -> list[int]:
     return [draw(st.integers(-1, place - 1)) for place in range(draw(st.integers(1, 9)))]
 
 
+@pytest.mark.slow  # fifteen trees of each kind of model; the test below looks at one
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=15, deadline=None)
 @given(parents=trees(), text=st.integers(1, 9))
@@ -228,6 +229,7 @@ MOVES = st.lists(
 )
 
 
+@pytest.mark.slow  # eighty histories; each move has a quick test of its own
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 2, 1])])
 @settings(max_examples=40, deadline=None)
 @given(moves=MOVES)
