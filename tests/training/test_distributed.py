@@ -192,7 +192,15 @@ def test_bfloat16_keeps_float32_weights_and_angles(alone):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [Layout(), Layout(1), Layout(2, True)], ids=str)
+@pytest.mark.parametrize(  # slow: the third layout does what they do, and more
+    "layout",
+    [
+        pytest.param(Layout(), marks=pytest.mark.slow),
+        pytest.param(Layout(1), marks=pytest.mark.slow),
+        Layout(2, True),
+    ],
+    ids=str,
+)
 def test_bfloat16_means_the_same_for_both(alone, model, layout):
     """Bit for bit: losses, norms, and the weights they lead to."""
     config = replace(CONFIG, precision="bfloat16")
@@ -333,7 +341,9 @@ def captioner(layout=ALL_AT_ONCE, config=CONFIG, batches=None) -> Trainer:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(1, True)], ids=str)
+@pytest.mark.parametrize(  # slow: the other layout does what it does, and more
+    "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(1, True)], ids=str
+)
 def test_any_module_with_its_own_weights_is_cut_as_it_is(alone, tmp_path, layout, precision):
     config = replace(CONFIG, precision=precision)
     one, other = captioner(replace(layout, sharded=True), config), captioner(layout, config)
