@@ -272,6 +272,7 @@ class FewRounds(Permutation):  # rows shifted once, columns never
         return (row + module._hash(self.key, column)) % rows * columns + column
 
 
+@pytest.mark.slow  # thousands of permutations; that one visits each once has a quick test below
 def test_the_permutation_is_one_and_looks_random():
     assert visits_each_once(Permutation)
     assert puts_each_anywhere(Permutation)

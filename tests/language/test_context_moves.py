@@ -121,7 +121,9 @@ def test_take_makes_a_branch_part_of_the_text(name, kind):
     assert_close(model(rest, cache), model(rest, chain), atol=1e-3 if kind is Int8Cache else 2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["grouped", "latent"])
+@pytest.mark.parametrize(
+    "name", ["grouped", pytest.param("latent", marks=pytest.mark.slow)]
+)  # by the same code
 @settings(max_examples=20, deadline=None)
 @given(chosen=st.lists(st.integers(-1, 4), min_size=3, max_size=3), pads=st.booleans())
 @torch.no_grad()

@@ -279,7 +279,9 @@ def tables_and_norms(name: str) -> bool:
     return "proj" not in name
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(  # slow: bfloat16 is computed so, too, and rounded
+    "precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 @pytest.mark.parametrize(
     "frozen", [tables_and_norms, lambda name: "layers.0" in name], ids=["tables", "block"]
 )
@@ -340,7 +342,9 @@ def captioner(layout=ALL_AT_ONCE, config=CONFIG, batches=None) -> Trainer:
     return Trainer(Captioner(), batches or Captions(), SCHEDULE, config, CAPTION, layout)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(  # slow: bfloat16 is computed so, too, and rounded
+    "precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 @pytest.mark.parametrize(  # slow: the other layout does what it does, and more
     "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(1, True)], ids=str
 )
@@ -369,7 +373,9 @@ def test_what_cannot_be_cut(alone):
         make().branch(SCHEDULE)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(  # slow: bfloat16 is computed so, too, and rounded
+    "precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_what_is_read_or_written_after_a_forward_pass_alone(alone, tmp_path, precision):
     """An evaluation, a loss that fails and a look from outside leave weights gathered."""
     config, failing = replace(CONFIG, precision=precision), [True]
