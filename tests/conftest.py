@@ -42,6 +42,12 @@ def shapes_are_checked(request: pytest.FixtureRequest) -> None:
     jaxtyping.config.update("jaxtyping_disable", not of_them)
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checks of shapes and types, as everywhere but here: what the library itself refuses."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 class Groups(LoadScopeScheduling):
     """A worker gets a file as a whole, or one page."""
 
@@ -56,10 +62,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported stays: the collector of garbage need not walk through it, now or during the tests."""
+    """What is imported stays: the collector of garbage need not walk through it, now or during the tests.
+
+    What the tests import later it walks through each time, so it begins less often than it would.
+    """
     gc.disable()
     result = yield
     gc.freeze()
+    gc.set_threshold(10_000)
     gc.enable()
     return result
 

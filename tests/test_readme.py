@@ -59,6 +59,7 @@ def commands(first: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in fewer_steps(block).splitlines()]
 
 
+@pytest.mark.slow  # five commands one after the other; tests/cli looks at each
 def test_the_same_from_the_command_line(novel, capsys):
     for line in commands("tokenizer"):
         assert line[0] == "minicpm-lite" and main(line[1:]) == 0

@@ -11,14 +11,11 @@ import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from statistics import mean, stdev
+from types import ModuleType
 from typing import Literal
 
 from ..config import require_positive_integer, require_positive_number
 from ..optional import require
-
-stats = require("scipy.stats", install="minicpm_lite[notebooks]", purpose="compare runs")
-special = require("scipy.special", install="minicpm_lite[notebooks]", purpose="compare runs")
-integrate = require("scipy.integrate", install="minicpm_lite[notebooks]", purpose="compare runs")
 
 __all__ = ["Difference", "difference", "power", "smallest_effect"]
 
@@ -88,7 +85,7 @@ def difference(values: Iterable[float], others: Iterable[float]) -> Difference:
     gaps = [float(value) - float(other) for value, other in zip(values, others, strict=True)]
     if not all(map(math.isfinite, gaps)):
         raise ValueError(f"The differences are {gaps}; a run that diverged has none. Report it apart.")
-    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+    half = _student_limit(len(gaps)) * stdev(gaps) / math.sqrt(len(gaps))
     return Difference(tuple(gaps), mean(gaps), mean(gaps) - half, mean(gaps) + half)
 
 
@@ -111,7 +108,7 @@ def power(effect: float, spread: float, seeds: int) -> float:
     require_positive_integer("seeds", seeds)
     if seeds < 2:
         raise ValueError("seeds is 1; at least two pairs of runs are needed to tell a difference.")
-    limit = stats.t.ppf((1 + _CONFIDENCE) / 2, seeds - 1)
+    special, limit = _scipy("special"), _student_limit(seeds)
     shift = abs(effect) / (spread / math.sqrt(seeds))
 
     # Not by scipy's noncentral t, which gives nan for a large shift.
@@ -120,7 +117,7 @@ def power(effect: float, spread: float, seeds: int) -> float:
         half = limit * math.sqrt(2 * special.gammaincinv((seeds - 1) / 2, quantile) / (seeds - 1))
         return special.ndtr(shift - half) + special.ndtr(-shift - half)
 
-    return float(integrate.quad(seen, 0, 1)[0])
+    return float(_scipy("integrate").quad(seen, 0, 1)[0])
 
 
 def smallest_effect(spread: float, seeds: int, wanted: float = 0.8) -> float:
@@ -141,3 +138,13 @@ def smallest_effect(spread: float, seeds: int, wanted: float = 0.8) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if power(middle, spread, seeds) < wanted else (low, middle)
     return high
+
+
+def _student_limit(seeds: int) -> float:
+    """What Student's t of so many seeds exceeds, on either side, in one true tie of twenty."""
+    return float(_scipy("special").stdtrit(seeds - 1, (1 + _CONFIDENCE) / 2))
+
+
+def _scipy(module: str) -> ModuleType:
+    """Imported at the first comparison, because every chapter imports lab, and few compare."""
+    return require(f"scipy.{module}", install="minicpm_lite[notebooks]", purpose="compare runs")

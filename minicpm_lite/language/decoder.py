@@ -74,14 +74,21 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = (config.vocab_size, config.hidden_size)
+        has_memory = torch.get_default_device().type != "meta"  # without, there is nothing to draw, slowly
+        self.embed_tokens = (
+            nn.Embedding(*table)
+            if has_memory
+            else nn.Embedding.from_pretrained(torch.empty(table), freeze=False)
+        )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None  # tied: the embedding table is the output layer
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for weight, std in self.initial_stds():
-            nn.init.normal_(weight, std=std)
+        if has_memory:
+            for weight, std in self.initial_stds():
+                nn.init.normal_(weight, std=std)
 
     def forward(
         self, ids: Int[Tensor, "batch tokens"], context: Context | None = None, last_only: bool = False

@@ -131,6 +131,7 @@ def test_a_run_and_its_decay(at_home, capsys):
     )
 
 
+@pytest.mark.slow  # five runs; a decay and going on have quick tests of their own
 def test_a_decay_is_stopped_and_goes_on(at_home, capsys):
     """The stable stage read a mixture, the decay reads another one with a folder more."""
     one_two = ["--data", "one:0.5", "--data", "two:0.5"]
@@ -161,6 +162,7 @@ def data(*folders) -> list[str]:
     return [word for folder in folders for word in ("--data", folder)]
 
 
+@pytest.mark.slow  # eleven runs; tests/data/test_mixtures.py looks at the same without a model
 def test_neither_order_nor_spelling_nor_place_of_the_folders_decides(at_home):
     """A mixture, its resume and its decay read the same, whatever the options look like."""
     short = [*STEP, "--steps", "6", "--warmup", "2", "--decay", "0"]
@@ -385,6 +387,7 @@ def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
     assert err == f"Stopped; run/{saved} is kept, and --resume goes on from there.\n"
 
 
+@pytest.mark.slow  # six runs; tests/training/test_objective.py looks at the same in one
 def test_documents_are_kept_apart_if_asked_for(at_home, capsys):
     """In a run that goes on so, too, and in its decay; what does not end documents is refused."""
     documents = [np.arange(start, start + 9) % 290 for start in range(60)]

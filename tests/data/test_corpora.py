@@ -8,6 +8,7 @@ from minicpm_lite.data.assets import load_austen
 from minicpm_lite.data.corpora import BLOCK_CHARACTERS, block_is_held_out, load_corpus, split_novels
 
 
+@pytest.mark.slow  # learns a vocabulary from four million characters; the split alone has a test below
 def test_corpus_holds_the_whole_text_once():
     corpus = load_corpus()
     train, validation = (corpus.tokenizer.decode(part.tolist()) for part in (corpus.train, corpus.validation))
@@ -19,6 +20,7 @@ def test_corpus_holds_the_whole_text_once():
     assert corpus.bytes_per_token == pytest.approx(len(validation.encode()) / len(corpus.validation))
 
 
+@pytest.mark.slow  # learns a vocabulary from four million characters
 def test_the_corpus_is_that_of_the_first_edition():
     """Recorded runs were trained on these very tokens."""
     corpus = load_corpus()
@@ -35,6 +37,7 @@ def test_blocks_fall_on_one_side():
     assert [i for i in range(60) if block_is_held_out(i)] == [19, 39, 59]
 
 
+@pytest.mark.slow  # learns a vocabulary from four million characters
 def test_the_corpus_is_made_once():
     assert load_corpus() is load_corpus(1024)
 

@@ -137,6 +137,7 @@ def test_the_same_seed_gives_the_same_classifier_and_scores_are_probabilities(cl
     assert scores[-3:].tolist() == [0.5] * 3  # nothing known
 
 
+@pytest.mark.slow  # scikit-learn is imported; with autograd the test above looks at the same
 def test_as_good_as_logistic_regression_on_the_same_features(classifier):
     linear_model = pytest.importorskip("sklearn.linear_model")
     sparse = pytest.importorskip("scipy.sparse")
@@ -183,6 +184,7 @@ def test_as_good_as_fasttext(classifier, tmp_path):
     assert np.corrcoef(ours, theirs)[0, 1] > 0.9
 
 
+@pytest.mark.slow  # trains classifiers that are wrong, to see that the tests above would notice
 @pytest.mark.parametrize("bug", ["rate never falls", "sum instead of mean", "labels swapped"])
 def test_wrong_versions_are_seen(bug, classifier, monkeypatch):
     """Each moves the scores away from those of the right one, which autograd confirms above."""

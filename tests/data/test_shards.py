@@ -239,6 +239,7 @@ def test_of_several_writers_of_one_folder_one_writes_it(tmp_path_factory, turns)
     assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
 
 
+@pytest.mark.slow  # a process starts that imports torch; tests/test_files.py looks at the same lock
 def test_a_writer_that_was_killed_locks_nothing(tmp_path):
     program = (
         "import os, sys\nfrom minicpm_lite.data.shards import write_shards\n"

@@ -47,6 +47,7 @@ def trees(draw) -> list[int]:
     return [draw(st.integers(-1, place - 1)) for place in range(draw(st.integers(1, 9)))]
 
 
+@pytest.mark.slow  # fifteen trees of each kind of model; the test below looks at one
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=15, deadline=None)
 @given(parents=trees(), text=st.integers(1, 9))
@@ -120,7 +121,9 @@ def test_take_makes_a_branch_part_of_the_text(name, kind):
     assert_close(model(rest, cache), model(rest, chain), atol=1e-3 if kind is Int8Cache else 2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["grouped", "latent"])
+@pytest.mark.parametrize(
+    "name", ["grouped", pytest.param("latent", marks=pytest.mark.slow)]
+)  # by the same code
 @settings(max_examples=20, deadline=None)
 @given(chosen=st.lists(st.integers(-1, 4), min_size=3, max_size=3), pads=st.booleans())
 @torch.no_grad()
@@ -228,6 +231,7 @@ MOVES = st.lists(
 )
 
 
+@pytest.mark.slow  # eighty histories; each move has a quick test of its own
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 2, 1])])
 @settings(max_examples=40, deadline=None)
 @given(moves=MOVES)

@@ -1,7 +1,5 @@
 """Text as it is written: pieces add up, no character is cut, stop strings are found wherever tokens are cut."""
 
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from os.path import commonprefix
@@ -14,7 +12,9 @@ from kinds import KINDS, WORDS
 from small_models import TEXT, TOKENIZER, WRITER, Says, make_model
 from tokenizers import Tokenizer, decoders, models, processors
 
-from minicpm_lite.language.chat import Chat, chatml
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.language.chat import Chat, chatml, encode_chat
+from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling
 from minicpm_lite.language.tokenizer import BytePairTokenizer, train_tokenizer
@@ -391,51 +391,25 @@ def test_bad_input_gets_a_sentence(call, sentence):
         call(make_model(WRITER))
 
 
-def test_other_types_are_refused_with_a_sentence_where_nothing_checks_them_before():
-    """In a process of its own: here the annotations are checked first, with a message of their own."""
-    script = """
-import torch
-from minicpm_lite.config import ModelConfig
-from minicpm_lite.language.chat import chatml, encode_chat
-from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.language.chat import Chat, chatml
-from minicpm_lite.language.generation import generate
-from minicpm_lite.language.sampling import Sampling
-from minicpm_lite.language.tokenizer import train_tokenizer
-from minicpm_lite.language.writing import generate_text, stream_text
-model, tokenizer = Decoder(ModelConfig(16, 24, 1, 2, 300)), train_tokenizer("a man", 260)
-calls = (
-    lambda: list(stream_text(model, tokenizer, "a", 2, 0.7)),
-    lambda: list(stream_text(model, tokenizer, "a", 2, stop=None)),
-    lambda: list(stream_text(model, tokenizer, None, 2)),
-    lambda: generate_text(model, tokenizer, [b"a"], 2),
-    lambda: encode_chat(tokenizer, chatml, [model]),
-    lambda: encode_chat(tokenizer, chatml, {"role": "user"}),
-    lambda: generate_text(model, tokenizer, None, 2),
-    lambda: generate_text(model, tokenizer, [torch.tensor([1.0])], 2),
-    lambda: generate_text(model, tokenizer, [torch.tensor([1])], 2),
-    lambda: generate_text(model, tokenizer, [["a"]], 2),
-    lambda: generate(model, torch.tensor([[1.5]]), 2),
-    lambda: generate(model, [[5]], 2),
-    lambda: Sampling(temperature="0.9"),
-    lambda: Sampling(temperature=1.0, top_p="0.9"),
-    lambda: Sampling(repetition_penalty=None),
-)
-for call in calls:
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        print(error)
-"""
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    beginnings = [
-        "sampling is 0.7; expected", "stop is None; expected", "The text is of type NoneType; expected",
-        "The text is of type bytes; expected", "Message 0 is of type Decoder; expected a table",
-        "Message 0 is of type str; expected a table", "prompts is None; expected",
-        "A prompt is tensor([1.]); expected a text, or its tokens", "A prompt is ['a']; expected", "ids is tensor([[1.5000]]); expected",
-        "ids is [[5]]; expected", "temperature is '0.9'; expected", "top_p is '0.9'; expected",
-        "repetition_penalty is None; expected",
-    ]  # fmt: skip
-    assert all(line.startswith(each) for line, each in zip(shown.splitlines(), beginnings, strict=True)), (
-        shown
-    )
+def test_other_types_are_refused_with_a_sentence_where_nothing_checks_them_before(unchecked):
+    model, tokenizer = Decoder(ModelConfig(16, 24, 1, 2, 300)), train_tokenizer("a man", 260)
+    for call, sentence in (
+        (lambda: list(stream_text(model, tokenizer, "a", 2, 0.7)), "sampling is 0.7; expected"),
+        (lambda: list(stream_text(model, tokenizer, "a", 2, stop=None)), "stop is None; expected"),
+        (lambda: list(stream_text(model, tokenizer, None, 2)), "The text is of type NoneType; expected"),
+        (lambda: generate_text(model, tokenizer, [b"a"], 2), "The text is of type bytes; expected"),
+        (lambda: encode_chat(tokenizer, chatml, [model]), "Message 0 is of type Decoder; expected a table"),
+        (lambda: encode_chat(tokenizer, chatml, {"role": "user"}), "Message 0 is of type str; expected a table"),
+        (lambda: generate_text(model, tokenizer, None, 2), "prompts is None; expected"),
+        (lambda: generate_text(model, tokenizer, [torch.tensor([1.0])], 2), "A prompt is tensor([1.]); expected a text, or its tokens"),
+        (lambda: generate_text(model, tokenizer, [["a"]], 2), "A prompt is ['a']; expected"),
+        (lambda: generate(model, torch.tensor([[1.5]]), 2), "ids is tensor([[1.5000]]); expected"),
+        (lambda: generate(model, [[5]], 2), "ids is [[5]]; expected"),
+        (lambda: Sampling(temperature="0.9"), "temperature is '0.9'; expected"),
+        (lambda: Sampling(temperature=1.0, top_p="0.9"), "top_p is '0.9'; expected"),
+        (lambda: Sampling(repetition_penalty=None), "repetition_penalty is None; expected"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)) as refusal:
+            call()
+        assert str(refusal.value).startswith(sentence)
+    generate_text(model, tokenizer, [torch.tensor([1])], 2)  # tokens in a tensor are a prompt

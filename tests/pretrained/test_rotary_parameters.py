@@ -192,7 +192,14 @@ def test_every_key_and_every_method_of_transformers_is_tried():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(  # slow: families whose keys are read as those of the first
+    "family",
+    [
+        "llama",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("mistral", "granite", "mixtral")),
+        "minicpm3",
+    ],
+)
 def test_each_key_is_applied_as_transformers_applies_it_or_refused(family, method):
     given = METHODS[method] | {"rope_theta": 100.0}
     plain = both_sides(family, rope_parameters=given)

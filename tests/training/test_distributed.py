@@ -194,7 +194,15 @@ def test_bfloat16_keeps_float32_weights_and_angles(alone):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [Layout(), Layout(1), Layout(2, True)], ids=str)
+@pytest.mark.parametrize(  # slow: the third layout does what they do, and more
+    "layout",
+    [
+        pytest.param(Layout(), marks=pytest.mark.slow),
+        pytest.param(Layout(1), marks=pytest.mark.slow),
+        Layout(2, True),
+    ],
+    ids=str,
+)
 def test_bfloat16_means_the_same_for_both(alone, model, layout):
     """Bit for bit: losses, norms, and the weights they lead to."""
     config = replace(CONFIG, precision="bfloat16")
@@ -273,7 +281,9 @@ def tables_and_norms(name: str) -> bool:
     return "proj" not in name
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(  # slow: bfloat16 is computed so, too, and rounded
+    "precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 @pytest.mark.parametrize(
     "frozen", [tables_and_norms, lambda name: "layers.0" in name], ids=["tables", "block"]
 )
@@ -334,8 +344,12 @@ def captioner(layout=ALL_AT_ONCE, config=CONFIG, batches=None) -> Trainer:
     return Trainer(Captioner(), batches or Captions(), SCHEDULE, config, CAPTION, layout)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(1, True)], ids=str)
+@pytest.mark.parametrize(  # slow: bfloat16 is computed so, too, and rounded
+    "precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
+@pytest.mark.parametrize(  # slow: the other layout does what it does, and more
+    "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(1, True)], ids=str
+)
 def test_any_module_with_its_own_weights_is_cut_as_it_is(alone, tmp_path, layout, precision):
     config = replace(CONFIG, precision=precision)
     one, other = captioner(replace(layout, sharded=True), config), captioner(layout, config)
@@ -361,7 +375,9 @@ def test_what_cannot_be_cut(alone):
         make().branch(SCHEDULE)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(  # slow: bfloat16 is computed so, too, and rounded
+    "precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_what_is_read_or_written_after_a_forward_pass_alone(alone, tmp_path, precision):
     """An evaluation, a loss that fails and a look from outside leave weights gathered."""
     config, failing = replace(CONFIG, precision=precision), [True]

@@ -59,7 +59,9 @@ def whole(make):
 
 
 @pytest.mark.parametrize("number", ENDS)
-@pytest.mark.parametrize("step", [1, 5, 9])
+@pytest.mark.parametrize(  # slow: runs that differ from a quick one in the step alone
+    "step", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_the_step_is_finished_and_saved(make, whole, signalled, tmp_path, number, step):
     run = signalled(2 * step - 1, number)  # two windows a step
     with pytest.raises(ENDS[number]) as ended:

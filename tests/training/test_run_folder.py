@@ -125,7 +125,9 @@ DAMAGES = ["{}", "[]", "7", "null", '{"step": "x"}', '{"step": null}', '{"step":
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage[:12])
-@pytest.mark.parametrize("place", [0, 3, 5])
+@pytest.mark.parametrize(  # slow: runs that differ from a quick one in the place alone
+    "place", [pytest.param(0, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_damaged_line_of_metrics_blocks_no_resume(make, saved, tmp_path, damage, place):
     """It is dropped with those behind it, wherever it stands."""
     shutil.copytree(saved / "step-00000006", tmp_path / "step-00000006")

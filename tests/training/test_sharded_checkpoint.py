@@ -310,6 +310,7 @@ def test_a_piece_that_is_missing(refused, folder, reseal):
     refused(folder, "does not fit this run: model.norm.weight")
 
 
+@pytest.mark.slow  # eighty damaged checkpoints; the tests above damage one
 def test_one_flipped_bit_anywhere_is_noticed(make, refused, folder):
     """In values, headers and facts alike, whatever the file looks like afterwards."""
     for file in (folder / SHARD, folder / "checkpoint.json"):

@@ -84,6 +84,7 @@ def needed_files(notebook: Notebook) -> list[Path]:
     return sorted(_needed(notebook, *_code(notebook)))
 
 
+@cache  # each gate asks again
 def parse_cell(source: str) -> ast.Module | None:
     """The syntax tree of a cell, magics included; None if it is not Python."""
     try:
