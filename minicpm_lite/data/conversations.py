@@ -73,10 +73,9 @@ def encode_example(tokenizer: Tokenizer | BytePairTokenizer, example: Example) -
     """
     tokenizer = fast_tokenizer(tokenizer)
     question = encode_chat(tokenizer, minicpm_chat, [{"role": "user", "content": example.question}])
-    answer = encode_text(tokenizer, example.answered.removeprefix(" "))
-    if not (answer and tokenizer.id_to_token(answer[0]).startswith("▁")):
-        answer = encode_text(tokenizer, example.answered)
-    return EncodedExample(tuple(question), tuple(answer))
+    first, *_ = tokenizer.encode("a", add_special_tokens=False).tokens or [""]
+    answered = example.answered.removeprefix(" ") if first.startswith("▁") else example.answered
+    return EncodedExample(tuple(question), tuple(encode_text(tokenizer, answered)))
 
 
 def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int[Tensor, "rows length"]:

@@ -617,6 +617,7 @@ class Trainer:
             raise
         for name, tensor in kept.items():
             tensors[name].copy_(tensor)
+        self.model.load_state_dict(self.model.state_dict())  # what a module derives from them, it makes anew
         self.step, self._origin = step, Origin.of(facts)
         self.losses, self.grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
 

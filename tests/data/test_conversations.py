@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
 from minicpm_lite import ModelConfig
@@ -275,3 +275,13 @@ def test_a_row_that_is_longer_than_a_window():
     assert packed_windows([row], 5).shape == (1, 5)
     with pytest.raises(ValueError, match="The examples of row 0 have 5 tokens; a window holds 4"):
         packed_windows([row], 4)
+
+
+def test_an_answer_that_begins_like_a_blank_keeps_its_own():
+    """Whether a tokenizer puts a blank is asked of it, not of what the answer's first token looks like."""
+    letters = ["<用户>", "<AI>", *"▁ ax\n", *sorted(set("what is it?"))]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(dict.fromkeys(letters))}, []))
+    tokenizer.add_special_tokens(["<用户>", "<AI>"])
+    for answer in ("▁x", "a", ""):
+        encoded = encode_example(tokenizer, Example("any", "what is it?", answer))
+        assert "".join(map(tokenizer.id_to_token, encoded.answer)) == f" {answer}\n"

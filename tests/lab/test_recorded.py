@@ -158,6 +158,7 @@ def timed(job: Square) -> dict:
     return {"seconds": 12.5, "rate": 80.0}
 
 
+@pytest.mark.slow  # it starts a worker process, which imports torch
 def test_a_result_keeps_seconds_of_its_own(tmp_path):
     (script := tmp_path / "topic.py").write_text("")
     assert run_jobs(script, [Square(2)], timed, {}, workers=1) == {

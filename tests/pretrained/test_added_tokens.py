@@ -108,7 +108,8 @@ def test_a_blank_before_a_text_is_that_of_transformers_or_refused(kind, puts, as
 
 
 CLASSES = ["GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast",
-           "Qwen2Tokenizer", "PreTrainedTokenizerFast", None]  # fmt: skip
+           "Qwen2Tokenizer", "GemmaTokenizer", "CohereTokenizerFast", "CodeLlamaTokenizer",
+           "PreTrainedTokenizerFast", None]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "prepended"])
@@ -132,9 +133,14 @@ def test_names_of_a_class_are_those_of_transformers(kind, family, tmp_path):
             assert load_special_tokens(tmp_path) == theirs.special_tokens_map
             added = theirs.backend_tokenizer.get_added_tokens_decoder()
             assert list(map(repr, ours.get_added_tokens_decoder().items())) == list(map(repr, added.items()))
-            found.add(theirs.eos_token)
+            found.add((name, theirs.eos_token))
     heeded = family in (None, "llama", "minicpm")
-    assert ("<|endoftext|>" in found) == heeded and ("</s>" in found) == (heeded and kind == "prepended")
+    for name, eos, where in (
+        ("GPT2Tokenizer", "<|endoftext|>", heeded),
+        ("LlamaTokenizer", "</s>", heeded and kind == "prepended"),
+        ("GemmaTokenizer", "<eos>", heeded),
+    ):
+        assert ((name, eos) in found) == where
 
 
 def test_what_is_no_token_is_one_sentence(tmp_path):

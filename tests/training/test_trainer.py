@@ -287,6 +287,43 @@ def test_another_objective_is_minimised_from_the_next_step_on(compiled, monkeypa
     assert run.losses[-1] == 10 and run.grad_norms[-1] == 0
 
 
+class Packed(nn.Module):
+    """Computes with what it makes of a frozen weight, anew when its state is loaded, as a quantised layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(3, 3), requires_grad=False), nn.Linear(3, 3)
+        self.register_buffer("packed", self.weight.detach().clone(), persistent=False)
+        self.register_load_state_dict_post_hook(Packed.pack)
+
+    def pack(self, keys) -> None:
+        self.packed.copy_(self.weight)
+
+    def forward(self, x):
+        return self.linear(x @ self.packed)
+
+
+def test_what_a_module_makes_of_its_weights_is_made_anew(tmp_path):
+    class Rows:
+        def __getitem__(self, step):
+            return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+        def identity(self):
+            return {}
+
+    def run(seed):
+        torch.manual_seed(seed)
+        square = Objective("square", lambda model, rows: (model(rows).square().mean(),) * 2, len)
+        return Trainer(Packed(), Rows(), WSD(0.1, 0, 6, 0), CONFIG, square)
+
+    whole, resumed = run(0), run(1)
+    whole.train(3, tmp_path, progress=False)
+    resumed.load(tmp_path / "step-00000003")
+    for each in (whole, resumed):
+        each.train(progress=False)
+    assert resumed.losses == whole.losses
+
+
 def test_weights_that_were_shortened_since_are_not_trained():
     run = trained(2)
     run.model.bfloat16()
