@@ -177,7 +177,10 @@ def _sample(model: Decoder) -> tuple[ModelConfig, list[list[float]]]:
     Training changes nearly all, and so does loading others; an adapter has weights of its own.
     """
     weights = chain(model.parameters(), model.buffers())
-    return model.config, [weight.detach().flatten()[:8].tolist() for weight in weights]
+    here = (
+        getattr(weight, "to_local", weight.detach)() for weight in weights
+    )  # of one that is cut, its part
+    return model.config, [weight.flatten()[:8].tolist() for weight in here]
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -232,7 +232,7 @@ def trained(model: Decoder) -> None:
     [
         trained,
         lambda model: model.load_state_dict(make_model(CHATTER, seed=1).state_dict()),
-        lambda model: model.layers[1].mlp.up_proj.weight.data.mul_(1.5),
+        lambda model: model.embed_tokens.weight.data.neg_(),
         lambda model: setattr(model, "config", replace(model.config, rope_theta=77.0)),
         lambda model: setattr(model.layers[0].mlp.up_proj, "weight", model.layers[0].mlp.gate_proj.weight),
     ],
