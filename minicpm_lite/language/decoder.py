@@ -188,12 +188,7 @@ def changed_inside(model: Decoder) -> dict[str, tuple[type | None, type | None]]
 
     A layer that computes with its weight in another way has the same names and shapes; its class tells.
     """
-    return _different(
-        *(
-            {name: own_class(module) for name, module in each.named_modules(remove_duplicate=False)}
-            for each in (model, _plain(model.config))
-        )
-    )
+    return _different(_classes(model), _classes(_plain(model.config)))
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -225,6 +220,10 @@ def require_plain(model: Decoder) -> None:
 def _plain(config: ModelConfig) -> Decoder:
     with torch.device("meta"):
         return Decoder(config)
+
+
+def _classes(model: Decoder) -> dict[str, type]:
+    return {name: own_class(module) for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def _shapes(model: Decoder) -> dict[str, torch.Size]:

@@ -148,7 +148,7 @@ def require_one_run(facts: dict[str, dict]) -> None:
 
 
 def weight_checksums(model: nn.Module) -> dict[str, int]:
-    """Of each parameter that has values here, and all of them, by its name."""
+    """By name, a checksum of each parameter that has values and lies here whole."""
     return {
         name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         for name, parameter in model.named_parameters()

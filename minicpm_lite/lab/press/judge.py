@@ -209,7 +209,7 @@ class _Answer:
                     names[name] = types.FunctionType(_compiled(statement), names)
                     continue
                 case ast.Assign([ast.Name(name)], ast.Call() as made):
-                    statement = ast.parse(f"{name} = lambda: ({', '.join(_named_in(made))},)").body[0]
+                    statement = ast.parse(f"{name} = lambda: [{', '.join(_named_in(made))}]").body[0]
                 case ast.FunctionDef(name=name) | ast.Assign([ast.Name(name)], ast.Lambda()):
                     pass
                 case _:
