@@ -61,7 +61,6 @@ def load_austen() -> str:
     return gzip.decompress(_read("austen.txt.gz")).decode("utf-8")
 
 
-@cache
 def load_novels() -> dict[str, str]:
     """The six novels of `load_austen` by their titles, each from its heading to the next one's."""
     text = load_austen()

@@ -1,5 +1,6 @@
 """Texts as token streams: a vocabulary learned from the text, a part to train on, and a held-out part."""
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,7 +40,7 @@ def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
 
     One block of 20,000 characters in twenty is held out, so the held-out text comes from all over the text;
     of one that has no twenty such blocks, they are shorter. The first call takes a few seconds; the result is
-    remembered.
+    remembered, and each caller gets a copy.
 
     Args:
         vocab_size: ids of the vocabulary; a short text may give fewer.
@@ -55,7 +56,7 @@ def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
     """
     text = load_austen() if text is None else text
     require_text(text)
-    return _load_corpus(vocab_size, text)
+    return copy.deepcopy(_load_corpus(vocab_size, text))
 
 
 @cache

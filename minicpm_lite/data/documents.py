@@ -19,8 +19,8 @@ from types import ModuleType
 from tokenizers import Tokenizer
 
 from ..language.tokenizer import (
+    BytePairTokenizer,
     encode_whole,
-    fast_tokenizer,
     leaves_out,
     reading_all_as_text,
     require_several,
@@ -116,7 +116,9 @@ def row_in(line: str, field: str, place: str) -> dict:
     return row
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
+def encoded(
+    texts: Iterable[str], tokenizer: Tokenizer | BytePairTokenizer, end: int | None
+) -> Iterator[list[int]]:
     """The token ids of each text, in order, with the id that ends a document, if any, behind them.
 
     Those of a long text come in several lists, of which the last has the end.
@@ -131,7 +133,7 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, end: int | None) -> Iter
         ValueError: half a character in a text, the end, or something that the vocabulary has no token for.
     """
     require_several(texts)
-    tokenizer, behind = reading_all_as_text(fast_tokenizer(tokenizer)), [] if end is None else [end]
+    tokenizer, behind = reading_all_as_text(tokenizer), [] if end is None else [end]
     for batch in _batches(_pieces(texts, tokenizer)):
         pieces = [piece for piece, _, _ in batch]
         for encoding, (piece, in_front, last) in zip(tokenizer.encode_batch_fast(pieces), batch, strict=True):

@@ -37,7 +37,6 @@ from ..language.tokenizer import (
     BYTE_TOKEN,
     BytePairTokenizer,
     encode_whole,
-    fast_tokenizer,
     reading_all_as_text,
     require_several,
     require_text,
@@ -305,10 +304,11 @@ def bits_per_byte(
     Raises:
         TypeError: a document that is no string, or one string in place of several.
         ValueError: a document with half a character, or something that the vocabulary has no token for.
+        FloatingPointError: a loss that is no finite number.
     """
     require_several(texts)
     require_positive_integer("max_tokens", max_tokens)
-    tokenizer = reading_all_as_text(fast_tokenizer(tokenizer))
+    tokenizer = reading_all_as_text(tokenizer)
     bits = []
     with evaluating(model):
         for text in texts:
@@ -319,6 +319,10 @@ def bits_per_byte(
             if len(ids) > 1 and size:
                 window = torch.tensor([ids], device=model.embed_tokens.weight.device)
                 nats = token_losses(model, window).sum().item()
+                if not math.isfinite(nats):
+                    raise FloatingPointError(
+                        "The loss of a document is no finite number. Are the weights whole?"
+                    )
                 bits.append(nats / math.log(2) / size)
             else:
                 bits.append(math.nan)
@@ -343,8 +347,9 @@ def _bytes_of_first(count: int, encoding: Encoding, text: str) -> int | float:
     while end < len(shared) and shared[end]:
         end += 1
     lengths = [1 if BYTE_TOKEN.fullmatch(token) else len(token) for token in encoding.tokens[begin : end + 1]]
-    if not begin and encoding.tokens[0] in ("▁", "Ġ"):  # the blank that a tokenizer puts before a text
-        lengths[0] = 0
+    first = encoding.tokens[0]
+    if not begin and first[0] in "▁Ġ" and (len(first) == 1 or not text.startswith(" ")):
+        lengths[0] -= 1  # the blank that a tokenizer puts before a text
     before, together = text[: spans[begin][0]], text[spans[begin][0] : spans[end][1]]
     part = len(together.encode()) * sum(lengths[: count - begin]) / sum(lengths)
     return len(before.encode()) + part

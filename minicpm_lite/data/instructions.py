@@ -12,11 +12,12 @@ whole conversations, passages from the held-out blocks of the novels, and whole 
 itself: a question that also stands in a held-out conversation is left out of the training part.
 """
 
+import copy
 import random
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -61,13 +62,27 @@ class InstructionCorpus:
     held_out: Mapping[str, tuple[EncodedExample, ...]]
 
 
-@cache
 def load_instruction_corpus(vocab_size: int = 1024) -> InstructionCorpus:
-    """Austen's novels and all tasks, tokenised. The first call takes about ten seconds.
+    """Austen's novels and all tasks, tokenised.
+
+    The first call takes about ten seconds; the result is remembered, and each caller gets a copy.
 
     Raises:
         ImportError: the package with the conversations is missing; the message names the command to get it.
     """
+    corpus = _load_instruction_corpus(vocab_size)
+    tokenizer, prose, prose_held_out = copy.deepcopy((corpus.tokenizer, corpus.prose, corpus.prose_held_out))
+    return replace(
+        corpus,
+        tokenizer=tokenizer,
+        prose=prose,
+        prose_held_out=prose_held_out,
+        held_out=dict(corpus.held_out),
+    )
+
+
+@cache
+def _load_instruction_corpus(vocab_size: int) -> InstructionCorpus:
     prose, prose_held_out = split_novels()
     train, held_out = load_instructions()
     conversations = "".join(example.asked + example.answered for example in train)

@@ -103,7 +103,10 @@ class LanguageBlock(_base_filter.BaseFilter):
 
 
 class QualityBlock(_base_filter.BaseFilter):
-    """Keep documents that a classifier scores at least ``threshold``; the score goes into their metadata."""
+    """Keep documents that a classifier scores at least ``threshold``.
+
+    The score goes into their metadata as "quality", in the place of another that they bring.
+    """
 
     name = "quality"
 

@@ -104,14 +104,19 @@ def load_results(script: str | Path) -> dict:
     """What `run_jobs` wrote beside a script so far; with no ``runs`` yet, if it wrote nothing.
 
     Raises:
-        ValueError: the file is not JSON, gives a name twice, or is no regular file.
+        ValueError: the file is not JSON, gives a name twice, holds no results, or is no regular file.
     """
     path = _results_of(Path(script))
     if not path.exists():
         return {"runs": {}}
     if not path.is_file():
         raise ValueError(f"{path} is a folder, a pipe or a device; expected a file with results.")
-    return read_json(path)
+    results = read_json(path)
+    if not isinstance(results.get("runs"), dict):
+        raise ValueError(
+            f"{path} holds no results, which run_jobs writes there. Move it, or rename the script."
+        )
+    return results
 
 
 def tune_rates(

@@ -28,16 +28,20 @@ Choices, and the traps behind them:
   answer's control tokens controls then, for the model wrote them. (A template that looks, and writes the same
   text all the same, cannot be told from one that does not look.)
 - What is bound to a template, as the ``documents`` in the variables of `chat_template`, is part of it.
+- A chat goes on while its model is trained, and its tokenizer is told to cut batches of something else. So
+  both are looked at again before each answer.
 """
 
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import chain
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
+from ..config import ModelConfig
 from .context import KVCache
 from .decoder import Decoder
 from .generation import stream
@@ -61,6 +65,9 @@ _RARE_LETTERS = [chr(code) for code in range(0x20000, 0x2A6D7)]  # CJK Extension
 
 class Chat:
     """A conversation that goes on: each answer reads only what came since the one before.
+
+    Where the model has another config or other weights than at the answer before, all is read again. A change
+    that neither shows, as of a hook, asks for a new chat, which may be given the messages of this one.
 
     Args:
         model: the decoder.
@@ -87,14 +94,14 @@ class Chat:
         room: int = 2048,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.template = model, fast_tokenizer(tokenizer), template
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self.sampling, self.stop, self.generator = sampling, stop_strings(stop), generator
-        self.stop_ids = text_ends(model, self.tokenizer, stop_ids)
+        self.stop_ids = text_ends(model, fast_tokenizer(tokenizer), stop_ids)
         self.messages: list[Mapping[str, object]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
-        self._controls = _Controls(self.tokenizer)
         self._text, self._ids = "", []  # tokens that are known: question, answer, question, ...
         self._fed: list[int] = []  # of which the cache has read the first
+        self._read_by: tuple | None = None  # the model, as it read them
         self._asked = 0  # questions so far: an answer that is still open is closed by the next question
 
     def answer(self, question: str, max_new_tokens: int) -> Iterator[str]:
@@ -108,7 +115,8 @@ class Chat:
         self._asked += 1
         mine = self._asked
         messages = [*self.messages, {"role": "user", "content": question}]
-        text, reader = self._controls.read(self.template, messages)
+        controls = _Controls(fast_tokenizer(self.tokenizer))
+        text, reader = controls.read(self.template, messages)
         prompt = self._encode(text, reader)
         if (needed := len(prompt) + max_new_tokens - 1) > self._cache.room:
             more = self._cache.room < self.model.config.max_position_embeddings
@@ -117,6 +125,9 @@ class Chat:
                 f"{self._cache.room}{'' if more else ', which is all that the model was made for'}. Ask for "
                 f"fewer new tokens, or begin a chat {'with more room' if more else 'anew'}."
             )
+        if (reads_now := _sample(self.model)) != self._read_by:
+            self._cache.truncate(0)  # what another model made of the past
+            self._read_by = reads_now
         known = _common_length(self._fed[: self._cache.length], prompt)
         self._cache.truncate(min(known, len(prompt) - 1))
         self._fed = list(prompt)
@@ -141,7 +152,7 @@ class Chat:
         self._refuse_if_left(mine)
         self.messages = [*messages, {"role": "assistant", "content": writer.text}]
         said = [token for token in self._fed[len(prompt) :] if token not in self.stop_ids]
-        if not writer.stopped and self._controls.ids.isdisjoint(said):
+        if not writer.stopped and controls.ids.isdisjoint(said):
             self._text, self._ids = text + writer.text, prompt + said
 
     def _refuse_if_left(self, asked: int) -> None:
@@ -158,6 +169,18 @@ class Chat:
         if known and text.startswith(self._text) and offsets[rest - 1][1] == known:
             return self._ids + ids[rest:]
         return ids
+
+
+def _sample(model: Decoder) -> tuple[ModelConfig, list[list[float]]]:
+    """The config and a few numbers of each weight; to look at all of them would take as long as a token.
+
+    Training changes nearly all, and so does loading others; an adapter has weights of its own.
+    """
+    weights = chain(model.parameters(), model.buffers())
+    here = (
+        getattr(weight, "to_local", weight.detach)() for weight in weights
+    )  # of one that is cut, its part
+    return model.config, [weight.flatten()[:8].tolist() for weight in here]
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:

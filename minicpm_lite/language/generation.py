@@ -64,8 +64,10 @@ def stream(
 
     Raises:
         ValueError: an empty prompt, more tokens than the model was made for, a stop id that the model lacks,
-            or a cache that another model has filled; before the first step.
+            or a cache that another model has filled, or whose padding leaves a row no text; before the first
+            step.
         FloatingPointError: scores that are no finite numbers.
+        RuntimeError: the cache was used for something else between two steps.
     """
     require_positive_integer("max_new_tokens", max_new_tokens)
     require_positive_integer("samples", samples)
@@ -81,14 +83,21 @@ def stream(
     else:
         _refuse_other_text(context, ids, room, padding)
     calm_threads()
-    seen, newest = ids.long(), ids[:, context.length :]
+    read = context.length
+    seen, newest = ids.long(), ids[:, read:]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
     training = any(part.training for part in model.modules())  # a part may, where the model does not
     for step in range(max_new_tokens):
+        if context.length != read:
+            raise RuntimeError(
+                "The cache has gone back or read something else since the step before, so this text cannot "
+                "go on. Stream it again, with the tokens that it has so far."
+            )
         # not around the whole function: a caller's code runs between its steps
         with torch.no_grad(), evaluating(model) if training or model.training else nullcontext():
             logits = model(newest, context, last_only=True)[:, -1]
+        read = context.length
         if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
             raise FloatingPointError(
                 f"Not all scores after token {context.length} are finite numbers. Are the weights whole? "
@@ -221,6 +230,11 @@ def _refuse_other_text(context: KVCache, ids: Tensor, room: int, padding: Tensor
         raise ValueError(
             f"The cache has read {context.length} tokens, and ids holds {ids.shape[1]}; give the whole text, "
             "of which the cache has read the beginning, or go back with its truncate."
+        )
+    if context.padding is not None and int(context.padding.max()) >= ids.shape[1]:
+        raise ValueError(
+            f"The cache was made with the padding {context.padding.tolist()}, and ids holds {ids.shape[1]} "
+            "tokens; each row needs one that is text. Make it with the padding of these rows."
         )
     if not context.has_read(ids):
         raise ValueError(

@@ -55,7 +55,7 @@ class MixtureOfExperts(nn.Module):
         probabilities = self.probabilities(tokens)
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             self.balance_loss = load_balance_loss(probabilities, chosen)
         return self._visit(tokens, weights.to(x.dtype), chosen).view_as(x)
 

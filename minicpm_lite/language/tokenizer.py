@@ -485,6 +485,11 @@ def _steers(token: AddedToken) -> bool:
 def encode_whole(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> Encoding:
     """The tokens of a text, all of it: `tokenizers` would drop letters that the vocabulary has no token for.
 
+    Args:
+        tokenizer: as `fast_tokenizer` or `reading_all_as_text` gives it, so that it cuts and pads nothing.
+        text: to be read.
+        add_special_tokens: with the start token in front, if the tokenizer has one.
+
     Raises:
         ValueError: it has none for a letter or word, and no unknown token either; the sentence names it.
 
@@ -535,11 +540,12 @@ def _has_token(model: models.Model, letter: str) -> bool:
     return bool(tokens) and tokens[-1].offsets[1] == len(letter.encode())  # all the bytes that stand for it
 
 
-def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
+def reading_all_as_text(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
     """A twin with the same ids, in which no text becomes a control token, however it spells one.
 
-    What a text spells like one of the `control_tokens` is cut as ordinary words are, and all else as before.
-    The twin knows them by secret names instead, which its ``get_added_tokens_decoder`` tells.
+    What a text spells like one of the `control_tokens` is cut as ordinary words are, and all else as by
+    `fast_tokenizer`. The twin knows them by secret names instead, which its ``get_added_tokens_decoder``
+    tells. It is remembered, and the same for all who ask: leave it as it is.
 
     >>> tokenizer = train_tokenizer("the cat and the hat", vocab_size=260)
     >>> tokenizer.add_special_tokens(["</s>"])
@@ -550,7 +556,7 @@ def reading_all_as_text(tokenizer: Tokenizer) -> Tokenizer:
     >>> twin.encode("hat" + twin.id_to_token(260)).ids == tokenizer.encode("hat</s>").ids
     True
     """
-    return _reader(tokenizer.to_str(), all_as_text=True)
+    return _reader(fast_tokenizer(tokenizer).to_str(), all_as_text=True)
 
 
 @lru_cache(maxsize=4)  # a large vocabulary takes a second

@@ -260,9 +260,9 @@ def require_noted(tokenizer: Path, text: dict) -> None:
     Raises:
         ValueError: it is another one, or none. Where nothing was noted, any will do.
     """
+    read_tokenizer(tokenizer)  # a damaged file is refused with what is wrong about it
     noted = noted_tokenizers(text)
     if noted and not is_tokenizer(tokenizer, noted):
-        read_tokenizer(tokenizer)  # a damaged file is refused with what is wrong about it
         raise ValueError(
             f"{tokenizer} is not the tokenizer that made the ids of this run: its checksum is not the one "
             f"that was noted with them. Take the {TOKENIZER} of the run, or the one beside the shards."

@@ -303,6 +303,7 @@ class Trainer:
         cut_again(self.model)
         _require_same_choice(self.model, self.optimizer)
         _require_long_enough(self.model)
+        own_memory(self.model)
         self.model.train()
         began = self.step
         bar = tqdm(range(self.step, until), disable=rank() != 0 or not progress, leave=False, unit="step")

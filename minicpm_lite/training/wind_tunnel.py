@@ -362,12 +362,16 @@ def conditional_losses(
 
     Raises:
         ValueError: the contexts are empty, so that nothing stands before an answer's first token.
+        FloatingPointError: a loss that is no finite number.
     """
     if contexts.shape[1] == 0:
         raise ValueError("The contexts hold no token; give one at least, such as the start token.")
     window = torch.cat([context_only(contexts), answers], dim=1)
     with evaluating(model):
-        return token_losses(model, window).sum(dim=1) / answers.shape[1]
+        losses = token_losses(model, window).sum(dim=1) / answers.shape[1]
+    if not losses.isfinite().all():
+        raise FloatingPointError("The loss of an answer is no finite number. Are the weights whole?")
+    return losses
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import zlib
 
 import pytest
 
+from minicpm_lite.data import corpora
 from minicpm_lite.data.assets import load_austen
 from minicpm_lite.data.corpora import BLOCK_CHARACTERS, block_is_held_out, load_corpus, split_novels
 
@@ -38,8 +39,16 @@ def test_blocks_fall_on_one_side():
 
 
 @pytest.mark.slow  # learns a vocabulary from four million characters
-def test_the_corpus_is_made_once():
-    assert load_corpus() is load_corpus(1024)
+def test_the_corpus_is_made_once_and_each_caller_has_his_own(monkeypatch):
+    first = load_corpus()
+    monkeypatch.delattr(corpora, "train_tokenizer")
+    held, size = first.train[:5].tolist(), first.tokenizer.get_vocab_size()
+    first.train[:5] = -1
+    first.validation[:5] = -1
+    first.tokenizer.add_special_tokens(["</s>"])
+    second = load_corpus(1024)
+    assert second.train[:5].tolist() == held and second.validation.min() >= 0
+    assert second.tokenizer.get_vocab_size() == size == 1024
 
 
 @pytest.mark.parametrize("place", [0, 1150])  # in the part to train on, and in the held-out one

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS, LACKING
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from minicpm_lite import optional
 from minicpm_lite.config import ModelConfig
@@ -268,6 +268,16 @@ def test_bits_per_byte_takes_the_tokenizer_from_scratch():
     )
 
 
+def test_the_score_of_a_model_that_is_broken_is_no_score():
+    """nan is what a document gets that is too short to be judged."""
+    tokenizer = train_tokenizer(PROSE[:5000], 270)
+    model = Decoder(ModelConfig(8, 16, 1, 2, 270))
+    model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    assert np.isnan(bits_per_byte(model, tokenizer, ["a"])[0])
+    with pytest.raises(FloatingPointError, match="The loss of a document is no finite number"):
+        bits_per_byte(model, tokenizer, ["a", PIECES[0]])
+
+
 CONTROL = "<|endoftext|>"
 SPELT = ["a man ", CONTROL, "帽子", "🙂", "é", " ", "\n", "of a truth"]
 
@@ -384,6 +394,18 @@ def test_a_model_without_weights_needs_as_many_bits_for_each_token(kind):
         np.testing.assert_allclose(bits_per_byte(ZERO, tokenizer, [text])[0], expected, rtol=1e-5)
 
     check()
+
+
+@pytest.mark.parametrize("text", ["帽", "帽子", "帽a", "½…", " 帽", "é a man", "a man"])
+def test_the_blank_before_a_text_is_none_of_its_bytes(text):
+    """Also where it is in one token with the first byte of the first character."""
+    tokenizer = train_tokenizer(" 帽 帽 ½ ½ é é" * 9, 262)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokens = tokenizer.encode(text).tokens
+    size = sum(map(len, tokens[1:]))  # a letter stands for a byte
+    assert tokens[0][0] == "Ġ" and size == len(text.removeprefix(" ").encode()) + 1 - len(tokens[0])
+    expected = (len(tokens) - 1) * np.log2(400) / size
+    np.testing.assert_allclose(bits_per_byte(ZERO, tokenizer, [text])[0], expected, rtol=1e-5)
 
 
 def test_what_a_vocabulary_lacks_is_not_judged():

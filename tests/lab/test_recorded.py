@@ -239,6 +239,8 @@ def test_iterators_are_read_once_for_all_cases():
         ),
         ('{"runs": {}, "runs": {}}', "'runs' stands there twice"),
         ('{"runs": {', "is not valid JSON"),
+        ('{"hidden_size": 8}', "squares.json holds no results, which run_jobs writes there"),
+        ('{"runs": [1]}', "holds no results"),
     ],
 )
 def test_results_that_are_no_longer_whole_are_refused(tmp_path, content, says):

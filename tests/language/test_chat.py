@@ -221,6 +221,53 @@ def test_messages_may_be_changed_between_answers():
         assert "".join(chat.answer(QUESTIONS[2], 9)) == expected
 
 
+def trained(model: Decoder) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)  # raises no version counters
+    model(torch.tensor([[1, 2, 3, 4]])).logsumexp(-1).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        trained,
+        lambda model: model.load_state_dict(make_model(CHATTER, seed=1).state_dict()),
+        lambda model: model.embed_tokens.weight.data.neg_(),
+        lambda model: setattr(model, "config", replace(model.config, rope_theta=77.0)),
+        lambda model: setattr(model.layers[0].mlp.up_proj, "weight", model.layers[0].mlp.gate_proj.weight),
+    ],
+    ids=["training", "loading", "in place", "config", "another weight"],
+)
+def test_a_model_that_was_changed_reads_the_conversation_anew(change):
+    model = make_model(CHATTER)
+    chat = Chat(model, LETTERS, chatml)
+    list(chat.answer(QUESTIONS[0], 9))
+    before = from_scratch(chat, QUESTIONS[1], 9)
+    change(model)
+    expected = from_scratch(chat, QUESTIONS[1], 9)
+    assert expected != before
+    assert "".join(chat.answer(QUESTIONS[1], 9)) == expected
+    counted = Counted(model)
+    list(chat.answer(QUESTIONS[2], 1))
+    assert counted.since() < 60, "and only once"
+
+
+def test_what_the_tokenizer_is_told_later_cuts_no_question():
+    """As by transformers, which leaves on its tokenizer how it cut and padded the last batch."""
+    tokenizer = Tokenizer.from_str(LETTERS.to_str())
+    chat = Chat(make_model(CHATTER), tokenizer, chatml)
+    for tell in (
+        lambda: tokenizer.enable_truncation(3),
+        lambda: tokenizer.enable_padding(length=300),
+        lambda: tokenizer.add_special_tokens(["<tool>"]),
+    ):
+        tell()
+        question = "a <tool>? " + QUESTIONS[0]
+        prompt = encode_chat(tokenizer, chatml, [*chat.messages, said(question)])
+        list(chat.answer(question, 1))
+        assert chat._fed[: len(prompt)] == prompt
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     steps=st.lists(

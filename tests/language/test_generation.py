@@ -249,6 +249,22 @@ def test_a_cache_goes_on_with_no_other_text_than_it_has_read(change):
     assert cache.length == place and generate(model, other, 4, context=cache).shape == (2, 13)
 
 
+@pytest.mark.parametrize("read", [0, 2, 20])
+def test_a_text_goes_on_in_no_cache_that_was_used_for_another(read):
+    model, ids, cache = make_model(WRITER), make_ids(WRITER, 1, 9), KVCache(40)
+    expected = generate(model, ids, 8)[0, 9:].tolist()
+    steps = stream(model, ids, 8, context=cache)
+    assert [int(next(steps)) for _ in range(3)] == expected[:3]
+    cache.truncate(4)
+    if read:
+        with torch.no_grad():
+            model(make_ids(WRITER, 1, read), cache)
+    with pytest.raises(
+        RuntimeError, match="cache has gone back or read something else since the step before"
+    ):
+        next(steps)
+
+
 @torch.no_grad()
 def test_what_a_cache_has_read_moves_with_it():
     model, ids = make_model(WRITER), make_ids(WRITER, 2, 6)
@@ -434,6 +450,7 @@ def test_the_last_token_is_not_read():
         (lambda m: generate(m, make_ids(WRITER, 2, 9), 8, context=read_by(m, 5, 15)), "room for 15 tokens; this text and its answer need 16"),
         (lambda m: generate(m, make_ids(WRITER, 2, 9), 5, padding=torch.tensor([0, 2]), context=read_by(m, 5, 40)), "padding is given, and a context"),
         (lambda m: generate(m, make_ids(WRITER, 2, 9), 5, padding=torch.tensor([0, 2]), context=read_by(m, 5, 40, torch.tensor([0, 2]))), "padding is given, and a context"),
+        (lambda m: generate(m, make_ids(WRITER, 2, 5), 5, context=KVCache(40, torch.tensor([5, 0]))), r"made with the padding \[5, 0\], and ids holds 5 tokens; each row needs one that is text"),
         (lambda m: pad_left([]), "There is no prompt"),
         (lambda m: pad_left([[1], []]), "Prompt 1 is empty"),
     ],

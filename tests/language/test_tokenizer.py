@@ -590,15 +590,26 @@ def test_pieces_of_a_text_with_a_control_token_are_those_of_words():
     ]  # fmt: skip
 
 
+def test_the_twin_of_a_tokenizer_that_cuts_and_pads_reads_whole_texts():
+    made = BytePairTokenizer.train(["the cat and the hat"], 260)
+    tokenizer = Tokenizer.from_str(made.fast.to_str())
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=20)
+    text = "the cat and the hat"
+    for each in (made, tokenizer):
+        assert reading_all_as_text(each).encode(text).ids == made.encode(text)
+
+
 def test_what_is_no_control_token():
     """Single letters, words, signs, blanks, bytes; and the piece of an ordinary word stays one."""
     tokenizer = Tokenizer.from_str(REFERENCE.to_str())
-    tokenizer.add_tokens(["é", "Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁", "->", "👍🏽"])
+    tokenizer.add_tokens(["Ġthe", "  ", "<0x0A>", "x", "mRNA", "cat", "in vitro", "▁▁", "->", "👍🏽"])
     tokenizer.add_special_tokens(["</s>", "EOS"])
-    assert [token.content for token in control_tokens(tokenizer).values()] == ["</s>", "EOS"]
     twin = reading_all_as_text(tokenizer)
     for text in ("é the  cat\n", "over the top", "mRNA in vitro\ncat", "a ▁▁ b"):
         assert twin.encode(text).ids == tokenizer.encode(text).ids
+    tokenizer.add_tokens(["é"])
+    assert [token.content for token in control_tokens(tokenizer).values()] == ["</s>", "EOS"]
     tokenizer = KINDS["prepended"]
     assert reading_all_as_text(tokenizer).encode("人").tokens == [
         "▁",

@@ -59,6 +59,10 @@ def test_a_model_keeps_the_balance_loss_of_its_last_training_pass():
     assert_close(balance_loss(model), (of(layers[0]) + of(layers[1])) / 2)
     balance_loss(model).backward()
     assert all(layer.mlp.gate.weight.grad.any() for layer in model.layers)
+    with torch.no_grad():
+        model(ids[:, ::2]), router_probabilities(model, ids)
+    last = router_probabilities(model, ids[:, ::2]).flatten(1, 2)
+    assert_close(balance_loss(model), (of(last[0]) + of(last[1])) / 2)
     twin = copy.deepcopy(model)  # a branch of a run
     assert twin.layers[0].mlp.balance_loss is None and model.layers[0].mlp.balance_loss is not None
 

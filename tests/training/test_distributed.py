@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -24,6 +25,7 @@ from torch.testing import assert_close
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
+from minicpm_lite.language.chat import Chat
 from minicpm_lite.language.decoder import Decoder, require_plain
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.scoring import context_only, next_token_loss, token_losses
@@ -800,6 +802,19 @@ def test_a_weight_in_two_parts_that_are_gathered_apart_is_not_cut(tie):
     ):
         Trainer(model, TOKENS, SCHEDULE, CONFIG, objective, layout)
     Trainer(model, TOKENS, SCHEDULE, CONFIG, objective).train(1, progress=False)
+
+
+def test_a_chat_with_a_model_that_is_cut_equals_a_new_one(alone):
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(41)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    run = make(schedule=WSD(0.1, 3, 7, 4))
+    chat = Chat(run.model, tokenizer, lambda said: " ".join(each["content"] for each in said))
+    for until in (3, 6):
+        trained(run, until)
+        fresh = Chat(run.model, tokenizer, chat.template)
+        fresh.messages = list(chat.messages)
+        expected = "".join(fresh.answer("w1 w2 w3", 8))
+        assert "".join(chat.answer("w1 w2 w3", 8)) == expected
 
 
 def test_a_weight_that_is_shared_within_a_block_is_cut():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.data.mixtures import MixtureWindows
@@ -27,6 +28,10 @@ CONFIG = TrainerConfig(batch_size=2, sequence_length=8)
 def trained(trainer, until=None, **how):
     trainer.train(until, progress=False, **how)
     return trainer
+
+
+def tokenizer_of(word: str) -> str:
+    return Tokenizer(models.WordLevel({word: 0}, word)).to_str()
 
 
 def lines(folder) -> list[dict]:
@@ -164,23 +169,24 @@ def test_the_folder_of_another_run(make, tmp_path, changes, sentence):
 def test_the_folder_holds_the_tokenizer_of_its_run(make, tmp_path):
     """Whatever an attempt that came to no checkpoint left; and a refused run leaves what is there."""
     run, kept = tmp_path / "run", tmp_path / "run" / "tokenizer.json"
-    for name in ("first", "second"):
-        (tmp_path / name).write_text(name)
+    first, second = tokenizer_of("first"), tokenizer_of("second")
+    (tmp_path / "first").write_text(first)
+    (tmp_path / "second").write_text(second)
     trained(make(), 2, folder=run, tokenizer=tmp_path / "first")
-    assert kept.read_text() == "first"
+    assert kept.read_text() == first
     shutil.rmtree(run / "step-00000002")  # as if it had been killed before
     trained(make(), 2, folder=run, tokenizer=tmp_path / "second")
-    assert kept.read_text() == "second"
+    assert kept.read_text() == second
     with pytest.raises(FileExistsError, match="belongs to another"):
         other = make(config=replace(CONFIG, seed=1))
         other.step, other.losses, other.grad_norms = 2, [1.0, 1.0], [1.0, 1.0]
         trained(other, 4, folder=run, tokenizer=tmp_path / "first")
-    assert kept.read_text() == "second"
+    assert kept.read_text() == second
     again = make()
     again.load(latest_checkpoint(run))
     for until, tokenizer in ((4, None), (6, tmp_path / "first")):
         trained(again, until, folder=run, tokenizer=tokenizer)
-        assert kept.read_text() == "second", "its own, since there are checkpoints of it"
+        assert kept.read_text() == second, "its own, since there are checkpoints of it"
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -225,6 +231,12 @@ def test_a_tokenizer_that_is_spelled_otherwise_is_the_same(layout, tmp_path):
         assert (tmp_path / spelled[:-5] / "tokenizer.json").read_bytes() == file.read_bytes()
 
 
+def test_what_is_no_tokenizer_is_refused_where_none_is_noted(make, tmp_path):
+    (tmp_path / "novel.txt").write_text("It was a dark night")
+    with pytest.raises(ValueError, match=r"novel.txt is not a tokenizer.json of the tokenizers package"):
+        trained(make(), 1, folder=tmp_path / "run", tokenizer=tmp_path / "novel.txt")
+
+
 def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
     (tmp_path / "tokenizer.json").write_text("of an earlier attempt")
     (tmp_path / "metrics.jsonl").write_text("its metrics")
@@ -242,14 +254,14 @@ def test_a_tokenizer_of_who_knows_what_run_is_refused(make, tmp_path):
         ({"metrics.jsonl": '{"step": 1, "eval": 0.7}\n'}, "metrics.jsonl"),
         ({"metrics.jsonl": '{"epoch": 1}\n', "tokenizer.json": "a model's"}, "metrics.jsonl"),
         ({"config.json": "{}", "tokenizer.json": "a model's"}, "tokenizer.json"),
-        ({"tokenizer.json": "the run's"}, None),
+        ({"tokenizer.json": tokenizer_of("the run's")}, None),
         ({"metrics.jsonl": '{"step": 1, "units": 16}\n{"st', "tokenizer.json": "an attempt's"}, None),
         ({"metrics.jsonl": '{"st', "tokenizer.json": "an attempt's"}, None),
         ({"metrics.jsonl": "", "notes.txt": "mine"}, None),
     ],
 )
 def test_what_no_attempt_left_is_not_replaced(make, tmp_path, files, foreign):
-    (tmp_path / "given").write_text("the run's")
+    (tmp_path / "given").write_text(tokenizer_of("the run's"))
     folder = tmp_path / "run"
     folder.mkdir()
     for name, text in files.items():
@@ -260,7 +272,9 @@ def test_what_no_attempt_left_is_not_replaced(make, tmp_path, files, foreign):
         assert {path.name: path.read_text() for path in folder.iterdir()} == files
     else:
         trained(make(), 1, folder=folder, tokenizer=tmp_path / "given")
-        assert len(lines(folder)) == 1 and (folder / "tokenizer.json").read_text() == "the run's"
+        assert len(lines(folder)) == 1 and (folder / "tokenizer.json").read_text() == tokenizer_of(
+            "the run's"
+        )
 
 
 def test_a_decay_does_not_write_into_its_trunk(make, tmp_path):

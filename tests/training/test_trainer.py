@@ -994,13 +994,17 @@ def _copied(model, rows):
         lambda table: (table[:8, :8], table[8:16, :8].clone().t()),
     ],
 )
-def test_slices_of_larger_tensors_are_trained_as_their_copies_are(slices):
+@pytest.mark.parametrize("late", [False, True])
+def test_slices_of_larger_tensors_are_trained_as_their_copies_are(slices, late):
     """As of a smaller model that was cut out of a larger one; and what lies beside them stays."""
     table = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) / 4
     before, objective = table.clone(), Objective("copied", _copied, len)
-    model, plain = TwoMatrices(*slices(table)), TwoMatrices(*(each.clone() for each in slices(table)))
+    model, plain = (TwoMatrices(*(each.clone() for each in slices(table))) for _ in range(2))
     optimizer = torch.optim.AdamW(plain.parameters(), 0.01, (0.9, 0.95), weight_decay=0.1, fused=False)
-    Trainer(model, Rows(), WSD(0.01, 0, 9, 0), CONFIG, objective).train(progress=False)
+    trainer = Trainer(model, Rows(), WSD(0.01, 0, 9, 0), CONFIG, objective) if late else None
+    model.one.data, model.other.data = slices(table)
+    trainer = trainer or Trainer(model, Rows(), WSD(0.01, 0, 9, 0), CONFIG, objective)
+    trainer.train(progress=False)
     for step in range(9):
         optimizer.zero_grad()
         _copied(plain, Rows()[step])[0].backward()

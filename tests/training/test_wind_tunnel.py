@@ -313,6 +313,13 @@ def test_conditional_losses_count_the_answer_alone():
     assert not losses.requires_grad
 
 
+def test_a_model_that_is_broken_has_no_conditional_losses():
+    model = Decoder(shape(24))
+    model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="The loss of an answer is no finite number"):
+        conditional_losses(model, WINDOW[:, :4], WINDOW[:, 4:7])
+
+
 def test_a_model_that_is_in_training_is_scored_as_one_that_is_not():
     model = Decoder(shape(24))
     model.norm = torch.nn.Sequential(model.norm, torch.nn.Dropout(0.5))
