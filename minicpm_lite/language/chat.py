@@ -177,9 +177,8 @@ def _sample(model: Decoder) -> tuple[ModelConfig, list[list[float]]]:
     Training changes nearly all, and so does loading others; an adapter has weights of its own.
     """
     weights = chain(model.parameters(), model.buffers())
-    here = (
-        getattr(weight, "to_local", weight.detach)() for weight in weights
-    )  # of one that is cut, its part
+    # of a weight that is cut over processes, the part that is here
+    here = (getattr(weight, "to_local", weight.detach)() for weight in weights)
     return model.config, [weight.flatten()[:8].tolist() for weight in here]
 
 
