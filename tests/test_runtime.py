@@ -43,6 +43,7 @@ def test_impossible_seed(seed):
         seed_everything(seed)
 
 
+@pytest.mark.slow  # starts a process
 def test_tuning_makes_denormals_zero_on_every_thread():
     """In a process of its own: threads that run already keep their setting."""
     script = (

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # in a real browser
+
 STATIC = Path(__file__).parents[2] / "book" / "_static"
 CONTENTS = '<nav class="bd-links"><a class="reference internal" href="{root}part/one.html">One</a></nav>'
 CHAPTER = """

@@ -15,6 +15,7 @@ def corpus():
     return load_instruction_corpus()
 
 
+@pytest.mark.slow  # makes the whole corpus of instructions
 def test_nothing_held_out_is_learned():
     train, held_out = load_instructions()
     assert {example.task for example in train} == {example.task for example in held_out} == set(TASKS)

@@ -84,6 +84,7 @@ def test_one_model_knows_one_tokenizer():
 weights_of_sources = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any)
 
 
+@pytest.mark.slow  # every window of long mixtures
 @settings(deadline=None)
 @given(weights=weights_of_sources)
 def test_within_one_of_every_share_after_every_window(weights):
@@ -298,6 +299,7 @@ def read(names, weights, order=range(3), factor=1):
     return MixtureWindows(sources, [(0, {names[i]: weights[i] * factor for i in order[::-1]})])
 
 
+@pytest.mark.slow  # many folders; one of them is looked at by the tests beside it
 @settings(deadline=None, max_examples=60)
 @given(
     names=spellings,
@@ -464,6 +466,7 @@ def rest_of(read, name_of):
     return {name_of[number]: count for number, count in counts.items()}
 
 
+@pytest.mark.slow  # many mixtures, window by window
 @settings(deadline=None)
 @given(
     stable=several,

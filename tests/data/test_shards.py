@@ -159,6 +159,7 @@ def test_arrays_that_are_no_tokens(tmp_path, arrays, sentence):
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
 
 
+@pytest.mark.slow  # takes long where it fails, and a second where not
 def test_short_documents_are_not_counted_again_and_again(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_TOKENS", 1 << 16)
     started = time.process_time()

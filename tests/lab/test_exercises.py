@@ -424,6 +424,7 @@ def test_what_decides_nothing_is_left_alone(shown):
     check.accepts(area)
 
 
+@pytest.mark.slow  # starts a Python without asserts
 def test_no_check_without_asserts():
     """Every answer would be right."""
     done = subprocess.run(

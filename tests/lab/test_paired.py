@@ -45,6 +45,7 @@ def test_what_it_tells(gaps, bound, expected):
     assert told(gaps, bound) == expected
 
 
+@pytest.mark.slow  # thousands of comparisons
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_of_true_ties_one_in_twenty_is_called_a_difference(seeds):
     chance = np.random.default_rng(seeds)
@@ -77,6 +78,7 @@ def test_the_power_of_few_seeds_and_of_large_effects(effect, seeds, expected):
     assert power(effect, 1.0, seeds) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow  # thousands of comparisons
 def test_the_smallest_effect_has_the_power_that_was_wanted():
     for seeds in (2, 5):
         for wanted in (0.06, 0.8, 0.99):

@@ -268,6 +268,7 @@ def test_what_the_tokenizer_is_told_later_cuts_no_question():
         assert chat._fed[: len(prompt)] == prompt
 
 
+@pytest.mark.slow  # many chats, answer by answer
 @settings(max_examples=20, deadline=None)
 @given(
     steps=st.lists(

@@ -60,6 +60,7 @@ def end_of_stream(**changes) -> float:
     return mean(gains)
 
 
+@pytest.mark.slow  # builds deep models
 def test_with_the_multiplier_the_depth_cancels():
     with_it = [end_of_stream(num_hidden_layers=depth) for depth in (4, 64)]
     without = [end_of_stream(num_hidden_layers=depth, scale_depth=None) for depth in (4, 64)]

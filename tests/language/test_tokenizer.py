@@ -112,6 +112,7 @@ def test_the_same_ids_on_any_text(text):
     assert MINE.encode(text) == REFERENCE.encode(text).ids
 
 
+@pytest.mark.slow  # many vocabularies
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.text(alphabet="aab b学\n", min_size=1, max_size=30), min_size=1, max_size=6),

@@ -308,6 +308,7 @@ def test_a_start_token_that_would_stand_twice_is_warned_of():
 PROMPTS = ["It is a truth", "单身汉 — must be", "🙂"]
 
 
+@pytest.mark.slow  # thousands of texts, piece by piece
 @pytest.mark.parametrize("seed", range(2))
 def test_our_own_tokenizer_writes_the_same_text_as_the_fast_one(seed):
     model, settings = make_model(WRITER), dict(sampling=Sampling(1.0), stop=["\n", "man"])

@@ -112,6 +112,7 @@ CLASSES = ["GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizerFast", "LlamaT
            "PreTrainedTokenizerFast", None]  # fmt: skip
 
 
+@pytest.mark.slow  # every class of transformers; one is looked at above
 @pytest.mark.parametrize("kind", ["byte_level", "prepended"])
 @pytest.mark.parametrize("family", [None, *FAMILIES])
 def test_names_of_a_class_are_those_of_transformers(kind, family, tmp_path):

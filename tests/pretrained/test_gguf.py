@@ -164,6 +164,7 @@ def test_the_number_of_tensors_is_that_of_all_parts(count, parts):
             read_gguf(parts[1])
 
 
+@pytest.mark.slow  # every byte of a head
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_damaged_heads_are_refused_or_harmless(data, tmp_path_factory):

@@ -171,6 +171,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # many texts through a slow oracle
 @given(
     text=st.one_of(st.sampled_from(TEXTS), st.text(alphabet="aeth ▁sn.", max_size=40), st.text(max_size=20))
 )

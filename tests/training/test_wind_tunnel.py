@@ -185,6 +185,7 @@ def test_a_power_law_is_found_again(a, b):
     assert law(2.5) == pytest.approx(a * 2.5**b, rel=1e-6)
 
 
+@pytest.mark.slow  # many fits
 def test_the_band_of_a_power_law():
     random = np.random.default_rng(0)
     covered = 0
@@ -199,6 +200,7 @@ def test_the_band_of_a_power_law():
     assert 85 <= covered <= 99
 
 
+@pytest.mark.slow  # many fits
 def test_points_of_one_run_are_drawn_together():
     """Ten copies of each point add no knowledge, so the band must not shrink."""
     random = np.random.default_rng(0)
@@ -328,6 +330,7 @@ def test_a_model_that_is_in_training_is_scored_as_one_that_is_not():
     assert model.training and torch.equal(found, conditional_losses(model.eval(), contexts, answers))
 
 
+@pytest.mark.slow  # many fits
 @settings(deadline=None)
 @given(middle=st.floats(3.5, 5), slope=st.floats(0.5, 6), chance=st.sampled_from([0.0, 0.25, 0.5]))
 def test_a_sigmoid_is_found_again_and_inverted(middle, slope, chance):

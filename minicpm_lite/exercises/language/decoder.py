@@ -126,10 +126,10 @@ def share_keys(answer):
 def forecast(answer):
     """Equal keys share the weight, opposite values cancel; *there* has the verb, too, and takes the rest."""
     assert isinstance(answer, dict) and set(answer) == {"is", "are"}, (
-        'Expected a dictionary with two chances, {"is": ..., "are": ...}.'
+        'Expected a dictionary with two probabilities, {"is": ..., "are": ...}.'
     )
-    assert ... not in answer.values(), "Put your two chances where the dots stand."
-    assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Chances lie between 0 and 1."
+    assert ... not in answer.values(), "Put your two probabilities where the dots stand."
+    assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Probabilities lie between 0 and 1."
     assert abs(answer["is"] - answer["are"]) < 0.021, (
         "The two are equally likely. Both nouns have the same key: what are their weights, and what is the "
         "sum of their values?"
@@ -402,24 +402,25 @@ def leaks(answer):
     ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
     assert same(answer(_counted, ids), False), (
         "A model that counts the tokens so far does not see ahead; yours says that it does. Do you compare "
-        "scores at the same positions?"
+        "logits at the same positions?"
     )
     assert same(answer(_hears(0.5, 6, 2), ids), False), "To hear of an *earlier* token is no leak."
     assert same(answer(_averaged, ids), True), (
-        "Scores from which the average over the whole text is taken tell each token a little of the future."
+        "Logits from which the average over the whole text is taken tell each token a little of the future."
     )
     for at, of in ((6, 7), (0, 1), (2, 3), (0, 7), (1, 4)):
         assert same(answer(_hears(0.01, at, of), ids), True), (
-            f"A model whose scores at position {at} hear a little (0.01) of the token at {of} passed."
+            f"A model whose logits at position {at} hear a little (0.01) of the token at {of} passed."
         )
     for text in (torch.arange(8)[None], torch.arange(8).flip(0)[None]):
         for of in range(1, 8):
             assert same(answer(_hears(0.01, of - 1, of), text), True), (
-                f"In the text {text[0].tolist()} a model passed whose scores at position {of - 1} hear of "
-                f"the token at {of}, which is {text[0, of]}. If you replace a token, take another one."
+                f"In the text {text[0].tolist()} a model passed whose logits at position {of - 1} hear of "
+                f"the token at {of}, which is {text[0, of]}. Cut the text after every token; "
+                "if you replace tokens instead, take another one each time."
             )
     assert same(answer(_rounded, ids), False), (
-        "Scores that differ by less than 0.00001 differ by rounding, which is no leak."
+        "Logits that differ by less than 0.00001 differ by rounding, which is no leak."
     )
     assert same(answer(_hears(1e-4, 3, 5), ids), True), "A leak of 0.0001 is small, and is one."
     assert same(answer(_hears(0.5, 9, 11), ids), False), (
@@ -478,8 +479,8 @@ def answer_loss(answer):
         "Yours takes the whole text. Only tokens from `start` on count."
     )
     assert same(got, right), (
-        "Four tokens, and the answer starts at 2. Lane 1 gives the token at 2 a chance of 3/4, lane 2 gives "
-        "the token at 3 one of 7/8: the loss is the average of ln(4/3) and ln(8/7), 0.211 nats. Lane 3 was "
+        "Four tokens, and the answer starts at 2. Lane 1 gives the token at 2 a probability of 3/4, lane 2 "
+        "gives the token at 3 one of 7/8: the loss is the average of ln(4/3) and ln(8/7), 0.211 nats. Lane 3 was "
         "asked for a token that nobody knows."
     )
     everything = (math.log(2) + math.log(4 / 3) + math.log(8 / 7)) / 3
@@ -497,7 +498,7 @@ def answer_loss(answer):
         ids = torch.randint(vocabulary, (tokens,), generator=generator)
         expected = _lane_losses(logits, ids)[start - 1 :].mean()
         assert same(answer(logits, ids, start), expected), (
-            f"{tokens} tokens of a vocabulary of {vocabulary}, the answer from {start} on: a chance is the "
+            f"{tokens} tokens of a vocabulary of {vocabulary}, the answer from {start} on: a probability is the "
             "exponential of a logit divided by the sum over the *vocabulary*, and the logarithm is the "
             "natural one."
         )
@@ -598,11 +599,11 @@ quiz = Quiz(
             "The block reads through an RMSNorm, which removes the size. Only its share in the sum changes.",
         ),
         (
-            "You forget the division before the output. Always taking the token with the highest score then "
+            "You forget the division before the output. Always taking the token with the highest logit then "
             "gives",
             ["the same text", "random text", "an error"],
             0,
-            "The order of the scores is the same. Sampling and the loss do change.",
+            "The order of the logits is the same. Sampling and the loss do change.",
         ),
     ]
 )

@@ -147,6 +147,7 @@ def test_recorded_data_come_with_the_library(tmp_path, monkeypatch):
             assert lab.recorded_file(f"{file.parent.parent.name}/{file.name}").samefile(file)
 
 
+@pytest.mark.slow  # reads every notebook and what it imports
 def test_what_a_notebook_imports_is_installed_with_it():
     """The first cell asks for minicpm_lite[notebooks]; nothing else is needed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
