@@ -480,8 +480,8 @@ def answer_loss(answer):
     )
     assert same(got, right), (
         "Four tokens, and the answer starts at 2. Lane 1 gives the token at 2 a probability of 3/4, lane 2 "
-        "gives the token at 3 one of 7/8: the loss is the average of ln(4/3) and ln(8/7), 0.211 nats. Lane 3 was "
-        "asked for a token that nobody knows."
+        "gives the token at 3 one of 7/8: the loss is the average of ln(4/3) and ln(8/7), 0.211 nats. Lane 3 "
+        "was asked for a token that nobody knows."
     )
     everything = (math.log(2) + math.log(4 / 3) + math.log(8 / 7)) / 3
     for start in (1, 0):
@@ -498,8 +498,8 @@ def answer_loss(answer):
         ids = torch.randint(vocabulary, (tokens,), generator=generator)
         expected = _lane_losses(logits, ids)[start - 1 :].mean()
         assert same(answer(logits, ids, start), expected), (
-            f"{tokens} tokens of a vocabulary of {vocabulary}, the answer from {start} on: a probability is the "
-            "exponential of a logit divided by the sum over the *vocabulary*, and the logarithm is the "
+            f"{tokens} tokens of a vocabulary of {vocabulary}, the answer from {start} on: a probability is "
+            "the exponential of a logit divided by the sum over the *vocabulary*, and the logarithm is the "
             "natural one."
         )
 
