@@ -31,6 +31,7 @@ def novel(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow  # trains a model, and imports transformers
 def test_the_first_example_makes_a_model_that_transformers_opens(novel, capsys):
     assert len([line for line in EXAMPLES[0].splitlines() if line]) <= 15
     names = {}

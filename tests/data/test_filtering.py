@@ -129,6 +129,7 @@ def test_its_first_step_is_the_gradient_that_autograd_finds():
     np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow  # trains two classifiers
 def test_the_same_seed_gives_the_same_classifier_and_scores_are_probabilities(classifier):
     again = QualityClassifier(dim=16, lr=1.0, epochs=40).fit(GOOD, BAD)
     assert (again.weights == classifier.weights).all()

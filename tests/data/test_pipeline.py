@@ -63,6 +63,7 @@ def test_language_and_near_duplicates_agree_with_ours(run):
     assert sum(first_of_each(list(labels.values()))) < len(english)  # there was something to remove
 
 
+@pytest.mark.slow  # runs datatrove
 def test_the_score_travels_with_the_document_and_the_text_is_as_it_was(run):
     texts, classifier, kept = run
     for document in kept[:20]:
@@ -71,6 +72,7 @@ def test_the_score_travels_with_the_document_and_the_text_is_as_it_was(run):
         assert np.isclose(document["metadata"]["quality"], expected)
 
 
+@pytest.mark.slow  # runs datatrove
 @pytest.mark.parametrize("kept_by_the_second", [0, 3])
 def test_each_file_meets_its_own_duplicates(tmp_path, kept_by_the_second):
     """Also behind a task that keeps no document at all."""

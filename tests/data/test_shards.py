@@ -46,6 +46,7 @@ def folder_of_all(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # many shards
 @settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(0, 1000), max_size=8), shard=st.integers(1, 1200), stretch=st.slices(1000))
 def test_what_is_written_is_read(tmp_path_factory, cuts, shard, stretch):

@@ -35,6 +35,7 @@ def stream(request, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow  # whole epochs
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(20, 300),

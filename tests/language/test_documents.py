@@ -38,6 +38,7 @@ rows = st.integers(1, 12).flatmap(
 )
 
 
+@pytest.mark.slow  # every kind of decoder
 @pytest.mark.parametrize("family", FAMILIES)
 @given(rows=rows)
 @settings(max_examples=15, deadline=None)

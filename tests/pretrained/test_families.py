@@ -236,6 +236,7 @@ APPLIED = {  # fields that change the logits on both sides, beside rms_norm_eps
 }
 
 
+@pytest.mark.slow  # every field of every family, beside transformers
 @pytest.mark.parametrize("family", APPLIED)
 def test_each_field_is_applied_as_transformers_applies_it_or_refused(family):
     plain, config = both_sides(family), AutoConfig.for_model(family)

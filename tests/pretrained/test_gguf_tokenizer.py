@@ -371,6 +371,7 @@ def test_the_tokenizer_is_that_of_transformers(smollm2):
         assert ours.decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.slow  # many texts through a slow oracle
 def test_text_is_split_by_the_rules_of_llama_cpp(smollm2):
     import regex
 

@@ -454,6 +454,7 @@ def sighted(layout=ALL_AT_ONCE, precision="float32") -> Trainer:
     return Trainer(Sighted(), SomeCaptions(), SCHEDULE, config, CAPTION, layout)
 
 
+@pytest.mark.slow  # each kind of model, cut and whole
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, True)], ids=str)
 def test_what_a_step_does_not_reach_stays(alone, tmp_path, layout, precision):

@@ -38,6 +38,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # whole runs
 def test_the_metrics(make, tmp_path):
     trainer = trained(make(), folder=tmp_path, tensorboard=True)
     found = lines(tmp_path)

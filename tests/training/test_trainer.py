@@ -785,6 +785,7 @@ def assert_all_the_same(one: Trainer, other: Trainer) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow  # every kind of run; one is resumed below
 @pytest.mark.parametrize("name", RUNS)
 def test_every_kind_of_run_resumes_bit_for_bit(tmp_path, name):
     """Stopped and taken up again in a new trainer at several steps, as after a kill."""

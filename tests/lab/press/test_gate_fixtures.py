@@ -440,6 +440,7 @@ ODD = (
 )
 
 
+@pytest.mark.slow  # looks at a chapter in many ways
 def test_no_value_in_a_notebook_ends_a_check(tmp_path, monkeypatch):
     """Any one or two values of the file are replaced by odd ones; problems are sentences, never errors."""
     # nbformat logs what it finds, half a character too, which a worker could not send on
