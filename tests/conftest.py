@@ -12,7 +12,7 @@ run. (The checks take as long as the functions; in the tests of other parts they
 import gc
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -40,6 +40,20 @@ def shapes_are_checked(request: pytest.FixtureRequest) -> None:
     """In the tests of these two parts."""
     of_them = request.path.is_relative_to(ROOT / "tests") and request.path.parent.name in WITH_SHAPES
     jaxtyping.config.update("jaxtyping_disable", not of_them)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    """One for all tests of a process, which cannot start a second. A missing one is a failure, not a skip."""
+    from browser import MISSING, launch
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        if browser is None:
+            pytest.fail(MISSING, pytrace=False)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

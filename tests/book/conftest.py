@@ -37,19 +37,11 @@ def serve() -> Iterator[Callable[[Path], str]]:
 
 
 @pytest.fixture(scope="session")
-def context():
-    """One browser context for the whole session. A missing browser is a failure, not a skip."""
-    from browser import MISSING, launch
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        if browser is None:
-            pytest.fail(MISSING, pytrace=False)
-        context = browser.new_context(service_workers="block")
-        context.set_default_timeout(120_000)  # a busy machine is slow, which is no fault of the page
-        yield context
-        browser.close()
+def context(browser):
+    """One browser context for the whole session."""
+    context = browser.new_context(service_workers="block")
+    context.set_default_timeout(120_000)  # a busy machine is slow, which is no fault of the page
+    return context
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import MISSING, launch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 pytestmark = pytest.mark.slow  # JupyterLab, a browser and a kernel start
 ROOT = Path(__file__).parents[2]
@@ -157,19 +156,15 @@ def _wait(server: subprocess.Popen, address: str, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(address) -> Iterator[Page]:
+def page(address: str, browser: Browser) -> Iterator[Page]:
     """One tab, which must not ask any other machine for anything."""
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        if browser is None:
-            pytest.fail(MISSING, pytrace=False)
-        page = browser.new_page(service_workers="block", viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)  # a busy machine is slow, which is no fault of the page
-        expect.set_options(timeout=120_000)
-        elsewhere = []
-        page.on("request", lambda request: elsewhere.append(request.url))
-        yield page
-        browser.close()
+    page = browser.new_page(service_workers="block", viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(120_000)  # a busy machine is slow, which is no fault of the page
+    expect.set_options(timeout=120_000)
+    elsewhere = []
+    page.on("request", lambda request: elsewhere.append(request.url))
+    yield page
+    page.close()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
 
 
