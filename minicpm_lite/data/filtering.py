@@ -32,7 +32,7 @@ from tokenizers import Encoding, Tokenizer
 from ..config import require_positive_integer, require_positive_number
 from ..files import written_whole
 from ..language.decoder import Decoder
-from ..language.scoring import evaluating, token_losses
+from ..language.scoring import evaluating, require_finite, token_losses
 from ..language.tokenizer import (
     BYTE_TOKEN,
     BytePairTokenizer,
@@ -318,12 +318,9 @@ def bits_per_byte(
             size = _bytes_of_first(len(ids), encoding, text) - _bytes_of_first(1, encoding, text)
             if len(ids) > 1 and size:
                 window = torch.tensor([ids], device=model.embed_tokens.weight.device)
-                nats = token_losses(model, window).sum().item()
-                if not math.isfinite(nats):
-                    raise FloatingPointError(
-                        "The loss of a document is no finite number. Are the weights whole?"
-                    )
-                bits.append(nats / math.log(2) / size)
+                losses = token_losses(model, window)
+                require_finite(losses, "a document")
+                bits.append(losses.sum().item() / math.log(2) / size)
             else:
                 bits.append(math.nan)
     return np.array(bits, float)

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from .context import Context
 from .decoder import Decoder
 
-__all__ = ["context_only", "evaluating", "next_token_loss", "predicted", "readable", "token_losses"]
+__all__ = [
+    "context_only",
+    "evaluating",
+    "next_token_loss",
+    "predicted",
+    "readable",
+    "require_finite",
+    "token_losses",
+]
 
 
 def context_only(ids: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
@@ -70,7 +78,7 @@ def token_losses(
         context: what the tokens may look at; left out, each window is a text of its own.
     """
     logits = model(readable(window)[:, :-1], context)  # (batch, length, vocab)
-    targets = torch.where(predicted(window), window[:, 1:], -1).long()
+    targets = window[:, 1:].clamp(min=-1).long()  # a marked one becomes -1, which is left out
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return losses.view_as(targets)
 
@@ -80,3 +88,17 @@ def next_token_loss(
 ) -> Float[Tensor, ""]:
     """Mean of `token_losses` over the tokens that are predicted; nats a token, 0 if none is predicted."""
     return token_losses(model, window, context).sum() / predicted(window).sum().clamp(min=1)
+
+
+def require_finite(losses: Float[Tensor, "*losses"], of: str) -> None:
+    """Refuse what a broken model makes of a text, before it is compared with anything.
+
+    Args:
+        losses: in nats.
+        of: what was scored, e.g. "an answer".
+
+    Raises:
+        FloatingPointError: one of them is no finite number.
+    """
+    if not losses.isfinite().all():
+        raise FloatingPointError(f"The loss of {of} is no finite number. Are the weights whole?")

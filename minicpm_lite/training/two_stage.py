@@ -16,7 +16,6 @@ Traps:
   longest row of a batch decides for all. So what shares a batch here has the same frequencies by itself.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from ..config import require_positive_integer
 from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
 from ..language.rotary import scaled_frequencies
-from ..language.scoring import evaluating, predicted, readable
+from ..language.scoring import evaluating, predicted, readable, require_finite
 
 __all__ = ["AnswerScores", "choice_accuracy", "score_answers"]
 
@@ -93,8 +92,7 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
             places += at
     order = torch.tensor(places).argsort()
     scores = AnswerScores(*(torch.cat(part)[order] for part in zip(*parts, strict=True)))
-    if not math.isfinite(scores.loss):  # a mean over all is finite only if each is
-        raise FloatingPointError("The loss of an answer is no finite number. Are the weights whole?")
+    require_finite(scores.total_loss, "an answer")
     return scores
 
 

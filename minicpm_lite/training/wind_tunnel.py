@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
-from ..language.scoring import context_only, evaluating, token_losses
+from ..language.scoring import context_only, evaluating, require_finite, token_losses
 from .optimizer import mup_groups
 
 __all__ = ["LossSurface", "Parabola", "PowerLaw", "Sigmoid", "batch_size_tokens", "conditional_losses",
@@ -369,8 +369,7 @@ def conditional_losses(
     window = torch.cat([context_only(contexts), answers], dim=1)
     with evaluating(model):
         losses = token_losses(model, window).sum(dim=1) / answers.shape[1]
-    if not losses.isfinite().all():
-        raise FloatingPointError("The loss of an answer is no finite number. Are the weights whole?")
+    require_finite(losses, "an answer")
     return losses
 
 
