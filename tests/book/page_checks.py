@@ -39,7 +39,7 @@ LOOK = r"""() => {
   found.links = [...document.querySelectorAll('a[href]')].map(a => a.href);
   return found;
 }"""
-# Only tables and code may be wider than the window; they scroll in themselves.
+# Only tables and code may be wider than the window; they scroll in themselves. What a cell printed breaks its lines.
 WIDTH = r"""() => {
   const found = {wide: []};
   found.scroll = document.documentElement.scrollWidth - document.documentElement.clientWidth;
@@ -47,6 +47,8 @@ WIDTH = r"""() => {
     for (const element of document.querySelectorAll('body *'))
       if (element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('table, pre'))
         found.wide.push(element.tagName.toLowerCase() + '.' + element.className);
+  found.printed = [...document.querySelectorAll('.cell_output pre')]
+    .filter(output => output.scrollWidth > output.clientWidth + 1).map(output => output.textContent.slice(0, 40));
   return found;
 }"""
 # A chapter has thousands of coloured words of code, which axe walks through for every rule. Of each kind (by the
@@ -172,11 +174,12 @@ def content(page: Page, base: str, site: Path) -> list[str]:
 
 
 def sideways(page: Page) -> list[str]:
-    """Whether an open page is wider than its window, and what sticks out."""
+    """Whether an open page is wider than its window, or a printed output than its box, and what sticks out."""
     found = page.evaluate(WIDTH)
-    if found["scroll"] <= 0:
-        return []
-    return [f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}"]
+    faults = [f"an output is cut at the right: {output!r}" for output in found["printed"]]
+    if found["scroll"] > 0:
+        faults.append(f"the page scrolls sideways by {found['scroll']} px: {', '.join(found['wide'][:4])}")
+    return faults
 
 
 def open_page(page: Page, address: str, scheme: str) -> None:

@@ -35,6 +35,10 @@ FAULTS = {
         '<div style="width: 600px">wide</div>',
         "phone: the page scrolls sideways by",
     ),
+    "printed output that is cut on a phone": (
+        f"<div class='cell_output'><pre tabindex='0' style='overflow: auto'>{'a word ' * 12}</pre></div>",
+        "phone: an output is cut at the right: 'a word",
+    ),
     "sideways scroll on a desktop": (
         "<style>@media (min-width: 1000px) { div.x { width: 1600px } }</style><div class='x'>wide</div>",
         "desktop: the page scrolls sideways by",
