@@ -481,7 +481,8 @@ class Trainer:
 
         Raises:
             ValueError: the model is cut over processes, or a parameter has a hook of its gradient; then
-                `save` it and `branch_from` the checkpoint. Or the other data were cut with another tokenizer.
+                `save` it and `branch_from` the checkpoint. Or parameters were frozen or set free since the
+                trainer was made, or the other data were cut with another tokenizer.
         """
         if self.layout.sharded:
             raise ValueError(
@@ -493,6 +494,7 @@ class Trainer:
             "copied. Save the run, make a Trainer with the other schedule, and let it branch_from the "
             "checkpoint.",
         )
+        _require_same_choice(self.model, self.optimizer)
         batches = self.batches if batches is None else batches
         other = Trainer(
             copy.deepcopy(self.model), batches, schedule, self.config, self.objective, self.layout
@@ -520,12 +522,13 @@ class Trainer:
 
         Raises:
             FileExistsError: another run has a checkpoint of this step there, or the newest one.
-            ValueError: the schedule is one that a checkpoint could not bring back, or `losses` or
-                `grad_norms` was changed.
+            ValueError: the schedule is one that a checkpoint could not bring back, `losses` or `grad_norms`
+                was changed, or parameters were frozen or set free since the trainer was made.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
         self._require_curves()
+        _require_same_choice(self.model, self.optimizer)
         identity = self._identity()
 
         def check() -> None:

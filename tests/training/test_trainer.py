@@ -1299,7 +1299,7 @@ def test_a_branch_counts_the_steps_that_it_skips_itself(tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_what_is_trained_is_chosen_before(precision, sharded):
+def test_what_is_trained_is_chosen_before(precision, sharded, tmp_path):
     """A weight that is frozen later would move in bfloat16, and one that is set free would move in neither."""
     config, layout = replace(CONFIG, precision=precision), Layout(sharded=sharded)
     with processes() if sharded else nullcontext():
@@ -1308,6 +1308,14 @@ def test_what_is_trained_is_chosen_before(precision, sharded):
         run.model.layers[0].requires_grad_(False)
         with pytest.raises(ValueError, match="layers.0.*was frozen since the trainer was made"):
             run.train(4, progress=False)
+        with pytest.raises(ValueError, match="layers.0.*was frozen since the trainer was made"):
+            run.save(tmp_path)  # with the moments of weights that it would call frozen
+        if not sharded:
+            run.model.layers[1].requires_grad_(False)
+            run.model.layers[0].requires_grad_(True)  # whose place is that of others
+            with pytest.raises(ValueError, match="layers.1.*was frozen since the trainer was made"):
+                run.branch(SCHEDULE)
+            run.model.layers[1].requires_grad_(True)
         run.model.layers[0].requires_grad_(True)
         run.train(4, progress=False)
         model = Decoder(MODEL)
