@@ -235,7 +235,11 @@ def _used(answer: Callable) -> set[str]:
             found |= names | ({_LOOP} if has_loop else set())
         beside = _beside(part)
         home = getattr(part.func if isinstance(part, functools.partial) else part, "__module__", None) or ""
-        own = [each for each in beside if getattr(each, "__module__", None) == home]
+        own = [
+            each
+            for each in beside
+            if isinstance(each, functools.partial) or getattr(each, "__module__", None) == home
+        ]
         called = [each for each in beside if inspect.isroutine(each)]
         if isinstance(part, type):
             called = [each for each in called if each not in own]  # a method may have any name

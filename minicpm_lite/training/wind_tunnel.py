@@ -431,6 +431,7 @@ def fit_sigmoid(
         raise ValueError("An accuracy lies outside 0 to 1; give parts, not per cent.")
     if len(set(loss)) < 3:
         raise ValueError(f"A sigmoid needs at least 3 different losses; there are {len(set(loss))}.")
+    falls = np.polyfit(loss, accuracy, 1)[0] * np.ptp(loss) < -1e-9  # more than rounding
     found = min(
         (
             least_squares(
@@ -443,7 +444,7 @@ def fit_sigmoid(
         ),
         key=lambda result: result.cost,
     )
-    if found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
+    if not falls or found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
         raise ValueError(
             "Accuracy does not fall with the loss, so no sigmoid fits. Were they exchanged? Else measure a "
             "wider range of losses."

@@ -300,6 +300,7 @@ class AddsToo(Adds):
 
 
 cached = functools.cache(adds)
+prepared, prepared_sum = functools.partial(adds), functools.partial(sum)
 
 
 def enclosing(how):
@@ -332,6 +333,8 @@ def given(numbers, how=adds):
         (functools.partial(lambda numbers, how: how(numbers), how=sum), "sum"),
         (functools.partial(adds), "a loop"),
         (functools.partial(sum), "sum"),
+        (lambda numbers: prepared(numbers), "a loop"),
+        (lambda numbers: prepared_sum(numbers), "sum"),
     ],
 )
 def test_what_an_answer_must_do_without(answer, banned):

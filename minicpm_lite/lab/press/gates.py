@@ -229,6 +229,16 @@ def _keeps_names(notebook: Notebook) -> Iterator[str]:
             )
 
 
+def _keeps_answers(notebook: Notebook) -> Iterator[str]:
+    """What a reader answered stays: a test at the end of the notebook asks for it once more."""
+    exercises = [cell.source for _, cell in notebook.code if "exercise" in tags(cell)]
+    answers = {name for source in exercises for name in _answered(source)}
+    for number, cell in notebook.code:
+        if not {"exercise", "solution"} & set(tags(cell)):
+            for name in sorted(_bound(parse_cell(cell.source)) & answers):
+                yield f"Cell {number} binds {name}, the answer to an exercise, once more. Take another name."
+
+
 def _exercises_complete(notebook: Notebook) -> Iterator[str]:
     """Frame with two hints, blank, check; then a solution that reasons, and that the same check accepts."""
     open_check, frame = None, ""
@@ -274,6 +284,15 @@ def _checked(source: str) -> str | None:
         case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="check")) as called)):
             return ast.unparse(called)
     return None
+
+
+def _answered(source: str) -> list[str]:
+    """The names that the last line of a cell gives to a check."""
+    tree = parse_cell(source)
+    match tree.body[-1] if tree and tree.body else None:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="check")), args=arguments)):
+            return [each.id for each in arguments if isinstance(each, ast.Name)]
+    return []
 
 
 def _no_answers(notebook: Notebook) -> Iterator[str]:
@@ -350,6 +369,7 @@ GATES = (
     _offline,
     _clean,
     _keeps_names,
+    _keeps_answers,
     _exercises_complete,
     _no_answers,
     _reporting_folded,

@@ -161,6 +161,11 @@ class Cell:
         """All but calls of checks and of IPython."""
         return [statement for statement in self.statements if not _is_left_out(statement)]
 
+    @property
+    def bound(self) -> set[str]:
+        """The names that it binds."""
+        return {name for each in self.own_statements for name in _bound(each)}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -201,7 +206,7 @@ class _Chapter:
         answers = [statement for cell in solved for statement in cell.own_statements]
         known = {name for each in statements for name in _bound(each)} | set(dir(builtins))
         solutions = [  # without what else their cells say and show
-            replace(task, source="\n".join(_needed(answers, _read(task.answer), known)))
+            replace(task, source="\n".join(_needed(answers, _read(task.answer), known - cell.bound)))
             for cell in solved
             for task in cell.answers("accepts")
         ]
@@ -245,26 +250,31 @@ class _Chapter:
             )
 
     def _found(self, exercise: Task, cells: list[Cell]) -> "Task | tuple[str, str]":
-        found: list[Task | Cell] = []
+        asked, defined, left_open = [], [], []  # of each the last counts, of the first that there are
         for number, cell in enumerate(cells):
             called = [task for task in cell.answers() if task.check == exercise.check]
             if called:
-                found.append(replace(called[-1], above=self._written_in(cells[:number])))
-            elif exercise.answer in {name for each in cell.statements for name in _bound(each)}:
-                above = self._written_in(cells[:number])
-                found.append(replace(exercise, source=cell.source, above=above))
+                answered = called[-1].answer != exercise.answer or self._own(cell)
+                (asked if answered else left_open).append((number, called[-1]))
             elif cell.unreadable and re.search(rf"\bcheck\.{exercise.check}\b", cell.text):
-                found.append(cell)
-        match found:
+                asked.append((number, cell))
+            elif exercise.answer in {name for each in self._own(cell) for name in _bound(each)}:
+                defined.append((number, replace(exercise, source=cell.source)))
+        match asked or defined or left_open:
             case []:
                 return "unfinished", f"No cell calls check.{exercise.check} or defines {exercise.answer}."
-            case [*_, Cell(unreadable=why)]:
+            case [*_, (_, Cell(unreadable=why))]:
                 return "wrong", f"The cell cannot be read as Python: {why}."
-        answer = found[-1]
+            case [*_, (number, answer)]:
+                answer = replace(answer, above=self._written_in(cells[:number]))
         own = {name for each in ast.parse(answer.source).body for name in _bound(each)}
         known = {name for each in self.statements for name in _bound(each)} | set(dir(builtins)) | own
         others = [each for cell in cells for each in cell.own_statements]
         return replace(answer, helpers="\n".join(_needed(others, _free(answer) - known, known)))
+
+    def _own(self, cell: Cell) -> list[ast.stmt]:
+        """What a student wrote in a cell, and not the chapter."""
+        return [each for each in cell.own_statements if ast.unparse(each) not in self.texts]
 
     def _written_in(self, cells: Iterable[Cell]) -> str:
         """All that a student wrote in some cells; a trial that fails does not end it."""
@@ -273,8 +283,7 @@ class _Chapter:
             return "\n".join(
                 ast.unparse(each if isinstance(each, _DEFINITIONS) else ast.Try([each], passed_over, [], []))
                 for cell in cells
-                for each in cell.own_statements
-                if ast.unparse(each) not in self.texts
+                for each in self._own(cell)
             )
         except RecursionError:  # nested too deeply; the answer may do without
             return ""

@@ -32,7 +32,8 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import is_dataclass, replace
 from fractions import Fraction
@@ -61,8 +62,8 @@ _NUMPY = [
     np.ones(1).__reduce__()[0],  # the functions that make an array and a number again
     np.float64(1).__reduce__()[0],
 ]
-_DATA = [*_NUMPY, (Ellipsis, "builtins.Ellipsis"), Fraction, complex, range, slice, frozenset]
-_READ_ONCE = (types.GeneratorType, map, filter, zip, type({}.keys()), type({}.values()), type({}.items()))
+_DATA = [*_NUMPY, (Ellipsis, "builtins.Ellipsis"), Fraction, bytes, complex, deque, range, slice, frozenset]
+_READ_ONCE = (Iterator, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class _NoShell:
@@ -199,17 +200,19 @@ class _Answer:
     def written(self) -> types.FunctionType | None:
         """The function as it is written, to be looked at and never called; None if it is none.
 
-        A class stands there as one function of all that is written in it, and what a call made, such as an
-        object of that class, as one that names what the call names.
+        A class stands there as one function of all that is written in it; what a call made, such as an object
+        of that class, as one that names what the call names; and another name of something as one that names
+        it.
         """
         names = dict(self.names)
-        for statement in ast.parse(f"{self.helpers}\n{self.source}").body:
+        statements = ast.parse(f"{self.helpers}\n{self.source}").body
+        for statement in [plain for each in statements for plain in _renamings(each)]:
             match statement:
                 case ast.ClassDef(name=name):
                     names[name] = types.FunctionType(_compiled(statement), names)
                     continue
-                case ast.Assign([ast.Name(name)], ast.Call() as made):
-                    statement = ast.parse(f"{name} = lambda: [{', '.join(_named_in(made))}]").body[0]
+                case ast.Assign([ast.Name(name)], ast.Call() | ast.Attribute() | ast.Name() as value):
+                    statement = ast.parse(f"{name} = lambda: [{', '.join(_named_in(value))}]").body[0]
                 case ast.FunctionDef(name=name) | ast.Assign([ast.Name(name)], ast.Lambda()):
                     pass
                 case _:
@@ -238,6 +241,8 @@ class _Answer:
             result = self._evaluated()(*positional, **named)
             if isinstance(result, _READ_ONCE):
                 result = list(result)
+            elif isinstance(result, dict):
+                result = dict(result)  # a defaultdict holds a function, too
             return result, [*map(_content, [*args, *kwargs.values()])]
 
         result, contents = self._asked(call, functions)
@@ -348,14 +353,23 @@ def _compiled(statement: ast.stmt) -> types.CodeType:
     return compile(ast.Module([statement], []), _CELL, "exec")
 
 
-def _named_in(made: ast.Call) -> list[str]:
-    """What a call names: functions, methods, arguments, and lambdas as they are written."""
+def _renamings(statement: ast.stmt) -> list[ast.stmt]:
+    """A statement; or of imports under other names, each as if the name were assigned."""
+    match statement:
+        case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+            renamed = [each for each in aliases if each.asname]
+            return [ast.parse(f"{each.asname} = {each.name}").body[0] for each in renamed]
+    return [statement]
+
+
+def _named_in(value: ast.expr) -> list[str]:
+    """What an expression names: functions, methods, arguments, and lambdas as they are written."""
     written = {
         ast.Name: lambda each: each.id,
         ast.Attribute: lambda each: each.attr,
         ast.Lambda: lambda each: f"({ast.unparse(each)})",
     }
-    return [written[type(each)](each) for each in ast.walk(made) if type(each) in written]
+    return [written[type(each)](each) for each in ast.walk(value) if type(each) in written]
 
 
 def _kind(value: object) -> tuple[str, object]:

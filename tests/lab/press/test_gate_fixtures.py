@@ -139,6 +139,10 @@ def redefines_by_assignment(nb):
     nb.cells[PICTURE].source += "\n\nWSD, step = 1, 2"
 
 
+def binds_an_answer(nb):
+    nb.cells[PICTURE].source += "\n\ntwice, thrice = {}, {}"
+
+
 def no_check(nb):
     nb.cells[BLANK].source = "def twice(x):\n    ..."
 
@@ -282,6 +286,7 @@ def found_by_gates(path) -> dict[str, list[str]]:
             "_keeps_names",
             "redefines WSD, a public name of minicpm_lite.training.wsd",
         ),
+        (binds_an_answer, "_keeps_answers", "binds twice, the answer to an exercise, once more"),
         (no_check, "_exercises_complete", "does not call its check"),
         (no_frame, "_exercises_complete", "right behind its text"),
         (one_hint, "_exercises_complete", "fewer than 2 folded hints"),

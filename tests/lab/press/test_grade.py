@@ -55,6 +55,12 @@ ANSWERS = {
         "wrong", "the exercise asks to do without a loop",
     ),
     "a banned call": ("import torch\ndef twice(x):\n    return x * torch.ones(2).sum()", "wrong", "to do without sum"),
+    "a banned call by another name": (
+        "from torch import sum as s, ones as o\ndef twice(x):\n    return x * s(o(2))", "wrong", "to do without sum",
+    ),
+    "a banned call, assigned": (
+        "import torch\nadd = torch.sum\ndef twice(x):\n    return x * add(torch.ones(2))", "wrong", "to do without sum",
+    ),
     "a banned loop in a method": (
         "class Twice:\n    def __call__(self, x):\n        for _ in range(1):\n            x = x + x + 0\n"
         "        return x\n\n\ntwice = Twice()",
@@ -73,6 +79,9 @@ ANSWERS = {
     "leaves": ("def twice(x):\n    exit()", "wrong", "ended the program"),
     "prints": ("print('a' * 10**6)\ndef twice(x):\n    print(x)\n    return 2 * (x + 0)", "right", "Twice is"),
     "its own error": ("class Mine(Exception): pass\ndef twice(x):\n    raise Mine('no')", "wrong", "Mine: no (line 3"),
+    "an iterator": (
+        "from itertools import repeat\ndef twice(x):\n    return next(repeat(2)) * (x + 0)", "right", "Twice is",
+    ),
     "an array": ("import numpy as np\ndef twice(x):\n    return np.asarray(2 * (x + 0))", "right", "Twice is"),
     "what fails in the original": (
         "def twice(x):\n    return 2 * (x + 0) + 0 * broken", "wrong", "NameError: name 'broken' is not defined",
@@ -125,6 +134,7 @@ BEHIND = {
     "trials that fail": (
         "parts = []\n1 / 0\nparts += [1]\nparts.append(1)", "def twice(x):\n    return len(parts) * (x + 0)", "right",
     ),
+    "a definition beside the open blank": ("def twice(x):\n    return 2 * (x + 0)", "def twice(x):\n    ...", "right"),
     "a measured cell": ("%%time\ntwo = 2", "\n%%time\ndef twice(x):\n    return two * (x + 0)", "right"),
     "a shell": ("1", "files = !ls\ndef twice(x):\n    return 2 * (x + 0)", "right"),
     "nested too deeply": ("deep = 1" + " + 1" * 3000, "def twice(x):\n    return 2 * (x + 0)", "right"),
@@ -292,10 +302,15 @@ def graded(tmp_path_factory):
     secret = folder / "secret"
     secret.write_text("untouched")
     (folder / "part").mkdir()
-    nbformat.write(chapter(), folder / "part" / "topic.ipynb")
+    later = code("halve = {}")  # no answer, though it has the name of one
+    original, right = chapter(), submission(RIGHT)
+    for nb in (original, right):
+        nb.cells.append(later)
+    right.cells.append(code("for push in range(3):\n    print(push)"))  # a trial that uses up another's
+    nbformat.write(original, folder / "part" / "topic.ipynb")
     handed_in = {
         "empty": submission(),
-        "right": submission(RIGHT),
+        "right": right,
         "wrong": submission({name: answer for name, (answer, _, _) in WRONG.items()}),
         "moved": moved(),
         "no chapter": nbformat.v4.new_notebook(cells=[code("1 + 1")]),
