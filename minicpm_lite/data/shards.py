@@ -305,6 +305,9 @@ class Shards:
             raise ValueError(f"{path} is longer than its {len(array):,} tokens. Copy or write it again.")
         return array
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)  # in another process the folder is opened anew
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -108,9 +108,8 @@ def pieces_of(text: str, size: int = PIECE_CHARACTERS, shortest: int = SHORTEST_
         start = end
 
 
-@cache
 def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
-    """The pool, the seeds and the held-out texts; the same for the same seed.
+    """The pool, the seeds and the held-out texts; the same for the same seed. Built once in a process.
 
     Args:
         seed: decides which documents are taken, which are spoilt and how, and the order.
@@ -122,6 +121,12 @@ def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
     """
     if not 0 < scale <= 1:
         raise ValueError(f"The scale of the pool is {scale}; it must be more than 0 and at most 1.")
+    pool = _build_pool(seed, scale)
+    return replace(pool, held_out=dict(pool.held_out))  # what one caller changes is no one else's
+
+
+@cache
+def _build_pool(seed: int, scale: float) -> Pool:
     rng = random.Random(seed)
     web = {source: [d.text for d in load_web_documents() if d.source == source] for source in _WEB_SOURCES}
     novels, conversations = load_novels(), load_conversations()

@@ -129,6 +129,8 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to {2**32 - 1}.")
         require_stream(self.tokens)
         if self._in_epoch < 1:
             raise ValueError(

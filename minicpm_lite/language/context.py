@@ -59,7 +59,15 @@ def dense_attention(
 
     Without a mask it is causal, and the last query stands at the last key: with a cache the queries are the
     newest of the keys. A mask says which keys a query sees; each must see one.
+
+    Raises:
+        ValueError: a mask of three dimensions, of which the first could be rows or heads.
     """
+    if mask is not None and mask.ndim == 3:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; expected (queries, keys), or (batch, 1, queries, keys) for "
+            "each row its own: mask[:, None]."
+        )
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     if mask is None and 1 < queries < keys:

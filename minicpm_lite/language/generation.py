@@ -111,10 +111,10 @@ def stream(
         if stops is not None:
             token = torch.where(stopped, stops[0], token)
             stopped |= torch.isin(token, stops)
+        newest = token[:, None].clone()  # whoever gets the token may change it
         yield token
         if stops is not None and bool(stopped.all()):
             return
-        newest = token[:, None]
         if sampling.repetition_penalty != 1:
             seen = torch.cat([seen, newest], dim=1)
 

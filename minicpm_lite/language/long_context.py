@@ -67,7 +67,7 @@ def extend_context(
     if factor < 1:
         raise ValueError(f"factor is {factor}; a context is made longer, so give at least 1.")
     original = config.max_position_embeddings
-    longer = replace(config, max_position_embeddings=int(factor * original))
+    longer = replace(config, max_position_embeddings=round(factor * original))
     match method:
         case "ntk":
             if config.rotary_dim == 2:

@@ -57,7 +57,16 @@ def apply_rotary(
     cos: Float[Tensor, "*rows tokens head_dim"],
     sin: Float[Tensor, "*rows tokens head_dim"],
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position."""
+    """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position.
+
+    Raises:
+        ValueError: angles of three dimensions, of which the first could be rows or heads.
+    """
+    if cos.ndim == 3:
+        raise ValueError(
+            f"cos has shape {tuple(cos.shape)}; expected (tokens, head_dim), or (batch, 1, tokens, head_dim) "
+            "for each row its own: positions[:, None]."
+        )
     x32 = x.float()
     partner = x32.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x32 * cos, partner, sin).type_as(x)

@@ -89,7 +89,7 @@ def within_documents(end: int) -> Objective:
     Raises:
         ValueError: it is no id.
     """
-    if type(end) is not int:  # None, say, of shards that note no end
+    if type(end) is not int or end < 0:  # None, say, of shards that note no end
         raise ValueError(f"The end is {end!r}; expected the id that ends each document.")
 
     def loss(

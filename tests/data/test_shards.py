@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -58,6 +59,13 @@ def test_what_is_written_is_read(tmp_path_factory, cuts, shard, stretch):
     assert shards.id_range() == (TOKENS.min(), TOKENS.max())
     assert [each["tokens"] for each in shards._shards[:-1]] == [shard] * (len(shards._shards) - 1)
     shards.verify()
+
+
+def test_shards_go_to_other_processes(folder):
+    shards = Shards(folder)
+    windows = pickle.loads(pickle.dumps(TokenWindows(shards, 8, 0)))
+    assert windows.identity() == TokenWindows(shards, 8, 0).identity()
+    assert torch.equal(windows[5], TokenWindows(shards, 8, 0)[5])
 
 
 def test_more_shards_than_a_program_may_open(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicpm_lite.data import packages
+from minicpm_lite.data import packages, web_pool
 from minicpm_lite.data.assets import load_conversations
 from minicpm_lite.data.dedup import MinHash, jaccard, words_of
 from minicpm_lite.data.web_pool import CLEAN, build_pool, load_web_documents, pieces_of
@@ -36,6 +36,12 @@ def test_a_piece_ends_at_a_space_unless_there_is_none():
         list(pieces_of("abc def", 0))
 
 
+def test_what_one_caller_changes_is_no_one_elses(pool):
+    changed = build_pool(scale=0.1)
+    changed.held_out["books"] = ""
+    assert build_pool(scale=0.1).held_out == pool.held_out != changed.held_out
+
+
 def test_the_web_documents_are_eight_sources_of_fifty():
     assert set(Counter(document.source for document in load_web_documents()).values()) == {50}
 
@@ -51,7 +57,7 @@ def test_the_pool_is_that_of_the_first_edition(pool):
 
 
 def test_the_pool_is_the_same_again_and_another_for_another_seed(pool):
-    build_pool.cache_clear()
+    web_pool._build_pool.cache_clear()
     assert build_pool(scale=0.1) == pool
     assert build_pool(seed=1, scale=0.1).documents != pool.documents
 
@@ -120,5 +126,5 @@ def test_a_missing_package_and_a_wrong_scale_get_one_sentence(monkeypatch):
     with pytest.raises(
         ImportError, match="chitchat-dataset is needed .* pip install .chitchat-dataset==0.9.0"
     ):
-        build_pool.__wrapped__(scale=0.1)
+        web_pool._build_pool.__wrapped__(0, 0.1)
     packages.package_file.cache_clear()

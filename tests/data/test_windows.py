@@ -116,6 +116,8 @@ def test_what_a_folder_holds_is_its_identity_and_not_where_it_lies(tmp_path):
     ("wrong", "error", "sentence"),
     [
         (lambda tokens: TokenWindows(tokens, 0, 0), ValueError, "length is 0"),
+        (lambda tokens: TokenWindows(tokens, 8, 10**14), ValueError, "seed is 10+; expected a whole number"),
+        (lambda tokens: TokenWindows(tokens, 8, -1), ValueError, "seed is -1; expected a whole number"),
         (
             lambda tokens: TokenWindows(tokens, 501, 0),
             ValueError,

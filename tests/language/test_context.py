@@ -69,6 +69,23 @@ def test_each_head_may_see_other_keys(queries):
         assert_close(found[:, head : head + 1], alone, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_mask_for_each_row_is_not_taken_for_one_for_each_head(rows, queries):
+    """With as many rows as heads nothing else would tell."""
+    q, k, v = torch.randn(rows, 4, queries, 8), torch.randn(rows, 2, 7, 8), torch.randn(rows, 2, 7, 8)
+    mask = torch.rand(rows, queries, 7) < 0.5
+    mask[..., 0] = True
+    with pytest.raises(
+        ValueError, match=r"mask has shape \(\d, \d, 7\); .* for each row its own: mask\[:, None"
+    ):
+        dense_attention(q, k, v, mask)
+    found = dense_attention(q, k, v, mask[:, None])
+    for row in range(rows):
+        alone = dense_attention(q[[row]], k[[row]], v[[row]], mask[row])
+        assert_close(found[[row]], alone, atol=1e-6, rtol=1e-5)
+
+
 class Paged(KVCache):
     """Keeps what layers make in a memory of its own."""
 

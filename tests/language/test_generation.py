@@ -478,6 +478,17 @@ def test_a_model_that_is_in_training_writes_as_one_that_is_not():
     assert not model.training
 
 
+def test_a_token_belongs_to_whoever_gets_it():
+    """A caller may change it in place, say to ids of its own; what the model reads stays."""
+    model, ids = make_model(WRITER), make_ids(WRITER, 2, 4)
+    plain = [token.tolist() for token in stream(model, ids, 8, stop_ids=())]
+    changed = []
+    for token in stream(model, ids, 8, stop_ids=()):
+        changed.append(token.tolist())
+        token += 1
+    assert changed == plain
+
+
 def test_a_model_that_is_put_in_training_between_two_tokens_writes_on_as_before():
     model, ids, written = with_dropout(WRITER).eval(), make_ids(WRITER, 2, 5), []
     alone = generate(model, ids, 8, stop_ids=())

@@ -48,8 +48,16 @@ def test_no_pair_turns_faster_and_none_slower_than_interpolated(method, factor, 
     longer = extend_context(config, method, factor)
     plain = rotary_frequencies(2 * half, config.rope_theta)
     ratio = plain / scaled_frequencies(longer, longer.max_position_embeddings)[0]
-    assert bool((ratio > 1 - 1e-5).all() and (ratio < factor * (1 + 1e-5)).all())
+    most = max(factor, longer.max_position_embeddings / original)  # a whole number of tokens
+    assert bool((ratio > 1 - 1e-5).all() and (ratio < most * (1 + 1e-5)).all())
     assert bool((ratio.diff() > -1e-4).all())  # slow pairs are slowed at least as much as fast ones
+
+
+@pytest.mark.parametrize(("factor", "tokens"), [(2.3, 230), (1.15, 115), (2.0, 200)])
+def test_the_new_length_is_the_factor_times_the_old_one(factor, tokens):
+    """2.3 * 100 is 229.99… for a computer."""
+    config = replace(PLAIN, max_position_embeddings=100)
+    assert extend_context(config, "yarn", factor).max_position_embeddings == tokens
 
 
 def test_dynamic_is_ntk_at_the_full_length_and_plain_at_the_old_one():

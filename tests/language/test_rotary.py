@@ -43,6 +43,18 @@ TYPES = {
 # Turning
 
 
+def test_positions_of_rows_are_not_taken_for_positions_of_heads():
+    x, positions = torch.randn(2, 2, 3, 4), torch.tensor([[0, 1, 2], [5, 6, 7]])
+    frequencies = rotary_frequencies(4, 10_000.0)
+    with pytest.raises(
+        ValueError, match=r"cos has shape \(2, 3, 4\); .* for each row its own: positions\[:, None"
+    ):
+        apply_rotary(x, *rotary_angles(positions, frequencies))
+    found = apply_rotary(x, *rotary_angles(positions[:, None], frequencies))
+    for row in range(2):
+        assert torch.equal(found[[row]], apply_rotary(x[[row]], *rotary_angles(positions[row], frequencies)))
+
+
 @settings(max_examples=50, deadline=None)
 @given(position=st.integers(0, 30_000), shift=st.integers(0, 2_000), distance=st.integers(0, 200))
 def test_rotated_products_depend_on_distance_only(position, shift, distance):

@@ -89,6 +89,8 @@ def test_documents_that_nothing_ends_cannot_be_kept_apart(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
     with pytest.raises(ValueError, match="The end is None; expected the id that ends each document"):
         within_documents(None)
+    with pytest.raises(ValueError, match="The end is -1; expected the id"):  # as some configs say "none"
+        within_documents(-1)
 
 
 @pytest.mark.parametrize("objective", [next_token, within_documents(3)], ids=["plain", "documents"])

@@ -52,6 +52,7 @@ MEMORY_MB = 2048
 _MOST_BYTES = 256 * 2**20  # of one message
 _CHAPTER_SECONDS = 180
 _MOST_LETTERS = 500  # of a message
+_MOST_TIMES = 10  # the time of an answer, if its cell has to run for each of its calls
 _GRACE = 5.0  # seconds between the end of an answer's time and that of its judge
 _CHAPTER, _CELL = "the chapter", "the cell of an exercise"
 _SAME, _TENSOR = "\0same", "\0tensor"  # marks in what is sent of arguments
@@ -149,7 +150,9 @@ def _wait(judge: int, verdicts: int) -> None:
 
 
 def _judge(exercise: Exercise, answer: "_Answer") -> Verdict:
-    signal.alarm(round(answer.seconds + _GRACE))  # the end of this process, if the check itself never ends
+    signal.alarm(
+        round(_MOST_TIMES * answer.seconds + _GRACE)
+    )  # the end of this process, if the check itself never ends
     try:
         verdict = replace(exercise, without=()).judge(answer.given())  # by what is written, see below
     except BaseException as error:  # of the cell itself; a check's own verdict is never raised
@@ -175,7 +178,7 @@ class _Answer:
     """What a student answered, run in processes of its own.
 
     Attributes:
-        seconds: that all its calls may take together.
+        seconds: that its cell, and all its calls together, may take.
         over: why it will not answer any more, for the student to read.
         line: of the cell, that raised last.
     """
@@ -184,11 +187,15 @@ class _Answer:
         self.helpers, self.source, self.expression = task["helpers"], task["source"], task["answer"]
         self.seconds, self.names, self.folder = task["seconds"], names, folder
         self.deadline = time.monotonic() + self.seconds
+        self.latest = time.monotonic() + _MOST_TIMES * self.seconds
+        self.made_in = 0.0  # seconds that the cell itself takes, which is run anew for each call
         self.over, self.line = "", 0
 
     def given(self) -> object:
         """The value that the cell gives to the check; of a function, one that asks it in another process."""
+        began = time.monotonic()
         kind, value = self._asked(lambda functions: _kind(self._evaluated()), [])
+        self.made_in = time.monotonic() - began
         if kind == "value":
             return value
 
@@ -245,6 +252,7 @@ class _Answer:
                 result = dict(result)  # a defaultdict holds a function, too
             return result, [*map(_content, [*args, *kwargs.values()])]
 
+        self.deadline = min(self.deadline + self.made_in, self.latest)
         result, contents = self._asked(call, functions)
         for value, content in zip([*args, *kwargs.values()], contents, strict=True):
             _renewed(value, content)
