@@ -7,7 +7,7 @@ in the file NOTICE. Each loader reads its file once and remembers the result.
 import gzip
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -89,9 +89,13 @@ def load_chinese_classics() -> str:
     return "\n".join(paragraph for book in books.values() for paragraph in _paragraphs(book))
 
 
-@cache
 def load_emoji() -> tuple[Emoji, ...]:
-    """The 1,026 Noto emoji, in the order of the Unicode charts."""
+    """The 1,026 Noto emoji, in the order of the Unicode charts; the pictures are the caller's own."""
+    return tuple(replace(each, image=each.image.copy()) for each in _load_emoji())
+
+
+@cache
+def _load_emoji() -> tuple[Emoji, ...]:
     with Image.open(_ASSETS / "noto48.png") as file:
         sheet = file.convert("RGBA")
     emoji = []
@@ -113,9 +117,19 @@ def load_emoji() -> tuple[Emoji, ...]:
     return tuple(emoji)
 
 
-@cache
 def load_kenney() -> dict[str, dict[str, Image.Image]]:
-    """Animation frames by Kenney: for each of six characters, its frames by name ("walk0", "jump", ...)."""
+    """Animation frames by Kenney: for each of six characters, its frames by name ("walk0", "jump", ...).
+
+    Tables and pictures are the caller's own.
+    """
+    return {
+        character: {frame: image.copy() for frame, image in frames.items()}
+        for character, frames in _load_kenney().items()
+    }
+
+
+@cache
+def _load_kenney() -> dict[str, dict[str, Image.Image]]:
     characters: dict[str, dict[str, Image.Image]] = {}
     for path in sorted((_ASSETS / "kenney").glob("*.png")):
         character, frame = path.stem.split("_")

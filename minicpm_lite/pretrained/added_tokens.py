@@ -130,15 +130,11 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     names = _read(folder / _NAMES_FILE) if older else {}
     source = folder / (_IDS_FILE if older else _SETTINGS)
     ids = _read(source) if older else settings["added_tokens_decoder"]
+    of_class = _names_of_class(folder, settings)
     try:
         values = _joined(settings, names)
         named = {name: each for name, each in values.items() if name.endswith("_token")}
-        named = (
-            dict.fromkeys(_NAMES)
-            | _names_of_class(folder, settings)
-            | named
-            | (values.get("model_specific_special_tokens") or {})
-        )
+        named = dict.fromkeys(_NAMES) | of_class | named | (values.get("model_specific_special_tokens") or {})
         named = {name: _token(each) for name, each in named.items() if isinstance(each, _TOKEN)}
         extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
         if not isinstance(extra, list):
@@ -165,7 +161,13 @@ def read_added_tokens(folder: Path) -> AddedTokens:
 
 def _names_of_class(folder: Path, settings: dict) -> dict[str, str]:
     """The special tokens of the tokenizer's class in transformers."""
-    model = _read(folder / _MODEL)
+    try:
+        model = _read(folder / _MODEL)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / _MODEL}, which beside a tokenizer says what its model is, cannot be read ({error}). If "
+            "it is of something else, keep the tokenizer in a folder of its own."
+        ) from None
     name = str(settings.get("tokenizer_class") or model.get("tokenizer_class")).removesuffix("Fast")
     if name not in _NAMES_OF_CLASS or model.get("model_type") in _HEED_NO_CLASS:
         return {}

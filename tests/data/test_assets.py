@@ -76,6 +76,13 @@ def test_kenney_frames_by_character():
         assert all(frame.mode == "RGBA" for frame in character.values())
 
 
+def test_pictures_are_their_callers_own():
+    for picture in (lambda: load_emoji()[0].image, lambda: load_kenney()["robot"]["walk0"]):
+        before = picture().tobytes()
+        picture().paste(0, (0, 0, 48, 48))
+        assert picture().tobytes() == before and any(before)
+
+
 def test_a_missing_file_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(assets, "_ASSETS", tmp_path)
     with pytest.raises(

@@ -22,11 +22,14 @@ from minicpm_lite.lab.press import grade as grade_module
 from minicpm_lite.lab.press import sandbox
 from minicpm_lite.lab.press.__main__ import main
 from minicpm_lite.lab.press.grade import Grade, _harmless, grade, table, write_csv
+from minicpm_lite.lab.press.notebook import Notebook
 from minicpm_lite.lab.press.sandbox import Sandbox
+from minicpm_lite.lab.press.student import student_copy
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow  # five answers never end, and seventy are each run in processes of their own
 
+CHAPTERS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 RIGHT = {name: text.replace("_solution", "") for name, text in SOLUTIONS.items()}
 SECONDS = 3
 
@@ -79,6 +82,12 @@ ANSWERS = {
     "leaves": ("def twice(x):\n    exit()", "wrong", "ended the program"),
     "prints": ("print('a' * 10**6)\ndef twice(x):\n    print(x)\n    return 2 * (x + 0)", "right", "Twice is"),
     "its own error": ("class Mine(Exception): pass\ndef twice(x):\n    raise Mine('no')", "wrong", "Mine: no (line 3"),
+    "a trial of its own that takes a while": (
+        "import time\ndef twice(x):\n    return 2 * (x + 0)\ntime.sleep(0.8)", "right", "Twice is",
+    ),
+    "a table that makes its entries": (
+        "from collections import defaultdict\ndef twice(x):\n    return defaultdict(lambda: 2 * (x + 0))[0]", "right", "Twice is",
+    ),
     "an iterator": (
         "from itertools import repeat\ndef twice(x):\n    return next(repeat(2)) * (x + 0)", "right", "Twice is",
     ),
@@ -415,6 +424,15 @@ def test_every_exercise_of_every_submission_has_a_row(graded, tmp_path):
         "\n".join(lines),
     )
     assert lines[0].split() == ["submission", "chapter", "points", "exercises"]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_solution_of_the_book_is_found_right(path, tmp_path, monkeypatch):
+    """Or its exercise would be graded for no one."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    student_copy(Notebook.read(path), tmp_path / path.name).write()
+    found = {each.exercise: (each.verdict, each.message) for each in grade(tmp_path, [path])}
+    assert found and all(verdict == "unfinished" for verdict, _ in found.values()), found
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
