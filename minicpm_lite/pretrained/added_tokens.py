@@ -165,8 +165,8 @@ def _names_of_class(folder: Path, settings: dict) -> dict[str, str]:
         model = _read(folder / _MODEL)
     except ValueError as error:
         raise ValueError(
-            f"{folder / _MODEL}, which beside a tokenizer says what its model is, cannot be read ({error}). If "
-            "it is of something else, keep the tokenizer in a folder of its own."
+            f"{folder / _MODEL}, which beside a tokenizer says what its model is, cannot be read ({error}). "
+            "If it is of something else, keep the tokenizer in a folder of its own."
         ) from None
     name = str(settings.get("tokenizer_class") or model.get("tokenizer_class")).removesuffix("Fast")
     if name not in _NAMES_OF_CLASS or model.get("model_type") in _HEED_NO_CLASS:

@@ -107,6 +107,12 @@ def _require_same_choice(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
+def _has_load_hooks(part: nn.Module) -> bool:
+    """Whether a part of a module does something of its own when its state is loaded."""
+    own = type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return own or bool(part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks)
+
+
 def _require_no_hooks(model: nn.Module, how: str) -> None:
     """Refuse hooks of gradients where other parameters will stand in the place of those that have them."""
     for name, parameter in model.named_parameters():
@@ -621,7 +627,9 @@ class Trainer:
             raise
         for name, tensor in kept.items():
             tensors[name].copy_(tensor)
-        self.model.load_state_dict(self.model.state_dict())  # what a module derives from them, it makes anew
+        if any(map(_has_load_hooks, self.model.modules())):  # what it derives from its weights, it makes anew
+            now = {name.removeprefix("model."): tensors[name] for name in kept}
+            self.model.load_state_dict(now, strict=False)
         self.step, self._origin = step, Origin.of(facts)
         self.losses, self.grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
 

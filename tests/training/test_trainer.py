@@ -303,7 +303,28 @@ class Packed(nn.Module):
         return self.linear(x @ self.packed)
 
 
-def test_what_a_module_makes_of_its_weights_is_made_anew(tmp_path):
+class LeavesOut(nn.Module):
+    """Shows what is trained alone, and that shortened, as adapters do; a checkpoint holds parameters all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.linear = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)  # whose state has a version, which it looks at when it is loaded
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {name: each.bfloat16() for name, each in state.items() if "frozen" not in name}
+
+    def forward(self, x):
+        return self.linear(self.norm(self.frozen(x)))
+
+
+class LeavesOutAndPacks(LeavesOut, Packed):
+    """Both."""
+
+
+@pytest.mark.parametrize("kind", [Packed, LeavesOut, LeavesOutAndPacks])
+def test_what_a_module_makes_of_its_weights_is_made_anew(tmp_path, kind):
     class Rows:
         def __getitem__(self, step):
             return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
@@ -314,7 +335,7 @@ def test_what_a_module_makes_of_its_weights_is_made_anew(tmp_path):
     def run(seed):
         torch.manual_seed(seed)
         square = Objective("square", lambda model, rows: (model(rows).square().mean(),) * 2, len)
-        return Trainer(Packed(), Rows(), WSD(0.1, 0, 6, 0), CONFIG, square)
+        return Trainer(kind(), Rows(), WSD(0.1, 0, 6, 0), CONFIG, square)
 
     whole, resumed = run(0), run(1)
     whole.train(3, tmp_path, progress=False)

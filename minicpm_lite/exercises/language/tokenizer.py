@@ -264,6 +264,8 @@ def _best(N, d, sizes, bytes_a_token, overhead, cost=_cost):
         lambda N, d, sizes, bytes_a_token, overhead: sizes[bytes_a_token.index(max(bytes_a_token))],
         lambda N, d, sizes, bytes_a_token, overhead: _best(N, d, sizes, bytes_a_token, 0),
         lambda N, d, sizes, bytes_a_token, overhead: _best(N, d, sizes, bytes_a_token, 2 * overhead),
+        lambda N, d, sizes, bytes_a_token, overhead: _best(N, d, sizes, bytes_a_token, overhead / 2),
+        lambda N, d, sizes, bytes_a_token, overhead: _best(N, d, sizes, bytes_a_token, overhead / 1.25),
         lambda N, d, sizes, bytes_a_token, overhead: _best(N, 1, sizes, bytes_a_token, overhead),
         lambda N, d, sizes, bytes_a_token, overhead: _best(0, d, sizes, bytes_a_token, overhead),
         lambda N, d, sizes, bytes_a_token, overhead: _best(
@@ -300,6 +302,11 @@ def best_size(answer):
     assert same(answer(1_000, 1, sizes, held, 6_000), 1024), (
         "Each parameter costs two FLOPs, but the 6,000 that a token costs besides are FLOPs already."
     )
+    for overhead, best in ((8_100, 1024), (8_400, 4096)):  # at 8,240 the two cost the same
+        assert same(answer(1_000, 1, sizes, held, overhead), best), (
+            f"Each parameter costs two FLOPs a token: compare (2 · 2,024 + {overhead:,})/2 with "
+            f"(2 · 5,096 + {overhead:,})/3."
+        )
     assert same(answer(1_000, 1, sizes, [1.0, 1.1, 1.2], 0), 256), (
         "Four times the entries for a tenth more bytes do not pay. Does your answer use `bytes_a_token`?"
     )

@@ -380,8 +380,11 @@ def _bound(statement: ast.stmt) -> set[str]:
     """The names that a statement binds at the top level, or changes, as ``x.y = 1`` changes x."""
     if isinstance(statement, _DEFINITIONS):
         return {statement.name}
-    names = set()
-    for node in ast.walk(statement):
+    nodes, names = list(ast.walk(statement)), set()
+    inner = {
+        id(name) for each in nodes if isinstance(each, ast.comprehension) for name in ast.walk(each.target)
+    }
+    for node in [each for each in nodes if id(each) not in inner]:
         if isinstance(node, _IMPORTS):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
