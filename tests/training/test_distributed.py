@@ -622,30 +622,6 @@ def test_windows_that_do_not_fit(alone, change, sentence):
         make(**change)
 
 
-COMPILED = """
-import sys
-sys.path[:0] = [{path!r}]
-from test_distributed import *
-with processes():
-    found = []
-    for again in (False, True):
-        torch._dynamo.reset()
-        losses = trained(make(config=replace(CONFIG, compile=True), layout=Layout(2, again)), 3).losses
-        found.append([losses, torch._dynamo.utils.counters["stats"].pop("unique_graphs", 0)])
-print(found)
-"""
-
-
-@pytest.mark.slow  # about 30 s: the compiler starts
-def test_compiled_blocks_compute_the_same(alone):
-    script = COMPILED.format(path=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for losses, graphs in json.loads(done.stdout):
-        assert losses == pytest.approx(trained(make(), 3).losses, abs=1e-4)
-        assert graphs > 0, "blocks were compiled, also where they are computed again"
-
-
 # Two processes.
 
 
