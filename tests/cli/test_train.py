@@ -1,16 +1,13 @@
 """Training from the command line: dry runs, whole runs, decays, kill -9, and errors."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from shell import SHAPE, TEXT, damage, says
@@ -367,24 +364,49 @@ def test_a_decay_with_another_tokenizer(at_home, capsys):
     assert not (at_home / "decayed").exists()
 
 
-@pytest.mark.slow  # a process starts for each; within one, tests/training/test_interruption.py looks at the same
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_run_that_is_stopped_says_what_is_kept(at_home, number):
-    begin = [sys.executable, "-m", "minicpm_lite.cli", *train("--data", "one", "--out", "run", *LONG)]
-    begin[begin.index("--steps") + 1] = "100000"
-    foreground = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    run = subprocess.Popen(
-        begin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=foreground
-    )
-    while not (at_home / "run" / "metrics.jsonl").exists() or not lines(at_home / "run"):
-        assert run.poll() is None
+# A long run as the command line starts it, for each signal, forked so that torch is imported once.
+STOPPED = """
+import json, os, runpy, signal, sys, time
+from pathlib import Path
+import torch._dynamo, minicpm_lite.cli.train, minicpm_lite.training.trainer
+
+codes = []
+for name, number, words in {runs!r}:
+    run = os.fork()
+    if not run:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground
+        for stream, kept in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{{name}}.{{kept}}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv[1:] = words
+        runpy.run_module("minicpm_lite.cli", run_name="__main__", alter_sys=True)
+    metrics = Path(name, "metrics.jsonl")
+    while not metrics.exists() or "\\n" not in metrics.read_text():
+        assert os.waitpid(run, os.WNOHANG) == (0, 0), Path(f"{{name}}.err").read_text()
         time.sleep(0.05)
-    run.send_signal(number)
-    out, err = run.communicate(timeout=60)
-    saved = f"step-{len(lines(at_home / 'run')):08d}"
-    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
-    assert out.startswith("tiny.yaml: ") and out.endswith("100,000 steps of 64 tokens.\n")
-    assert err == f"Stopped; run/{saved} is kept, and --resume goes on from there.\n"
+    os.kill(run, number)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.slow  # four processes; within one, tests/training/test_interruption.py looks at the same
+def test_a_run_that_is_stopped_says_what_is_kept(at_home):
+    long = [word.replace("60", "100000") for word in LONG]
+    signals = {"int": signal.SIGINT, "term": signal.SIGTERM, "hup": signal.SIGHUP}
+    runs = [
+        (name, int(number), train("--data", "one", "--out", name, *long)) for name, number in signals.items()
+    ]
+    script = [sys.executable, "-c", STOPPED.format(runs=runs)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[130, 143, 129]\n", "")
+    for name in signals:
+        saved = f"step-{len(lines(at_home / name)):08d}"
+        out = Path(f"{name}.out").read_text()
+        assert out.startswith("tiny.yaml: ") and out.endswith("100,000 steps of 64 tokens.\n")
+        assert (
+            Path(f"{name}.err").read_text()
+            == f"Stopped; {name}/{saved} is kept, and --resume goes on from there.\n"
+        )
 
 
 @pytest.mark.slow  # six runs; tests/training/test_objective.py looks at the same in one
@@ -614,81 +636,77 @@ def test_a_damaged_shard(at_home, capsys):
 # Several processes.
 
 
-def torchrun(*argv, home, wait=True, count=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+def torchrun(*argv, home):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "-m", "minicpm_lite.cli", *argv]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
 
 
-# Commands, each in two processes that know of each other as torchrun's do; forked, they import torch and its compiler once.
+# Commands, each in two processes; the second one may be killed, by kill -9, when a number of steps is made.
 PAIRS = """
-import os, socket, sys
-import torch._dynamo, minicpm_lite.cli.train, minicpm_lite.training.trainer
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path[:0] = [{path!r}]
+import minicpm_lite.cli.train, minicpm_lite.training.trainer
 from minicpm_lite.cli import main
+from two_processes import exit_codes, start
 
-def start(rank, port, words):
-    if child := os.fork():
-        return child
-    os.environ |= {{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}}
-    os._exit(main(words))
-
-for words in {commands!r}:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    for child in [start(rank, port, words) for rank in "01"]:
-        assert os.waitpid(child, 0)[1] == 0
+ends = []
+for words, killed_at in {commands!r}:
+    children = start(lambda: main(words))
+    metrics = Path(words[words.index("--out") + 1], "metrics.jsonl")
+    while killed_at and (not metrics.exists() or metrics.read_text().count("\\n") < killed_at):
+        time.sleep(0.005)
+    if killed_at:
+        os.kill(children[1], signal.SIGKILL)
+    ends.append([*exit_codes(children), metrics.read_text().count("\\n")])
+print(json.dumps(ends))
 """
 
 
-def in_pairs(*commands: list[str], home: Path) -> None:
-    """Run commands one after the other, each in two processes."""
-    script = [sys.executable, "-c", PAIRS.format(commands=commands)]
-    done = subprocess.run(script, cwd=home, capture_output=True, text=True, timeout=240)
+def in_pairs(*commands: tuple[list[str], int | None], home: Path) -> tuple[list[list[int]], str]:
+    """How each ended: the exit codes of its processes and its steps; and what was printed."""
+    script = PAIRS.format(path=str(Path(__file__).parents[1] / "training"), commands=commands)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=home, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
+    *said, ends = done.stdout.splitlines()
+    return json.loads(ends), "\n".join(said)
 
 
-@pytest.mark.slow  # two processes start four times, about 30 s
+@pytest.mark.slow  # two processes start four times, about 15 s
 def test_two_processes_kill_9_and_other_world_sizes(at_home):
+    """2 -> 1 and 1 -> 2 from step 30, and a run that goes on after its second process was killed."""
     run = train("--data", "one", "--data", "two:3", *LONG)
     assert main([*run, "--out", "alone"]) == 0
-    code, out, err = torchrun(*run, "--out", "pair", home=at_home)
-    assert code == 0, err
-    assert out.count("pair: step 60") == 1, "one process speaks"
-    assert order(at_home / "pair") == order(at_home / "alone")
-    assert curve(at_home / "pair") == pytest.approx(curve(at_home / "alone"), abs=1e-4)
-
-    # kill -9 of the second process, in the middle
-    long = [*run, "--out", "killed"]
-    process = torchrun(*long, home=at_home, wait=False)
-    metrics, deadline = at_home / "killed" / "metrics.jsonl", time.time() + 120
-    while (not metrics.exists() or metrics.read_text().count("\n") < 23) and time.time() < deadline:
-        time.sleep(0.005)
-    psutil.Process(process.pid).children()[1].send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert 23 <= len((at_home / "killed" / "metrics.jsonl").read_text().splitlines()) < 60, (
-        "it was in the middle"
+    at_step_30("alone", "more")
+    killed = [*run, "--out", "killed"]
+    ends, out = in_pairs(
+        ([*run, "--out", "pair"], None),
+        (killed, 23),
+        ([*killed, "--resume"], None),
+        ([*run, "--out", "more", "--resume"], None),
+        home=at_home,
     )
-
-    # 2 -> 1 and 1 -> 2, from step 30
-    for source, name in (("pair", "fewer"), ("alone", "more")):
-        (at_home / name).mkdir()
-        shutil.copytree(at_home / source / "step-00000030", at_home / name / "step-00000030")
-        shutil.copy(at_home / source / "metrics.jsonl", at_home / name)
+    survivor, dead, steps = ends.pop(1)
+    assert ends == [[0, 0, 60]] * 3 and dead == -signal.SIGKILL and survivor > 0
+    assert 23 <= steps < 60, "it was in the middle"
+    assert out.count("pair: step 60") == 1, "one process speaks"
+    at_step_30("pair", "fewer")
     assert main([*run, "--out", "fewer", "--resume"]) == 0
-    in_pairs([*long, "--resume"], [*run, "--out", "more", "--resume"], home=at_home)
-    assert order(at_home / "killed") == order(at_home / "pair"), "bit-identical order of the data"
-    assert curve(at_home / "killed") == curve(at_home / "pair"), "and the same losses"
-    for name in ("fewer", "more"):
+    for name in ("pair", "more", "fewer"):
         assert order(at_home / name) == order(at_home / "alone")
         assert curve(at_home / name) == pytest.approx(curve(at_home / "alone"), abs=1e-4)
+    assert order(at_home / "killed") == order(at_home / "pair"), "bit-identical order of the data"
+    assert curve(at_home / "killed") == curve(at_home / "pair"), "and the same losses"
+
+
+def at_step_30(source: str, name: str) -> None:
+    """A folder with the checkpoint of step 30 alone."""
+    shutil.copytree(f"{source}/step-00000030", f"{name}/step-00000030")
+    shutil.copy(f"{source}/metrics.jsonl", name)
 
 
 @pytest.mark.slow  # two processes start, about 10 s

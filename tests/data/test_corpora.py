@@ -15,6 +15,7 @@ def test_corpus_holds_the_whole_text_once():
     train, validation = (corpus.tokenizer.decode(part.tolist()) for part in (corpus.train, corpus.validation))
     text = load_austen()
     assert len(train) + len(validation) == len(text)
+    assert (train, validation) == split_novels()
     assert 0.04 < len(validation) / len(text) < 0.06
     assert validation == "".join(text[start : start + 20_000] for start in range(380_000, len(text), 400_000))
     assert int(corpus.train.max()) < 1024

@@ -34,6 +34,8 @@ def square(job: Square) -> dict:
         raise ValueError("thirteen")
     if job.number == 17:
         return {"square": np.float32(17) ** 2}  # JSON knows no such number
+    if job.number == 19:
+        return {"seconds": 12.5, "square": 361}
     time.sleep(0.05)
     return {"square": job.number**2, "third": job.number / 3, "curve": [(1, 2 / 3)]}
 
@@ -57,12 +59,14 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     with pytest.raises(ValueError, match="thirteen"):
-        run_jobs(script, [Square(2), Square(13), Square(17), Square(5)], square, facts, workers=1)
+        run_jobs(script, [*map(Square, (2, 13, 17, 5, 19))], square, facts, workers=1)
     kept = load_results(script)
     assert kept["device"] == f"Some GPU and CPU, {os.cpu_count()} cores, 1 worker"
     runs = kept["runs"]
     assert runs["square/2"]["square"] == "not computed again"
-    assert runs["square/5"]["square"] == 25 and len(runs) == 3  # run after both failures, and kept
+    assert runs["square/5"]["square"] == 25 and len(runs) == 4  # run after both failures, and kept
+    assert runs["square/19"] == {"seconds": 12.5, "square": 361}, "seconds of its own are kept"
+    assert kept["minutes"] < 0.1, "and not taken for those of the job"
     assert set(script.parent.iterdir()) == {script, script.with_suffix(".json")}  # nothing half written
 
 
@@ -152,19 +156,6 @@ def test_facts_may_be_added(tmp_path, monkeypatch, facts):
     before = script.with_suffix(".json").read_bytes()
     assert run_jobs(script, [Square(2)], square, facts, workers=1) == {"square/2": {"square": 4}}
     assert script.with_suffix(".json").read_bytes() == before, "nothing was run, so nothing is written"
-
-
-def timed(job: Square) -> dict:
-    return {"seconds": 12.5, "rate": 80.0}
-
-
-@pytest.mark.slow  # it starts a worker process, which imports torch
-def test_a_result_keeps_seconds_of_its_own(tmp_path):
-    (script := tmp_path / "topic.py").write_text("")
-    assert run_jobs(script, [Square(2)], timed, {}, workers=1) == {
-        Square(2).name: {"seconds": 12.5, "rate": 80.0}
-    }
-    assert load_results(script)["minutes"] < 0.1
 
 
 @pytest.mark.parametrize("name", ["command", "device", "torch", "minutes", "runs"])

@@ -1,7 +1,7 @@
 """Distributed training: one loss curve at any world size, exact means, and runs that go on where they stopped.
 
 Most tests run in one process, which computes the same way as many. What needs two has two: `answers` are those
-of three functions of this file under torchrun.
+of three functions of this file.
 """
 
 import copy
@@ -622,51 +622,31 @@ def test_windows_that_do_not_fit(alone, change, sentence):
         make(**change)
 
 
-COMPILED = """
-import sys
-sys.path[:0] = [{path!r}]
-from test_distributed import *
-with processes():
-    found = []
-    for again in (False, True):
-        torch._dynamo.reset()
-        losses = trained(make(config=replace(CONFIG, compile=True), layout=Layout(2, again)), 3).losses
-        found.append([losses, torch._dynamo.utils.counters["stats"].pop("unique_graphs", 0)])
-print(found)
-"""
-
-
-@pytest.mark.slow  # about 30 s: the compiler starts
-def test_compiled_blocks_compute_the_same(alone):
-    script = COMPILED.format(path=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for losses, graphs in json.loads(done.stdout):
-        assert losses == pytest.approx(trained(make(), 3).losses, abs=1e-4)
-        assert graphs > 0, "blocks were compiled, also where they are computed again"
-
-
 # Two processes.
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, list]:
-    """What each process returns from each of three functions, run under torchrun, and the folders they ran in."""
+    """What each of two processes returns from each of three functions, and the folders they ran in."""
     folders = {work.__name__: tmp_path_factory.mktemp(work.__name__) for work in WORK}
     with processes():
         trained(make(MODELS["untied"]), 6, folder=folders["a_checkpoint"] / "one")
-    script = tmp_path_factory.mktemp("script") / "worker.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{os.path.dirname(__file__)!r}]\n"
-                      f"import test_distributed\ntest_distributed.answer({list(map(str, folders.values()))!r})\n")  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    script = ANSWERS.format(path=os.path.dirname(__file__), folders=list(map(str, folders.values())))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return {
         name: [folder, *(json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(2))]
         for name, folder in folders.items()
     }
+
+
+ANSWERS = """
+import sys
+sys.path[:0] = [{path!r}]
+from test_distributed import answer
+from two_processes import exit_codes, start
+assert exit_codes(start(lambda: answer({folders!r}))) == [0, 0]
+"""
 
 
 def answer(folders: list[str]) -> None:

@@ -1,6 +1,5 @@
 """The trainer learns, branches, and resumes bit for bit: any module, any objective, even after kill -9."""
 
-import ast
 import json
 import math
 import os
@@ -201,32 +200,6 @@ def test_bfloat16_trains_and_keeps_float32_weights():
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert run.losses != full.losses
     assert run.losses[-1] == pytest.approx(full.losses[-1], abs=0.1)
-
-
-COMPILED = """
-import sys
-sys.path[:0] = {path!r}
-import torch._dynamo
-from test_trainer import BFLOAT16, CONFIG, replace, trained
-from minicpm_lite.training import trainer
-whole = trained(5, config=replace(CONFIG, compile=True)).losses
-trainer._compiled = lambda loss: torch.compile(loss, backend="aot_eager")  # traced, with torch's own kernels
-torch._dynamo.reset()
-torch._dynamo.config.error_on_recompile = True
-rounded = trained(5, config=replace(BFLOAT16["config"], compile=True)).losses
-print([whole, rounded])
-"""
-
-
-@pytest.mark.slow  # about 20 s: the compiler starts; in a process without the shape checks, which it cannot compile
-def test_compiled_training_equals_eager():
-    script = COMPILED.format(path=[os.path.dirname(__file__)])
-    printed = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    ).stdout
-    whole, rounded = ast.literal_eval(printed)
-    assert whole == pytest.approx(trained(5).losses, abs=1e-4)
-    assert rounded == pytest.approx(trained(5, **BFLOAT16).losses, abs=1e-6)
 
 
 def test_evaluation_counts_every_window_once():

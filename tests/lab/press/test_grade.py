@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow  # five answers never end, and seventy are each ru
 CHAPTERS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 RIGHT = {name: text.replace("_solution", "") for name, text in SOLUTIONS.items()}
 SECONDS = 3
+ASLEEP = "import time\nwhile True:\n    time.sleep(1)"  # has no end either, and costs nothing
 
 WRONG = {
     "twice": (
@@ -97,11 +98,11 @@ ANSWERS = {
     ),
     "the original's definitions": ("def twice(x):\n    return factor(2) * (x + 0)", "right", "Twice is"),
     "a loop without end": ("def twice(x):\n    while True:\n        pass", "wrong", f"within {SECONDS} seconds"),
-    "no end when it is defined": ("while True:\n    pass\ndef twice(x):\n    return 2 * x", "wrong", "within"),
+    "no end when it is defined": (f"{ASLEEP}\ndef twice(x):\n    return 2 * x", "wrong", "within"),
     "no end in C": ("def twice(x):\n    return len(str(7 ** 10 ** 9))", "wrong", ""),
     "no signal ends it": (
         "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
-        "def twice(x):\n    while True:\n        pass",
+        f"{ASLEEP}\ndef twice(x):\n    return 2 * x",
         "wrong", "within",
     ),
     "all memory": ("def twice(x):\n    return len([bytes(2**30) for _ in range(64)])", "wrong", "MemoryError"),
@@ -148,7 +149,7 @@ BEHIND = {
     "a shell": ("1", "files = !ls\ndef twice(x):\n    return 2 * (x + 0)", "right"),
     "nested too deeply": ("deep = 1" + " + 1" * 3000, "def twice(x):\n    return 2 * (x + 0)", "right"),
     "a trial without end": ("while True:\n    pass", "def twice(x):\n    return 2 * (x + 0)", "right"),
-    "a trial without end before what is wrong": ("while True:\n    pass", "def twice(x):\n    return 3 * (x + 0)", "wrong"),
+    "a trial without end before what is wrong": (ASLEEP, "def twice(x):\n    return 3 * (x + 0)", "wrong"),
     "a list filled too often": (
         "parts = []\nparts.extend([1, 1, 1])", "def twice(x):\n    return len(parts) * (x + 0)", "wrong",
     ),
