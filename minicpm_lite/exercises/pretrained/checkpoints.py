@@ -286,7 +286,7 @@ def fingerprint(answer):
             f"The embedding is {first} E and the output layer E / {second}. What number times the second "
             "gives the first?"
         )
-    for size in (1, 0.001):
+    for size in (1, 0.0001):
         assert same(answer(12 * size * table, size * other), 0), (
             "Two tables with nothing in common have no factor between them, however small their entries are. "
             "One quotient is not enough; check all entries, each by its own size."
