@@ -534,8 +534,8 @@ class Trainer:
                 checkpoints stand.
         """
         self._require_curves()
-        _require_same_choice(self.model, self.optimizer)
         identity = self._identity()
+        _require_same_choice(self.model, self.optimizer)
 
         def check() -> None:
             there = checkpoints(folder)
