@@ -76,8 +76,11 @@ def dense_attention(
     if queries == 1 and not per_head:  # the group becomes the query axis, so that no key is copied for it
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, key, value, mask).reshape(batch, heads, 1, -1)
+    if mask is not None and heads != kv_heads and query.is_cuda and query.dtype == torch.float32:
+        # no fused kernel takes groups there, and the scores of all heads would be written out
+        key, value = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (key, value))
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != key.shape[1]
     )
 
 

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch tokens"], context: Context | None = None, last_only: bool = False
     ) -> Float[Tensor, "batch logits vocab"]:
-        """Logits of the next token at each position, in float32.
+        """Logits of the next token at each position, in float32 or better.
 
         Args:
             ids: the text, or with a cache its newest tokens.
@@ -164,9 +164,10 @@ class Decoder(nn.Module):
         return [*(seen[blocks] for blocks in after), x]
 
     def logits(self, x: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens vocab"]:
-        """What the residual stream after the last block says of the next token, in float32."""
+        """What the residual stream after the last block says of the next token, in float32 or better."""
         x = self.norm(x) / self.config.width_ratio
-        return (F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)).float()
+        logits = F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property
     def tables(self) -> list[nn.Parameter]:

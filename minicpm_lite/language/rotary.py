@@ -67,9 +67,9 @@ def apply_rotary(
             f"cos has shape {tuple(cos.shape)}; expected (tokens, head_dim), or (batch, 1, tokens, head_dim) "
             "for each row its own: positions[:, None]."
         )
-    x32 = x.float()
-    partner = x32.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x32 * cos, partner, sin).type_as(x)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    partner = exact.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(exact * cos, partner, sin).type_as(x)
 
 
 def scaled_angles(

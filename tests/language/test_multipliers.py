@@ -88,7 +88,7 @@ def test_only_the_ratio_of_the_two_factors_counts(name):
             )
         ).double()
         other.load_state_dict(model.state_dict())
-        assert_close(other(ids), model(ids), atol=1e-6, rtol=1e-6)
+        assert_close(other(ids), model(ids), atol=1e-12, rtol=1e-12)
         other = Decoder(replace(other.config, rms_norm_eps=config.rms_norm_eps * change)).double()
         other.load_state_dict(model.state_dict())
         assert scale_emb == config.scale_emb or not torch.allclose(other(ids), model(ids), atol=1e-6)
