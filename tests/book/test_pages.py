@@ -73,18 +73,15 @@ def test_search_finds_a_word(site, page):
     assert not broken_links([link.partition("?")[0] for link in links], site, SITE)
 
 
-def test_a_folded_solution_opens(site, page):
-    """Its reasoning, and its code below it."""
+def test_a_solution_is_one_fold(site, page):
+    """Its reasons and below them, in the same box, its code."""
     page.goto(site + "notebooks/training/wsd.html")
-    reasoning = page.locator(".solution.dropdown").first
-    code = page.locator("div.cell.tag_solution").first
-    for fold, body in (
-        (reasoning.locator("button.toggle-button"), reasoning.locator("section")),
-        (code.get_by_text("Show the solution"), code.locator("pre").first),
-    ):
-        before = body.is_visible()
-        fold.click()
-        assert not before and body.is_visible()
+    solution = page.locator(".solution.dropdown").first
+    parts = solution.locator("section"), solution.locator("div.cell.tag_solution pre").first
+    assert not any(part.is_visible() for part in parts)
+    solution.locator("button.toggle-button").click()
+    assert all(part.is_visible() for part in parts)
+    assert page.locator(":not(.solution) > div.cell.tag_solution").count() == 0
 
 
 def test_a_laptop_shows_the_table_of_models_and_79_columns_of_code_whole(site, page):

@@ -16,13 +16,14 @@ from . import (
     markup,
     models,
     offline,
+    solutions,
     sources,
     tips,
 )
 
 PARTS = (
-    offline, markup, sources, glossary, tips, chapters, exercise_titles, first_figure, models, commands, api,
-    downloads,
+    offline, markup, sources, glossary, tips, chapters, exercise_titles, solutions, first_figure, models,
+    commands, api, downloads,
 )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ def share_keys(answer):
     for kept, heads in ((2, 4), (2, 6), (3, 3), (1, 4)):
         key = torch.arange(6.0 * kept).view(kept, 2, 3)
         got = answer(key, heads)
+        assert isinstance(got, Tensor), f"Return a tensor; yours is a {type(got).__name__}."
         assert same(tuple(got.shape), (heads, 2, 3)), (
             f"{heads} query heads, 2 tokens, width 3 need keys of shape ({heads}, 2, 3); yours have "
             f"{tuple(got.shape)}."
@@ -122,6 +123,7 @@ def share_keys(answer):
         {"is": 0.15, "are": 0.85},
         {"is": 0.05, "are": 0.05},
         {"is": 0.45, "are": 0.41},
+        {"is": 0.436, "are": 0.416},
     ),
 )
 def forecast(answer):
@@ -132,8 +134,8 @@ def forecast(answer):
     assert ... not in answer.values(), "Put your two probabilities where the dots stand."
     assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Probabilities lie between 0 and 1."
     off = max(abs(answer[word] - chance) for word, chance in _TWO_NOUNS.items())
-    assert off < 0.022 or abs(answer["is"] - answer["are"]) < 0.021, (
-        "The two are equally likely. Both nouns have the same key: what are their weights, and what is the "
+    assert abs(answer["is"] - answer["are"]) <= 0.005, (
+        "The two are equally likely, so give the same number twice. Both nouns have the same key: what are their weights, and what is the "
         "sum of their values?"
     )
     assert answer["is"] + answer["are"] < 0.99, (
@@ -171,6 +173,7 @@ def mended_block(answer):
         "If both parts find nothing, the stream must leave the block as it came, whatever its size."
     )
     got = answer(x.clone(), sign, lambda n: 10 * n, nothing, 0.5)
+    assert not same(got, x + 10 * x.sign()), "What attention found is added times `r`, 0.5 here."
     assert same(got, x + 5 * x.sign()), (
         "With a norm that leaves only signs, an attention that multiplies by 10 and r = 0.5, the stream "
         "gains 5 times its signs."
@@ -401,6 +404,14 @@ def _last_scores(model, ids: Tensor) -> bool:
 def leaks(answer):
     """Each beginning gives what the whole text gave for it, in every model that cannot see ahead."""
     ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
+    try:
+        alone = answer(_counted, ids[:, :1])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(
+            "A text of one token has no future to see, so the answer is False; yours ends with "
+            f"{type(error).__name__}: {error}. Does it stack or join a list that is empty then?"
+        ) from None
+    assert same(alone, False), "With a single token there is no future to see."
     assert same(answer(_counted, ids), False), (
         "A model that counts the tokens so far does not see ahead; yours says that it does. Do you compare "
         "logits at the same positions?"
@@ -431,7 +442,6 @@ def leaks(answer):
         "In a text of 14 tokens it can: position 9 hears of position 11."
     )
     assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), "A text of two tokens can leak, too."
-    assert same(answer(_counted, ids[:, :1]), False), "With a single token there is no future to see."
 
 
 def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
@@ -488,7 +498,7 @@ def answer_loss(answer):
     for start in (1, 0):
         assert same(answer(halves, torch.tensor([1, 0, 1, 1]), start), everything), (
             f"With `start` = {start} all tokens count but the first, which no lane was asked for: three of "
-            "four."
+            "four." + (" (A lane of `start - 1` is the last one here.)" if start == 0 else "")
         )
     assert same(answer(halves, torch.tensor([1, 0, 1, 1]), 3), math.log(8 / 7)), (
         "With `start` = 3 one token counts, the last, and lane 2 was asked for it."
@@ -580,7 +590,7 @@ quiz = Quiz(
             "The mask is forgotten in training. What becomes of the loss, and of what the model writes?",
             [
                 "The loss stays high, the text is good",
-                "The loss falls towards zero, the text is bad",
+                "The loss falls below what is possible, the text is bad",
                 "Both are as before",
             ],
             1,

@@ -88,7 +88,7 @@ def answer_loss_by_steps(logits, ids, start):
         (check.answer_loss, answer_loss_by_steps),
         (check.window_attention, window_attention),
         (check.share_keys, lambda key, heads: key[[h * len(key) // heads for h in range(heads)]]),
-        (check.forecast, {"is": 0.42, "are": torch.tensor(0.43)}),
+        (check.forecast, {"is": 0.425, "are": torch.tensor(0.427)}),
         (check.mended_block, mended_in_place),
         (check.turn, turn_in_numpy),
         (check.turn, turn_in_place),
