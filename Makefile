@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SITE := _build/html/index.html
-MAKEFLAGS += --jobs=2  # the library is tested while the book is built
+MAKEFLAGS += --jobs=2  # the code is tested while the book is built
 
-.PHONY: book browser test library check lab run student bench clean
+.PHONY: book browser test code check lab run student bench clean
 
 book: .venv/.ready  ## from nothing to the rendered book
 	$(BIN)/jupyter-book build . --warningiserror --nitpick --keep-going --quiet
@@ -13,12 +13,12 @@ book: .venv/.ready  ## from nothing to the rendered book
 browser: .venv/.ready
 	$(BIN)/python tests/book/install_browser.py
 
-test: book library  ## every test: library, notebooks, pages
-	$(BIN)/python -m pytest -n logical --nbval tests/book/test_pages.py notebooks
+test: book code  ## every test: library, notebooks, pages
+	$(BIN)/python -m pytest -n logical tests/book/test_pages.py
 
-library: browser  ## all tests but those of notebooks and pages; they need no book, and run while it is built
+code: browser  ## the tests of library and notebooks; they need no book, and run while it is built
 	$(BIN)/ruff check --quiet
-	$(BIN)/python -m pytest -n logical --ignore=tests/book/test_pages.py tests
+	$(BIN)/python -m pytest -n logical --nbval --ignore=tests/book/test_pages.py tests notebooks
 
 check: .venv/.ready  ## the quick tests
 	$(BIN)/ruff check --quiet
