@@ -33,6 +33,16 @@ def _window_and_one(query: Tensor, key: Tensor, value: Tensor, window: int) -> T
     return _window(query, key, value, window + 1)
 
 
+def _window_less_one(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    return _window(query, key, value, max(window - 1, 1))
+
+
+def _masked_by_a_number(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    back = _steps_back(len(query))
+    scores = query @ key.T / math.sqrt(query.shape[1])
+    return scores.masked_fill((back < 0) | (back >= window), -100.0).softmax(dim=1) @ value
+
+
 def _both_ways(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     return _masked_attention(query, key, value, _steps_back(len(query)).abs() >= window)
 
@@ -52,14 +62,54 @@ def _undivided(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor
 
 
 @exercise(
+    "one cat",
+    wrong=(
+        (2.98, 0.01),  # of the cats
+        (-3.0, 0.0),  # the value, not its share
+        (0.0, 0.01),
+        (-2.98, 2.98),
+        (-0.3, 0.0),  # the table's row
+    ),
+)
+def brought(answer):
+    """The same key is found, and it hands over the other number."""
+    assert isinstance(answer, tuple | list | Tensor) and len(answer) == 2, (
+        "Expected a pair of numbers, (many, where)."
+    )
+    assert ... not in tuple(answer), "Put your two numbers where the dots stand."
+    many, where = (float(number) for number in answer)
+    assert many < 0, "The `many` of `cat` is below zero. What becomes of its value?"
+    assert not same([many, where], [-3.0, 0.0]), (
+        "That is the value of `cat` itself. The lane gets a share of it, and small shares of the others."
+    )
+    assert abs(many + 2.98) < 0.008, (
+        "Keys and queries of this head do not read `many`, so the weights are those of the text above."
+    )
+    assert abs(where - 0.01) < 0.008, (
+        "The second number comes from `over` and `there`, which are as they were."
+    )
+
+
+@exercise(
     "attention with a window",
-    wrong=(_window_and_one, _both_ways, _whole_text, _masked_late, _undivided),
-    without=("a loop", "scaled_dot_product_attention", "dense_attention"),
+    wrong=(
+        _window_and_one,
+        _window_less_one,
+        _both_ways,
+        _whole_text,
+        _masked_late,
+        _undivided,
+        _masked_by_a_number,
+    ),
+    without=("a loop", "map", "scaled_dot_product_attention", "dense_attention"),
 )
 def window_attention(answer):
     """Two masks in one: nothing from the future, and nothing from too far back."""
     zeros, value = torch.zeros(4, 2), torch.tensor([[8.0], [4.0], [6.0], [2.0]])
     got = answer(zeros, zeros, value, 4)
+    assert not same(got, _window(zeros, zeros, value, 3)), (
+        "With a window of 4 the last of four tokens sees all four, itself included; yours sees one too few."
+    )
     assert same(got, [[8.0], [6.0], [6.0], [5.0]]), (
         "Queries of zero, values 8, 4, 6, 2 and a window of 4: all scores are equal, so each token takes the "
         "plain average of what it may see, 8, then (8 + 4) / 2, and so on. Does yours see the future, do its "
@@ -69,6 +119,11 @@ def window_attention(answer):
         "The same with a window of 2: the last token sees 6 and 2, itself included, and their average is 4."
     )
     assert same(answer(zeros, zeros, value, 1), value), "With a window of 1 each token sees only itself."
+    away = torch.tensor([[20.0, 0.0]] * 4)
+    assert same(answer(away, -away, value, 2), [[8.0], [6.0], [5.0], [4.0]]), (
+        "Scores may be as low as −283. A token that must not be seen needs one that is lower than any: minus "
+        "infinity."
+    )
     generator = torch.Generator().manual_seed(0)
     for tokens, width, window in ((6, 8, 3), (5, 4, 9)):
         query, key = torch.randn(2, tokens, width, generator=generator)
@@ -134,9 +189,12 @@ def forecast(answer):
     assert ... not in answer.values(), "Put your two probabilities where the dots stand."
     assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Probabilities lie between 0 and 1."
     off = max(abs(answer[word] - chance) for word, chance in _TWO_NOUNS.items())
+    assert not 0.005 < abs(answer["is"] - answer["are"]) < 0.03, (
+        "That is nearly equal. If you expect that both are equally likely, give the same number twice."
+    )
     assert abs(answer["is"] - answer["are"]) <= 0.005, (
-        "The two are equally likely, so give the same number twice. Both nouns have the same key: what are their weights, and what is the "
-        "sum of their values?"
+        "One noun is singular and one plural. Both have the same key: what are their weights, and what is "
+        "the sum of their values?"
     )
     assert answer["is"] + answer["are"] < 0.99, (
         "They are equal, but a third word takes a part: which one has the verb number, too?"
@@ -188,7 +246,8 @@ def mended_block(answer):
         "The feed-forward network reads the stream *after* attention has been added to it."
     )
     assert same(answer(x / 10, torch.tanh, torch.exp, torch.cos, 1.4), _mended_block(x / 10)), (
-        "With other functions for the norm and the parts the result is another one: use those that are given."
+        "With other functions for the norm and the parts the result is another one: use those that are "
+        "given, and let the feed-forward network read the stream that attention, *times* `r`, was added to."
     )
 
 
@@ -309,9 +368,15 @@ def previous_word(answer):
         before = weights.diagonal(-1)
         worst = 1 + before.argmin().item()
         found = weights[worst].argmax().item()
-        assert max(query.abs().max(), key.abs().max()) <= 20, (
-            "No number may be above 20 or below -20. With longer vectors one pair alone could do it."
+        everywhere = _masked_attention(*rows, torch.eye(48), torch.zeros(48, 48, dtype=torch.bool))
+        assert everywhere.diagonal(1).min() < 0.5, (
+            "At each position your query points at the token *after* it, which is hidden. Turn the other way."
         )
+        for name, vector in (("query", query), ("key", key)):
+            assert vector.abs().max() <= 20, (
+                f"Your {name} has a number of {vector.abs().max():.1f}; none may be above 20 or below -20. "
+                "With longer vectors one pair alone could do it."
+            )
         said = (
             f"In a head {width} wide with base {base:,.0f}, token {worst} of 48 gives {before.min():.2f} of "
             "its weight to the one before it"
@@ -323,6 +388,68 @@ def previous_word(answer):
         assert before.min() > 0.5, (
             f"{said}, and {weights[worst, found]:.2f} to token {found}. When do the turned vectors point the "
             "same way, in every pair?"
+        )
+
+
+def _halves(first: str, second: str, third: str, size: float = 50.0):
+    """Matrices that read the word of a lane ("this") or its note of the word before ("before")."""
+
+    def follow(V: int):
+        halves = {"this": torch.eye(V, 2 * V), "before": torch.eye(2 * V)[V:]}
+        return size * halves[first], halves[second], halves[third]
+
+    return follow
+
+
+def _of_eight(V: int):
+    this, before = torch.eye(8, 16), torch.eye(16)[8:]
+    return 50 * this, before, this
+
+
+@exercise(
+    "who came after",
+    wrong=(
+        _halves("this", "this", "this"),  # finds itself
+        _halves("before", "this", "this"),
+        _halves("before", "before", "this"),
+        _halves("this", "before", "before"),  # fetches the note
+        _halves("this", "before", "this", size=1.0),  # hardly chooses
+        _halves("this", "before", "this", size=1000.0),
+        _of_eight,
+    ),
+)
+def follow(answer):
+    """The query is a word, the key is a note of a word, the value is a word again."""
+    for V, text in ((8, [3, 1, 4, 0, 3]), (8, [5, 6, 2, 5]), (30, [*range(20, 30), *range(12), 25])):
+        matrices = answer(V)
+        assert isinstance(matrices, tuple | list) and len(matrices) == 3, (
+            "Return three matrices, W_q, W_k, W_v."
+        )
+        W_q, W_k, W_v = (torch.as_tensor(each, dtype=torch.float32) for each in matrices)
+        for name, W in (("W_q", W_q), ("W_k", W_k), ("W_v", W_v)):
+            assert W.shape == (V, 2 * V), (
+                f"With a vocabulary of {V}, {name} has shape ({V}, {2 * V}); yours has {tuple(W.shape)}."
+            )
+            assert W.abs().max() <= 50, f"{name} has a number beyond 50."
+        ids = torch.tensor(text)
+        words = torch.eye(V)[ids]
+        lanes = torch.cat([words, torch.cat([torch.zeros(1, V), words[:-1]])], dim=1)
+        scores = lanes @ W_q.T @ (lanes @ W_k.T).T / math.sqrt(V)
+        weights = scores.masked_fill(_steps_back(len(ids)) < 0, -math.inf).softmax(dim=1)[-1]
+        place = text.index(text[-1]) + 1
+        found = weights.argmax().item()
+        told = f"In the text {text}, with a vocabulary of {V}, the last lane should find lane {place}"
+        assert found == place, (
+            f"{told}; yours gives most to lane {found} ({weights[found]:.2f}). What does it ask with, and "
+            "what is each lane found by?"
+        )
+        assert weights[place] > 0.9, (
+            f"{told}; yours does, with a weight of {weights[place]:.2f}. What makes a softmax sharper?"
+        )
+        fetched = weights @ lanes @ W_v.T
+        assert fetched.argmax() == text[place] and 0.8 < fetched.max() < 1.2, (
+            f"{told} and fetch its word, {text[place]}; yours fetches {fetched.argmax().item()}, with "
+            f"{fetched.max():.2f}. Which half of that lane is its own word?"
         )
 
 
@@ -346,6 +473,11 @@ def _hears(size: float, at: int, of: int):
         return scores
 
     return model
+
+
+def _raised(ids: Tensor) -> Tensor:
+    """A small leak beside large scores."""
+    return 100 + _hears(0.01, 3, 5)(ids)
 
 
 def _rounded(ids: Tensor) -> Tensor:
@@ -396,6 +528,12 @@ def _last_scores(model, ids: Tensor) -> bool:
         lambda model, ids: _differs(model, ids, range(2, ids.shape[1])),
         lambda model, ids: _differs(model, ids, range(1, ids.shape[1]), 1e-2),
         lambda model, ids: _differs(model, ids, range(1, ids.shape[1]), 0.0),
+        lambda model, ids: (
+            not all(
+                torch.allclose(model(ids[:, :t]), model(ids)[:, :t], rtol=1e-3, atol=1e-5)
+                for t in range(1, ids.shape[1])
+            )
+        ),
         lambda model, ids: _replaced(model, ids, 0.0, lambda token: (token + 1) % 8),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: 0),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: token + 1),
@@ -404,14 +542,6 @@ def _last_scores(model, ids: Tensor) -> bool:
 def leaks(answer):
     """Each beginning gives what the whole text gave for it, in every model that cannot see ahead."""
     ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
-    try:
-        alone = answer(_counted, ids[:, :1])
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise AssertionError(
-            "A text of one token has no future to see, so the answer is False; yours ends with "
-            f"{type(error).__name__}: {error}. Does it stack or join a list that is empty then?"
-        ) from None
-    assert same(alone, False), "With a single token there is no future to see."
     assert same(answer(_counted, ids), False), (
         "A model that counts the tokens so far does not see ahead; yours says that it does. Do you compare "
         "logits at the same positions?"
@@ -441,7 +571,18 @@ def leaks(answer):
     assert same(answer(_hears(0.5, 9, 11), torch.arange(14)[None] % 8), True), (
         "In a text of 14 tokens it can: position 9 hears of position 11."
     )
+    assert same(answer(_raised, ids), True), (
+        "A leak of 0.01 passed where logits are about 100. How much may differ does not depend on their size."
+    )
     assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), "A text of two tokens can leak, too."
+    try:
+        alone = answer(_counted, ids[:, :1])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(
+            "A text may have a single token. There is no future to see, so the answer is False; yours ends "
+            f"with {type(error).__name__}: {str(error).rstrip('.')}."
+        ) from None
+    assert same(alone, False), "With a single token there is no future to see."
 
 
 def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
@@ -463,6 +604,10 @@ def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
             _lane_losses(logits, ids)[max(start - 1, 0) :].sum() / (len(ids) - max(start - 1, 0))
         ),
         lambda logits, ids, start: -logits.log_softmax(-1)[range(len(ids)), ids][start:].mean(),  # no shift
+        lambda logits, ids, start: -_lane_losses(logits, ids)[max(start - 1, 0) :].mean(),
+        lambda logits, ids, start: (
+            -logits.softmax(-1)[range(len(ids) - 1), ids[1:]][max(start - 1, 0) :].log().mean()  # underflows
+        ),
         lambda logits, ids, start: (
             -logits.softmax(-1)[range(len(ids) - 1), ids[1:]][max(start - 1, 0) :].mean()
         ),
@@ -470,7 +615,7 @@ def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
             -logits.log_softmax(0)[range(len(ids) - 1), ids[1:]][max(start - 1, 0) :].mean()
         ),
     ),
-    without=("cross_entropy", "nll_loss", "next_token_loss", "token_losses"),
+    without=("cross_entropy", "CrossEntropyLoss", "nll_loss", "NLLLoss", "next_token_loss", "token_losses"),
 )
 def answer_loss(answer):
     """The token at a position is predicted by the lane before it."""
@@ -483,6 +628,9 @@ def answer_loss(answer):
         "Yours asks each lane for its own token. It was asked for the next one."
     )
     right = (math.log(4 / 3) + math.log(8 / 7)) / 2
+    assert not same(got, -right), (
+        "Yours is below zero. Logarithms of probabilities are; the loss is *minus* them."
+    )
     assert not same(got, 2 * right), "Yours is a sum over the answer. The loss is its average."
     assert not same(got, right / math.log(2)), "Yours is in bits. Nats have the natural logarithm."
     assert not same(got, -(3 / 4 + 7 / 8) / 2), "Yours averages the probabilities. Where is their logarithm?"
@@ -502,6 +650,11 @@ def answer_loss(answer):
         )
     assert same(answer(halves, torch.tensor([1, 0, 1, 1]), 3), math.log(8 / 7)), (
         "With `start` = 3 one token counts, the last, and lane 2 was asked for it."
+    )
+    large = torch.tensor([[1000.0, 0.0], [0.0, 0.0]])
+    assert same(answer(large, torch.tensor([0, 1]), 1), 1000.0), (
+        "With logits of 1000 and 0, the token that got 0 costs 1000 nats. An exponential of 1000 is "
+        "infinite, and one of −1000 is 0. Let PyTorch take the logarithm of a softmax at once."
     )
     generator = torch.Generator().manual_seed(0)
     for tokens, vocabulary, start in ((7, 5, 4), (9, 12, 2)):
@@ -526,7 +679,11 @@ def answer_loss(answer):
 )
 def block_parameters(answer):
     """40 such blocks and a last norm make the 2.4B's published count."""
-    assert same(answer(2, 0, 2, 2, 1), 20), (
+    got = answer(2, 0, 2, 2, 1)
+    assert not same(got, 16), (
+        "Yours counts four matrices of 2 by 2. A block has two norms as well, of `d` numbers each."
+    )
+    assert same(got, 20), (
         "No feed-forward network, d = 2, two heads of width 1: four matrices of 2 by 2, and two norms of 2."
     )
     assert same(answer(2, 3, 2, 2, 1), 38), (
@@ -594,8 +751,8 @@ quiz = Quiz(
                 "Both are as before",
             ],
             1,
-            "Each lane can read its answer in the next one, and learns nothing else. In writing there is no "
-            "next one.",
+            "Each lane can read its answer in the next one, and has no reason to learn anything else. In "
+            "writing there is no next one.",
         ),
         (
             "In one lane, the number before the silu of a gate is −9. What does this rule write there?",

@@ -76,8 +76,8 @@ def answer_loss_by_steps(logits, ids, start):
     total, count = 0.0, 0
     for position in range(len(ids)):
         if position >= max(start, 1):
-            row = logits[position - 1].double().exp()
-            total -= math.log(row[ids[position]] / row.sum())
+            row = logits[position - 1].double()
+            total += row.max() + math.log((row - row.max()).exp().sum()) - row[ids[position]]
             count += 1
     return total / count
 
@@ -86,6 +86,11 @@ def answer_loss_by_steps(logits, ids, start):
     ("exercise", "answer"),
     [
         (check.answer_loss, answer_loss_by_steps),
+        (check.brought, torch.tensor([-2.977, 0.0093])),
+        (
+            check.follow,
+            lambda V: [40 * torch.eye(V, 2 * V), torch.eye(2 * V)[V:].numpy(), torch.eye(V, 2 * V)],
+        ),
         (check.window_attention, window_attention),
         (check.share_keys, lambda key, heads: key[[h * len(key) // heads for h in range(heads)]]),
         (check.forecast, {"is": 0.425, "are": torch.tensor(0.427)}),
