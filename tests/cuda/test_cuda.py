@@ -22,7 +22,7 @@ from minicpm_lite.config import (
 )
 from minicpm_lite.data.conversations import EncodedExample
 from minicpm_lite.language.chat import Chat, chatml
-from minicpm_lite.language.context import Int8Cache, KVCache, Tree
+from minicpm_lite.language.context import Int8Cache, KVCache, Tree, causal_mask, dense_attention
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.generation import generate, pad_left
@@ -112,6 +112,18 @@ def test_a_chat():
         chat = Chat(model, tokenizer, chatml)
         answers.append(["".join(chat.answer(text, 6)) for text in ("the cat", "the mat")])
     assert answers[0] == answers[1]
+
+
+@torch.no_grad()
+def test_masked_groups_take_no_memory_for_all_scores():
+    """Scores of 16 heads, 2,048 queries and keys would take 268 MB in float32."""
+    query, key, value = (torch.randn(1, heads, 2048, 64, device="cuda") for heads in (16, 2, 2))
+    mask = causal_mask(2048, 2048, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masked = dense_attention(query, key, value, mask)
+    assert torch.cuda.max_memory_allocated() - before < 100e6
+    assert_close(masked, dense_attention(query, key, value), atol=1e-4, rtol=1e-4)
 
 
 def trained(model: Decoder, steps: int = 8, layout: Layout = Layout(), **settings) -> Trainer:
