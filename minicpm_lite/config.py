@@ -394,7 +394,7 @@ def _block(name: str | Path, block: str) -> dict:
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"There is no file {path}.")
-    elif name in list_configs():
+    elif str(name) in list_configs():
         path = _CONFIGS / f"{name}.yaml"
     else:
         near = get_close_matches(str(name).lower(), list_configs(), n=3)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["calm_threads", "seed_everything", "tune_cpu"]
+__all__ = ["calm_threads", "require_seed", "seed_everything", "tune_cpu"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 _LARGEST_KEPT_BLOCK = 1 << 30  # bytes
@@ -22,14 +22,23 @@ _LOOK_EVERY = 0.5  # seconds
 _CROWDED = 0.25  # seconds that threads wait for a core, all together, in each second
 
 
+def require_seed(seed: object) -> None:
+    """Refuse what is no whole number of 32 bits, which every generator takes; wherever a seed is given.
+
+    Raises:
+        ValueError: a sentence that says what was given.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {(1 << 32) - 1}.")
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators. The book seeds through this function alone.
 
     Raises:
-        ValueError: the seed is negative or does not fit in 32 bits (NumPy's limit).
+        ValueError: the seed is no whole number, negative, or does not fit in 32 bits (NumPy's limit).
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"The seed is {seed}; give a whole number from 0 to {2**32 - 1}.")
+    require_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import FrozenInstanceError, asdict, fields
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,3 +307,7 @@ def test_documented_fields_are_the_fields():
 def test_an_attention_factor_that_no_one_reads_is_refused(rope_type):
     with pytest.raises(ValueError, match="read attention_factor"):
         RopeScaling(rope_type, 64, factor=2.0, attention_factor=2.0)
+
+
+def test_a_name_may_be_a_path():
+    assert load_config(Path("lite-1m")) == load_config("lite-1m")

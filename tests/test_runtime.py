@@ -8,18 +8,26 @@ import sys
 import threading
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
 from minicpm_lite import runtime
 from minicpm_lite.config import ModelConfig
+from minicpm_lite.data.conversations import ConversationWindows, EncodedExample
+from minicpm_lite.data.dedup import MinHash
+from minicpm_lite.data.filtering import QualityClassifier
+from minicpm_lite.data.web_pool import build_pool
+from minicpm_lite.data.windows import TokenWindows
 from minicpm_lite.language import generation
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.long_context import search_factors
 from minicpm_lite.optional import require
 from minicpm_lite.runtime import calm_threads, seed_everything
 from minicpm_lite.training import trainer
 from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.wind_tunnel import fit_power_law
 from minicpm_lite.training.wsd import WSD
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -37,10 +45,36 @@ def test_one_seed_for_all_generators():
     assert draw() == first
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_impossible_seed(seed):
-    with pytest.raises(ValueError, match="give a whole number from 0"):
-        seed_everything(seed)
+@pytest.mark.parametrize("seed", [-1, 2**32, 2.7, "1", None, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        seed_everything,
+        lambda seed: ConversationWindows([EncodedExample((1,), (2,))], 9, seed),
+        lambda seed: TokenWindows(torch.arange(100), 8, seed),
+        lambda seed: TrainerConfig(seed=seed),
+        lambda seed: MinHash(seed=seed),
+        lambda seed: QualityClassifier(seed=seed),
+        lambda seed: fit_power_law([1, 2, 3], [1, 2, 3], seed=seed),
+        lambda seed: search_factors(lambda factors: 1.0, [torch.ones(2)], 2.0, seed=seed),
+        lambda seed: build_pool(seed),
+    ],
+    ids=[
+        "everything",
+        "conversations",
+        "tokens",
+        "trainer",
+        "minhash",
+        "classifier",
+        "law",
+        "factors",
+        "pool",
+    ],
+)
+def test_a_seed_is_a_whole_number_of_32_bits_everywhere(make, seed, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(ValueError, match="^seed is .*; expected a whole number from 0 to 4294967295"):
+        make(seed)
 
 
 @pytest.mark.slow  # starts a process

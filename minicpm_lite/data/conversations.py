@@ -23,6 +23,7 @@ from ..config import require_positive_integer
 from ..language.chat import encode_chat, encode_text, minicpm_chat
 from ..language.scoring import context_only, predicted, readable
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
+from ..runtime import require_seed
 
 __all__ = ["ConversationWindows", "EncodedExample", "Example", "encode_example", "packed_windows"]
 
@@ -122,6 +123,7 @@ class ConversationWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
+        require_seed(self.seed)
         object.__setattr__(self, "examples", tuple(self.examples))
         if not self.examples:
             raise ValueError("There is no example to put into windows.")

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int
@@ -39,8 +39,8 @@ def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
     """A text as tokens of a byte-level BPE with ``vocab_size`` entries, learned from its training part.
 
     One block of 20,000 characters in twenty is held out, so the held-out text comes from all over the text;
-    of one that has no twenty such blocks, they are shorter. The first call takes a few seconds; the result is
-    remembered, and each caller gets a copy.
+    of one that has no twenty such blocks, they are shorter. The first call takes a few seconds; the results
+    of the last few are remembered, and each caller gets a copy.
 
     Args:
         vocab_size: ids of the vocabulary; a short text may give fewer.
@@ -59,7 +59,7 @@ def load_corpus(vocab_size: int = 1024, text: str | None = None) -> Corpus:
     return copy.deepcopy(_load_corpus(vocab_size, text))
 
 
-@cache
+@lru_cache(maxsize=4)  # a corpus may be large
 def _load_corpus(vocab_size: int, text: str) -> Corpus:
     if len(text) < 1000:
         raise ValueError(f"The text has {len(text)} characters; at least 1,000 are needed to hold some out.")

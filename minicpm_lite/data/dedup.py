@@ -20,7 +20,6 @@ to make it short.
 """
 
 import math
-import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,10 +28,12 @@ from functools import cache, lru_cache
 from itertools import combinations, pairwise
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt32, UInt64
+import regex
+from jaxtyping import Bool, Float, Int, Integer, UInt32, UInt64
 
 from ..config import require_positive_integer
 from ..language.tokenizer import require_several
+from ..runtime import require_seed
 
 __all__ = [
     "MinHash",
@@ -57,12 +58,16 @@ _NO_SPACES = (  # scripts that put none between words
     r"\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Burmese
     r"\u1780-\u17ff"  # Khmer
 )
-_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|[^\w\s]")
+_LETTERS = r"\p{L}\p{N}_"
+_SIGNS = r"\p{M}\u200c\u200d"  # on or between letters: vowel signs, accents, joiners; no word begins with one
+_WORD = regex.compile(
+    rf"(?V1)[{_NO_SPACES}]|[{_LETTERS}--[{_NO_SPACES}]][{_LETTERS}{_SIGNS}--[{_NO_SPACES}]]*|\S"
+)
 _NGRAM_FACTOR = 0x01000193  # odd; weights the words of a run by their place
 _SHINGLES_AT_A_TIME = 8192  # times 128 orders of 8 bytes: 8 MiB, about what a cache holds
 _COMPARISONS_REMEMBERED = 1 << 16  # the same pair may meet in several bands
 _ROUNDING = 1e-9  # of a bound, so that none is above what it bounds
-_EMPTY = 1 << 32  # what documents without a shingle share; no hash is it
+EMPTY = 1 << 32  # what documents without a shingle share; no hash is it
 
 
 def words_of(text: str) -> list[str]:
@@ -77,9 +82,15 @@ def words_of(text: str) -> list[str]:
 def hashed_ngrams(words: Iterable[str], size: int) -> UInt64[np.ndarray, " ngrams"]:
     """A hash of 32 bits for each run of ``size`` words, in order; none if there are fewer words.
 
+    Raises:
+        TypeError: one string in place of several words.
+        ValueError: ``size`` is no whole number above 0.
+
     >>> hashed_ngrams(["a", "b", "a", "b"], 2).tolist()[::2] == [hashed_ngrams(["a", "b"], 2)[0]] * 2
     True
     """
+    require_positive_integer("size", size)
+    require_several(words)
     hashes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
     runs = max(len(hashes) - size + 1, 0)
     combined = np.zeros(runs, np.uint64)
@@ -109,6 +120,7 @@ class MinHash:
     def __post_init__(self) -> None:
         require_positive_integer("num_perm", self.num_perm)
         require_positive_integer("shingle_size", self.shingle_size)
+        require_seed(self.seed)
         random = np.random.RandomState(self.seed)
         a = random.randint(0, 1 << 31, self.num_perm, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
         b = random.randint(0, 1 << 32, self.num_perm, dtype=np.uint32)
@@ -163,9 +175,17 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
     Two empty sets have 1: they are the same.
 
+    Raises:
+        TypeError: one of them is no array.
+
     >>> jaccard(np.array([1, 2, 3]), np.array([2, 3, 4]))
     0.5
     """
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):  # of a set NumPy makes one element
+        raise TypeError(
+            f"The sets are of type {type(a).__name__} and {type(b).__name__}; expected sorted arrays without "
+            "repeats: MinHash.shingles(text), or np.unique(list(numbers))."
+        )
     common = len(np.intersect1d(a, b, assume_unique=True))
     union = len(a) + len(b) - common
     return common / union if union else 1.0
@@ -216,7 +236,7 @@ def rows_of_band(num_perm: int, bands: int) -> int:
 
 
 def candidate_pairs(
-    signatures: UInt32[np.ndarray, "documents num_perm"], bands: int
+    signatures: Integer[np.ndarray, "documents num_perm"], bands: int
 ) -> Int[np.ndarray, "pairs 2"]:
     """All pairs (i < j) whose signatures agree in at least one whole band, each once, in order.
 
@@ -233,12 +253,12 @@ def candidate_pairs(
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)
 
 
-def _buckets(signatures: UInt32[np.ndarray, "documents num_perm"], bands: int) -> Iterator[list[int]]:
+def _buckets(signatures: Integer[np.ndarray, "documents num_perm"], bands: int) -> Iterator[list[int]]:
     """Of each band the groups of documents, two or more in order, whose signatures agree in it."""
     rows = rows_of_band(signatures.shape[1], bands)
     for band in range(bands if len(signatures) else 0):
         keys = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
-        _, bucket = np.unique(keys.view(f"V{4 * rows}").ravel(), return_inverse=True)
+        _, bucket = np.unique(keys.view(f"V{keys.itemsize * rows}").ravel(), return_inverse=True)
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order])) + 1
         yield from (members.tolist() for members in np.split(order, edges) if len(members) > 1)
@@ -357,7 +377,7 @@ class _Linker:
             mine = sets[document]
             order = np.lexsort((mine, counts[np.searchsorted(known, mine)]))
             kept = len(mine) - math.ceil(threshold * len(mine) - _ROUNDING) + 1
-            return mine[order[:kept]].tolist() or [_EMPTY]
+            return mine[order[:kept]].tolist() or [EMPTY]
 
         self._sizes = {document: len(shingles) for document, shingles in sets.items()}
         self._share = threshold / (1 + threshold)

@@ -42,6 +42,7 @@ from ..language.tokenizer import (
     require_text,
 )
 from ..optional import require
+from ..runtime import require_seed
 from .dedup import MinHash, first_of_each, hashed_ngrams, near_duplicates, words_of
 
 __all__ = [
@@ -141,6 +142,7 @@ class QualityClassifier:
                             ("epochs", epochs), ("buckets", buckets)):  # fmt: skip
             require_positive_integer(name, value)
         require_positive_number("lr", lr)
+        require_seed(seed)
         self.dim, self.lr, self.ngrams, self.min_count = dim, lr, ngrams, min_count
         self.epochs, self.buckets, self.seed = epochs, buckets, seed
         self.known: np.ndarray = np.empty(0, np.uint64)  # features of the training documents, sorted

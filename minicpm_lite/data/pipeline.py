@@ -31,7 +31,7 @@ import numpy as np
 
 from ..files import locked, written_whole
 from ..optional import require
-from .dedup import MinHash, rows_of_band, words_of
+from .dedup import EMPTY, MinHash, rows_of_band, words_of
 from .documents import row_in
 from .filtering import QualityClassifier, identify_languages, language_codes, normalise, require_probability
 
@@ -149,8 +149,12 @@ class SignatureBlock(_minhash.MinhashDedupSignature):
         self.minhash, self.bands = minhash, bands
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """The hashed shingles of a document, in datatrove's shape (shingles, 1)."""
-        return self.minhash.shingles(normalise(text))[:, None]
+        """The hashed shingles of a document, in datatrove's shape (shingles, 1).
+
+        One that has none gets the one that such documents share, since datatrove compares no empty sets.
+        """
+        shingles = self.minhash.shingles(normalise(text))
+        return (shingles if len(shingles) else np.array([EMPTY], np.uint64))[:, None]
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """The signature, band by band."""
@@ -197,7 +201,8 @@ def filtering_stages(
     Raises:
         FileNotFoundError: there is no source folder, or no classifier.
         ValueError: bands that do not divide the signature, a threshold outside 0 to 1, a work folder of
-            other documents or settings, or one that lies within the source, or that within it.
+            other documents or settings, or one that lies within the source, or that within it; or the source
+            holds a link to a folder.
         FileExistsError: when a stage is run in whose work folder another program runs one.
     """
     if not Path(source).is_dir():
@@ -209,6 +214,12 @@ def filtering_stages(
         raise ValueError(
             f"The source {source} and the work folder {work} lie within each other, so a stage would read "
             "what it writes. Give folders apart."
+        )
+    files = sorted(Path(source).rglob("*"))
+    if links := [path for path in files if path.is_symlink() and path.is_dir()]:
+        raise ValueError(
+            f"{links[0]} is a link to a folder, which the engine does not enter. Give the folder itself as a "
+            "source of its own, or put links to its files there."
         )
     minhash, work, languages = minhash or MinHash(), Path(work), language_codes(languages)
     config = _engine_config(minhash, bands)
@@ -235,7 +246,7 @@ def filtering_stages(
     }  # fmt: skip
     _note(work, {
         "source": [[str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns]
-                   for path in sorted(Path(source).rglob("*")) if path.is_file()],
+                   for path in files if path.is_file()],
         "classifier": zlib.crc32(Path(classifier).read_bytes()),
         "tasks": tasks,
         "threshold": threshold,

@@ -49,7 +49,7 @@ TOKENIZER = "tokenizer.json"
 INDEX = "shards.json"
 _FORMAT = {"format": "minicpm_lite token shards", "version": 1}
 _BLOCK_TOKENS = 1 << 20  # what one checksum covers
-_MOST_OPEN = 64  # shards of a folder at a time, since a program may open 1,024 files in all
+_MOST_OPEN = 256  # shards at a time, of all folders, since a program may open 1,024 files in all
 
 
 def tokenizer_checksum(tokenizer: Tokenizer | BytePairTokenizer) -> int:
@@ -279,13 +279,13 @@ class Shards:
         if extra:
             raise ValueError(f"{self.folder / min(extra)} is not in {INDEX}. Is it left from another corpus?")
         self._dtype = np.dtype(index["dtype"])
-        self._array = lru_cache(_MOST_OPEN)(self._open)
         for number in range(len(self._shards)):
             self._array(number)
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self._shards]).tolist()
         self._intact = [bytearray(len(shard["checksums"])) for shard in self._shards]
 
-    def _open(self, number: int) -> np.ndarray:
+    @lru_cache(_MOST_OPEN)  # noqa: B019, of all objects together, as the limit of open files is
+    def _array(self, number: int) -> np.ndarray:
         shard, dtype = self._shards[number], self._dtype
         path = self.folder / shard["file"]
         if not path.is_file():

@@ -14,11 +14,12 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from string import ascii_lowercase, printable
 
 from ..config import require_positive_integer
+from ..runtime import require_seed
 from .assets import load_chinese_classics, load_conversations, load_novels
 from .packages import web_samples_file
 
@@ -119,13 +120,14 @@ def build_pool(seed: int = 0, scale: float = 1.0) -> Pool:
         ImportError: a package that carries a source is missing; the message names the command to get it.
         ValueError: a scale outside 0 to 1.
     """
+    require_seed(seed)
     if not 0 < scale <= 1:
         raise ValueError(f"The scale of the pool is {scale}; it must be more than 0 and at most 1.")
     pool = _build_pool(seed, scale)
     return replace(pool, held_out=dict(pool.held_out))  # what one caller changes is no one else's
 
 
-@cache
+@lru_cache(maxsize=4)
 def _build_pool(seed: int, scale: float) -> Pool:
     rng = random.Random(seed)
     web = {source: [d.text for d in load_web_documents() if d.source == source] for source in _WEB_SOURCES}

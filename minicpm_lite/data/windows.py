@@ -32,9 +32,10 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 from ..language.scoring import readable
+from ..runtime import require_seed
 from .shards import Shards
 
-__all__ = ["Permutation", "TokenWindows", "Windows", "batch_of", "require_stream"]
+__all__ = ["Permutation", "TokenWindows", "Windows", "batch_of", "require_stream", "stream_identity"]
 
 _MASK = (1 << 64) - 1
 _KINDS = (torch.int64, torch.int32, torch.int16)
@@ -105,6 +106,14 @@ def require_stream(tokens: Int[Tensor, " tokens"] | Shards) -> None:
         )
 
 
+def stream_identity(tokens: Int[Tensor, " tokens"] | Shards) -> dict:
+    """Number of tokens of a stream and their checksum, of shards also who made them."""
+    if isinstance(tokens, Shards):
+        return tokens.identity()
+    checksum = zlib.crc32(tokens.cpu().long().contiguous().numpy().tobytes())
+    return {"tokens": len(tokens), "checksum": checksum}
+
+
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
     """A stream of tokens, in memory or in shards, cut into windows.
@@ -129,8 +138,7 @@ class TokenWindows:
 
     def __post_init__(self) -> None:
         require_positive_integer("length", self.length)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to {2**32 - 1}.")
+        require_seed(self.seed)
         require_stream(self.tokens)
         if self._in_epoch < 1:
             raise ValueError(
@@ -170,10 +178,7 @@ class TokenWindows:
 
     @cached_property
     def _stream(self) -> dict:
-        if isinstance(self.tokens, Shards):
-            return self.tokens.identity()
-        checksum = zlib.crc32(self.tokens.cpu().long().contiguous().numpy().tobytes())
-        return {"tokens": len(self.tokens), "checksum": checksum}
+        return stream_identity(self.tokens)
 
 
 @lru_cache(maxsize=16)

@@ -66,8 +66,9 @@ _RARE_LETTERS = [chr(code) for code in range(0x20000, 0x2A6D7)]  # CJK Extension
 class Chat:
     """A conversation that goes on: each answer reads only what came since the one before.
 
-    Where the model has another config or other weights than at the answer before, all is read again. A change
-    that neither shows, as of a hook, asks for a new chat, which may be given the messages of this one.
+    Where the model has another config or other weights than at the answer before, all is read again; where
+    the tokenizer cuts what was said in another way, it is cut anew. A change of the model that neither shows,
+    as of a hook, asks for a new chat, which may be given the messages of this one.
 
     Args:
         model: the decoder.
@@ -100,6 +101,7 @@ class Chat:
         self.messages: list[Mapping[str, object]] = []
         self._cache = KVCache(min(room, model.config.max_position_embeddings))
         self._text, self._ids = "", []  # tokens that are known: question, answer, question, ...
+        self._cut: list[int] = []  # the same text as the tokenizer cut it then
         self._fed: list[int] = []  # of which the cache has read the first
         self._read_by: tuple | None = None  # the model, as it read them
         self._asked = 0  # questions so far: an answer that is still open is closed by the next question
@@ -154,6 +156,7 @@ class Chat:
         said = [token for token in self._fed[len(prompt) :] if token not in self.stop_ids]
         if not writer.stopped and controls.ids.isdisjoint(said):
             self._text, self._ids = text + writer.text, prompt + said
+            self._cut, _ = _encode(reader, self._text)
 
     def _refuse_if_left(self, asked: int) -> None:
         if asked != self._asked:
@@ -162,11 +165,19 @@ class Chat:
             )
 
     def _encode(self, text: str, reader: Tokenizer) -> list[int]:
-        """The tokens of a conversation; those of its beginning as they are known, if a token ends with it."""
+        """The tokens of a conversation; those of its beginning as they are known.
+
+        All are cut anew where no token ends with the beginning, or the tokenizer cuts it in another way now.
+        """
         ids, offsets = _encode(reader, text)
         known = len(self._text)
         rest = next((place for place, (start, _) in enumerate(offsets) if start >= known), len(ids))
-        if known and text.startswith(self._text) and offsets[rest - 1][1] == known:
+        if (
+            known
+            and text.startswith(self._text)
+            and offsets[rest - 1][1] == known
+            and ids[:rest] == self._cut
+        ):
             return self._ids + ids[rest:]
         return ids
 

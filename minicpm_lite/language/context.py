@@ -53,7 +53,7 @@ def dense_attention(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
-    mask: Bool[Tensor, "*rows queries keys"] | None = None,
+    mask: Bool[Tensor, "queries keys"] | Bool[Tensor, "batch _heads queries keys"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Softmax attention in which each key-value head serves a group of query heads; scale 1/sqrt(head_dim).
 
@@ -162,6 +162,8 @@ class KVCache(Context):
     Attributes:
         length: tokens of the text so far.
         guesses: parents of the guesses that a `Tree` has stored behind the text, for `take` to choose from.
+        changes: how often `truncate`, `select` or `take` was called, by which whoever goes on reading tells
+            that the text is no longer the one that was left.
     """
 
     def __init__(
@@ -180,7 +182,7 @@ class KVCache(Context):
             )
         self.room, self.padding, self.dtype = room, padding, dtype
         self._given = padding  # without what `take` adds to it
-        self.length, self.guesses = 0, ()
+        self.length, self.guesses, self.changes = 0, (), 0
         self._rows = 0  # of the batch; none before the first call
         self._model: ref | None = None  # that filled it, and is not kept alive by it
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
@@ -316,7 +318,7 @@ class KVCache(Context):
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"The cache cannot go back to {length} tokens; it holds {self.length}.")
-        self.length, self.guesses = length, ()
+        self.length, self.guesses, self.changes = length, (), self.changes + 1
         if length == 0:  # another text may follow
             self.padding = self._given
         elif self.padding is not self._given:  # a row that is gone up to its beginning begins anew
@@ -341,7 +343,7 @@ class KVCache(Context):
                 self._layers[layer] = tuple(whole[rows] for whole in kept)
             if self._text is not None:
                 self._text = self._text[rows]
-        self._rows = len(rows)
+        self._rows, self.changes = len(rows), self.changes + 1
         moved = self.padding is not self._given
         if self._given is not None:
             self._given = self._given[rows]
@@ -391,7 +393,7 @@ class KVCache(Context):
         if any(shifts):
             moved = torch.tensor(shifts, device=stored[0].device)
             self.padding = moved if self.padding is None else self.padding + moved
-        self.length, self.guesses = self.length + taken, ()
+        self.length, self.guesses, self.changes = self.length + taken, (), self.changes + 1
 
     def _is_branch(self, path: Sequence[SupportsIndex]) -> bool:
         return all(

@@ -28,21 +28,42 @@ Choices and traps:
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .context import Context, causal_mask
 from .decoder import Decoder
 from .scoring import next_token_loss, readable
 
-__all__ = ["DocumentContext", "loss_within_documents"]
+__all__ = ["DocumentContext", "loss_within_documents", "require_end"]
+
+
+def require_end(end: int, vocab_size: int | None = None) -> None:
+    """Refuse what ends no document.
+
+    Args:
+        end: the id that ends each.
+        vocab_size: of the model that reads them, where it is known.
+
+    Raises:
+        ValueError: it is no id, or none of the vocabulary.
+    """
+    if type(end) is not int or end < 0:  # None, say, of shards that note no end
+        raise ValueError(f"The end is {end!r}; expected the id that ends each document, an int.")
+    if vocab_size is not None and end >= vocab_size:
+        raise ValueError(
+            f"The end is {end}, which ends no document; the model has ids from 0 to {vocab_size - 1}."
+        )
 
 
 class DocumentContext(Context):
     """A call is a batch of windows, in which a token sees itself and those before it in its own document.
 
     Args:
-        ids: the tokens of the call.
+        ids: the tokens of the call. Where it brings tokens itself, these say where documents end.
         end: the id that ends a document; what follows the last one is a document, too.
+
+    Raises:
+        ValueError: the end is no id.
 
     >>> import torch
     >>> context = DocumentContext(torch.tensor([[5, 9, 6, 7]]), end=9)
@@ -56,14 +77,28 @@ class DocumentContext(Context):
     """
 
     def __init__(self, ids: Int[Tensor, "batch tokens"], end: int) -> None:
-        ends = ids == end
+        require_end(end)
+        self._end = end
+        self.read(ids)
+
+    def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
+        """The tokens of the call, which say where its documents end."""
+        ends = ids == self._end
         self._document = ends.cumsum(1) - ends.long()  # (batch, tokens)
+
+    def belong(self, model: nn.Module) -> None:
+        """The model whose call begins.
+
+        Raises:
+            ValueError: the end is no id of its vocabulary.
+        """
+        require_end(self._end, model.config.vocab_size)
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "batch 1 tokens"]:
         """The positions of the tokens in their documents.
 
         Raises:
-            ValueError: other tokens than those the context was made for.
+            ValueError: features in place of more or fewer tokens than the context was made for.
         """
         if x.shape[:2] != self._document.shape:
             raise ValueError(
@@ -78,5 +113,9 @@ class DocumentContext(Context):
 
 
 def loss_within_documents(model: Decoder, window: Int[Tensor, "batch window"], end: int) -> Float[Tensor, ""]:
-    """`minicpm_lite.language.scoring.next_token_loss` where no token sees another document; nats a token."""
+    """`minicpm_lite.language.scoring.next_token_loss` where no token sees another document; nats a token.
+
+    Raises:
+        ValueError: the end is no id of the model's vocabulary.
+    """
     return next_token_loss(model, window, DocumentContext(readable(window)[:, :-1], end))

@@ -83,16 +83,16 @@ def stream(
     else:
         _refuse_other_text(context, ids, room, padding)
     calm_threads()
-    read = context.length
+    read, changes = context.length, context.changes
     seen, newest = ids.long(), ids[:, read:]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
     training = any(part.training for part in model.modules())  # a part may, where the model does not
     for step in range(max_new_tokens):
-        if context.length != read:
+        if (context.length, context.changes) != (read, changes):
             raise RuntimeError(
-                "The cache has gone back or read something else since the step before, so this text cannot "
-                "go on. Stream it again, with the tokens that it has so far."
+                "The cache has read something else, gone back or moved its rows since the step before, so "
+                "this text cannot go on. Stream it again, with the tokens that it has so far."
             )
         # not around the whole function: a caller's code runs between its steps
         with torch.no_grad(), evaluating(model) if training or model.training else nullcontext():
@@ -106,7 +106,7 @@ def stream(
         if step == 0 and samples > 1:
             rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
             context.select(rows.tolist())
-            logits, seen = logits[rows], seen[rows]
+            logits, seen, changes = logits[rows], seen[rows], context.changes
         token = choose(logits, sampling, seen, context.padding, generator)
         if stops is not None:
             token = torch.where(stopped, stops[0], token)

@@ -25,6 +25,7 @@ from ..config import (
     require_positive_integer,
     require_positive_number,
 )
+from ..runtime import require_seed
 from .rotary import ntk_theta
 
 __all__ = ["extend_context", "search_factors"]
@@ -126,6 +127,7 @@ def search_factors(
     if not len(starts) or any(start.shape != starts[0].shape for start in starts):
         raise ValueError("starts must hold at least one candidate, and all of one length.")
     require_positive_integer("parents", parents)
+    require_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tried = [judged(start) for start in starts]
     for _ in range(generations):

@@ -54,8 +54,8 @@ def rotary_angles(
 
 def apply_rotary(
     x: Float[Tensor, "batch heads tokens head_dim"],
-    cos: Float[Tensor, "*rows tokens head_dim"],
-    sin: Float[Tensor, "*rows tokens head_dim"],
+    cos: Float[Tensor, "tokens head_dim"] | Float[Tensor, "batch _heads tokens head_dim"],
+    sin: Float[Tensor, "tokens head_dim"] | Float[Tensor, "batch _heads tokens head_dim"],
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Turn feature ``i`` with feature ``i + head_dim/2`` by the angle of the token's position.
 

@@ -25,6 +25,7 @@ __all__ = [
     "predicted",
     "readable",
     "require_finite",
+    "targets_of",
     "token_losses",
 ]
 
@@ -50,6 +51,15 @@ def predicted(window: Int[Tensor, "*batch window"]) -> Bool[Tensor, "*batch leng
     tensor([False,  True])
     """
     return window[..., 1:] >= 0
+
+
+def targets_of(window: Int[Tensor, "*batch window"]) -> Int[Tensor, "*batch length"]:
+    """What `F.cross_entropy` compares a window's logits with; -1, its ``ignore_index``, where none is.
+
+    >>> targets_of(torch.cat([context_only(torch.tensor([5, 0])), torch.tensor([7])]))
+    tensor([-1,  7])
+    """
+    return window[..., 1:].clamp(min=-1).long()
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def token_losses(
         context: what the tokens may look at; left out, each window is a text of its own.
     """
     logits = model(readable(window)[:, :-1], context)  # (batch, length, vocab)
-    targets = window[:, 1:].clamp(min=-1).long()  # a marked one becomes -1, which is left out
+    targets = targets_of(window)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return losses.view_as(targets)
 

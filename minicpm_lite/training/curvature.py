@@ -15,7 +15,7 @@ Choices and traps:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +35,8 @@ _STEP = 1e-2
 
 def directional_derivatives(
     loss: Callable[[], Float[Tensor, ""]],
-    parameters: Sequence[Tensor],
-    direction: Sequence[Tensor],
+    parameters: Iterable[Tensor],
+    direction: Iterable[Tensor],
     step: float = _STEP,
 ) -> tuple[float, float]:
     """First and second derivative of a loss along a direction, where the parameters are now.
@@ -52,10 +52,16 @@ def directional_derivatives(
         step: of the difference, in units of the parameters.
 
     Raises:
-        ValueError: the direction is zero or not finite.
+        ValueError: the direction is zero or not finite, or its tensors are not those of the parameters.
     """
     require_positive_number("step", step)
-    return _derivatives(lambda: torch.autograd.grad(loss(), list(parameters)), parameters, direction, step)
+    parameters, direction = list(parameters), list(direction)
+    if [part.shape for part in direction] != [parameter.shape for parameter in parameters]:
+        raise ValueError(
+            f"There are {len(parameters)} parameters, and the direction has {len(direction)} tensors; "
+            "expected one of its shape for each."
+        )
+    return _derivatives(lambda: torch.autograd.grad(loss(), parameters), parameters, direction, step)
 
 
 def _derivatives(

@@ -58,6 +58,7 @@ from torch.optim import Optimizer
 
 from ..language.decoder import Decoder
 from ..language.layers import RMSNorm
+from ..runtime import require_seed
 from .processes import add_up, local_device, on_each, world_size
 from .settings import TrainerConfig
 from .state import weight_checksums
@@ -192,6 +193,7 @@ def initialise(model: Decoder, seed: int, names: Container[str] | None = None) -
         seed: decides them.
         names: of the parameters that are drawn; left out, all.
     """
+    require_seed(seed)
     stds = dict(model.initial_stds())
     for name, parameter in model.named_parameters():
         if names is not None and name not in names:

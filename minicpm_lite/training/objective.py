@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..language.decoder import Decoder
-from ..language.documents import loss_within_documents
+from ..language.documents import loss_within_documents, require_end
 from ..language.scoring import next_token_loss, predicted, token_losses
 from ..language.upcycling import balance_loss
 from .batches import Batch
@@ -89,8 +89,7 @@ def within_documents(end: int) -> Objective:
     Raises:
         ValueError: it is no id.
     """
-    if type(end) is not int or end < 0:  # None, say, of shards that note no end
-        raise ValueError(f"The end is {end!r}; expected the id that ends each document.")
+    require_end(end)
 
     def loss(
         model: Decoder, window: Int[Tensor, "batch window"]

@@ -21,7 +21,7 @@ from ..config import ModelConfig, TrainingRecipe, require_positive_integer, requ
 from ..parameters import count_parameters
 from .memory import MemoryPlan, plan_memory
 from .settings import Layout, Parametrization, Precision, TrainerConfig
-from .wsd import WSD
+from .wsd import WSD, require_steps
 
 __all__ = ["TrainingPlan", "plan_training", "published_decay"]
 
@@ -132,6 +132,9 @@ def plan_training(
     for name, value in (("steps", steps), ("sequence_length", sequence_length)):
         if value is not None:
             require_positive_integer(name, value)
+    for name, value in (("warmup_steps", warmup_steps), ("decay_steps", decay_steps)):
+        if value is not None:
+            require_steps(name, value)
     for name, value in (("batch_tokens", batch_tokens), ("peak_lr", peak_lr)):
         if value is not None:
             require_positive_number(name, value)
@@ -175,12 +178,11 @@ def plan_training(
             "The run would read more tokens than 63 bits count. Give fewer steps, or smaller batches."
         )
     share, why = DEFAULTS["warmup_share"]
-    warmup = int(settle("warmup_steps", warmup_steps, None, min(2000, math.ceil(steps * share)),
-                        f"{share:.0%} {why}"))  # fmt: skip
+    warmup = settle("warmup_steps", warmup_steps, None, min(2000, math.ceil(steps * share)),
+                    f"{share:.0%} {why}")  # fmt: skip
     share, why = DEFAULTS["decay_share"]
-    decay = int(settle("decay_steps", decay_steps, published_decay(recipe),
-                       max(0, min(steps - warmup, math.ceil(steps * share))),
-                       f"{share:.0%} {why}"))  # fmt: skip
+    decay = settle("decay_steps", decay_steps, published_decay(recipe),
+                   max(0, min(steps - warmup, math.ceil(steps * share))), f"{share:.0%} {why}")  # fmt: skip
     if warmup + decay > steps:
         raise ValueError(
             f"{warmup:,} steps of warm-up and {decay:,} of decay do not fit into {steps:,} steps. Give "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..config import require_positive_integer, require_positive_number
+from ..runtime import require_seed
 
 __all__ = ["Layout", "Parametrization", "Precision", "TrainerConfig"]
 
@@ -49,8 +50,7 @@ class TrainerConfig:
         betas = self.betas if isinstance(self.betas, tuple | list) else ()
         if not (len(betas) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)):
             raise ValueError(f"betas is {self.betas!r}; expected two numbers from 0 to below 1.")
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 32):
-            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to {(1 << 32) - 1}.")
+        require_seed(self.seed)
         for name, known in (("parametrization", Parametrization), ("precision", Precision)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(get_args(known))}.")

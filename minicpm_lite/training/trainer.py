@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..config import require_positive_integer
 from ..data.mixtures import require_one_tokenizer
 from ..data.shards import Shards
-from ..data.windows import Windows, require_stream
+from ..data.windows import Windows, require_stream, stream_identity
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, readable
 from ..runtime import calm_threads
@@ -91,6 +91,12 @@ def _require_long_enough(model: nn.Module) -> None:
             )
 
 
+def _require_name(folder: str | Path | None) -> None:
+    """Refuse an empty name, which would be the working directory."""
+    if folder == "":
+        raise ValueError('folder is an empty name; expected a path, such as "run".')
+
+
 def _some_rates(schedule: Schedule, steps: range) -> dict[str, float]:
     """Of a schedule of any kind: the rates by which processes tell that theirs are the same."""
     return {f"rate at step {step}": schedule(step) for step in steps[:: 1 + len(steps) // 1000]}
@@ -138,10 +144,6 @@ class Trainer:
         model: as given, and it stays, as `config` and `layout` do.
         objective: as given; another in its place acts from the next step on, as `batches` and `schedule` do.
             A checkpoint knows the newest of each, and not what was there before.
-        step: updates made so far.
-        losses: reported loss of each update: the next-token loss in nats a token, without a mixture's balance
-            loss, or another objective's. That of a skipped step is nan.
-        grad_norms: norm of the gradient of each update, before clipping.
 
     Raises:
         ValueError: everything is frozen, or what is trained holds numbers shorter than float32, or a
@@ -172,7 +174,8 @@ class Trainer:
         layout: Layout = Layout(),
     ) -> None:
         self._model, self._config, self._layout = model, config, layout
-        self.step = 0
+        self._losses: list[float] = []
+        self._grad_norms: list[float] = []
         self.batches = batches
         if world_size() > 1 and not layout.sharded:
             raise ValueError(
@@ -207,8 +210,6 @@ class Trainer:
             self._computing = partial(rounded, model)
         self.optimizer = adamw(model, config, schedule.peak_lr)
         self._reached = leave_unreached(model, self.optimizer) if layout.sharded else set()
-        self.losses: list[float] = []
-        self.grad_norms: list[float] = []
         self._trouble: Exception | None = None
         self._interruption = Interruption()
         self._stop: BaseException | None = None
@@ -227,6 +228,25 @@ class Trainer:
     def layout(self) -> Layout:
         """How the steps are computed, for which the model was prepared."""
         return self._layout
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return len(self._losses)
+
+    @property
+    def losses(self) -> list[float]:
+        """Reported loss of each update; a copy, since the run's own goes into its checkpoints.
+
+        The next-token loss in nats a token, without a mixture's balance loss, or another objective's. That of
+        a skipped step is nan.
+        """
+        return list(self._losses)
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Norm of the gradient of each update, before clipping; a copy, too."""
+        return list(self._grad_norms)
 
     @property
     def batches(self) -> Batches:
@@ -276,18 +296,18 @@ class Trainer:
             FileExistsError: the folder holds a later checkpoint than this run's step, or another run's, or a
                 tokenizer that may be another's, or another program writes to it.
             FloatingPointError: a loss or a gradient is not finite.
-            ValueError: parameters were frozen, set free or shortened since the trainer was made; with a
-                folder, `losses` or `grad_norms` was changed; the batch of a step holds nothing to predict, or
+            ValueError: the run is beyond ``until`` or the end of its schedule; parameters were frozen, set
+                free or shortened since the trainer was made; the batch of a step holds nothing to predict, or
                 a shard is damaged; the objective computes with another module than it is given; the schedule
                 gives no rate for a step, or a checkpoint could not bring it back; the tokenizer is not the
                 one that shards note; processes were told different things; or the folder's name is empty.
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
-        if folder == "":
-            raise ValueError("folder is an empty name; expected a path, or None to keep nothing of the run.")
-        if folder:
-            self._require_curves()
+        _require_name(folder)
+        ends = (
+            f"The schedule ends at step {self.schedule.total_steps}" if until is None else f"until is {until}"
+        )
         until = self.schedule.total_steps if until is None else until
         if not isinstance(until, Integral):
             raise ValueError(f"until is {until!r}; expected a whole number, the step to stop at.")
@@ -303,6 +323,11 @@ class Trainer:
         if world_size() > 1:
             rates, text = _some_rates(self.schedule, range(self.step + 1, until + 1)), self.batches.identity()
         require_one_run({"call of train": told, "schedule": saved | rates, "text": text})
+        if until < self.step:
+            raise ValueError(
+                f"{ends}, and the run is at step {self.step} already. Give a later one to go on, or load an "
+                "earlier checkpoint."
+            )
         self._trouble = self._stop = None  # what was reported before may have been mended
         self._interruption = Interruption()
         calm_threads()
@@ -322,7 +347,7 @@ class Trainer:
                     read = self._read()
                 with self._saving_after(folder, began, *in_a_step):
                     metrics = self._update(*read, started, skip_non_finite)
-                bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {self._losses[-1]:.3f}", refresh=False)
                 if run is not None:
                     try:
                         run.add(metrics)
@@ -333,6 +358,9 @@ class Trainer:
                         run.prune()
                 if self._stop:
                     raise self._stop
+            if run is not None and began == until and until not in checkpoints(folder):
+                self.save(folder)
+                run.prune()
             raise_together(self._trouble)
 
     @contextmanager
@@ -388,13 +416,12 @@ class Trainer:
                     computing=self._computing,
                 )
         except NotFinite:
-            skipped = sum(map(math.isnan, self.losses[self._origin.branched_at or 0 :])) < skip_non_finite
+            skipped = sum(map(math.isnan, self._losses[self._origin.branched_at or 0 :])) < skip_non_finite
             if not skipped:
                 raise
             loss = grad_norm = math.nan
-        self.step += 1
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
+        self._grad_norms.append(grad_norm)
+        self._losses.append(loss)  # and it counts as a step
         seconds = time.perf_counter() - started
         metrics = {"step": self.step, "units": units, "loss": None if skipped else loss,
                    "lr": self.schedule(self.step), "grad_norm": None if skipped else grad_norm, "data": seen,
@@ -453,9 +480,8 @@ class Trainer:
         require_positive_integer("batch_size", batch_size)
         length = self.config.sequence_length
         starts = range(0, len(tokens) - length, length)
-        noted = {"tokenizer": tokens.tokenizer if isinstance(tokens, Shards) else None}
-        given = {"number of windows": len(starts), "batch_size": batch_size}
-        require_one_run({"call of evaluate": given, "held-out stream": noted})
+        noted = stream_identity(tokens)
+        require_one_run({"call of evaluate": {"batch_size": batch_size}, "held-out stream": noted})
         require_one_tokenizer({"the held-out stream": noted, "the data of this run": self.batches.identity()})
         if not starts:
             raise ValueError(
@@ -507,19 +533,13 @@ class Trainer:
         )
         text, before = other.batches.identity(), self.batches.identity()
         require_one_tokenizer({"the data of the branch": text, "those of this run": before})
-        other.step, other._origin = self.step, replace(self._origin, branched_at=self.step)
-        other.losses, other.grad_norms = list(self.losses), list(self.grad_norms)
-        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        other._origin = replace(self._origin, branched_at=self.step)
+        other._losses, other._grad_norms = list(self._losses), list(self._grad_norms)
+        make_moments(other.model, other.optimizer, updates_made(self.model, self.optimizer))
+        mine = checkpoint_tensors(self.model, self.optimizer)
+        for name, tensor in checkpoint_tensors(other.model, other.optimizer).items():
+            tensor.copy_(mine[name])
         return other
-
-    def _require_curves(self) -> None:
-        """Refuse curves that were shortened, of which a checkpoint could not be loaded."""
-        if not len(self.losses) == len(self.grad_norms) == self.step:
-            raise ValueError(
-                f"The run is at step {self.step} and has {len(self.losses)} losses and "
-                f"{len(self.grad_norms)} norms of gradients; expected one of each a step. Leave these lists "
-                "whole, and plot a part of them."
-            )
 
     def save(self, folder: str | Path) -> Path:
         """Write the whole state of the run to ``folder/step-…``, atomically; every process writes its part.
@@ -528,12 +548,12 @@ class Trainer:
 
         Raises:
             FileExistsError: another run has a checkpoint of this step there, or the newest one.
-            ValueError: the schedule is one that a checkpoint could not bring back, `losses` or `grad_norms`
-                was changed, or parameters were frozen or set free since the trainer was made.
+            ValueError: the schedule is one that a checkpoint could not bring back, parameters were frozen or
+                set free since the trainer was made, or the folder's name is empty.
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
-        self._require_curves()
+        _require_name(folder)
         identity = self._identity()
         _require_same_choice(self.model, self.optimizer)
 
@@ -553,7 +573,7 @@ class Trainer:
         }
         curves = {
             name: torch.tensor(curve, dtype=torch.float64)
-            for name, curve in (("losses", self.losses), ("grad_norms", self.grad_norms))
+            for name, curve in (("losses", self._losses), ("grad_norms", self._grad_norms))
         }
         tensors = checkpoint_tensors(self.model, self.optimizer) | curves
         return write_checkpoint(folder, tensors, facts | identity)
@@ -630,8 +650,8 @@ class Trainer:
         if any(map(_has_load_hooks, self.model.modules())):  # what it derives from its weights, it makes anew
             now = {name.removeprefix("model."): tensors[name] for name in kept}
             self.model.load_state_dict(now, strict=False)
-        self.step, self._origin = step, Origin.of(facts)
-        self.losses, self.grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
+        self._origin = Origin.of(facts)
+        self._losses, self._grad_norms = curves["losses"].tolist(), curves["grad_norms"].tolist()
 
     def _identity(self) -> dict[str, dict]:
         cut_again(self.model)

@@ -28,7 +28,7 @@ from ..config import require_positive_integer
 from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
 from ..language.rotary import scaled_frequencies
-from ..language.scoring import evaluating, predicted, readable, require_finite
+from ..language.scoring import evaluating, predicted, readable, require_finite, targets_of
 
 __all__ = ["AnswerScores", "choice_accuracy", "score_answers"]
 
@@ -85,7 +85,7 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
             window = packed_windows([[example] for example in batch], max(map(len, batch))).to(device)
             logits = model(readable(window)[:, :-1])  # (batch, length, vocab)
             answers = predicted(window)
-            targets = torch.where(answers, window[:, 1:], -1)
+            targets = targets_of(window)
             losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
             exact = ((logits.argmax(-1) == targets) | ~answers).all(1)
             parts.append((losses.double().sum(1).cpu(), answers.sum(1).cpu(), exact.cpu()))

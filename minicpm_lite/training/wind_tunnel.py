@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
 from ..language.scoring import context_only, evaluating, require_finite, token_losses
+from ..runtime import require_seed
 from .optimizer import mup_groups
 
 __all__ = ["LossSurface", "Parabola", "PowerLaw", "Sigmoid", "batch_size_tokens", "conditional_losses",
@@ -207,8 +208,11 @@ class PowerLaw:
     def __call__(self, x: float) -> float:
         return self.coefficient * np.asarray(x, dtype=float) ** self.exponent
 
-    def band(self, x: float, confidence: float = 0.95) -> tuple[float, float]:
-        """Between what the law lies at x in this part of the bootstrap samples."""
+    def band(
+        self, x: float | Float[np.ndarray, "*points"], confidence: float = 0.95
+    ) -> tuple[float, float] | tuple[Float[np.ndarray, "*points"], Float[np.ndarray, "*points"]]:
+        """Between what the law lies at x, or at each x of an array, in this part of the bootstrap samples."""
+        x = np.asarray(x, dtype=float)
         drawn = np.array([coefficient * x**exponent for coefficient, exponent in self.draws])
         return _middle(drawn, confidence)
 
@@ -242,6 +246,7 @@ def fit_power_law(
     >>> round(law.coefficient, 6), round(law.exponent, 6)
     (3.0, 2.0)
     """
+    require_seed(seed)
     x, y = _positive("x", x), _positive("y", y)
     _same_length(x=x, y=y)
     if len(x) < 3 or len(set(x)) < 2:
@@ -431,7 +436,12 @@ def fit_sigmoid(
         raise ValueError("An accuracy lies outside 0 to 1; give parts, not per cent.")
     if len(set(loss)) < 3:
         raise ValueError(f"A sigmoid needs at least 3 different losses; there are {len(set(loss))}.")
-    falls = np.polyfit(loss, accuracy, 1)[0] * np.ptp(loss) < -1e-9  # more than rounding
+    refused = ValueError(
+        "Accuracy does not fall with the loss, so no sigmoid fits. Were they exchanged? Else measure a wider "
+        "range of losses."
+    )
+    if not np.polyfit(loss, accuracy, 1)[0] * np.ptp(loss) < -1e-9:  # more than rounding
+        raise refused
     found = min(
         (
             least_squares(
@@ -444,11 +454,8 @@ def fit_sigmoid(
         ),
         key=lambda result: result.cost,
     )
-    if not falls or found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
-        raise ValueError(
-            "Accuracy does not fall with the loss, so no sigmoid fits. Were they exchanged? Else measure a "
-            "wider range of losses."
-        )
+    if found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
+        raise refused
     return Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
 
 
@@ -477,10 +484,10 @@ def _line_through_logs(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(np.exp(height)), float(slope)
 
 
-def _middle(values: np.ndarray, confidence: float) -> tuple[float, float]:
+def _middle(values: np.ndarray, confidence: float) -> tuple[float, float] | tuple[np.ndarray, np.ndarray]:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a part between 0 and 1, such as 0.95.")
     if not len(values):
         raise ValueError("The law was fitted without bootstrap samples; give fit_power_law draws above 0.")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return (float(low), float(high)) if values.ndim == 1 else (low, high)

@@ -27,7 +27,7 @@ from typing import Literal, get_args
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["WSD", "Cosine", "DecayForm", "Schedule"]
+__all__ = ["WSD", "Cosine", "DecayForm", "Schedule", "require_steps"]
 
 DecayForm = Literal["exponential", "linear", "cosine", "sqrt"]
 
@@ -88,7 +88,7 @@ class WSD(Schedule):
     def __post_init__(self) -> None:
         _check_peak(self.peak_lr)
         for name in ("warmup_steps", "stable_steps", "decay_steps"):
-            _check_steps(name, getattr(self, name))
+            require_steps(name, getattr(self, name))
         if self.form not in get_args(DecayForm):
             raise ValueError(
                 f"The decay form is {self.form!r}; choose one of {', '.join(get_args(DecayForm))}."
@@ -153,8 +153,8 @@ class Cosine(Schedule):
 
     def __post_init__(self) -> None:
         _check_peak(self.peak_lr)
-        _check_steps("warmup_steps", self.warmup_steps)
-        _check_steps("total_steps", self.total_steps)
+        require_steps("warmup_steps", self.warmup_steps)
+        require_steps("total_steps", self.total_steps)
         if self.total_steps <= self.warmup_steps:
             raise ValueError(
                 f"total_steps is {self.total_steps} and warmup_steps {self.warmup_steps}: the cosine needs "
@@ -177,7 +177,8 @@ def _check_peak(peak_lr: float) -> None:
         raise ValueError(f"peak_lr is {peak_lr}; expected a finite number greater than 0.")
 
 
-def _check_steps(name: str, steps: int) -> None:
+def require_steps(name: str, steps: object) -> None:
+    """Refuse what is no number of steps, with a sentence that names it."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"{name} is {steps!r}; expected a whole number of steps, 0 or more.")
 

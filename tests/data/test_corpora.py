@@ -52,6 +52,12 @@ def test_the_corpus_is_made_once_and_each_caller_has_his_own(monkeypatch):
     assert second.tokenizer.get_vocab_size() == size == 1024
 
 
+def test_few_texts_are_remembered():
+    for number in range(6):
+        load_corpus(300, text=f"It is truth number {number}, universally acknowledged. " * 30)
+    assert corpora._load_corpus.cache_info().currsize <= 4
+
+
 @pytest.mark.parametrize("place", [0, 1150])  # in the part to train on, and in the held-out one
 def test_half_a_character_is_one_sentence(place):
     text = "plain words " * 100

@@ -3,6 +3,7 @@
 import random
 import time
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -48,6 +49,43 @@ def test_words_are_words_marks_and_single_chinese_characters():
         "Well", ",", "it", "'", "s", "3", ".", "5", "%", ":", "你", "好", "吗", "naïve_x"
     ]  # fmt: skip
     assert words_of("  \n\t ") == []
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["हिन्दी", "தமிழ்", "বাংলা", "සිංහල", "श्\u200dरी", "می\u200cخواهم", "cafe\u0301", "שָׁלוֹם"],
+    ids=["Hindi", "Tamil", "Bengali", "Sinhala", "joined", "not joined", "accent", "Hebrew"],
+)
+def test_signs_on_letters_cut_no_word(word):
+    assert words_of(word) == [word]
+    assert words_of(f"({word}, {word})") == ["(", word, ",", word, ")"]
+    assert words_of(f"{word}你好") == [word, "你", "好"]
+
+
+def test_a_sign_without_a_letter_is_a_mark():
+    assert words_of("a \u0301 .\u0301") == ["a", "\u0301", ".", "\u0301"]
+
+
+def test_one_string_is_no_words_and_no_set_an_array(monkeypatch):
+    """Letters would be taken for words, and each set for one element."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    with pytest.raises(TypeError, match="is one string"):
+        hashed_ngrams("two words", 2)
+    with pytest.raises(ValueError, match="size is 0"):
+        hashed_ngrams(["two", "words"], 0)
+    for pair in (({1, 2}, {2, 3}), (np.array([1]), [1]), (frozenset(), np.array([1]))):
+        with pytest.raises(TypeError, match="expected sorted arrays"):
+            jaccard(*pair)
+
+
+@pytest.mark.parametrize("kind", [np.uint32, np.int64, np.uint64, ">u4"])
+def test_signatures_of_every_number_format_make_the_same_pairs(kind):
+    """As when they were kept as JSON."""
+    signatures = np.array(
+        [[1, 2, 3, 4], [1, 2, 9, 9], [1, 8, 3, 7], [7, 7, 1, 2], [1, 2, 5, 5], [6, 6, 5, 5]]
+    )
+    pairs = candidate_pairs(signatures.astype(kind), 2)
+    assert pairs.tolist() == [[0, 1], [0, 4], [1, 4], [4, 5]]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +390,7 @@ def test_documents_can_be_read_once_only():
     assert (minhash.signatures_of_sets(map(minhash.shingles, texts)) == expected).all()
     assert clusters_of(3, iter([(0, 2)])).tolist() == [0, 1, 0]
     assert first_of_each(iter("aba")).tolist() == [True, True, False]
-    assert hashed_ngrams(iter("abc"), 2).tolist() == hashed_ngrams("abc", 2).tolist()
+    assert hashed_ngrams(iter("abc"), 2).tolist() == hashed_ngrams(list("abc"), 2).tolist()
 
 
 def test_first_of_each_keeps_the_first():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minicpm_lite.data.assets import load_austen, load_chinese_classics
 from minicpm_lite.data.dedup import MinHash, first_of_each, near_duplicates
 from minicpm_lite.data.documents import read_documents
-from minicpm_lite.data.filtering import QualityClassifier, identify_languages, normalise
+from minicpm_lite.data.filtering import QualityClassifier, drop_reasons, identify_languages, normalise
 from minicpm_lite.data.pipeline import LanguageBlock, SignatureBlock, TextReader, filtering_stages
 from minicpm_lite.data.web_pool import build_pool, pieces_of
 from minicpm_lite.files import locked
@@ -168,7 +168,35 @@ def test_signatures_are_ours_cut_into_bands(tmp_path):
     expected = minhash.signatures([normalise("One  two THREE four five six seven")])[0]
     assert [len(band) for band in bands] == [8] * 4
     assert sum(bands, []) == expected.tolist()
-    assert block.get_shingles("").size == 0
+
+
+def test_documents_without_a_shingle_are_one_as_in_ours(tmp_path):
+    texts = ["   ", "\u0301", "\n\n", "\u200b", "12 34", "12 34", "...", "the cat sat on the mat"]
+    source, classifier = tmp_path / "source", tmp_path / "c"
+    source.mkdir()
+    (source / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    QualityClassifier(dim=8, min_count=1, buckets=1000).fit(["the cat"] * 3, ["buy now"] * 3).save(classifier)
+    for stage in filtering_stages(
+        source, tmp_path / "work", classifier, threshold=0.0, languages=("en", "und")
+    ):
+        stage.run()
+    lines = (tmp_path / "work/kept/00000.jsonl").read_text().splitlines()
+    reasons = drop_reasons(texts, QualityClassifier.load(classifier), 0.0, ("en", "und"))
+    expected = [text for text, reason in zip(texts, reasons, strict=True) if reason is None]
+    assert [json.loads(line)["text"] for line in lines] == expected and len(expected) < 6
+
+
+def test_a_link_to_a_folder_is_refused_and_one_to_a_file_is_not(tmp_path):
+    source, other, classifier = tmp_path / "source", tmp_path / "other", tmp_path / "c"
+    source.mkdir()
+    other.mkdir()
+    (other / "b.jsonl").write_text('{"text": "one"}')
+    classifier.write_bytes(b"1")
+    (source / "b.jsonl").symlink_to(other / "b.jsonl")
+    filtering_stages(source, tmp_path / "work", classifier)
+    (source / "more").symlink_to(other)
+    with pytest.raises(ValueError, match="more is a link to a folder, which the engine does not enter"):
+        filtering_stages(source, tmp_path / "new", classifier)
 
 
 def test_the_languages_that_are_kept_are_noted(tmp_path):

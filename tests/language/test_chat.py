@@ -252,6 +252,26 @@ def test_a_model_that_was_changed_reads_the_conversation_anew(change):
     assert counted.since() < 60, "and only once"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda chat: setattr(chat, "tokenizer", train_tokenizer("".join(QUESTIONS) * 40, 270)),
+        lambda chat: chat.tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"]),
+        lambda chat: setattr(chat.tokenizer, "normalizer", normalizers.Replace("w", "v")),
+    ],
+    ids=["another", "control tokens", "normaliser"],
+)
+def test_a_tokenizer_that_was_changed_cuts_the_conversation_anew(change):
+    plain = train_tokenizer("the old tokens of a chat " * 40, 262)
+    model = make_model(replace(CHATTER, vocab_size=300))
+    chat = Chat(model, plain, chatml)
+    list(chat.answer(QUESTIONS[0], 9))
+    change(chat)
+    messages = [*chat.messages, said(QUESTIONS[1])]
+    list(chat.answer(QUESTIONS[1], 1))
+    assert chat._fed[:-1] == encode_chat(chat.tokenizer, chatml, messages)
+
+
 def test_what_the_tokenizer_is_told_later_cuts_no_question():
     """As by transformers, which leaves on its tokenizer how it cut and padded the last batch."""
     tokenizer = Tokenizer.from_str(LETTERS.to_str())

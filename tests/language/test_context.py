@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,8 +72,9 @@ def test_each_head_may_see_other_keys(queries):
 
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("rows", [2, 3, 4])
-def test_a_mask_for_each_row_is_not_taken_for_one_for_each_head(rows, queries):
+def test_a_mask_for_each_row_is_not_taken_for_one_for_each_head(rows, queries, monkeypatch):
     """With as many rows as heads nothing else would tell."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
     q, k, v = torch.randn(rows, 4, queries, 8), torch.randn(rows, 2, 7, 8), torch.randn(rows, 2, 7, 8)
     mask = torch.rand(rows, queries, 7) < 0.5
     mask[..., 0] = True

@@ -1,5 +1,6 @@
 """Documents in one window: each read as if it were alone, forward and backward."""
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,8 +53,8 @@ def test_each_document_is_as_if_it_were_alone(family, rows):
 
 @torch.no_grad()
 def test_without_an_end_it_is_the_plain_context():
-    model, ids = make_model(GROUPED), make_ids(GROUPED, 2, 20)
-    assert_close(model(ids, DocumentContext(ids, -1)), model(ids), atol=1e-6, rtol=1e-5)
+    model, ids = make_model(GROUPED), make_ids(GROUPED, 2, 20).clamp(max=97)
+    assert_close(model(ids, DocumentContext(ids, 98)), model(ids), atol=1e-6, rtol=1e-5)
 
 
 def test_loss_and_gradients_are_those_of_the_documents_alone():
@@ -76,16 +77,26 @@ def test_loss_and_gradients_are_those_of_the_documents_alone():
 
 
 def test_without_an_end_it_is_the_next_token_loss():
-    model, window = make_model(GROUPED), make_ids(GROUPED, 2, 20)
+    model, window = make_model(GROUPED), make_ids(GROUPED, 2, 20).clamp(max=97)
     window[:, :4] = context_only(window[:, :4])
-    assert_close(loss_within_documents(model, window, -1), next_token_loss(model, window))
-    assert loss_within_documents(model, context_only(window.abs()), -1) == 0, "nothing is predicted"
+    assert_close(loss_within_documents(model, window, 98), next_token_loss(model, window))
+    assert loss_within_documents(model, context_only(window.abs()), 98) == 0, "nothing is predicted"
+
+
+@pytest.mark.parametrize("end", [-1, 99, None, True, 3.0, "3", torch.tensor(3)])
+def test_an_end_is_an_id_of_the_model(end, monkeypatch):
+    """Else nothing would end a document, and the loss would be the plain one."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
+    model, window = make_model(GROUPED), make_ids(GROUPED, 2, 20)
+    with pytest.raises(ValueError, match="^The end is "):
+        loss_within_documents(model, window, end)
+    with pytest.raises(ValueError, match="^The end is "):
+        model(window, DocumentContext(window, end))
 
 
 class EndIsNext(DocumentContext):  # the end token as the first one of the next document
-    def __init__(self, ids, end):
-        super().__init__(ids, end)
-        self._document = (ids == end).cumsum(1)
+    def read(self, ids):
+        self._document = (ids == END).cumsum(1)
 
 
 class Everywhere(DocumentContext):  # positions restart and nothing is masked
@@ -96,8 +107,8 @@ class Everywhere(DocumentContext):  # positions restart and nothing is masked
 
 
 class OneRow(DocumentContext):  # the first row's documents for all
-    def __init__(self, ids, end):
-        super().__init__(ids[:1].expand_as(ids), end)
+    def read(self, ids):
+        super().read(ids[:1].expand_as(ids))
 
 
 @pytest.mark.parametrize("wrong", [EndIsNext, Everywhere, OneRow])
@@ -107,7 +118,19 @@ def test_wrong_contexts_are_told_apart(wrong):
     assert (model(ids, wrong(ids, END)) - alone(model, ids)).abs().max() > 1e-3
 
 
-def test_a_context_is_for_its_ids():
-    model, ids = make_model(GROUPED), make_ids(GROUPED, 1, 20)
-    with pytest.raises(ValueError, match=r"made for ids of shape \(1, 20\), and \(2, 20\) came"):
-        model(ids.repeat(2, 1), DocumentContext(ids, END))
+@torch.no_grad()
+def test_other_ids_are_cut_into_their_own_documents():
+    model, ids = make_model(GROUPED), torch.tensor([[5, 6, END, 7, 8, 9], [8, 5, 9, 6, END, 5]])
+    context = DocumentContext(ids, END)
+    for other in (ids, ids.flip(0), ids[:, 1:4]):
+        assert torch.equal(model(other, context), model(other, DocumentContext(other, END)))
+
+
+@torch.no_grad()
+def test_features_are_in_the_place_of_the_ids():
+    model, ids = make_model(GROUPED), torch.tensor([[5, 6, END, 7, 8, 9]])
+    features = model.embed(ids)
+    at_once = model.logits(model.states(features, DocumentContext(ids, END))[-1])
+    assert torch.equal(at_once, model(ids, DocumentContext(ids, END)))
+    with pytest.raises(ValueError, match=r"made for ids of shape \(1, 6\), and \(2, 6\) came"):
+        model.states(features.repeat(2, 1, 1), DocumentContext(ids, END))

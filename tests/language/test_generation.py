@@ -259,9 +259,17 @@ def test_a_text_goes_on_in_no_cache_that_was_used_for_another(read):
     if read:
         with torch.no_grad():
             model(make_ids(WRITER, 1, read), cache)
-    with pytest.raises(
-        RuntimeError, match="cache has gone back or read something else since the step before"
-    ):
+    with pytest.raises(RuntimeError, match="gone back or moved its rows since the step before"):
+        next(steps)
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0], [0, 1, 1]])
+def test_no_text_goes_on_in_a_cache_whose_rows_were_moved(rows):
+    model, ids, cache = make_model(WRITER), make_ids(WRITER, 2, 9), KVCache(40)
+    steps = stream(model, ids, 8, context=cache)
+    next(steps)
+    cache.select(rows)
+    with pytest.raises(RuntimeError, match="gone back or moved its rows since the step before"):
         next(steps)
 
 

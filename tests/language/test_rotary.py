@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +44,8 @@ TYPES = {
 # Turning
 
 
-def test_positions_of_rows_are_not_taken_for_positions_of_heads():
+def test_positions_of_rows_are_not_taken_for_positions_of_heads(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
     x, positions = torch.randn(2, 2, 3, 4), torch.tensor([[0, 1, 2], [5, 6, 7]])
     frequencies = rotary_frequencies(4, 10_000.0)
     with pytest.raises(

@@ -59,6 +59,16 @@ def test_exact_on_a_quadratic_whatever_the_step_and_the_length(step, scale):
     assert all(part.grad is None for part in parts)
 
 
+def test_what_can_be_read_once_only_does_as_well():
+    a, b, x, parts, loss = quadratic()
+    direction = [torch.ones(2).double(), torch.ones(4).double()]
+    expected = directional_derivatives(loss, parts, direction)
+    assert directional_derivatives(loss, iter(parts), iter(direction)) == expected
+    for wrong in (direction[:1], direction[::-1]):
+        with pytest.raises(ValueError, match=r"There are 2 parameters, and the direction has \d tensors"):
+            directional_derivatives(loss, parts, wrong)
+
+
 def forward_difference(loss, parts, direction, step):
     with torch.no_grad():
         here = loss().item()

@@ -933,6 +933,7 @@ def failures(folder) -> dict:
     note("other recomputation", lambda: make(layout=Layout(None, rank == 0)))
     note("other compilation", lambda: make(config=replace(CONFIG, compile=rank == 0)))
     note("other held-out text", lambda: make().evaluate(TOKENS[: 500 + 100 * rank]))
+    note("other held-out text of the same length", lambda: make().evaluate(TOKENS[rank : 500 + rank]))
 
     class Odd(Captions):
         def __getitem__(self, step):
@@ -1021,7 +1022,8 @@ def test_an_error_of_one_process_is_everyone_s(answers):
         "passes": "What process 1 was given belongs to another layout: its micro_batch is 1, this run's is 2.",
         "recomputation": "What process 1 was given belongs to another layout: its activation_checkpointing is",
         "compilation": "What process 1 was given belongs to another trainer config: its compile is False,",
-        "held-out text": "What process 1 was given belongs to another call of evaluate: its number of windows is",
+        "held-out text": "What process 1 was given belongs to another held-out stream: its tokens is",
+        "held-out text of the same length": "What process 1 was given belongs to another held-out stream: its",
     }.items():
         assert one[f"other {name}"].startswith(f"ValueError: {sentence}")
     assert "FileNotFoundError: There is no checkpoint at" in one["absent"]

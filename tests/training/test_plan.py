@@ -102,6 +102,10 @@ def test_defaults_fit_into_one_step():
         (dict(batch_tokens=math.nan), "batch_tokens is nan"),
         (dict(batch_tokens=math.inf), "batch_tokens is inf"),
         (dict(peak_lr=math.inf), "peak_lr is inf"),
+        (dict(warmup_steps=0.01), "warmup_steps is 0.01; expected a whole number"),
+        (dict(decay_steps=0.1), "decay_steps is 0.1; expected a whole number"),
+        (dict(decay_steps=True), "decay_steps is True"),
+        (dict(warmup_steps=-1), "warmup_steps is -1"),
     ],
 )
 def test_impossible_plans(change, sentence):

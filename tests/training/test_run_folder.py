@@ -180,8 +180,7 @@ def test_the_folder_holds_the_tokenizer_of_its_run(make, tmp_path):
     assert kept.read_text() == second
     with pytest.raises(FileExistsError, match="belongs to another"):
         other = make(config=replace(CONFIG, seed=1))
-        other.step, other.losses, other.grad_norms = 2, [1.0, 1.0], [1.0, 1.0]
-        trained(other, 4, folder=run, tokenizer=tmp_path / "first")
+        trained(trained(other, 2), 4, folder=run, tokenizer=tmp_path / "first")
     assert kept.read_text() == second
     again = make()
     again.load(latest_checkpoint(run))

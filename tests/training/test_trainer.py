@@ -110,8 +110,10 @@ def test_gradients_are_clipped():
 def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
     """As of a variable of the environment that is not set: days of steps would be kept nowhere."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="folder is an empty name; expected a path, or None"):
-        make().train(2, folder="", progress=False)
+    for write in (lambda: make().train(2, folder="", progress=False), lambda: make().save("")):
+        with pytest.raises(ValueError, match="folder is an empty name; expected a path"):
+            write()
+    assert not list(tmp_path.iterdir())
     make().train(2, folder=Path(""), progress=False)
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
@@ -1017,14 +1019,37 @@ def test_parameters_that_overlap_are_refused(slices):
         Trainer(model, Rows(), SCHEDULE, CONFIG, Objective("copied", _copied, len))
 
 
-@pytest.mark.parametrize("change", [lambda run: run.losses.clear(), lambda run: setattr(run, "step", 3)])
-def test_curves_that_were_changed_are_refused_before_a_checkpoint_is_written(tmp_path, change):
-    run = trained(2)
-    change(run)
-    for go_on in (lambda: run.train(folder=tmp_path / "run", progress=False), lambda: run.save(tmp_path)):
-        with pytest.raises(ValueError, match=r"The run is at step \d and has \d losses and 2 norms"):
-            go_on()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("curve", ["losses", "grad_norms"])
+def test_what_is_done_to_a_curve_goes_into_no_checkpoint(tmp_path, curve):
+    run, resumed = trained(2), make()
+    whole = getattr(run, curve)
+    getattr(run, curve)[0] = 123.0
+    getattr(run, curve).clear()
+    for name in ("step", curve):
+        with pytest.raises(AttributeError):
+            setattr(run, name, [1.0])
+    resumed.load(run.save(tmp_path))
+    assert getattr(run, curve) == getattr(resumed, curve) == whole and resumed.step == 2
+
+
+def test_a_run_that_is_done_is_kept_once_a_folder_is_given(tmp_path):
+    run, resumed = trained(), make()
+    run.train(folder=tmp_path, progress=False)
+    assert list(checkpoints(tmp_path)) == [SCHEDULE.total_steps]
+    written = checkpoints(tmp_path)[SCHEDULE.total_steps].stat()
+    run.train(folder=tmp_path, progress=False)
+    assert checkpoints(tmp_path)[SCHEDULE.total_steps].stat() == written, "it is there already"
+    resumed.load(latest_checkpoint(tmp_path))
+    assert_same(run, resumed)
+
+
+def test_a_run_does_not_go_back(tmp_path):
+    run = trained(10)
+    with pytest.raises(ValueError, match="^until is 3, and the run is at step 10 already"):
+        run.train(3, tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="^The schedule ends at step 8, and the run is at step 10 already"):
+        run.branch(WSD(0.01, 5, 1, 2)).train(progress=False)
+    assert run.step == 10 and not list(tmp_path.iterdir())
 
 
 def _unit_sums(model, window):

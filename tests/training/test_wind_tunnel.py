@@ -195,6 +195,9 @@ def test_the_band_of_a_power_law():
         low, high = law.exponent_interval()
         covered += low <= -2 <= high
         assert law.band(4.0)[0] < law(4.0) < law.band(4.0)[1]
+        table = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+        one_by_one = [[law.band(float(each)) for each in row] for row in table]
+        assert np.stack(law.band(table), -1) == pytest.approx(np.array(one_by_one))
         narrow = law.exponent_interval(0.5)
         assert low < narrow[0] < narrow[1] < high
     assert 85 <= covered <= 99
