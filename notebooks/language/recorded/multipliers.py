@@ -16,10 +16,11 @@ these are as large as in the releases: 0.1 in the table, 1.6/sqrt(d) in the matr
 - Rule: an arm is *worse* if the 95 % interval lies above 0, *equal* if it lies within 0.02 nats. That the
   multipliers make a better model is refuted if no arm is worse than MiniCPM.
 
-**Doses.** The scale of the stream is free, so `scale_emb` and `scale_depth` act by one number, what a block is
-multiplied by over what a row of the table is. The arms above have MiniCPM's (0.029) or more of it. Two more
-models have a half and a quarter, by a `scale_emb` of 24 and of 48. Measured as the arms are, five seeds. Rule:
-MiniCPM's dose is *too large* here if the interval of one of them lies below 0, *near the best* if none does.
+**Doses.** The scale of the stream is free, so `scale_emb` and `scale_depth` act by one number: what a block
+is multiplied by, over what a row of the table is. The arms above have MiniCPM's (0.029) or more of it. Two
+more models have a half and a quarter, by a `scale_emb` of 24 and of 48. Measured as the arms are, five seeds.
+Rule: MiniCPM's dose is *too large* here if the interval of one of them lies below 0, *near the best* if none
+does.
 
 **Rate and depth.** Does 1.4/sqrt(L) keep the best rate where it is when blocks are added? MiniCPM and the arm
 without that multiplier, width 48, with 4, 16 and 32 blocks.
