@@ -140,6 +140,7 @@ def _base(theta, factor, pair, head_dim):
         lambda theta, factor, pair, head_dim: theta * factor ** (2 * pair / head_dim),
         lambda theta, factor, pair, head_dim: theta * factor ** (head_dim / (2 * (pair + 1))),
         lambda theta, factor, pair, head_dim: theta / factor ** (head_dim / (2 * pair)),
+        lambda theta, factor, pair, head_dim: round(_base(theta, factor, pair, head_dim)),
     ),
 )
 def base_for(answer):
@@ -149,19 +150,25 @@ def base_for(answer):
         return float(theta) ** (-2 * pair / head_dim)
 
     assert same(answer(1e4, 1.0, 31, 64) / 1e4, 1), "Factor 1 changes nothing."
-    for theta, factor, pair, head_dim in ((1e4, 8.0, 31, 64), (500.0, 3.0, 1, 8), (5e5, 4.0, 20, 128)):
+    for theta, factor, pair, head_dim in (
+        (1e4, 8.0, 31, 64),
+        (500.0, 3.0, 1, 8),
+        (5e5, 4.0, 20, 128),
+        (10.0, 1.3, 3, 8),
+    ):
         base = answer(theta, factor, pair, head_dim)
         slower = frequency(theta, pair, head_dim) / frequency(base, pair, head_dim)
         assert same(slower, factor), (
             f"With your base pair {pair} of a head of {head_dim} features turns {slower:.3f} times slower; "
             f"{factor:g} times was asked for. Its frequency is the base to the power of "
-            f"-2 · {pair} / {head_dim}."
+            f"-2 · {pair} / {head_dim}, and need not be whole."
         )
 
 
-_FAMILIES = [  # candidates of two methods
+_FAMILIES = [  # candidates of three methods
     [[4.0, 4.0], [8.0, 8.0]],
     [[1.0, 4.0], [1.0, 8.0], [1.0, 12.0]],
+    [[2.0, 2.0]],
 ]
 
 
@@ -177,6 +184,8 @@ def _tuned(rivals, tuning):
         lambda mine, rivals, tuning, held_out: held_out(mine) - held_out(min(rivals[0], key=tuning)),
         lambda mine, rivals, tuning, held_out: held_out(mine) - min(held_out(r[0]) for r in rivals),
         lambda mine, rivals, tuning, held_out: held_out(mine) - mean(held_out(c) for r in rivals for c in r),
+        lambda mine, rivals, tuning, held_out: held_out(mine) - held_out(_tuned(rivals[:2], tuning)),
+        lambda mine, rivals, tuning, held_out: held_out(mine) - held_out(_tuned(rivals[1:], tuning)),
         lambda mine, rivals, tuning, held_out: tuning(mine) - tuning(_tuned(rivals, tuning)),
         lambda mine, rivals, tuning, held_out: held_out(_tuned(rivals, tuning)) - held_out(mine),
         lambda mine, rivals, tuning, held_out: held_out(mine) - tuning(_tuned(rivals, tuning)),
@@ -215,6 +224,9 @@ def fair_gap(answer):
     assert same(judged([4.0, 6.0], _FAMILIES, loss([4, 4]), loss([4, 4])), 2.0), (
         "Here a candidate of the first method is best, and better than the searched list: the gap is above "
         "zero."
+    )
+    assert same(judged(mine, _FAMILIES, loss([2, 2]), loss([2, 3])), 6.5 - 1.0), (
+        "Here the only candidate of the third method is best. Are all methods looked at?"
     )
     assert same(judged([2.0], [[[3.0], [5.0]]], loss([5]), loss([4])), 1.0), (
         "One method alone, with lists of one factor."
