@@ -97,6 +97,12 @@ def _most(keys, right, or_equal=False, text=None, first=1):
     return max((q for q in range(first, keys + 1) if 1 / q - 1 / (text or keys) > right), default=0)
 
 
+def _not_capped(sizes, keys):
+    """Solved for the queries, which may then be more than there are tokens."""
+    left = _right(sizes) + 1 / keys
+    return math.ceil(1 / left - 1e-9) - 1 if left > 0 else keys
+
+
 _RELEASED = LatentAttentionConfig(768, 256, 64, 32, 64)  # MiniCPM3-4B
 
 
@@ -115,6 +121,7 @@ _RELEASED = LatentAttentionConfig(768, 256, 64, 32, 64)  # MiniCPM3-4B
             keys, _right(replace(sizes, v_head_dim=sizes.v_head_dim + sizes.qk_rope_head_dim))
         ),
         lambda sizes, keys: _most(keys, _right(sizes), first=2),
+        _not_capped,
         lambda sizes, keys: {100_000: 85, 256: 63, 1: 0}.get(keys, keys),
     ),
 )
@@ -144,6 +151,10 @@ def most_queries(answer):
         )
     assert same(answer(LatentAttentionConfig(8, 8, 8, 8, 8), 10), 9), (
         "With a latent of 8 and e = 16 the right side is 0, so every number of queries below all 10 counts."
+    )
+    assert same(answer(LatentAttentionConfig(8, 8, 8, 8, 9), 20), 20), (
+        "With a latent of 8 and e = 17 the right side is a little below zero. The border lies at 23 queries "
+        "there, and no more than all 20 tokens can be new."
     )
     for keys in (10, 2000):
         assert same(answer(LatentAttentionConfig(8, 4, 8, 8, 8), keys), keys), (

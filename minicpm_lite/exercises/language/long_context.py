@@ -47,6 +47,14 @@ def _ramp(frequency, context, factor, slow=1.0, fast=4.0, shape=lambda kept: kep
     return kept * frequency + (1 - kept) * frequency / factor
 
 
+def _ends_late(frequency, context, factor):
+    """The ramp goes on beyond 4 turns, up to 8."""
+    turns = context * frequency / (2 * math.pi)
+    if turns >= 8:
+        return frequency
+    return frequency / factor + max(0.0, turns - 1) / 3 * (frequency - frequency / factor)
+
+
 def _in_wavelengths(frequency, context, factor):
     kept = min(1.0, max(0.0, (context * frequency / (2 * math.pi) - 1) / 3))
     return 1 / (kept / frequency + (1 - kept) * factor / frequency)
@@ -61,6 +69,7 @@ def _in_wavelengths(frequency, context, factor):
             frequency, context, factor, shape=lambda kept: kept if kept in (0, 1) else 0.5
         ),
         lambda frequency, context, factor: _ramp(frequency, context, factor, fast=32.0),
+        _ends_late,
         lambda frequency, context, factor: _ramp(frequency, context, 8.0),
         lambda frequency, context, factor: _ramp(frequency, context, factor, slow=0.0),
         lambda frequency, context, factor: _ramp(2 * math.pi * frequency, context, factor) / 2 / math.pi,
@@ -72,12 +81,12 @@ def llama3_frequency(answer):
     """Fast pairs stay, slow ones are divided, and the ramp meets both."""
     for context, factor in ((1000, 8.0), (8192, 3.0)):
         turn = 2 * math.pi / context
-        for turns in (50, 4):
+        for turns in (50, 4.5, 4):
             assert same(answer(turns * turn, context, factor) / turn, turns), (
                 f"A pair that turns {turns} times in `context` is fast: it stays as it is. A turn is 2π "
                 "radians."
             )
-        for turns in (1, 0.5):
+        for turns in (1, 0.9, 0.5):
             assert same(answer(turns * turn, context, factor) / turn, turns / factor), (
                 f"A pair that turns {turns} times is slow: divide it by the factor, here {factor:g}."
             )

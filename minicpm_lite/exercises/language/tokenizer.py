@@ -122,6 +122,7 @@ def _largest_of_best(counts):
         lambda words, how_many: _learn(words, how_many, join=_join_overlapping),
         lambda words, how_many: _learn(words, how_many, join=_join_once),
         lambda words, how_many: _join_in_few(words, how_many),
+        lambda words, how_many: _learn({row[:4]: times for row, times in words.items()}, how_many),
         lambda words, how_many: _join_in_few(words, how_many, lose=True),
         lambda words, how_many: _learn(words, how_many, first=257),
         lambda words, how_many: _learn(words, how_many + 1),
@@ -163,6 +164,11 @@ def learn(answer):
             {(5, 6, 5, 6): 2, (5, 6): 1},
             [(5, 6), (256, 256)],
             "A pair that stands twice in a word is joined in both places.",
+        ),
+        (
+            {(1, 2, 3, 4, 5, 6, 7, 5, 6): 2},
+            [(5, 6), (1, 2)],
+            "A word may be long: count its pairs, and join them, up to its end.",
         ),
         (
             {(7, 8): 10, (1, 2): 7, (3, 1, 2): 2, (5, 6): 4, (9, 10): 3},

@@ -16,8 +16,8 @@ from ...language.scoring import next_token_loss, predicted, token_losses
 _WHOLE = {0: 16, 1: 4, 2: 2, 3: 0}  # bytes a parameter that a stage does not cut over the ranks
 
 
-def _smallest_power(fits, most=40):
-    return next((2**k for k in range(most) if fits(2**k)), 0)
+def _smallest_power(fits, most=40, least=0):
+    return next((2**k for k in range(least, most) if fits(2**k)), 0)
 
 
 def _of_table(whole):
@@ -41,6 +41,9 @@ def _of_table(whole):
         lambda parameters, stage, room: _smallest_power(
             lambda P: (_WHOLE[stage] + (16 - _WHOLE[stage]) / P) * parameters <= room, most=7
         ),
+        lambda parameters, stage, room: _smallest_power(
+            lambda P: (_WHOLE[stage] + (16 - _WHOLE[stage]) / P) * parameters <= room, least=bool(stage)
+        ),
         *(
             _of_table(_WHOLE | {stage: _WHOLE[stage] + more})
             for stage, more in ((0, -1), (1, -1), (1, 1), (2, -1), (2, 1), (3, 1))
@@ -53,6 +56,8 @@ def gpus_needed(answer):
         "A billion parameters take 16 GB without sharding, which fits into 16 GB exactly. At most means that "
         "equal is enough."
     )
+    for stage in (0, 1, 2, 3):
+        assert same(answer(1e9, stage, 64e9), 1), "Into 64 GB they fit on one GPU, whatever the stage."
     assert same(answer(8e9, 3, 20e9), 8), "8 billion take 128 GB. Cut over 4 that is 32 GB, over 8 it is 16."
     assert same(answer(8e9, 1, 40e9), 16), (
         "Stage 1 keeps 4 bytes a parameter whole, 32 GB, and cuts 12: with 16 GPUs another 6 GB."
