@@ -56,7 +56,10 @@ __all__ = [
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"[^\S\n\t\r]+")
-_FORMAT = "minicpm_lite quality classifier 2"
+_FORMAT = "minicpm_lite quality classifier 3"
+_SETTINGS = {
+    "dim": int, "lr": float, "ngrams": int, "min_count": int, "epochs": int, "buckets": int, "seed": int,
+}  # fmt: skip
 _UNKNOWN = "und"  # ISO 639-2: undetermined
 
 
@@ -201,18 +204,18 @@ class QualityClassifier:
         return _sigmoid(np.array(logits, float))
 
     def save(self, path: str | Path) -> None:
-        """Write the folded classifier to a safetensors file."""
+        """Write the folded classifier and its settings to a safetensors file."""
         if not len(self.weights):
             raise RuntimeError("The classifier has not been trained; call fit(good, bad) first.")
         tensors = {"known": self.known.astype(np.int64), "weights": self.weights}
-        facts = {"format": _FORMAT, "ngrams": str(self.ngrams), "buckets": str(self.buckets)}
+        facts = {"format": _FORMAT} | {name: str(getattr(self, name)) for name in _SETTINGS}
         facts["checksum"] = _checksum(facts, tensors)
         with written_whole(path) as beside:
             save_file(tensors, beside, metadata=facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "QualityClassifier":
-        """Read what `save` wrote.
+        """Read what `save` wrote; `fit` trains anew, with the settings of then.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -225,7 +228,9 @@ class QualityClassifier:
             with safe_open(path, framework="numpy") as file:
                 facts = file.metadata() or {}
                 if facts.get("format") != _FORMAT:
-                    raise ValueError(f"{path} holds no quality classifier; expected one written by save().")
+                    raise ValueError(
+                        f"{path} holds no quality classifier of this form; expected one written by save()."
+                    )
                 tensors = {name: file.get_tensor(name) for name in ("known", "weights")}
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or no safetensors file ({error}).") from None
@@ -233,7 +238,7 @@ class QualityClassifier:
             raise ValueError(f"{path} is damaged: it is not as it was written. Save the classifier again.")
         if not np.isfinite(tensors["weights"]).all():
             raise ValueError(f"{path} holds a classifier that diverged: its weights are not finite numbers.")
-        classifier = cls(ngrams=int(facts["ngrams"]), buckets=int(facts["buckets"]))
+        classifier = cls(**{name: kind(facts[name]) for name, kind in _SETTINGS.items()})
         classifier.known, classifier.weights = tensors["known"].astype(np.uint64), tensors["weights"]
         return classifier
 

@@ -226,7 +226,7 @@ def _used(answer: Callable) -> set[str]:
     """
     found, seen, todo = set(), set(), [answer]
     while todo:
-        part = todo.pop()
+        part = _as_written(todo.pop())
         if id(part) in seen:
             continue
         seen.add(id(part))
@@ -248,6 +248,16 @@ def _used(answer: Callable) -> set[str]:
     return found
 
 
+def _as_written(part: object) -> object:
+    """What a library has wrapped, as `torch.compile` does: of the wrapper's code no line is the answer's."""
+    while hasattr(part, "__wrapped__"):
+        home = getattr(part, "__globals__", {}).get("__name__")
+        if home == part.__module__:  # where what it wraps is from
+            break
+        part = part.__wrapped__
+    return part
+
+
 def _beside(part: object) -> list[object]:
     """What a part of an answer reads, or is made of."""
     if isinstance(part, functools.partial):
@@ -261,8 +271,6 @@ def _beside(part: object) -> list[object]:
         enclosed = [cell.cell_contents for cell in part.__closure__ or () if cell != types.CellType()]
         given = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
         return [*(part.__globals__.get(name) for name in read), *enclosed, *given]
-    if hasattr(part, "__wrapped__"):  # by functools.cache, say
-        return [part.__wrapped__]
     return [] if inspect.isroutine(part) else [type(part), *getattr(part, "__dict__", {}).values()]
 
 

@@ -226,7 +226,7 @@ class KVCache(Context):
         """The positions of the tokens of a call.
 
         Raises:
-            ValueError: there is no room for them, or they are of another batch.
+            ValueError: there is no room for them, they are of another batch, or they take gradients.
         """
         self.prepare(x)
         positions = torch.arange(self.length, self.reach, device=x.device)
@@ -250,6 +250,7 @@ class KVCache(Context):
         rows = self._rows if self.length else came if self.padding is None else len(self.padding)
         if came != rows:
             raise ValueError(f"The cache is for {rows} rows, and {came} came; use one cache for each batch.")
+        self._refuse_gradients(x)  # before a subclass turns what layers make of them into what it keeps
         if self.length == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
@@ -284,10 +285,7 @@ class KVCache(Context):
         Raises:
             ValueError: gradients are on, or two layers have one number.
         """
-        if torch.is_grad_enabled() and new[0].requires_grad:
-            raise ValueError(
-                "A cache is written in place, so nothing can be trained through it: use torch.no_grad()."
-            )
+        self._refuse_gradients(*new)  # those that begin behind the embeddings: of an adapter, say
         if layer not in self._layers:
             self._layers[layer] = tuple(self._space(each) for each in new)
         elif self.length == 0:  # where a text begins, nothing is kept of the layer before
@@ -300,6 +298,13 @@ class KVCache(Context):
             whole[:, :, self.length : end] = each
             text.append(whole[:, :, :end].type_as(each))  # no copy unless the cache has a type of its own
         return tuple(text)
+
+    @staticmethod
+    def _refuse_gradients(*new: Tensor) -> None:
+        if torch.is_grad_enabled() and any(each.requires_grad for each in new):
+            raise ValueError(
+                "A cache is written in place, so nothing can be trained through it: use torch.no_grad()."
+            )
 
     def _space(self, new: Tensor) -> Tensor:
         with torch.inference_mode(False):  # so that it can be written in any mode

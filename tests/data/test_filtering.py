@@ -232,6 +232,18 @@ def test_it_survives_the_disk_and_refuses_what_it_did_not_write(classifier, tmp_
         QualityClassifier.load(path)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"dim": 8}, {"lr": 0.7}, {"ngrams": 2}, {"min_count": 2}, {"epochs": 5}, {"buckets": 50}, {"seed": 3}],
+    ids=str,
+)
+def test_a_classifier_from_the_disk_learns_with_its_own_settings(setting, tmp_path):
+    saved = QualityClassifier(**{"dim": 16, "lr": 0.1} | setting).fit(GOOD[:10], BAD[:10])
+    saved.save(tmp_path / "quality.safetensors")
+    again = QualityClassifier.load(tmp_path / "quality.safetensors").fit(GOOD[:10], BAD[:10])
+    assert (again.scores(NEW_GOOD) == saved.scores(NEW_GOOD)).all()
+
+
 # --- perplexity and the area under the curve ---
 
 
@@ -511,6 +523,8 @@ def test_what_cannot_be_is_one_sentence(classifier):
         QualityClassifier().fit(["a b"], ["", " "])
     with pytest.raises(ValueError, match="dim is 0"):
         QualityClassifier(dim=0)
+    with pytest.raises(ValueError, match="seed is -1; expected a whole number"):
+        QualityClassifier(seed=-1)
     with pytest.raises(ValueError, match="one side is empty"):
         area_under_roc([], [1.0])
 

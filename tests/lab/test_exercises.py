@@ -366,6 +366,25 @@ def test_other_ways_are_right():
     )
 
 
+def twice_over(function):
+    @functools.wraps(function)
+    def wrapper(numbers):
+        for _ in range(2):
+            result = function(numbers)
+        return result
+
+    return wrapper
+
+
+@pytest.mark.parametrize("wrap", [torch.no_grad(), functools.partial(torch.compile, backend="eager")])
+def test_the_wrapper_of_a_library_is_no_part_of_an_answer(wrap):
+    """It may loop, as that of `torch.compile` does. What it wraps may not, nor a wrapper of the student's."""
+    assert check_sum.judge(wrap(lambda numbers: functools.reduce(int.__add__, numbers, 0))).state == "right"
+    for loops in (adds, by_a_helper, twice_over(lambda numbers: functools.reduce(int.__add__, numbers, 0))):
+        verdict = check_sum.judge(wrap(loops))
+        assert verdict.state == "wrong" and verdict.message.endswith("asks to do without a loop.")
+
+
 def test_a_wrong_result_is_said_before_a_ban():
     assert check_sum.judge(lambda numbers: sum(numbers) + 1).message == "The sum of all of them."
 

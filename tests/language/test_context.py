@@ -13,7 +13,7 @@ from small_models import FAMILIES, GROUPED, PLAIN, UNTIED, granite, make_ids, ma
 from torch.testing import assert_close
 
 from minicpm_lite.language import context
-from minicpm_lite.language.context import Context, KVCache, Tree, causal_mask, dense_attention
+from minicpm_lite.language.context import Context, Int8Cache, KVCache, Tree, causal_mask, dense_attention
 from minicpm_lite.language.decoder import Decoder
 
 
@@ -341,10 +341,36 @@ def test_tokens_of_a_refused_call_do_not_belong_to_the_text(padding):
         cache.truncate(4)
 
 
+class Rounded(KVCache):
+    """Keeps whole numbers, through which no gradient goes."""
+
+    def keep(self, layer, *new):
+        return super().keep(layer, *(each.detach().round() for each in new))
+
+
+@pytest.mark.parametrize("make_cache", [
+    KVCache, Int8Cache, Rounded, lambda room: KVCache(room, dtype=torch.bfloat16),
+    lambda room: Tree(KVCache(room), [-1, 0]), lambda room: Tree(Int8Cache(room), [-1, 0]),
+])  # fmt: skip
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_cache_is_not_trained_through(name):
+def test_a_cache_is_not_trained_through(name, make_cache):
+    model, ids, cache = Decoder(FAMILIES[name]), torch.zeros(1, 2, dtype=torch.long), make_cache(8)
     with pytest.raises(ValueError, match="use torch.no_grad"):
-        Decoder(FAMILIES[name])(torch.zeros(1, 1, dtype=torch.long), KVCache(8))
+        model(ids, cache)
+    with torch.no_grad():
+        model(ids, cache)
+    model.requires_grad_(False)(ids, make_cache(8))
+
+
+@pytest.mark.parametrize("trained", ["k_proj", "v_proj", "input_layernorm"])
+@pytest.mark.parametrize("make_cache", [KVCache, Int8Cache, lambda room: KVCache(room, dtype=torch.bfloat16)])
+def test_a_cache_is_not_trained_through_where_the_table_is_frozen(make_cache, trained):
+    """Whatever of a block takes gradients, as an adapter does: keys, values, or both."""
+    model = Decoder(GROUPED).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with pytest.raises(ValueError, match="use torch.no_grad"):
+        model(torch.zeros(1, 1, dtype=torch.long), make_cache(8))
 
 
 def test_a_cache_may_change_between_inference_mode_and_no_grad():

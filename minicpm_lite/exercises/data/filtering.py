@@ -167,6 +167,9 @@ def choose_bands(answer):
     wrong=(
         lambda scratch, stable, decay: math.ceil(stable / (scratch - decay)) if scratch > decay else "never",
         lambda scratch, stable, decay: 1 if decay < scratch else "never",
+        lambda scratch, stable, decay: next(
+            (m for m in range(1, 1000) if stable + m * decay < m * scratch), "never"
+        ),
         lambda scratch, stable, decay: stable // (scratch - decay) + 1 if scratch > decay else 0,
         lambda scratch, stable, decay: stable // scratch + 1 if scratch > decay else "never",
         lambda scratch, stable, decay: round(stable / (scratch - decay)) + 1 if scratch > decay else "never",
@@ -183,6 +186,9 @@ def break_even(answer):
         "Seven candidates cost 39 + 35 against 70; eight cost 39 + 40 against 80."
     )
     assert same(answer(1.5, 3.5, 0.5), 4), "Costs need not be whole: 3.5 + 4 · 0.5 is below 4 · 1.5."
+    assert same(answer(10, 100_000, 5), 20_001), (
+        "With a dear stable run 20,000 candidates cost the same both ways. Does your search stop too early?"
+    )
     assert answer(10, 5, 12) == "never", (
         "A decay that costs more than a whole run never pays: the word is never."
     )

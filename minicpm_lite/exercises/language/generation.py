@@ -212,6 +212,23 @@ def _latest_beginning(text, stops):
     return min(met) if met else held[-1]
 
 
+def _first_met_or_begun(text, stops):
+    for place in range(len(text)):
+        if any(text.startswith(stop, place) or stop.startswith(text[place:]) for stop in stops):
+            return place
+    return len(text)
+
+
+def _ends_anywhere(text, stops):
+    met = [text.find(stop) for stop in stops if stop in text]
+    held = [place for place in range(len(text)) if any(text[place:] in stop for stop in stops)]
+    return min(met or held or [len(text)])
+
+
+def _last_in_the_list(text, stops):
+    return next((text.find(stop) for stop in stops[::-1] if stop in text), _safe_length(text, stops))
+
+
 @exercise(
     "safe length",
     wrong=(
@@ -219,7 +236,12 @@ def _latest_beginning(text, stops):
         lambda text, stops: min([text.find(stop) for stop in stops if stop in text] or [len(text)]),
         lambda text, stops: _safe_length(text, stops, longest=3),
         lambda text, stops: _safe_length(text, stops[:1]),
+        lambda text, stops: _safe_length(text, stops[:2]),
+        lambda text, stops: _safe_length(text, stops[-1:]),
         _first_in_the_list,
+        _last_in_the_list,
+        _first_met_or_begun,
+        _ends_anywhere,
         _last_met,
         _latest_beginning,
     ),
@@ -248,6 +270,16 @@ def safe_length(answer):
         ("xaa", ["aab"], 1, "Both last signs may belong to the stop string."),
         ("xaaa", ["aab"], 2, "Of three a's only the last two can begin aab."),
         ("aSTOPbEND", ["END", "STOP"], 1, "The first stop string in the *text* counts, not in the list."),
+        ("aENDbSTOP", ["END", "STOP"], 1, "The first stop string in the *text* counts, not the last."),
+        (
+            "aSTO",
+            ["STOPS", "TO"],
+            2,
+            "STOPS has begun, but TO stands there whole and ends the text, so its place counts.",
+        ),
+        ("aEN", ["xyz", "pqr", "END"], 1, "There may be any number of stop strings; the third has begun."),
+        ("aENDb", ["xyz", "pqr", "END"], 1, "There may be any number of stop strings; the third is there."),
+        ("heN", ["END"], 3, "N stands in END, but no stop string *begins* with it: hold nothing back."),
         ("It is.\n\nQuestio", ["\n\nQuestion:"], 6, "A long stop string may have begun long ago."),
         ("EN", ["END"], 0, "The whole text may be the beginning of a stop string."),
         ("", ["END"], 0, "Of an empty text nothing can be shown."),

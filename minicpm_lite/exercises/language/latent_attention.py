@@ -91,10 +91,16 @@ def _right(sizes):
     return 2 / (sizes.qk_nope_head_dim + sizes.v_head_dim) - 1 / sizes.kv_lora_rank
 
 
-def _most(keys, right, or_equal=False, text=None):
+def _most(keys, right, or_equal=False, text=None, first=1):
     """By trying all numbers of queries."""
     right += -1e-12 if or_equal else 1e-12
-    return max((q for q in range(1, keys + 1) if 1 / q - 1 / (text or keys) > right), default=0)
+    return max((q for q in range(first, keys + 1) if 1 / q - 1 / (text or keys) > right), default=0)
+
+
+def _not_capped(sizes, keys):
+    """Solved for the queries, which may then be more than there are tokens."""
+    left = _right(sizes) + 1 / keys
+    return math.ceil(1 / left - 1e-9) - 1 if left > 0 else keys
 
 
 _RELEASED = LatentAttentionConfig(768, 256, 64, 32, 64)  # MiniCPM3-4B
@@ -107,12 +113,15 @@ _RELEASED = LatentAttentionConfig(768, 256, 64, 32, 64)  # MiniCPM3-4B
         lambda sizes, keys: (sizes.qk_nope_head_dim + sizes.v_head_dim) // 2,
         lambda sizes, keys: keys - 1,
         lambda sizes, keys: _most(keys, _right(sizes), or_equal=True),
+        lambda sizes, keys: min(_most(keys, _right(sizes)), 512),
         lambda sizes, keys: _most(keys, _right(_RELEASED)),
         lambda sizes, keys: _most(keys, _right(sizes), text=10**9),
         lambda sizes, keys: _most(keys, _right(replace(sizes, kv_lora_rank=10**9))),
         lambda sizes, keys: _most(
             keys, _right(replace(sizes, v_head_dim=sizes.v_head_dim + sizes.qk_rope_head_dim))
         ),
+        lambda sizes, keys: _most(keys, _right(sizes), first=2),
+        _not_capped,
         lambda sizes, keys: {100_000: 85, 256: 63, 1: 0}.get(keys, keys),
     ),
 )
@@ -128,6 +137,7 @@ def most_queries(answer):
         "With 256 tokens the two forms need equally many multiplications at 64 queries. *Fewer* were asked "
         "for."
     )
+    assert same(answer(_RELEASED, 2), 1), "With two tokens, absorbing pays for one new query: 1."
     assert same(answer(_RELEASED, 1), 0), "With a single token in all, absorbing saves nothing: 0."
     for sizes, keys, most in (
         (LatentAttentionConfig(40, 56, 16, 8, 16), 40, 14),
@@ -142,10 +152,15 @@ def most_queries(answer):
     assert same(answer(LatentAttentionConfig(8, 8, 8, 8, 8), 10), 9), (
         "With a latent of 8 and e = 16 the right side is 0, so every number of queries below all 10 counts."
     )
-    assert same(answer(LatentAttentionConfig(8, 4, 8, 8, 8), 10), 10), (
-        "With a latent of 4 and e = 16 the right side is below zero: the absorbed form needs fewer for any "
-        "number of queries, even for all 10."
+    assert same(answer(LatentAttentionConfig(8, 8, 8, 8, 9), 20), 20), (
+        "With a latent of 8 and e = 17 the right side is a little below zero. The border lies at 23 queries "
+        "there, and no more than all 20 tokens can be new."
     )
+    for keys in (10, 2000):
+        assert same(answer(LatentAttentionConfig(8, 4, 8, 8, 8), keys), keys), (
+            "With a latent of 4 and e = 16 the right side is below zero: the absorbed form needs fewer for "
+            f"any number of queries, even for all {keys:,}."
+        )
 
 
 def _broken(change):

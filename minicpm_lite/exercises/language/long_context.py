@@ -47,6 +47,14 @@ def _ramp(frequency, context, factor, slow=1.0, fast=4.0, shape=lambda kept: kep
     return kept * frequency + (1 - kept) * frequency / factor
 
 
+def _ends_late(frequency, context, factor):
+    """The ramp goes on beyond 4 turns, up to 8."""
+    turns = context * frequency / (2 * math.pi)
+    if turns >= 8:
+        return frequency
+    return frequency / factor + max(0.0, turns - 1) / 3 * (frequency - frequency / factor)
+
+
 def _in_wavelengths(frequency, context, factor):
     kept = min(1.0, max(0.0, (context * frequency / (2 * math.pi) - 1) / 3))
     return 1 / (kept / frequency + (1 - kept) * factor / frequency)
@@ -61,6 +69,7 @@ def _in_wavelengths(frequency, context, factor):
             frequency, context, factor, shape=lambda kept: kept if kept in (0, 1) else 0.5
         ),
         lambda frequency, context, factor: _ramp(frequency, context, factor, fast=32.0),
+        _ends_late,
         lambda frequency, context, factor: _ramp(frequency, context, 8.0),
         lambda frequency, context, factor: _ramp(frequency, context, factor, slow=0.0),
         lambda frequency, context, factor: _ramp(2 * math.pi * frequency, context, factor) / 2 / math.pi,
@@ -72,12 +81,12 @@ def llama3_frequency(answer):
     """Fast pairs stay, slow ones are divided, and the ramp meets both."""
     for context, factor in ((1000, 8.0), (8192, 3.0)):
         turn = 2 * math.pi / context
-        for turns in (50, 4):
+        for turns in (50, 4.5, 4):
             assert same(answer(turns * turn, context, factor) / turn, turns), (
                 f"A pair that turns {turns} times in `context` is fast: it stays as it is. A turn is 2π "
                 "radians."
             )
-        for turns in (1, 0.5):
+        for turns in (1, 0.9, 0.5):
             assert same(answer(turns * turn, context, factor) / turn, turns / factor), (
                 f"A pair that turns {turns} times is slow: divide it by the factor, here {factor:g}."
             )
@@ -140,6 +149,7 @@ def _base(theta, factor, pair, head_dim):
         lambda theta, factor, pair, head_dim: theta * factor ** (2 * pair / head_dim),
         lambda theta, factor, pair, head_dim: theta * factor ** (head_dim / (2 * (pair + 1))),
         lambda theta, factor, pair, head_dim: theta / factor ** (head_dim / (2 * pair)),
+        lambda theta, factor, pair, head_dim: round(_base(theta, factor, pair, head_dim)),
     ),
 )
 def base_for(answer):
@@ -149,19 +159,25 @@ def base_for(answer):
         return float(theta) ** (-2 * pair / head_dim)
 
     assert same(answer(1e4, 1.0, 31, 64) / 1e4, 1), "Factor 1 changes nothing."
-    for theta, factor, pair, head_dim in ((1e4, 8.0, 31, 64), (500.0, 3.0, 1, 8), (5e5, 4.0, 20, 128)):
+    for theta, factor, pair, head_dim in (
+        (1e4, 8.0, 31, 64),
+        (500.0, 3.0, 1, 8),
+        (5e5, 4.0, 20, 128),
+        (10.0, 1.3, 3, 8),
+    ):
         base = answer(theta, factor, pair, head_dim)
         slower = frequency(theta, pair, head_dim) / frequency(base, pair, head_dim)
         assert same(slower, factor), (
             f"With your base pair {pair} of a head of {head_dim} features turns {slower:.3f} times slower; "
             f"{factor:g} times was asked for. Its frequency is the base to the power of "
-            f"-2 · {pair} / {head_dim}."
+            f"-2 · {pair} / {head_dim}, and need not be whole."
         )
 
 
-_FAMILIES = [  # candidates of two methods
+_FAMILIES = [  # candidates of three methods
     [[4.0, 4.0], [8.0, 8.0]],
     [[1.0, 4.0], [1.0, 8.0], [1.0, 12.0]],
+    [[2.0, 2.0]],
 ]
 
 
@@ -177,6 +193,8 @@ def _tuned(rivals, tuning):
         lambda mine, rivals, tuning, held_out: held_out(mine) - held_out(min(rivals[0], key=tuning)),
         lambda mine, rivals, tuning, held_out: held_out(mine) - min(held_out(r[0]) for r in rivals),
         lambda mine, rivals, tuning, held_out: held_out(mine) - mean(held_out(c) for r in rivals for c in r),
+        lambda mine, rivals, tuning, held_out: held_out(mine) - held_out(_tuned(rivals[:2], tuning)),
+        lambda mine, rivals, tuning, held_out: held_out(mine) - held_out(_tuned(rivals[1:], tuning)),
         lambda mine, rivals, tuning, held_out: tuning(mine) - tuning(_tuned(rivals, tuning)),
         lambda mine, rivals, tuning, held_out: held_out(_tuned(rivals, tuning)) - held_out(mine),
         lambda mine, rivals, tuning, held_out: held_out(mine) - tuning(_tuned(rivals, tuning)),
@@ -215,6 +233,9 @@ def fair_gap(answer):
     assert same(judged([4.0, 6.0], _FAMILIES, loss([4, 4]), loss([4, 4])), 2.0), (
         "Here a candidate of the first method is best, and better than the searched list: the gap is above "
         "zero."
+    )
+    assert same(judged(mine, _FAMILIES, loss([2, 2]), loss([2, 3])), 6.5 - 1.0), (
+        "Here the only candidate of the third method is best. Are all methods looked at?"
     )
     assert same(judged([2.0], [[[3.0], [5.0]]], loss([5]), loss([4])), 1.0), (
         "One method alone, with lists of one factor."

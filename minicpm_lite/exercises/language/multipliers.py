@@ -370,11 +370,12 @@ _SHALLOW = ModelConfig(
     hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=8, vocab_size=4096,
     scale_emb=12, scale_depth=1.4, dim_model_base=64,
 )  # fmt: skip
-_FEED_FORWARD = 333  # 2.6 times the width, so that rounding is not rounding down
+_ABOVE_HALF, _BELOW_HALF = 333, 331  # the fraction of 96/128 of these feed-forward widths
 _SHAPES = (
     (_SHALLOW, 8),
     (replace(_SHALLOW, vocab_size=2048, num_hidden_layers=3), 9),
-    (replace(_SHALLOW, intermediate_size=_FEED_FORWARD, tie_word_embeddings=False), 6),
+    (replace(_SHALLOW, intermediate_size=_ABOVE_HALF, tie_word_embeddings=False), 6),
+    (replace(_SHALLOW, intermediate_size=_BELOW_HALF, tie_word_embeddings=False), 6),
     (replace(_SHALLOW, hidden_size=384, intermediate_size=996, num_attention_heads=12, num_key_value_heads=12,
              head_dim=32, num_hidden_layers=12), 4),  # wider heads, and more of them than before
     (replace(_SHALLOW, scale_depth=2.0, rope_theta=500_000.0, num_hidden_layers=8), 2),
@@ -400,6 +401,7 @@ _SEARCHED = (
         lambda config, layers: replace(_equal_in_all(config, layers), rope_theta=10_000.0),
         lambda config, layers: _equal_in_all(config, layers, most=config.num_attention_heads),
         lambda config, layers: _equal_in_all(config, layers, rounded=int),
+        lambda config, layers: _equal_in_all(config, layers, rounded=math.ceil),
         lambda config, layers: _equal_in_all(
             replace(
                 config,
@@ -435,8 +437,8 @@ def equal_in_all(answer):
         )
         ratio = config.intermediate_size / config.hidden_size
         assert abs(got.intermediate_size - ratio * got.hidden_size) <= 0.5, (
-            "The feed-forward width is as near as possible to the same multiple of the width: rounded, and "
-            "not rounded down."
+            "The feed-forward width is as near as possible to the same multiple of the width, here "
+            f"{ratio * got.hidden_size:g}: rounded to the nearest, not always down or up."
         )
         off = abs(_count(got) - _count(config))
         assert off <= abs(_count(_equal_in_all(config, layers)) - _count(config)), (

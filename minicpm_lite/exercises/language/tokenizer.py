@@ -1,5 +1,6 @@
 """Checks and quiz of the chapter on the tokenizer."""
 
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -54,6 +55,11 @@ def _join(row, pair, new):
     return tuple(joined)
 
 
+def _join_once(row, pair, new):
+    i = next((i for i, each in enumerate(pairwise(row)) if each == pair), None)
+    return row if i is None else (*row[:i], new, *row[i + 2 :])
+
+
 def _join_overlapping(row, pair, new):
     places = [i for i, each in enumerate(pairwise(row)) if each == pair]
     covered = {i + 1 for i in places}
@@ -85,6 +91,22 @@ def _without_joining(words, how_many):
     return sorted(counts, key=lambda pair: (-counts[pair], pair))[:how_many]
 
 
+def _join_in_few(words, how_many, lose=False):
+    """Joins a pair in the first word that has it alone; or loses the words that have it not."""
+    merges = []
+    while len(merges) < how_many and (counts := _counts(words)):
+        pair, new = _smallest_of_best(counts), 256 + len(merges)
+        merges.append(pair)
+        having = [row for row in words if pair in pairwise(row)]
+        changed = having if lose else having[:1]
+        words = {
+            _join(row, pair, new) if row in changed else row: times
+            for row, times in words.items()
+            if row in having or not lose
+        }
+    return merges
+
+
 def _largest_of_best(counts):
     return max(counts, key=lambda pair: (counts[pair], pair))
 
@@ -98,6 +120,10 @@ def _largest_of_best(counts):
         lambda words, how_many: _learn(words, how_many, choose=lambda counts: counts.most_common(1)[0][0]),
         lambda words, how_many: _learn(words, how_many, choose=_largest_of_best),
         lambda words, how_many: _learn(words, how_many, join=_join_overlapping),
+        lambda words, how_many: _learn(words, how_many, join=_join_once),
+        lambda words, how_many: _join_in_few(words, how_many),
+        lambda words, how_many: _learn({row[:4]: times for row, times in words.items()}, how_many),
+        lambda words, how_many: _join_in_few(words, how_many, lose=True),
         lambda words, how_many: _learn(words, how_many, first=257),
         lambda words, how_many: _learn(words, how_many + 1),
     ),
@@ -134,9 +160,26 @@ def learn(answer):
             [(5, 5), (256, 5)],
             "Of three equal symbols the first two are joined, and the third is left: a symbol is used once.",
         ),
+        (
+            {(5, 6, 5, 6): 2, (5, 6): 1},
+            [(5, 6), (256, 256)],
+            "A pair that stands twice in a word is joined in both places.",
+        ),
+        (
+            {(1, 2, 3, 4, 5, 6, 7, 5, 6): 2},
+            [(5, 6), (1, 2)],
+            "A word may be long: count its pairs, and join them, up to its end.",
+        ),
+        (
+            {(7, 8): 10, (1, 2): 7, (3, 1, 2): 2, (5, 6): 4, (9, 10): 3},
+            [(7, 8), (1, 2), (5, 6), (9, 10), (3, 257)],
+            "Join the pair in every word that has it, and keep the words that have it not.",
+        ),
     ):
         got = answer(dict(words), len(merges))
-        assert len(got) == len(merges), f"{len(merges)} merges were asked for; yours are {len(got)}."
+        assert len(got) == len(merges), (
+            f"{words}, merges asked for: {len(merges)}; yours are {len(got)}. {why}"
+        )
         assert same(got, merges), f"{words}, merges asked for: {len(merges)}. {why}"
     assert same(answer({(1, 2): 1, (5,): 9}, 5), [(1, 2)]), (
         "Five merges were asked for, but after the first no word has a pair any more. Stop there."
@@ -267,6 +310,9 @@ def _best(N, d, sizes, bytes_a_token, overhead, cost=_cost):
         lambda N, d, sizes, bytes_a_token, overhead: _best(N, d, sizes, bytes_a_token, overhead / 2),
         lambda N, d, sizes, bytes_a_token, overhead: _best(N, d, sizes, bytes_a_token, overhead / 1.25),
         lambda N, d, sizes, bytes_a_token, overhead: _best(N, 1, sizes, bytes_a_token, overhead),
+        lambda *given: _best(*given, cost=lambda *each: math.floor(_cost(*each))),
+        lambda *given: _best(*given, cost=lambda *each: round(_cost(*each))),
+        lambda *given: _best(*given, cost=lambda *each: math.ceil(_cost(*each))),
         lambda N, d, sizes, bytes_a_token, overhead: _best(0, d, sizes, bytes_a_token, overhead),
         lambda N, d, sizes, bytes_a_token, overhead: _best(
             N,
@@ -309,6 +355,9 @@ def best_size(answer):
         )
     assert same(answer(1_000, 1, sizes, [1.0, 1.1, 1.2], 0), 256), (
         "Four times the entries for a tenth more bytes do not pay. Does your answer use `bytes_a_token`?"
+    )
+    assert same(answer(1, 1, [2, 3], [2.1, 3.0], 0), 3), (
+        "6 FLOPs for 2.1 bytes are 2.86 a byte, 8 for 3 are 2.67. Costs need not be whole: do not round them."
     )
     assert same(answer(1_000, 1, [900, 300], [2.0, 1.0], 0), 900), (
         "Two sizes, the larger first: the answer is one of the sizes given, in whatever order they stand."

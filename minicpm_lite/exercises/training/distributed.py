@@ -16,8 +16,15 @@ from ...language.scoring import next_token_loss, predicted, token_losses
 _WHOLE = {0: 16, 1: 4, 2: 2, 3: 0}  # bytes a parameter that a stage does not cut over the ranks
 
 
-def _smallest_power(fits, most=40):
-    return next((2**k for k in range(most) if fits(2**k)), 0)
+def _smallest_power(fits, most=40, least=0):
+    return next((2**k for k in range(least, most) if fits(2**k)), 0)
+
+
+def _of_table(whole):
+    """Of another table of what is whole."""
+    return lambda parameters, stage, room: _smallest_power(
+        lambda P: (whole[stage] + (16 - whole[stage]) / P) * parameters <= room
+    )
 
 
 @exercise(
@@ -34,6 +41,13 @@ def _smallest_power(fits, most=40):
         lambda parameters, stage, room: _smallest_power(
             lambda P: (_WHOLE[stage] + (16 - _WHOLE[stage]) / P) * parameters <= room, most=7
         ),
+        lambda parameters, stage, room: _smallest_power(
+            lambda P: (_WHOLE[stage] + (16 - _WHOLE[stage]) / P) * parameters <= room, least=bool(stage)
+        ),
+        *(
+            _of_table(_WHOLE | {stage: _WHOLE[stage] + more})
+            for stage, more in ((0, -1), (1, -1), (1, 1), (2, -1), (2, 1), (3, 1))
+        ),
     ),
 )
 def gpus_needed(answer):
@@ -42,17 +56,22 @@ def gpus_needed(answer):
         "A billion parameters take 16 GB without sharding, which fits into 16 GB exactly. At most means that "
         "equal is enough."
     )
+    for stage in (0, 1, 2, 3):
+        assert same(answer(1e9, stage, 64e9), 1), "Into 64 GB they fit on one GPU, whatever the stage."
     assert same(answer(8e9, 3, 20e9), 8), "8 billion take 128 GB. Cut over 4 that is 32 GB, over 8 it is 16."
     assert same(answer(8e9, 1, 40e9), 16), (
         "Stage 1 keeps 4 bytes a parameter whole, 32 GB, and cuts 12: with 16 GPUs another 6 GB."
     )
-    assert same(answer(8e9, 2, 32e9), 8), "Stage 2 keeps 2 bytes a parameter whole and cuts 14."
+    for room in (31e9, 40e9):
+        assert same(answer(8e9, 2, room), 8), (
+            "Stage 2 keeps 2 bytes a parameter whole, 16 GB, and cuts 14: 44 GB with 4 GPUs, 30 GB with 8."
+        )
     assert same(answer(1e12, 3, 4e9), 4096), (
         "A trillion parameters take 16,000 GB. In 4 GB each that needs thousands of GPUs. Does your search "
         "stop too early?"
     )
     for parameters, stage, room, hint in (
-        (1e9, 0, 15e9, "Data parallelism cuts nothing, so more GPUs do not help."),
+        (1e9, 0, 15.5e9, "Data parallelism cuts nothing, so more GPUs do not help."),
         (8e9, 1, 30e9, "With stage 1 and 8 billion parameters 32 GB are never cut, and 30 are there."),
         (
             8e9,
@@ -256,6 +275,15 @@ def _without_walking(number, size, key):
     return _searched(number, grid.size, key)
 
 
+def _walking(number, size, key, most):
+    """Walks back a few times and no more."""
+    for _ in range(most):
+        number = _without_walking(number, size, key)
+        if number < size:
+            break
+    return number
+
+
 def _searched(number, size, key):
     permutation = Permutation(size, key)
     return next(position for position in range(size) if permutation[position] == number)
@@ -268,19 +296,21 @@ def _searched(number, size, key):
         lambda number, size, key: Permutation(size, key)[number],
         _without_walking,
         lambda number, size, key: number,
+        lambda number, size, key: _walking(number, size, key, most=2),
+        lambda number, size, key: _walking(number, size, key, most=4),
     ),
     without=("naive_permutation", "Permutation"),
 )
 def index_of(answer):
     """The shifts are undone in reverse order, and cycles are walked back."""
-    for size, key in ((16, 3), (12, 3), (10, 1), (97, 5), (1, 0)):
+    for size, key in ((16, 3), (12, 3), (10, 1), (97, 5), (1, 0), (44, 10)):  # the last goes back 5 times
         permutation = Permutation(size, key)
         for position in range(size):
             number = permutation[position]
             back = int(answer(number, size, key))
             assert 0 <= back < size, (
                 f"For {number} of {size} your answer is {back}, outside the permutation. A number that lands "
-                "on a cell too many must go back once more."
+                "on a cell too many must go back again, as often as it does."
             )
             assert back == position, (
                 f"Position {position} of {size} holds {number}; your answer for it is {back}. The last shift "
@@ -302,6 +332,8 @@ def index_of(answer):
         lambda c, m: 2 * c * m,
         lambda c, m: 20 * c,
         lambda c, m: math.sqrt(c / (2 * m)),
+        lambda c, m: math.sqrt(round(2 * c * m)),
+        lambda c, m: math.sqrt(2 * round(c) * round(m)),
     ),
 )
 def best_interval(answer):
@@ -311,6 +343,7 @@ def best_interval(answer):
         (200, 10_000, "If saving takes four times as long, one saves half as often."),
         (50, 40_000, "If failures are four times as rare, one saves half as often."),
         (2, 4, "Small numbers obey the formula, too."),
+        (0.4, 30.2, "Saving may take less than a second; nothing need be whole."),
         (3, 100, "The interval need not be whole."),
     ):
         assert same(answer(c, m), math.sqrt(2 * c * m), tolerance=1e-3), f"c = {c:,} and m = {m:,}. {hint}"

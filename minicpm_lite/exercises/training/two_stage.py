@@ -23,6 +23,7 @@ def _read(row):
         lambda row: (_read(row), [max(token, -1) for token in row[:-1]]),
         lambda row: (_read(row), [token if token > 0 else -1 for token in row[1:]]),
         lambda row: (_read(row), list(row[1:])),
+        lambda row: (_read(row[:4]), [max(token, -1) for token in row[1:4]]),
         lambda row: (list(row[:-1]), [max(token, -1) for token in row[1:]]),
     ),
 )
@@ -45,6 +46,9 @@ def pairs(answer):
         "Token 0 can be predicted, and every context gives -1, whichever it is."
     )
     assert same(read, [0, 0, 0]), "The token under a mark is found by the complement; under ~0 it is 0."
+    assert same(answer([1, ~2, 3, ~4, ~5, 6]), [[1, 2, 3, 4, 5], [-1, 3, -1, -1, 6]]), (
+        "A window may have any length, here 6 tokens, and context in several places."
+    )
     assert same(answer([7, 2]), [[7], [2]]), "Without a mark, each token is predicted from the one before it."
 
 

@@ -42,11 +42,12 @@ def loss_for(answer):
         lambda head_dim, base_head_dim: base_head_dim / head_dim**1.5,
         lambda head_dim, base_head_dim: 8 / head_dim,
         lambda head_dim, base_head_dim: base_head_dim / head_dim,
+        lambda head_dim, base_head_dim: math.isqrt(base_head_dim) / head_dim,
     ),
 )
 def attention_scale(answer):
     """1/head_dim, with the constant that makes the base equal."""
-    for base in (64, 16, 100):
+    for base in (64, 16, 100, 80):
         assert same(answer(base, base), 1 / math.sqrt(base)), (
             f"At the base nothing may change: with heads of {base} the factor is the usual 1/√{base}."
         )
@@ -173,19 +174,43 @@ def _leaves_one_out(N, D, L):
     return errors
 
 
-def _forward(N, D, L, mean=np.mean):
+def _smaller(n, sizes, number):
+    return n < sizes[number]
+
+
+def _forward(N, D, L, mean=np.mean, known=_smaller):
     n, d, loss = map(np.asarray, (N, D, L))
-    errors = []
-    for size in sorted(set(n))[3:]:
-        below, here = n < size, n == size
+    sizes, errors = sorted(set(n)), []
+    for number, size in enumerate(sizes[3:], start=3):
+        below, here = known(n, sizes, number), n == size
         surface = fit_loss_surface(n[below], d[below], loss[below])
         errors.append(float(mean(surface(n[here], d[here]) - loss[here])))
     return errors
 
 
+def _fitted_once(N, D, L):
+    return _forward(N, D, L, known=lambda n, sizes, number: n < sizes[3])
+
+
+def _three_below(N, D, L):
+    return _forward(
+        N, D, L, known=lambda n, sizes, number: _smaller(n, sizes, number) & (n >= sizes[number - 3])
+    )
+
+
+def _median(N, D, L):
+    return _forward(N, D, L, mean=np.median)
+
+
 @exercise(
     "forward errors",
     wrong=(
+        _fitted_once,
+        _three_below,
+        _median,
+        lambda N, D, L: _forward(N, D, L, known=lambda n, sizes, number: n <= sizes[number]),
+        lambda N, D, L: _forward(N, D, L, known=lambda n, sizes, number: _smaller(n, sizes, min(number, 5))),
+        lambda N, D, L: _forward(N, L, L),
         lambda N, D, L: [0.0] * (len(set(N)) - 3),
         lambda N, D, L: [-error for error in _forward(N, D, L)],
         lambda N, D, L: _forward(N, D, L, mean=lambda errors: errors[-1]),
@@ -218,6 +243,24 @@ def forward_errors(answer):
     assert same(answer(list(N), list(D), list(other(N, D) - 0.1 * (N == 2e5))), [0.1], tolerance=1e-2), (
         "Four sizes, given the largest first, as lists: one can be predicted. The order of the points "
         "decides nothing."
+    )
+    rng = np.random.default_rng(0)
+    N = np.repeat([3e4, 6e4, 1e5, 2e5, 4e5, 6e5, 1e6], 4)
+    D = np.tile(tokens, 7) * np.sqrt(N / N[0])
+    L = surface(N, D) + rng.normal(0, 0.1, len(N))
+    found = answer(N, D, L)
+    for mistaken, hint in (
+        (
+            _fitted_once,
+            "The surface is fitted once, to the three smallest sizes. Each size needs a fit anew.",
+        ),
+        (_three_below, "Only the three sizes just below are in the fit. *All* smaller sizes are known."),
+        (_median, "You took the median of a size's errors. The mean was asked for."),
+    ):
+        assert not same(found, mistaken(N, D, L), tolerance=1e-3), hint
+    assert same(found, _forward(N, D, L), tolerance=1e-3), (
+        "Seven sizes, each trained on other numbers of tokens, with losses that lie on no surface: each from "
+        "the fourth on is predicted at its own N and D, by a fit to all points of smaller sizes."
     )
 
 

@@ -14,6 +14,7 @@ from ...lab.quiz import Quiz
         lambda total, share: total - 100,
         lambda total, share: int(total * (1 - share)),  # 100 * (1 - 0.9) is 9.99…
         lambda total, share: total - int(total * share),
+        lambda total, share: total - math.ceil(total * share),
         lambda total, share: total * (1 - share),
     ),
 )
@@ -31,6 +32,9 @@ def decay_start(answer):
     assert same(answer(1607, 0.1), 1446), (
         "A tenth of 1,607 updates is 160.7. A decay of whole updates nearest to that has 161."
     )
+    assert same(answer(1604, 0.1), 1444), (
+        "A tenth of 1,604 updates is 160.4. A decay of whole updates nearest to that has 160."
+    )
     assert same(answer(50, 0.0), 50), "Without a decay the stable phase ends with the run."
 
 
@@ -41,6 +45,7 @@ def decay_start(answer):
         lambda decay_steps, ratio: decay_steps / math.log(1 / ratio),
         lambda decay_steps, ratio: decay_steps * math.log2(1 / ratio),
         lambda decay_steps, ratio: round(decay_steps / math.log2(1 / ratio)),
+        lambda decay_steps, ratio: decay_steps / math.log2(round(1 / ratio)),
     ),
 )
 def half_life_for(answer):
@@ -48,6 +53,9 @@ def half_life_for(answer):
     assert same(answer(100, 0.5), 100), "To end at a half after 100 updates, the rate halves once."
     assert same(answer(100, 0.25), 50), "To end at a quarter after 100 updates, the rate halves twice."
     assert same(answer(2, 0.1), 2 / math.log2(10)), "A half-life need not be whole: do not round it."
+    assert same(answer(90, 0.3), 90 / math.log2(1 / 0.3)), (
+        "To end at 0.3: neither 1 / 0.3 nor the number of halvings is whole, so round neither."
+    )
     assert same(answer(16_610, 0.1), 16_610 / math.log2(10)), (
         "MiniCPM goes from the peak to a tenth in about 16,610 updates. How often does its rate halve?"
     )
