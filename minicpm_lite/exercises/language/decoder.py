@@ -78,6 +78,7 @@ def brought(answer):
     )
     assert ... not in tuple(answer), "Put your two numbers where the dots stand."
     many, where = (float(number) for number in answer)
+    assert not same([many, where], [0.01, -2.98]), "First *many*, then *where*."
     assert many < 0, "The `many` of `cat` is below zero. What becomes of its value?"
     assert not same([many, where], [-3.0, 0.0]), (
         "That is the value of `cat` itself. The lane gets a share of it, and small shares of the others."
@@ -705,7 +706,7 @@ def block_parameters(answer):
     """40 such blocks and a last norm make the 2.4B's published count."""
     got = answer(2, 0, 2, 2, 1)
     assert not same(got, 16), (
-        "Yours counts four matrices of 2 by 2. A block has two norms as well, of `d` numbers each."
+        "Four matrices of 2 by 2 make 16, as yours says. A block has two norms as well, of `d` numbers each."
     )
     assert same(got, 20), (
         "No feed-forward network, d = 2, two heads of width 1: four matrices of 2 by 2, and two norms of 2."
