@@ -23,7 +23,8 @@ import functools
 import inspect
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,6 +50,8 @@ _LOOKS = {  # icon, heading, and colour as red, green, blue
 _UNFINISHED = "Put your code where the `...` stands, and run this cell again."
 _LOOP = "a loop"
 _WRONG_ANSWERS = 4  # that a check must refuse
+_CONTAINERS = Mapping | list | tuple | Set | deque
+_HOLDERS = functools.partial | types.SimpleNamespace | _CONTAINERS
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,14 @@ class Verdict:
 
     state: str
     message: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is seen of an answer before it is called: whether its body is empty, and what is banned in it."""
+
+    is_blank: bool
+    banned: tuple[str, ...]
 
 
 def exercise(
@@ -114,9 +125,18 @@ class Exercise:
             )
         self._show(verdict)
 
-    def judge(self, answer: object) -> Verdict:
-        """What the check says about an answer."""
-        watched = _Watched(answer) if inspect.isroutine(answer) else None
+    def look(self, answer: Callable) -> Look:
+        """What is seen of a function, or of an object that is called, before it is called."""
+        used = _used(answer) if self.without else ()
+        return Look(_does_nothing(answer), tuple(each for each in self.without if each in used))
+
+    def judge(self, answer: object, look: Look | None = None) -> Verdict:
+        """What the check says about an answer.
+
+        Args:
+            look: what was seen of the answer, if it stands in for a function of another process.
+        """
+        watched = _Watched(answer, look or self.look(answer)) if callable(answer) else None
         try:
             with _no_exit():
                 self.check(watched.function if watched else answer)
@@ -124,8 +144,9 @@ class Exercise:
             if watched.is_blank if watched else answer is None or _has_blank(answer):
                 return Verdict("unfinished", _UNFINISHED)
             return Verdict("wrong", self._explain(error, watched))
-        if callable(answer) and (used := [each for each in self.without if each in _used(answer)]):
-            return Verdict("wrong", f"The results are right, but the exercise asks to do without {used[0]}.")
+        if watched and watched.banned:
+            why = f"The results are right, but the exercise asks to do without {watched.banned[0]}."
+            return Verdict("wrong", why)
         return Verdict("right", inspect.getdoc(self.check) or "All checks passed.")
 
     def _explain(self, error: BaseException, watched: "_Watched | None") -> str:
@@ -162,9 +183,9 @@ class Exercise:
 class _Watched:
     """A student's function, wrapped to note what it returned and raised."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable, look: Look) -> None:
         self.file = function.__code__.co_filename if hasattr(function, "__code__") else None
-        self.is_blank = _does_nothing(function)
+        self.is_blank, self.banned = look.is_blank, look.banned
         self.results: list[object] = []
         self.error: BaseException | None = None
 
@@ -222,23 +243,23 @@ def _only_none(watched: _Watched | None) -> bool:
 def _used(answer: Callable) -> set[str]:
     """Names that an answer and the helpers beside it read, and "a loop" if they have one.
 
-    Of an object that is called, all methods of its class count.
+    Of an object that is called, all methods of its class count; of lists, tables and prepared calls, all that
+    they hold. Helpers are what comes from the module of the answer, or of what it is prepared of.
     """
-    found, seen, todo = set(), set(), [answer]
+    made_of = _beside(answer) if isinstance(answer, functools.partial) else [answer]
+    home = {getattr(each, "__module__", None) for each in made_of} - {None, "builtins"}
+    found, seen, todo = set(), {}, [made_of]
     while todo:
         part = _as_written(todo.pop())
         if id(part) in seen:
             continue
-        seen.add(id(part))
+        seen[id(part)] = part  # kept, so that nothing else gets its id
         if hasattr(part, "__code__"):
             names, _, has_loop = _names_in(part.__code__)
             found |= names | ({_LOOP} if has_loop else set())
         beside = _beside(part)
-        home = getattr(part.func if isinstance(part, functools.partial) else part, "__module__", None) or ""
         own = [
-            each
-            for each in beside
-            if isinstance(each, functools.partial) or getattr(each, "__module__", None) == home
+            each for each in beside if isinstance(each, _HOLDERS) or getattr(each, "__module__", None) in home
         ]
         called = [each for each in beside if inspect.isroutine(each)]
         if isinstance(part, type):
@@ -259,7 +280,7 @@ def _as_written(part: object) -> object:
 
 
 def _beside(part: object) -> list[object]:
-    """What a part of an answer reads, or is made of."""
+    """What a part of an answer reads, holds, or is made of."""
     if isinstance(part, functools.partial):
         return [part.func, *part.args, *part.keywords.values()]
     if isinstance(part, type):
@@ -271,7 +292,11 @@ def _beside(part: object) -> list[object]:
         enclosed = [cell.cell_contents for cell in part.__closure__ or () if cell != types.CellType()]
         given = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
         return [*(part.__globals__.get(name) for name in read), *enclosed, *given]
-    return [] if inspect.isroutine(part) else [type(part), *getattr(part, "__dict__", {}).values()]
+    if inspect.isroutine(part):
+        return []
+    held = [*part] if isinstance(part, _CONTAINERS) else []
+    held += part.values() if isinstance(part, Mapping) else []
+    return [*held, type(part), *getattr(part, "__dict__", {}).values()]
 
 
 def _names_in(code: types.CodeType) -> tuple[set[str], set[str], bool]:

@@ -4,9 +4,12 @@ PYTEST_DONT_REWRITE: pytest would add to the hints of the checks.
 """
 
 import builtins
+import collections
 import functools
+import operator
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -299,8 +302,30 @@ class AddsToo(Adds):
     pass
 
 
+class AddsInTurn:
+    def __init__(self, **ways):
+        self.ways = ways
+
+    def __call__(self, numbers):
+        return self.ways["first"](numbers)
+
+
 cached = functools.cache(adds)
 prepared, prepared_sum = functools.partial(adds), functools.partial(sum)
+
+
+class Ways(list):
+    def __call__(self, numbers):
+        return self[0](numbers)
+
+    def reduce(self, numbers):
+        return adds(numbers)
+
+
+softmax = functools.partial(torch.nn.functional.softmax, dim=0)
+ways, table = [adds], {"a": {"row": (len, lambda numbers: sum(numbers))}}
+ways.append(ways)  # a circle
+namespace = types.SimpleNamespace(plus=sum)
 
 
 def enclosing(how):
@@ -335,6 +360,18 @@ def given(numbers, how=adds):
         (functools.partial(sum), "sum"),
         (lambda numbers: prepared(numbers), "a loop"),
         (lambda numbers: prepared_sum(numbers), "sum"),
+        (sum, "sum"),
+        (np.sum, "sum"),
+        (functools.partial(operator.call, adds), "a loop"),
+        (lambda numbers: ways[0](numbers), "a loop"),
+        (lambda numbers: table["a"]["row"][1](numbers), "sum"),
+        (lambda numbers: dict.fromkeys({adds}, 0).popitem()[0](numbers), "a loop"),
+        (lambda numbers: namespace.plus(numbers), "sum"),
+        (AddsInTurn(first=adds), "a loop"),
+        (Ways([lambda numbers: np.add.reduce(numbers, dtype=int)]), "a loop"),
+        (lambda numbers: AddsInTurn(first=sum)(numbers), "sum"),
+        (enclosing(collections.deque([sum])[0]), "sum"),
+        (functools.partial(AddsInTurn(first=adds)), "a loop"),
     ],
 )
 def test_what_an_answer_must_do_without(answer, banned):
@@ -383,6 +420,22 @@ def test_the_wrapper_of_a_library_is_no_part_of_an_answer(wrap):
     for loops in (adds, by_a_helper, twice_over(lambda numbers: functools.reduce(int.__add__, numbers, 0))):
         verdict = check_sum.judge(wrap(loops))
         assert verdict.state == "wrong" and verdict.message.endswith("asks to do without a loop.")
+
+
+def test_what_a_library_does_within_is_not_the_answers():
+    """A prepared call of it neither; its module has loops."""
+    within = functools.partial(np.add.reduce, dtype=int)
+    assert check_sum.judge(lambda numbers: within([*numbers, *softmax(torch.ones(2)).int()])).state == "right"
+
+
+def test_objects_that_are_called_are_told_apart_like_functions():
+    for how, state, says in (
+        (lambda x: ..., "unfinished", "..."),
+        (divides, "wrong", "Your code raised Zero"),
+    ):
+        answer = type("Answer", (), {"__call__": lambda self, x, how=how: how(x)})()
+        verdict = check_twice.judge(answer)
+        assert verdict.state == state and says in verdict.message
 
 
 def test_a_wrong_result_is_said_before_a_ban():

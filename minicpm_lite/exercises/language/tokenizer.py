@@ -362,6 +362,9 @@ def best_size(answer):
     assert same(answer(1_000, 1, [900, 300], [2.0, 1.0], 0), 900), (
         "Two sizes, the larger first: the answer is one of the sizes given, in whatever order they stand."
     )
+    assert same(answer(1, 1, [2, 3], [2.1, 3.0], 0), 3), (
+        "6 FLOPs for 2.1 bytes are 2.86 a byte, 8 for 3 are 2.67: do not round before you compare."
+    )
 
 
 quiz = Quiz(

@@ -47,9 +47,9 @@ def file_bytes(answer):
 
 
 _FIELDS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
-_WIDE_HEADS = ModelConfig(
+_WIDE_HEADS = ModelConfig(  # of which neither the factor nor the ratio of widths is whole
     hidden_size=96, intermediate_size=64, num_hidden_layers=9, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=50, head_dim=16, scale_emb=5, scale_depth=0.6, dim_model_base=32,
+    vocab_size=50, head_dim=16, scale_emb=4.5, scale_depth=0.6, dim_model_base=36,
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ def _fields(config, **changed):
             config, residual_multiplier=config.scale_depth / math.sqrt(2 * config.num_hidden_layers)
         ),
         lambda config: _fields(config, logits_scaling=config.dim_model_base / config.hidden_size),
+        lambda config: _fields(config, logits_scaling=config.hidden_size // config.dim_model_base),
+        lambda config: _fields(config, embedding_multiplier=int(config.scale_emb)),
         lambda config: _fields(
             config,
             attention_multiplier=math.sqrt(config.num_attention_heads / config.hidden_size),

@@ -9,14 +9,20 @@ check or its verdict:
                 the first line of the student's code; sends back what the function returned, and ends
 
 What comes back is data, read by PyTorch's loader of weights, which makes numbers, texts, tensors and
-containers of them, and nothing that could act. Arguments need no copy, because a fork inherits them; what the
-function changed in them is sent back too. A function that the check hands over is called in the judge.
+containers of them, and nothing that could act; what is of a class of the student's comes as a subclass of the
+same built-in type. Arguments need no copy, because a fork inherits them; what the function changed in them is
+sent back too. A function that the check hands over is called in the judge.
 
-So an answer's process can only say what its function returned. It knows the check, though, as every student
-does who reads the library; and an answer that looks its results up there is right without being an answer.
+So an answer's process can only say what its function returned and, before it is called, what a look at it
+shows: an empty body, and what the exercise bans. The function itself is nowhere else, and only a look at it
+is a notebook's look. The process knows the check, though, as every student does who reads the library; an
+answer that looks its results up there is right without being an answer, and one that hides what it uses, in a
+text for ``exec`` or from the look, breaks a ban unseen, here as in a notebook.
+
+Each call is the first of its process, so that an answer which counts its calls is judged as if it had never
+been called. What a check asks of a class that the student wrote, beyond its built-in type, is not there.
 """
 
-import ast
 import builtins
 import inspect
 import io
@@ -32,12 +38,14 @@ import tempfile
 import time
 import traceback
 import types
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
+from decimal import Decimal
 from fractions import Fraction
 from importlib import import_module
+from numbers import Complex, Integral, Number, Real
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +53,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime import seed_everything
-from ..exercises import Exercise, Verdict, _does_nothing, _used
+from ..exercises import Exercise, Look, Verdict
 from .sandbox import Sandbox, limit_memory, python_itself
 
 MEMORY_MB = 2048
@@ -55,7 +63,7 @@ _MOST_LETTERS = 500  # of a message
 _MOST_TIMES = 10  # the time of an answer, if its cell has to run for each of its calls
 _GRACE = 5.0  # seconds between the end of an answer's time and that of its judge
 _CHAPTER, _CELL = "the chapter", "the cell of an exercise"
-_SAME, _TENSOR = "\0same", "\0tensor"  # marks in what is sent of arguments
+_SAME, _TENSOR, _LIKE = "\0same", "\0tensor", "\0like"  # marks in what is sent
 _NUMPY = [
     np.ndarray,
     np.dtype,
@@ -63,8 +71,15 @@ _NUMPY = [
     np.ones(1).__reduce__()[0],  # the functions that make an array and a number again
     np.float64(1).__reduce__()[0],
 ]
-_DATA = [*_NUMPY, (Ellipsis, "builtins.Ellipsis"), Fraction, bytes, complex, deque, range, slice, frozenset]
-_READ_ONCE = (Iterator, type({}.keys()), type({}.values()), type({}.items()))
+_DATA = [*_NUMPY, (Ellipsis, "builtins.Ellipsis"), Decimal, Fraction, bytes, range, slice, frozenset]
+_AS_THEY_ARE = (bool, np.generic, torch.Size, Counter, OrderedDict, Fraction)  # some are subclasses, too
+_PLAIN = (dict, list, tuple, set, frozenset, int, float, complex, str, bytes)
+_VIEWS = {type(view({})): view for view in (dict.keys, dict.values, dict.items)}
+_MADE = (  # how a judge makes what is like plain data
+    {base.__name__: type(base.__name__, (base,), {}) for base in _PLAIN}
+    | {kind.__name__: view for kind, view in _VIEWS.items()}
+    | {"mapping": types.MappingProxyType, "iterator": iter, "deque": deque}
+)
 
 
 class _NoShell:
@@ -154,7 +169,7 @@ def _judge(exercise: Exercise, answer: "_Answer") -> Verdict:
         round(_MOST_TIMES * answer.seconds + _GRACE)
     )  # the end of this process, if the check itself never ends
     try:
-        verdict = replace(exercise, without=()).judge(answer.given())  # by what is written, see below
+        verdict = exercise.judge(*answer.given(exercise.look))
     except BaseException as error:  # of the cell itself; a check's own verdict is never raised
         if not answer.over:
             where = f" (line {answer.line} of its cell)" if answer.line else ""
@@ -164,13 +179,6 @@ def _judge(exercise: Exercise, answer: "_Answer") -> Verdict:
     if answer.line and verdict.message.startswith("Your code raised"):
         message = re.sub(r"line \d+ of its cell", f"line {answer.line} of its cell", verdict.message)
         return Verdict(verdict.state, message)
-    written = answer.written()
-    if written and verdict.state == "wrong" and _does_nothing(written):
-        return exercise.judge(...)
-    if written and verdict.state == "right":
-        used = _used(written)
-        for banned in filter(used.__contains__, exercise.without):
-            return Verdict("wrong", f"The results are right, but the exercise asks to do without {banned}.")
     return verdict
 
 
@@ -191,45 +199,27 @@ class _Answer:
         self.made_in = 0.0  # seconds that the cell itself takes, which is run anew for each call
         self.over, self.line = "", 0
 
-    def given(self) -> object:
-        """The value that the cell gives to the check; of a function, one that asks it in another process."""
+    def given(self, look: Callable[[Callable], Look]) -> tuple[object, Look | None]:
+        """The value that the cell gives to the check; of a function, one that asks it in another process.
+
+        Args:
+            look: looks at a function there, for what is seen of it without a call.
+        """
+
+        def made(functions: list[Callable]) -> tuple[bool, object]:
+            value = self._evaluated()
+            return (True, tuple(vars(look(value)).values())) if callable(value) else (False, value)
+
         began = time.monotonic()
-        kind, value = self._asked(lambda functions: _kind(self._evaluated()), [])
+        is_function, said = self._asked(made, [])
         self.made_in = time.monotonic() - began
-        if kind == "value":
-            return value
+        if not is_function:
+            return said, None
 
         def answer(*args: object, **kwargs: object) -> object:
             return self._called(args, kwargs)
 
-        return answer
-
-    def written(self) -> types.FunctionType | None:
-        """The function as it is written, to be looked at and never called; None if it is none.
-
-        A class stands there as one function of all that is written in it; what a call made, such as an object
-        of that class, as one that names what the call names; and another name of something as one that names
-        it.
-        """
-        names = dict(self.names)
-        statements = ast.parse(f"{self.helpers}\n{self.source}").body
-        for statement in [plain for each in statements for plain in _renamings(each)]:
-            match statement:
-                case ast.ClassDef(name=name):
-                    names[name] = types.FunctionType(_compiled(statement), names)
-                    continue
-                case ast.Assign([ast.Name(name)], ast.Call() | ast.Attribute() | ast.Name() as value):
-                    statement = ast.parse(f"{name} = lambda: [{', '.join(_named_in(value))}]").body[0]
-                case ast.FunctionDef(name=name) | ast.Assign([ast.Name(name)], ast.Lambda()):
-                    pass
-                case _:
-                    continue
-            inner = [each for each in _compiled(statement).co_consts if isinstance(each, types.CodeType)]
-            named = [each for each in inner if each.co_name in (name, "<lambda>")]
-            if named:
-                names[name] = types.FunctionType(named[-1], names)
-        found = names.get(self.expression)
-        return found if inspect.isfunction(found) else None
+        return answer, Look(*said)
 
     def _evaluated(self) -> object:
         """The value, made in an answer's process by running the student's code."""
@@ -246,11 +236,7 @@ class _Answer:
             positional = [stand_in.get(id(each), each) for each in args]
             named = {name: stand_in.get(id(each), each) for name, each in kwargs.items()}
             result = self._evaluated()(*positional, **named)
-            if isinstance(result, _READ_ONCE):
-                result = list(result)
-            elif isinstance(result, dict):
-                result = dict(result)  # a defaultdict holds a function, too
-            return result, [*map(_content, [*args, *kwargs.values()])]
+            return result, map(_content, [*args, *kwargs.values()])  # read last: an iterator may change them
 
         self.deadline = min(self.deadline + self.made_in, self.latest)
         result, contents = self._asked(call, functions)
@@ -318,7 +304,8 @@ def _answer(sandbox: Sandbox, work: Callable, functions: int, commands: int, res
     with suppress(BaseException):
         sandbox.enter(keep=[commands, results])
         try:
-            said = ("returned", work([_stand_in(number, commands, results) for number in range(functions)]))
+            done = work([_stand_in(number, commands, results) for number in range(functions)])
+            said = ("returned", _sendable(done))
         except BaseException as error:
             said = ("raised", type(error).__name__, str(error), _line(error))
         try:
@@ -341,7 +328,7 @@ def _stand_in(number: int, commands: int, results: int) -> Callable:
     """In an answer's process, a function of the check: it asks the judge to call it."""
 
     def asked(*args: object, **kwargs: object) -> object:
-        write_message(results, _packed(("call", number, args, kwargs)))
+        write_message(results, _packed(_sendable(("call", number, args, kwargs))))
         kind, *said = torch.load(io.BytesIO(read_message(commands)), weights_only=False)  # from the judge
         if kind == "raised":
             raise _error(*said)
@@ -355,33 +342,6 @@ def _outcome(function: Callable, args: tuple, kwargs: dict) -> tuple:
         return "returned", function(*args, **kwargs)
     except Exception as error:
         return "raised", type(error).__name__, str(error)
-
-
-def _compiled(statement: ast.stmt) -> types.CodeType:
-    return compile(ast.Module([statement], []), _CELL, "exec")
-
-
-def _renamings(statement: ast.stmt) -> list[ast.stmt]:
-    """A statement; or of imports under other names, each as if the name were assigned."""
-    match statement:
-        case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-            renamed = [each for each in aliases if each.asname]
-            return [ast.parse(f"{each.asname} = {each.name}").body[0] for each in renamed]
-    return [statement]
-
-
-def _named_in(value: ast.expr) -> list[str]:
-    """What an expression names: functions, methods, arguments, and lambdas as they are written."""
-    written = {
-        ast.Name: lambda each: each.id,
-        ast.Attribute: lambda each: each.attr,
-        ast.Lambda: lambda each: f"({ast.unparse(each)})",
-    }
-    return [written[type(each)](each) for each in ast.walk(value) if type(each) in written]
-
-
-def _kind(value: object) -> tuple[str, object]:
-    return ("function", None) if callable(value) else ("value", value)
 
 
 def _error(name: str, message: str) -> BaseException:
@@ -408,7 +368,7 @@ def _content(value: object) -> object:
             return type(value)(map(_content, value)) if type(value) in (list, tuple) else _SAME
         case dict():
             return {key: _content(each) for key, each in value.items()}
-        case set() | bytearray() | np.ndarray() | int() | float() | str() | bytes() | None:
+        case set() | bytearray() | np.ndarray() | Number() | str() | bytes() | None:
             return value
     return _SAME
 
@@ -453,6 +413,59 @@ def _renewed(value: object, content: object) -> object:
     return value
 
 
+# What is of a class that a judge does not know goes there as plain data, and a mark for what these are like
+
+
+def _sendable(value: object) -> object:
+    """A result, or what holds results, as data and marks; anything else as it is."""
+    kind = type(value)
+    if isinstance(value, _AS_THEY_ARE) or kind.__module__.startswith("minicpm_lite."):
+        return value
+    if kind in _VIEWS:
+        return _like(kind.__name__, _sendable(dict(value.mapping)))
+    base = next((each for each in _PLAIN if isinstance(value, each)), None)
+    match value:
+        case dict():
+            plain = {key: _sendable(each) for key, each in value.items()}
+        case list() | tuple():
+            plain = base(map(_sendable, value))
+        case Mapping():
+            return _like("mapping", {key: _sendable(value[key]) for key in value})
+        case Iterator() | deque():
+            return _like("deque" if isinstance(value, deque) else "iterator", [*map(_sendable, value)])
+        case np.ndarray():
+            return np.asarray(value)
+        case Tensor() if kind is not nn.Parameter:
+            return value.as_subclass(Tensor)
+        case _ if base:
+            plain = base(value)
+        case Integral():
+            return int(value)
+        case Real():
+            return float(value)
+        case Complex():
+            return complex(value)
+        case _:
+            return value
+    return plain if kind is base else _like(base.__name__, plain)
+
+
+def _like(name: str, data: object) -> dict:
+    return {_LIKE: name, "data": data}
+
+
+def _received(value: object) -> object:
+    """Data with what their marks ask for, in a judge."""
+    match value:
+        case {"\0like": str(name), "data": data}:
+            return _MADE[name](_received(data))
+        case dict() if type(value) is dict:
+            return {key: _received(each) for key, each in value.items()}
+        case list() | tuple() if type(value) in _PLAIN:
+            return type(value)(map(_received, value))
+    return value
+
+
 # Messages: a length and bytes, and in the bytes data
 
 
@@ -477,7 +490,7 @@ def _unpacked(message: bytes) -> object:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(packed)
         packed.seek(0)
         with torch.serialization.safe_globals([*_DATA, *filter(None, map(_record, named))]):
-            return torch.load(packed, weights_only=True)
+            return _received(torch.load(packed, weights_only=True))
     except Exception:
         raise _NotData(f"it holds something of {', '.join(named)}" if named else "it is damaged") from None
 
@@ -485,7 +498,7 @@ def _unpacked(message: bytes) -> object:
 def _record(name: str) -> type | None:
     """A class of the library's that only holds fields, such as ModelConfig, if it is loaded here."""
     module, _, attribute = name.rpartition(".")
-    found = vars(sys.modules.get(module, ast)).get(attribute)
+    found = vars(sys.modules.get(module, types)).get(attribute)
     ours = module.startswith("minicpm_lite.") and isinstance(found, type)
     return found if ours and (is_dataclass(found) or issubclass(found, tuple)) else None
 

@@ -53,16 +53,26 @@ def write_student_copies(
         made: makes a copy of a notebook, to be written to a path.
 
     Raises:
-        FileExistsError: a copy would overwrite a file, perhaps a student's work; nothing was written.
+        FileExistsError: a copy would overwrite a file, perhaps a student's work, or another copy; nothing was
+            written.
         OSError, ValueError: something cannot be read or is no notebook; nothing was written.
     """
     copies: dict[Path, Notebook] = {}
     beside: dict[Path, Path] = {}
+    sources: dict[Path, Path] = {}
     for path in paths:
         notebook, folder = Notebook.read(path), out / path.resolve().parent.name
         copies[folder / path.name] = made(notebook, folder / path.name)
-        for file in needed_files(notebook):
-            beside[Path(os.path.normpath(folder / os.path.relpath(file, path.parent)))] = file
+        own = {
+            Path(os.path.normpath(folder / os.path.relpath(file, path.parent))): file
+            for file in needed_files(notebook)
+        }
+        beside |= own
+        for target, file in [(folder / path.name, path), *own.items()]:
+            if not cmp(file, other := sources.setdefault(target, file), shallow=False):
+                raise FileExistsError(
+                    f"{other} and {file} would both be written to {target}; give each a folder of its own."
+                )
     taken = [target for target in copies if target.exists()]
     taken += [  # a file that was handed out with another chapter may stand there as it was
         target for target, file in beside.items() if target.exists() and not cmp(target, file, shallow=False)

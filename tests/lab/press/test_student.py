@@ -134,6 +134,28 @@ def test_what_a_student_wrote_beside_a_copy_is_not_overwritten(part, tmp_path):
     assert not (out / "part" / "c.ipynb").exists()
 
 
+@pytest.mark.parametrize("differ", ["topic.ipynb", "helper.py"])
+def test_two_chapters_are_not_written_over_each_other(tmp_path, differ):
+    """Their folders have one name, and they, or what stands beside them, are not the same."""
+    paths = []
+    for course in ("first", "second"):
+        folder = tmp_path / course / "part"
+        folder.mkdir(parents=True)
+        kept = {"topic.ipynb": "x = 1", "helper.py": "x = 1\n", differ: f"{course} = 1"}
+        nb = new_notebook(cells=[code("import helper"), code(kept["topic.ipynb"])])
+        for number, cell in enumerate(nb.cells):
+            cell.id = f"cell-{number}"
+        paths.append(sealed(nb, folder / "topic.ipynb"))
+        (folder / "helper.py").write_text(kept["helper.py"])
+    out = tmp_path / "copies"
+    with pytest.raises(
+        FileExistsError, match=rf"second.*would both be written to .*part/{differ}; give each"
+    ):
+        write_student_copies(paths, out)
+    assert not out.exists()
+    assert write_student_copies([paths[0], paths[0]], out) == [out / "part" / "topic.ipynb"]
+
+
 def test_recorded_data_come_with_the_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "runs" in lab.recorded_file("training/wsd.json").read_text()
