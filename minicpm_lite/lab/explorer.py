@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from ..optional import require
+from .drawing import Drawing
 from .plots import plot_svg
 from .style import KEEP_KEYS, THEME
 from .svg import UNFOLD, image, inline
@@ -46,7 +47,7 @@ class Explorer:
     """A figure drawn once for each value of a slider. Make it the last expression of a cell.
 
     Args:
-        draw: takes one value and returns a matplotlib figure.
+        draw: takes one value and returns a matplotlib figure or a drawing.
         values: what the slider can be set to: numbers or words, at least two.
         label: what the slider sets, with its unit.
         alt: takes one value and returns one sentence that says what the frame shows.
@@ -54,12 +55,12 @@ class Explorer:
 
     Raises:
         ValueError: fewer than two values, or `start` is not the index of one.
-        TypeError: `draw` returned no figure, or `alt` no sentence.
+        TypeError: `draw` returned neither, or `alt` no sentence.
     """
 
     def __init__(
         self,
-        draw: Callable[[object], plt.Figure],
+        draw: Callable[[object], plt.Figure | Drawing],
         values: Sequence[object],
         label: str,
         alt: Callable[[object], str],
@@ -136,12 +137,14 @@ def _sentence(alt: Callable[[object], str], value: object) -> str:
     return text
 
 
-def _svg(draw: Callable[[object], plt.Figure], value: object, prefix: str) -> str:
+def _svg(draw: Callable[[object], plt.Figure | Drawing], value: object, prefix: str) -> str:
     figure = draw(value)
+    if isinstance(figure, Drawing):
+        return figure.svg()
     if not isinstance(figure, plt.Figure):
         raise TypeError(
-            f"draw returned {type(figure).__name__} for the value {value!r}; expected a matplotlib figure: "
-            "end the function with `return figure`."
+            f"draw returned {type(figure).__name__} for the value {value!r}; expected a matplotlib figure or "
+            "a drawing: end the function with `return figure`."
         )
     svg = plot_svg(figure, prefix)
     plt.close(figure)

@@ -129,6 +129,16 @@ def test_an_explorer_has_two_lives():
     assert picture.value.startswith('<svg aria-label="A low line &lt;here&gt;."')
 
 
+def test_an_explorer_shows_drawings():
+    def box(width):
+        drawing = lab.Drawing("A box.")
+        drawing.box(0, 0, width, 20)
+        return drawing
+
+    explorer = lab.Explorer(box, (20, 40), "Width", lambda width: f"A box {width} wide.")
+    assert explorer.frames == [box(20).svg(), box(40).svg()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [

@@ -108,6 +108,10 @@ def window_attention(answer):
     """Two masks in one: nothing from the future, and nothing from too far back."""
     zeros, value = torch.zeros(4, 2), torch.tensor([[8.0], [4.0], [6.0], [2.0]])
     got = answer(zeros, zeros, value, 4)
+    assert not same(got, _masked_late(zeros, zeros, value, 4)), (
+        "Your weights no longer add up to 1: they are taken away after the softmax, which has counted them."
+    )
+    assert not same(got, _both_ways(zeros, zeros, value, 4)), "Yours looks forward as well as back."
     assert not same(got, _window(zeros, zeros, value, 3)), (
         "With a window of 4 the last of four tokens sees all four, itself included; yours sees one too few."
     )
@@ -319,7 +323,12 @@ def turn(answer):
     assert same(answer(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, 10_000.0), [1, 2, 3, 4]), (
         "Position 0 turns nothing."
     )
-    assert same(answer(torch.tensor([1.0, 0.0]), 1, 10_000.0), [math.cos(1), math.sin(1)]), (
+    got = answer(torch.tensor([1.0, 0.0]), 1, 10_000.0)
+    assert not same(got, [math.cos(1), -math.sin(1)]), "Yours turns the other way: check the two signs."
+    assert not same(got, [math.cos(1), math.cos(1) * math.sin(1)]), (
+        "Your second half is made from the *new* first half. Both need the old ones."
+    )
+    assert same(got, [math.cos(1), math.sin(1)]), (
         "One pair turns by one radian for each position, from (1, 0) towards (0, 1). Check the signs, and "
         "that the second line still sees the old first half."
     )
@@ -450,7 +459,10 @@ def follow(answer):
             f"{told}; yours does, with a weight of {weights[place]:.2f}. What makes a softmax sharper?"
         )
         fetched = weights @ lanes @ W_v.T
-        assert fetched.argmax() == text[place] and 0.8 < fetched.max() < 1.2, (
+        assert fetched.argmax() != text[place] or 0.8 < fetched.max() < 1.2, (
+            f"{told} and fetch its word with 1; yours fetches it with {fetched.max():.2f}."
+        )
+        assert fetched.argmax() == text[place], (
             f"{told} and fetch its word, {text[place]}; yours fetches {fetched.argmax().item()}, with "
             f"{fetched.max():.2f}. Which half of that lane is its own word?"
         )
@@ -557,6 +569,7 @@ def _last_scores(model, ids: Tensor) -> bool:
         lambda model, ids: _replaced(model, ids, 0.0, lambda token: (token + 1) % 8),
         lambda model, ids: _later_moved(model, ids),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: 0),
+        lambda model, ids: _replaced(model, ids, 1e-5, lambda token: ids[0, 0]),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: token + 1),
     ),
 )
@@ -575,7 +588,7 @@ def leaks(answer):
         assert same(answer(_hears(0.01, at, of), ids), True), (
             f"A model whose logits at position {at} hear a little (0.01) of the token at {of} passed."
         )
-    for text in (torch.arange(8)[None], torch.arange(8).flip(0)[None]):
+    for text in (torch.arange(8)[None], torch.arange(8).flip(0)[None], torch.full((1, 8), 5)):
         for of in range(1, 8):
             assert same(answer(_hears(0.01, of - 1, of), text), True), (
                 f"In the text {text[0].tolist()} a model passed whose logits at position {of - 1} hear of "
