@@ -77,6 +77,7 @@ def brought(answer):
         "Expected a pair of numbers, (many, where)."
     )
     assert ... not in tuple(answer), "Put your two numbers where the dots stand."
+    assert not any(isinstance(number, str) for number in answer), "Give numbers, without quotes."
     many, where = (float(number) for number in answer)
     assert not same([many, where], [0.01, -2.98]), "First *many*, then *where*."
     assert many < 0, "The `many` of `cat` is below zero. What becomes of its value?"
