@@ -94,8 +94,8 @@ def packed_windows(rows: Sequence[Sequence[EncodedExample]], length: int) -> Int
         tokens = [token for part in parts for token in part]
         if len(tokens) > length:
             raise ValueError(f"The examples of row {row} have {len(tokens)} tokens; a window holds {length}.")
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        lengths = torch.tensor([len(part) for part in parts])
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        lengths = torch.tensor([len(part) for part in parts], dtype=torch.long)
         answers[row, : len(tokens)] = (torch.arange(len(parts)) % 2 == 1).repeat_interleave(lengths)
     return torch.where(answers, ids, context_only(ids))
 

@@ -139,8 +139,16 @@ class MinHash:
     def signatures_of_sets(
         self, sets: Iterable[UInt64[np.ndarray, " _"]]
     ) -> UInt32[np.ndarray, "documents num_perm"]:
-        """The same from sets of 32-bit hashes: of shingles, or of anything else."""
+        """The same from sets of 32-bit hashes: of shingles, or of anything else.
+
+        Raises:
+            TypeError: a set that is no array of unsigned 64-bit numbers.
+        """
         sets = tuple(sets)
+        for each in sets:
+            if not (isinstance(each, np.ndarray) and each.dtype == np.uint64):
+                kind = getattr(each, "dtype", type(each).__name__)
+                raise TypeError(f"A set of hashes is of type {kind}; expected an array of np.uint64.")
         signatures = np.full((len(sets), self.num_perm), 0xFFFFFFFF, np.uint32)
         start = 0
         while start < len(sets):  # as many documents at a time as fit into the cache
@@ -194,7 +202,16 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 def estimated_jaccard(
     a: UInt32[np.ndarray, "*pairs num_perm"], b: UInt32[np.ndarray, "*pairs num_perm"]
 ) -> float | Float[np.ndarray, "*pairs"]:
-    """The share of places where signatures agree: unbiased, with variance J (1 - J) / num_perm."""
+    """The share of places where signatures agree: unbiased, with variance J (1 - J) / num_perm.
+
+    Raises:
+        ValueError: signatures of different lengths.
+    """
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"Signatures of {a.shape[-1]} and {b.shape[-1]} places were given; those of one MinHash have as "
+            "many."
+        )
     return np.mean(a == b, axis=-1)
 
 
@@ -290,9 +307,14 @@ def clusters_of(documents: int, pairs: Iterable[Sequence[int]]) -> Int[np.ndarra
 
     >>> clusters_of(5, [(0, 3), (3, 4)]).tolist()
     [0, 1, 2, 0, 0]
+
+    Raises:
+        ValueError: a pair names a document that there is not.
     """
     clusters = _Clusters(documents)
     for a, b in pairs:
+        if not (0 <= a < documents and 0 <= b < documents):
+            raise ValueError(f"A pair is ({a}, {b}); expected documents from 0 to {documents - 1}.")
         clusters.link(int(a), int(b))
     return clusters.labels()
 

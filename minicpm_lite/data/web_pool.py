@@ -99,6 +99,7 @@ def pieces_of(text: str, size: int = PIECE_CHARACTERS, shortest: int = SHORTEST_
     ['one two', 'three', 'four']
     """
     require_positive_integer("size", size)
+    require_positive_integer("shortest", shortest)
     start = 0
     while len(text) - start >= shortest:
         end = start + size

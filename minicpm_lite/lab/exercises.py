@@ -49,6 +49,7 @@ _LOOKS = {  # icon, heading, and colour as red, green, blue
 }
 _UNFINISHED = "Put your code where the `...` stands, and run this cell again."
 _LOOP = "a loop"
+_LOOPS_IN_CALLS = {"map", "starmap", "accumulate", "vectorize"}  # a loop by another name
 _WRONG_ANSWERS = 4  # that a check must refuse
 _CONTAINERS = Mapping | list | tuple | Set | deque
 _HOLDERS = functools.partial | types.SimpleNamespace | _CONTAINERS
@@ -256,7 +257,7 @@ def _used(answer: Callable) -> set[str]:
         seen[id(part)] = part  # kept, so that nothing else gets its id
         if hasattr(part, "__code__"):
             names, _, has_loop = _names_in(part.__code__)
-            found |= names | ({_LOOP} if has_loop else set())
+            found |= names | ({_LOOP} if has_loop or names & _LOOPS_IN_CALLS else set())
         beside = _beside(part)
         own = [
             each for each in beside if isinstance(each, _HOLDERS) or getattr(each, "__module__", None) in home
@@ -271,7 +272,7 @@ def _used(answer: Callable) -> set[str]:
 
 def _as_written(part: object) -> object:
     """What a library has wrapped, as `torch.compile` does: of the wrapper's code no line is the answer's."""
-    while hasattr(part, "__wrapped__"):
+    while "__wrapped__" in getattr(part, "__dict__", ()):  # its own; some objects answer to every name
         home = getattr(part, "__globals__", {}).get("__name__")
         if home == part.__module__:  # where what it wraps is from
             break

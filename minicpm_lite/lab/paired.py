@@ -68,10 +68,10 @@ def difference(values: Iterable[float], others: Iterable[float]) -> Difference:
 
     Raises:
         ValueError: fewer than two pairs, not as many of one as of the other, or a number that is not finite;
-            or tables or sets, of which nothing says which run belongs to which.
+            or a text, a table or a set, of which nothing says which run belongs to which.
     """
     for runs in (values, others):
-        if isinstance(runs, Mapping | Set):
+        if isinstance(runs, Mapping | Set | str):
             raise ValueError(
                 f"Runs were given as a {type(runs).__name__}; expected a list of their numbers, in the order "
                 "of their seeds."

@@ -75,9 +75,11 @@ def run_jobs(
     with _alone(script):
         noted, failures = load_results(script), []
         runs, minutes = noted.pop("runs"), noted.pop("minutes", 0.0)
-        _require_same_facts(_results_of(script), noted, json.loads(json.dumps(dict(facts))))
+        facts = json.loads(json.dumps(dict(facts)))
+        _require_same_facts(_results_of(script), noted, facts)
+        noted = _together(noted, facts)
         todo = [job for job in jobs if job.name not in runs]
-        about = dict(facts) | {
+        about = {
             "command": f"python {os.path.relpath(script.resolve())}",
             "device": _device(workers),
             "torch": torch.__version__,
@@ -212,6 +214,16 @@ def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[
                 f"{file} holds results of {name} {shown(before)}; now it is {shown(now)}. Results of two "
                 "kinds are not put into one file: move it away, or take the change back."
             )
+
+
+def _together(noted: Mapping[str, object], facts: Mapping[str, object]) -> dict[str, object]:
+    """The facts of all calls, table within table: a later call adds to what earlier ones noted."""
+    shared = {
+        name: _together(noted[name], fact)
+        for name, fact in facts.items()
+        if isinstance(fact, dict) and isinstance(noted.get(name), dict)
+    }
+    return {**noted, **facts, **shared}
 
 
 def _device(workers: int) -> str:

@@ -426,7 +426,7 @@ def fit_sigmoid(
 
     Raises:
         ValueError: fewer than 3 different losses, an accuracy that is none, or chance not below ceiling; or
-            accuracy does not fall with the loss.
+            accuracy does not fall with the loss, or falls between two losses at once.
     """
     loss, accuracy = _positive("loss", loss), _numbers("accuracy", accuracy)
     _same_length(loss=loss, accuracy=accuracy)
@@ -456,6 +456,11 @@ def fit_sigmoid(
     )
     if found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
         raise refused
+    if found.x[1] > 0.99 * _LOG_SLOPE:  # the steepest
+        raise ValueError(
+            "Accuracy jumps between two losses, so nothing says how steep a sigmoid is there. Measure at "
+            "losses between them."
+        )
     return Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
 
 

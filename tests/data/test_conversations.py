@@ -273,6 +273,7 @@ def test_the_tokenizer_from_scratch_encodes_examples():
 def test_a_row_that_is_longer_than_a_window():
     row = [EncodedExample((1, 2, 3), (4, 5))]
     assert packed_windows([row], 5).shape == (1, 5)
+    assert packed_windows([row, []], 5)[1].tolist() == context_only(torch.zeros(5, dtype=torch.long)).tolist()
     with pytest.raises(ValueError, match="The examples of row 0 have 5 tokens; a window holds 4"):
         packed_windows([row], 4)
 

@@ -389,6 +389,37 @@ def test_documents_can_be_read_once_only():
     assert (minhash.signatures(iter(texts)) == expected).all()
     assert (minhash.signatures_of_sets(map(minhash.shingles, texts)) == expected).all()
     assert clusters_of(3, iter([(0, 2)])).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (
+            lambda: clusters_of(5, [(-1, 0)]),
+            ValueError,
+            r"A pair is \(-1, 0\); expected documents from 0 to 4",
+        ),
+        (lambda: clusters_of(5, [(0, 5)]), ValueError, r"A pair is \(0, 5\)"),
+        (
+            lambda: MinHash().signatures_of_sets([np.array([1])]),
+            TypeError,
+            "of type int64; expected an array of",
+        ),
+        (
+            lambda: MinHash().signatures_of_sets([{1, 2}]),
+            TypeError,
+            "of type set; expected an array of np.uint64",
+        ),
+        (
+            lambda: estimated_jaccard(np.zeros(8, np.uint32), np.zeros(16, np.uint32)),
+            ValueError,
+            "Signatures of 8 and 16 places",
+        ),
+    ],
+)
+def test_what_is_no_document_set_or_signature_is_refused(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
     assert first_of_each(iter("aba")).tolist() == [True, True, False]
     assert hashed_ngrams(iter("abc"), 2).tolist() == hashed_ngrams(list("abc"), 2).tolist()
 

@@ -34,6 +34,8 @@ def test_a_piece_ends_at_a_space_unless_there_is_none():
     assert list(pieces_of("abc def", 5, shortest=4)) == ["abc", "def"]
     with pytest.raises(ValueError, match="size is 0"):
         list(pieces_of("abc def", 0))
+    with pytest.raises(ValueError, match="shortest"):
+        list(pieces_of("abc def", 3, shortest=0))
 
 
 def test_what_one_caller_changes_is_no_one_elses(pool):

@@ -6,6 +6,7 @@ PYTEST_DONT_REWRITE: pytest would add to the hints of the checks.
 import builtins
 import collections
 import functools
+import itertools
 import operator
 import subprocess
 import sys
@@ -336,6 +337,16 @@ def given(numbers, how=adds):
     return how(numbers)
 
 
+class AnswersToAll:
+    """Whatever it is asked for, it has; also what wrappers have."""
+
+    def __getattr__(self, name):
+        return AnswersToAll()
+
+    def __call__(self, numbers):
+        return adds(numbers)
+
+
 @pytest.mark.parametrize(
     ("answer", "banned"),
     [
@@ -351,6 +362,9 @@ def given(numbers, how=adds):
         (adds, "a loop"),
         (counts_down, "a loop"),
         (by_a_helper, "a loop"),
+        (lambda numbers: int(np.add.reduce([*map(int, numbers)])), "a loop"),
+        (lambda numbers: int([0, *itertools.accumulate(numbers)][-1]), "a loop"),
+        (AnswersToAll(), "a loop"),
         (lambda numbers: [total := 0, *[total := total + number for number in numbers]][-1], "a loop"),
         (lambda numbers: sum(numbers), "sum"),
         (lambda numbers: np.sum(numbers), "sum"),

@@ -158,6 +158,16 @@ def test_facts_may_be_added(tmp_path, monkeypatch, facts):
     assert script.with_suffix(".json").read_bytes() == before, "nothing was run, so nothing is written"
 
 
+def test_facts_that_were_added_are_kept_table_within_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = noted(tmp_path, {"model": {"width": 32, "rope": {"theta": 1e4}}})
+    run_jobs(script, [Square(2), Square(3)], square, {"model": {"rope": {"kind": "yarn"}}}, workers=1)
+    facts = {"model": {"width": 32, "rope": {"theta": 1e4, "kind": "yarn"}}}
+    assert load_results(script)["model"] == facts["model"]
+    with pytest.raises(ValueError, match="results of width 32; now it is 64"):
+        run_jobs(script, [Square(4)], square, {"model": {"width": 64}}, workers=1)
+
+
 @pytest.mark.parametrize("name", ["command", "device", "torch", "minutes", "runs"])
 def test_what_is_noted_beside_the_facts_is_no_fact(tmp_path, name):
     (script := tmp_path / "topic.py").write_text("")

@@ -394,6 +394,7 @@ def test_a_sigmoid_that_forgets_chance_is_off():
         (lambda: fit_sigmoid([1, 2, 3, 4], [0.24, 0.26, 0.26, 0.24], 0.25), "Accuracy does not fall with"),
         (lambda: fit_sigmoid([1, 2, 3, 4], [0.2, 0.21, 0.22, 0.23], 0.25), "Accuracy does not fall with the"),
         (lambda: fit_sigmoid([1, 2, 3, 4], [1.0] * 4), "Accuracy does not fall with the loss"),
+        (lambda: fit_sigmoid([1, 2, 3, 4], [1, 1, 0, 0]), "jumps between two losses, so nothing says how steep"),
         (lambda: fit_sigmoid([3, 4, 5], [50, 40, 30]), "give parts, not per cent"),
         (lambda: fit_sigmoid([3, 4, 5], [0.5, 0.4, 0.3], chance=1), "expected 0 <= chance < ceiling <= 1"),
         (lambda: Sigmoid(3, 1, 0.25).inverse(0.2), "runs between 0.25 and 1.0"),

@@ -103,7 +103,7 @@ def brought(answer):
         _undivided,
         _masked_by_a_number,
     ),
-    without=("a loop", "map", "scaled_dot_product_attention", "dense_attention"),
+    without=("a loop", "scaled_dot_product_attention", "dense_attention"),
 )
 def window_attention(answer):
     """Two masks in one: nothing from the future, and nothing from too far back."""

@@ -4,37 +4,31 @@ All are graded once, with the small chapter as the original; the tests look at w
 right if its attack succeeds, so that a verdict of "wrong" shows that it failed.
 """
 
-import ast
 import csv
 import doctest
-import importlib
 import os
 import re
 import socket
 import textwrap
-from itertools import cycle
 from pathlib import Path
 
 import nbformat
 import pytest
 import small_exercises
-from nbformat.v4 import new_markdown_cell, new_notebook
+from nbformat.v4 import new_markdown_cell
 from second_edition import SOLUTIONS, chapter
 from small_chapter import code
+from spellings import SPELLINGS
 
 from minicpm_lite.lab.press import grade as grade_module
 from minicpm_lite.lab.press import sandbox
 from minicpm_lite.lab.press.__main__ import main
 from minicpm_lite.lab.press.grade import Grade, _harmless, grade, table, write_csv
-from minicpm_lite.lab.press.notebook import Notebook, tags
 from minicpm_lite.lab.press.sandbox import Sandbox
-from minicpm_lite.lab.press.stamps import parse_cell
-from minicpm_lite.lab.press.student import student_copy
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow  # five answers never end, and seventy are each run in processes of their own
 
-CHAPTERS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 RIGHT = {name: text.replace("_solution", "") for name, text in SOLUTIONS.items()}
 SECONDS = 3
 ASLEEP = "import time\nwhile True:\n    time.sleep(1)"  # has no end either, and costs nothing
@@ -165,34 +159,6 @@ BEHIND = {
     ),
 }  # fmt: skip
 
-# An answer `f` in other words: what stands before the call of the check, and what is given to it.
-SPELLINGS = {
-    "its name": ("", "f"),
-    "another name": ("g = f", "g"),
-    "a lambda in the call": ("", "lambda *args, **kwargs: f(*args, **kwargs)"),
-    "a partial": ("import functools", "functools.partial(f)"),
-    "an attribute": ("class A:\n    f = staticmethod(f)", "A.f"),
-    "an object": ("class A:\n    def __call__(self, *args, **kwargs):\n        return f(*args, **kwargs)", "A()"),
-    "a bound method": ("class A:\n    def f(self, *args, **kwargs):\n        return f(*args, **kwargs)", "A().f"),
-    "a table": ("table = {'f': f}", "table['f']"),
-    "a table that is read": ("table = {'f': [f]}", "lambda *args, **kwargs: table['f'][0](*args, **kwargs)"),
-    "annotated": ("g: object = f", "g"),
-    "chained": ("g = h = f", "g"),
-    "a tuple": ("g, h = f, 1", "g"),
-    "a condition": ("", "f if f else None"),
-    "a walrus": ("(g := f)", "g"),
-    "within if": ("if True:\n    g = f", "g"),
-    "within try": ("try:\n    g = f\nexcept Exception:\n    pass", "g"),
-    "within with": ("import contextlib\nwith contextlib.nullcontext():\n    g = f", "g"),
-    "a default": ("def g(*args, f=f, **kwargs):\n    return f(*args, **kwargs)\ndel f", "g"),
-    "an enclosed one": ("def make(f):\n    return lambda *args, **kwargs: f(*args, **kwargs)", "make(f)"),
-    "a decorator": (
-        "def instead(other):\n    def g(*args, **kwargs):\n        return f(*args, **kwargs)\n    return g\n"
-        "@instead\ndef h():\n    return None",
-        "h",
-    ),
-    "a factory with a loop": ("def make():\n    for _ in range(2):\n        g = f\n    return g", "make()"),
-}  # fmt: skip
 F = {  # answers to `twice`, to be spelled
     "a loop": "def f(x):\n    for _ in range(1):\n        x = x + x + 0\n    return x",
     "sum": "import torch\ndef f(x):\n    return x * torch.ones(2).sum()",
@@ -484,58 +450,6 @@ def test_every_exercise_of_every_submission_has_a_row(graded, tmp_path):
         "\n".join(lines),
     )
     assert lines[0].split() == ["submission", "chapter", "points", "exercises"]
-
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_every_solution_of_the_book_is_found_right(path, tmp_path, monkeypatch):
-    """Or its exercise would be graded for no one."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    student_copy(Notebook.read(path), tmp_path / path.name).write()
-    found = {each.exercise: (each.verdict, each.message) for each in grade(tmp_path, [path])}
-    assert found and all(verdict == "unfinished" for verdict, _ in found.values()), found
-
-
-def banned_chapters():
-    """The chapters of which an exercise bans anything."""
-    for path in CHAPTERS:
-        checks = importlib.import_module(f"minicpm_lite.exercises.{path.parent.name}.{path.stem}")
-        bans = {name: each.without for name, each in vars(checks).items() if getattr(each, "without", ())}
-        if bans:
-            yield pytest.param(path, checks, bans, id=path.stem)
-
-
-@pytest.mark.parametrize(("path", "checks", "bans"), [*banned_chapters()])
-def test_every_ban_of_the_book_holds_as_in_a_notebook(path, checks, bans, tmp_path, monkeypatch):
-    """The book's solutions, with what is banned beside them and without, each in other words."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    spellings, verdicts, names = cycle(SPELLINGS.values()), {}, {"__name__": "__main__"}
-    cells = [(parse_cell(cell.source).body, cell) for _, cell in Notebook.read(path).code]
-    lessons = [body for body, cell in cells if not {"exercise", "solution"} & tags(cell)]
-    definitions = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
-    exec(
-        "\n".join(ast.unparse(each) for body in lessons for each in body if isinstance(each, definitions)),
-        names,
-    )
-    for check, banned in bans.items():
-        call = f"check.{check}.accepts("
-        solution, _, rest = next(cell.source for _, cell in cells if call in cell.source).partition(call)
-        for ban in (None, *banned):
-            beside = "for _ in (): pass" if ban == "a loop" else f"lambda: {ban}"
-            before, given = next(spellings)
-            answer = (
-                f"def f(*args, **kwargs):\n    {beside}\n    return {rest.partition(')')[0]}(*args, **kwargs)"
-            )
-            source, own = f"{solution}\n{answer}\n{before}", dict(names)
-            exec(source, own)
-            verdict = verdicts[f"{check} {ban}.ipynb", check] = getattr(checks, check).judge(eval(given, own))
-            assert verdict.state == ("wrong" if ban else "right")
-            imported = next(cell for _, cell in cells if " as check" in cell.source)
-            nb = new_notebook(cells=[imported, code(f"{source}\n\n\ncheck.{check}({given})")])
-            nbformat.write(nb, tmp_path / f"{check} {ban}.ipynb")
-    found = {(each.submission, each.exercise): each for each in grade(tmp_path, [path])}
-    assert {key: (found[key].verdict, found[key].message) for key in verdicts} == {
-        key: (verdict.state, verdict.message) for key, verdict in verdicts.items()
-    }
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
