@@ -1,7 +1,8 @@
 """What drawings are made of: text, boxes, lines, arrows and braces, with checks that keep them readable."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 
 from .paths import bends, brace, broken_line, circle, detour, listed, rectangle, ring, short, short_of
@@ -233,6 +234,13 @@ class Canvas:
         elif text:
             anchor = "start" if out > 0 else "end"
             self.text(edge + out * 15, (low + high) / 2, text, size=SMALLEST_TEXT, anchor=anchor)
+
+    @contextmanager
+    def faded(self, fade: bool = True) -> Iterator[None]:
+        """What is drawn inside is pale, as what is still to come; with ``fade`` False it is as usual."""
+        self._parts.append("<g opacity='.28'>" if fade else "<g>")
+        yield
+        self._parts.append("</g>")
 
     def _covered(self, place: Place, what: str) -> Place:
         """Note how far down the drawing reaches, and refuse what sticks out of it elsewhere."""

@@ -2,7 +2,8 @@
 
 Both are made from the same frames, drawn once for each value. The HTML needs no kernel, no network and no
 library: a drawing, a range input and a few lines of script. It works by mouse, touch and keyboard; a screen
-reader hears the value together with the description of its frame. Where scripts do not run (a notebook that
+reader hears the value together with the description of its frame. A film, whose values are steps in time, has
+a button that plays it. Where scripts do not run (a notebook that
 Jupyter does not trust yet) the first frame shows, with a line that says what to do.
 
 Frames are SVGs and differ in little: each is stored as a list of its elements, and each element once.
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 
+from ..config import require_positive_number
 from ..optional import require
 from .drawing import Drawing
 from .plots import plot_svg
@@ -27,6 +29,7 @@ _SCRIPT = (
     """(() => {
 const figure = document.currentScript.parentElement;
 const slider = figure.querySelector('input'), output = figure.querySelector('output');
+const button = figure.querySelector('button');
 const {parts, frames} = JSON.parse(figure.querySelector('[type="application/json"]').textContent);
 let svg = ("""
     + UNFOLD
@@ -37,7 +40,17 @@ box.innerHTML = frame.parts.map(part => parts[part]).join('');
 svg.replaceWith(box.firstElementChild); svg = figure.querySelector('svg');
 svg.setAttribute('aria-label', frame.alt); output.textContent = frame.text;
 slider.setAttribute('aria-valuetext', frame.text + '. ' + frame.alt); };
-slider.addEventListener('input', show); show();
+let timer = 0;
+const stop = () => { clearInterval(timer); timer = 0;
+if (button) { button.textContent = '▶'; button.setAttribute('aria-label', 'Play'); } };
+const next = () => { if (+slider.value === +slider.max || !figure.isConnected) return stop();
+slider.value = +slider.value + 1; show(); };
+if (button) { button.hidden = false; button.addEventListener('click', () => {
+if (timer) return stop();
+if (+slider.value === +slider.max) { slider.value = 0; show(); }
+timer = setInterval(next, 1000 * button.dataset.seconds);
+button.textContent = '⏸'; button.setAttribute('aria-label', 'Pause'); }); }
+slider.addEventListener('input', () => { stop(); show(); }); show();
 figure.querySelector('small').hidden = true;
 })()"""
 )
@@ -52,9 +65,10 @@ class Explorer:
         label: what the slider sets, with its unit.
         alt: takes one value and returns one sentence that says what the frame shows.
         start: index of the value shown first.
+        seconds: for a film, how long a button shows each value; without, there is no button.
 
     Raises:
-        ValueError: fewer than two values, or `start` is not the index of one.
+        ValueError: fewer than two values, `start` is not the index of one, or ``seconds`` is not above 0.
         TypeError: `draw` returned neither, or `alt` no sentence.
     """
 
@@ -65,12 +79,15 @@ class Explorer:
         label: str,
         alt: Callable[[object], str],
         start: int = 0,
+        seconds: float | None = None,
     ) -> None:
         if len(values) < 2:
             raise ValueError(f"An Explorer moves between at least two values; it was given {len(values)}.")
         if not 0 <= start < len(values):
             raise ValueError(f"start is {start}; expected the index of a value, 0 to {len(values) - 1}.")
-        self.label, self.start = label, start
+        if seconds is not None:
+            require_positive_number("seconds", seconds)
+        self.label, self.start, self.seconds = label, start, seconds
         self.texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
         self.alts = [_sentence(alt, value) for value in values]
         content = json.dumps([label, self.texts, self.alts])
@@ -94,7 +111,7 @@ class Explorer:
         return (
             f'{THEME}<figure class="lab-piece" id="{self.identity}" style="margin:1rem auto;max-width:42rem">'
             f"{image(self.frames[self.start], self.alts[self.start])}"
-            '<div style="display:flex;align-items:center;gap:1rem">'
+            f'<div style="display:flex;align-items:center;gap:1rem">{self._button()}'
             '<label style="display:flex;flex-wrap:wrap;align-items:center;column-gap:1rem;flex:1">'
             f"<span>{escape(self.label)}</span>"
             f'<input type="range" {KEEP_KEYS} min="0" max="{len(self.frames) - 1}" value="{self.start}" '
@@ -102,6 +119,15 @@ class Explorer:
             f'<output aria-hidden="true" style="min-width:4rem;font-weight:bold">{text}</output></div>'
             "<small>Run this cell to move the slider.</small>"
             f'<script type="application/json">{data}</script><script>{_SCRIPT}</script></figure>'
+        )
+
+    def _button(self) -> str:
+        if self.seconds is None:
+            return ""
+        look = "width:2.75rem;height:2.75rem;font-size:1.1rem;cursor:pointer"
+        return (
+            f'<button type="button" hidden {KEEP_KEYS} aria-label="Play" data-seconds="{self.seconds:g}" '
+            f'style="{look}">▶</button>'
         )
 
     def widget(self) -> ipywidgets.Widget:
@@ -120,7 +146,11 @@ class Explorer:
 
         slider.observe(lambda change: show(change["new"]), "value")
         show(self.start)
-        return ipywidgets.VBox([picture, slider])
+        if self.seconds is None:
+            return ipywidgets.VBox([picture, slider])
+        film = ipywidgets.Play(max=len(self.frames) - 1, value=self.start, interval=int(1000 * self.seconds))
+        ipywidgets.jslink((film, "value"), (slider, "index"))
+        return ipywidgets.VBox([picture, ipywidgets.HBox([film, slider])])
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
         shown = f"{self.label}: {self.texts[self.start]} (one of {len(self.texts)}). {self.alts[self.start]}"

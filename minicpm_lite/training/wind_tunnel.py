@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import least_squares, nnls
+from scipy.special import expit
 from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
@@ -46,6 +47,7 @@ __all__ = ["LossSurface", "Parabola", "PowerLaw", "Sigmoid", "batch_size_tokens"
            "mup_groups", "tokens_to_reach"]  # fmt: skip
 
 _LOG_SLOPE = 7.0  # of a sigmoid: how far from 0 it is looked for
+_ON_THE_SLOPE = 1e-3  # a sigmoid is as good as flat where it is nearer to its ends than this
 
 
 def coordinate_check(
@@ -396,7 +398,7 @@ class Sigmoid:
 
     def predict(self, loss: float) -> float:
         """Accuracy at a loss."""
-        part = 1 / (1 + np.exp(self.slope * (np.asarray(loss, dtype=float) - self.midpoint)))
+        part = expit(-self.slope * (np.asarray(loss, dtype=float) - self.midpoint))
         return self.chance + (self.ceiling - self.chance) * part
 
     def inverse(self, accuracy: float) -> float:
@@ -456,12 +458,14 @@ def fit_sigmoid(
     )
     if found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
         raise refused
-    if found.x[1] > 0.99 * _LOG_SLOPE:  # the steepest
+    sigmoid = Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
+    part = (sigmoid.predict(loss) - chance) / (ceiling - chance)
+    if not ((part > _ON_THE_SLOPE) & (part < 1 - _ON_THE_SLOPE)).any():
         raise ValueError(
             "Accuracy jumps between two losses, so nothing says how steep a sigmoid is there. Measure at "
             "losses between them."
         )
-    return Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
+    return sigmoid
 
 
 def _numbers(name: str, values: Sequence[float], what: str = "finite numbers") -> np.ndarray:

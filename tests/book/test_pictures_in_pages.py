@@ -22,7 +22,7 @@ def drawn():
     return drawing
 
 
-def explorer():
+def explorer(**more):
     def draw(count):
         figure, axes = plt.subplots()
         axes.plot(range(count))
@@ -30,7 +30,7 @@ def explorer():
 
     with plt.rc_context():
         style.use_book_style()
-        return lab.Explorer(draw, [2, 3, 4], "Points", lambda count: f"A line of {count} points.")
+        return lab.Explorer(draw, [2, 3, 4], "Points", lambda count: f"A line of {count} points.", **more)
 
 
 def test_a_drawing_stands_in_the_page_in_its_colours(page):
@@ -80,3 +80,24 @@ def test_an_explorer_moves_by_key_and_by_mouse(page):
     slider.click(position={"x": box["width"] - 2, "y": box["height"] / 2})
     assert page.get_by_role("img", name="A line of 4 points.").count() == 1 and shown.text_content() == "4"
     assert page.locator("figure svg").count() == 1 and not page.locator("small").is_visible()
+
+
+def test_a_film_is_played_paused_and_begins_again(page):
+    page.clock.install()
+    page.set_content(PAGE.format(explorer(seconds=1).html()))
+    shown = page.locator("output")
+    page.get_by_role("button", name="Play").click()
+    page.clock.run_for(1100)
+    assert shown.text_content() == "3"
+    page.get_by_role("button", name="Pause").click()
+    page.clock.run_for(5000)
+    assert shown.text_content() == "3"
+    page.get_by_role("button", name="Play").click()
+    page.clock.run_for(2100)
+    assert shown.text_content() == "4" and page.get_by_role("button", name="Play").count() == 1
+    page.get_by_role("button", name="Play").click()
+    assert shown.text_content() == "2"
+    page.clock.run_for(1100)
+    page.get_by_role("slider").press("ArrowLeft")  # whoever moves it takes over
+    page.clock.run_for(5000)
+    assert shown.text_content() == "2"

@@ -1,6 +1,7 @@
 """Drawings: what they hold, that they can be read, and what they refuse."""
 
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -152,6 +153,18 @@ def test_rows_and_piles(drawing):
     assert "rect x='208' y='12'" in drawing.svg() and words(drawing) == list("abe")
     with pytest.raises(ValueError, match="The pile covers 338 to 368"):
         drawing.box(330, 20, 30, 20, "e", pile=3)
+
+
+def test_what_is_to_come_is_pale(drawing):
+    with drawing.faded():
+        drawing.box(0, 0, 40, 20, "later")
+    with drawing.faded(False):
+        drawing.box(50, 0, 40, 20, "now")
+    groups = re.findall(r"<g[^>]*>(?:(?!</g>).)*</g>", drawing.svg())
+    assert [("opacity" in group.split(">")[0], "later" in group) for group in groups] == [
+        (True, True),
+        (False, False),
+    ]
 
 
 def test_a_group_holds_its_places(drawing):

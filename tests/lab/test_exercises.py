@@ -343,8 +343,8 @@ class AnswersToAll:
     def __getattr__(self, name):
         return AnswersToAll()
 
-    def __call__(self, numbers):
-        return adds(numbers)
+    def __call__(self, *numbers):
+        return adds(*numbers)
 
 
 @pytest.mark.parametrize(

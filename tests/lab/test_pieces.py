@@ -139,11 +139,25 @@ def test_an_explorer_shows_drawings():
     assert explorer.frames == [box(20).svg(), box(40).svg()]
 
 
+def test_a_film_is_played_in_a_kernel_too():
+    film = lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line.", seconds=0.5)
+    picture, controls = film.widget().children
+    play, slider = controls.children
+    assert (play.interval, play.min, play.max, slider.index) == (500, 0, 1, 0)
+    slider.index = 1
+    assert "A high line." in picture.value
+    assert (
+        'data-seconds="0.5"' in film.html()
+        and "<button" not in lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line.").html()
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
         ({"values": [1.0]}, ValueError, "at least two values"),
         ({"start": 2}, ValueError, "start is 2"),
+        ({"seconds": 0}, ValueError, "seconds is 0; expected a number greater than 0"),
         ({"draw": lambda v: None}, TypeError, "return figure"),
         ({"alt": "A line."}, TypeError, "expected a function"),
         ({"alt": lambda v: ""}, TypeError, "one sentence"),

@@ -69,6 +69,7 @@ def _undivided(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor
         (0.0, 0.01),
         (-2.98, 2.98),
         (-0.3, 0.0),  # the table's row
+        (-2.98, 0.0),  # nothing of the others
     ),
 )
 def brought(answer):
@@ -87,7 +88,10 @@ def brought(answer):
     assert abs(many + 2.98) < 0.012, (
         "Keys and queries of this head do not read `many`, so the weights are those of the text above."
     )
-    assert abs(where - 0.01) < 0.012, (
+    assert where != 0, (
+        "Nearly nothing, but not nothing: what do 0.003 of `over` and 0.004 of `there` bring of *where*?"
+    )
+    assert abs(where - 0.01) < 0.006, (
         "The second number comes from `over` and `there`, which are as they were."
     )
 
@@ -135,6 +139,9 @@ def window_attention(answer):
     for tokens, width, window in ((6, 8, 3), (5, 4, 9)):
         query, key = torch.randn(2, tokens, width, generator=generator)
         value = torch.randn(tokens, 3, generator=generator)
+        assert not same(answer(query, key, value, window), _undivided(query, key, value, window)), (
+            "Yours takes the scores as they are. They are divided by the root of the width of a query."
+        )
         assert same(answer(query, key, value, window), _window(query, key, value, window)), (
             f"{tokens} tokens of width {width} with random queries and a window of {window}: the scores are "
             "products of query and key, divided by the root of *their* width; values may have another one. "
@@ -341,6 +348,9 @@ def turn(answer):
     )
     x = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.5, 2.5, 0.25, -3.0])
     for position, base in ((5, 500.0), (40, 10_000.0)):
+        assert base == 10_000.0 or not same(
+            answer(x.clone(), position, base), _turned(x, position, 10_000.0)
+        ), "With a base of 500 your speeds are still powers of 10,000. The base is an argument."
         assert same(answer(x.clone(), position, base), _turned(x, position, base)), (
             f"Eight entries at position {position} with base {base:,.0f}: does your answer use all three "
             "arguments, and does each new half come from the two *old* ones?"
@@ -762,8 +772,8 @@ def longest_text(answer):
         "A token keeps a key *and* a value, and each of their numbers takes two bytes. Which do you miss?"
     )
     assert not same(got, 0), (
-        "No token fits, by your answer. Only the key-value heads are kept, not all query heads, and their "
-        "width stands in the config: 2 numbers here."
+        "No token fits, by your answer. Only the key-value heads are kept, not all query heads; their width "
+        "stands in the config, 2 numbers here; and each number takes two *bytes*, as `free_bytes` are bytes."
     )
     assert same(got, 2), (
         "One block with one key-value head of width 2: a token keeps 2 + 2 numbers of 2 bytes each. How many "
