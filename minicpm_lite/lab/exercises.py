@@ -230,7 +230,7 @@ def _has_blank(answer: object) -> bool:
 
 def _does_nothing(function: Callable) -> bool:
     """Whether its body is empty: ``...``, ``pass`` or a docstring."""
-    code = getattr(function, "__code__", None)
+    code = _code(function)
     steps = {step.opname for step in dis.get_instructions(code)} if code else {"unknown"}
     return steps <= {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"} and not any(
         value is not None and not isinstance(value, str) for value in code.co_consts
@@ -255,8 +255,8 @@ def _used(answer: Callable) -> set[str]:
         if id(part) in seen:
             continue
         seen[id(part)] = part  # kept, so that nothing else gets its id
-        if hasattr(part, "__code__"):
-            names, _, has_loop = _names_in(part.__code__)
+        if code := _code(part):
+            names, _, has_loop = _names_in(code)
             found |= names | ({_LOOP} if has_loop or names & _LOOPS_IN_CALLS else set())
         beside = _beside(part)
         own = [
@@ -268,6 +268,12 @@ def _used(answer: Callable) -> set[str]:
         found |= {each.__name__ for each in called}  # whatever it is called here
         todo += own
     return found
+
+
+def _code(part: object) -> types.CodeType | None:
+    """Of a function; some objects answer to every name, and hold no code under this one."""
+    code = getattr(part, "__code__", None)
+    return code if isinstance(code, types.CodeType) else None
 
 
 def _as_written(part: object) -> object:
@@ -288,8 +294,8 @@ def _beside(part: object) -> list[object]:
         return [*vars(part).values(), *part.__bases__]
     if inspect.ismethod(part):
         return [part.__func__, part.__self__]
-    if hasattr(part, "__code__"):
-        _, read, _ = _names_in(part.__code__)
+    if code := _code(part):
+        _, read, _ = _names_in(code)
         enclosed = [cell.cell_contents for cell in part.__closure__ or () if cell != types.CellType()]
         given = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
         return [*(part.__globals__.get(name) for name in read), *enclosed, *given]
