@@ -185,7 +185,7 @@ class _Watched:
     """A student's function, wrapped to note what it returned and raised."""
 
     def __init__(self, function: Callable, look: Look) -> None:
-        self.file = function.__code__.co_filename if hasattr(function, "__code__") else None
+        self.file = code.co_filename if (code := _code(function)) else None
         self.is_blank, self.banned = look.is_blank, look.banned
         self.results: list[object] = []
         self.error: BaseException | None = None
@@ -265,7 +265,7 @@ def _used(answer: Callable) -> set[str]:
         called = [each for each in beside if inspect.isroutine(each)]
         if isinstance(part, type):
             called = [each for each in called if each not in own]  # a method may have any name
-        found |= {each.__name__ for each in called}  # whatever it is called here
+        found |= {getattr(each, "__name__", "") for each in called}  # whatever it is called here
         todo += own
     return found
 
