@@ -96,7 +96,7 @@ def stream(
             )
         # not around the whole function: a caller's code runs between its steps
         with torch.no_grad(), evaluating(model) if training or model.training else nullcontext():
-            logits = model(newest, context, last_only=True)[:, -1]
+            logits = model(newest, context, last_only=True).squeeze(1)
         read = context.length
         if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
             raise FloatingPointError(
@@ -111,7 +111,7 @@ def stream(
         if stops is not None:
             token = torch.where(stopped, stops[0], token)
             stopped |= torch.isin(token, stops)
-        newest = token[:, None].clone()  # whoever gets the token may change it
+        newest = token.unsqueeze(1).clone()  # whoever gets the token may change it
         yield token
         if stops is not None and bool(stopped.all()):
             return

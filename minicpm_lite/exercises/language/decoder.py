@@ -1,6 +1,7 @@
 """Checks and quiz of the chapter on the decoder."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,8 @@ from ...config import ModelConfig, load_config
 from ...lab.exercises import exercise
 from ...lab.mistakes import same
 from ...lab.quiz import Quiz
+from ...language.context import Context
+from ...language.decoder import Block
 
 _TWO_NOUNS = {"is": 0.426, "are": 0.426}
 
@@ -86,7 +89,9 @@ def brought(answer):
         "That is the value of `cat` itself. The lane gets a share of it, and small shares of the others."
     )
     assert abs(many + 2.98) < 0.012, (
-        "Keys and queries of this head do not read `many`, so the weights are those of the text above."
+        "A weight or a value is another one. Keys and queries of this head do not read `many`, so the "
+        "weights are those of the text above. The value of `cat` is 2.5 times its *many* after the norm, and "
+        "counts with its weight."
     )
     assert where != 0, (
         "Nearly nothing, but not nothing: what do 0.003 of `over` and 0.004 of `there` bring of *where*?"
@@ -139,13 +144,13 @@ def window_attention(answer):
     for tokens, width, window in ((6, 8, 3), (5, 4, 9)):
         query, key = torch.randn(2, tokens, width, generator=generator)
         value = torch.randn(tokens, 3, generator=generator)
-        assert not same(answer(query, key, value, window), _undivided(query, key, value, window)), (
+        got = answer(query.clone(), key.clone(), value.clone(), window)
+        assert not same(got, _undivided(query, key, value, window)), (
             "Yours takes the scores as they are. They are divided by the root of the width of a query."
         )
-        assert same(answer(query, key, value, window), _window(query, key, value, window)), (
+        assert same(got, _window(query, key, value, window)), (
             f"{tokens} tokens of width {width} with random queries and a window of {window}: the scores are "
-            "products of query and key, divided by the root of *their* width; values may have another one. "
-            "(Nothing that was given may be changed.)"
+            "products of query and key, divided by the root of *their* width; values may have another one."
         )
 
 
@@ -216,7 +221,8 @@ def forecast(answer):
     )
     assert not 0.022 <= off < 0.05, "They are equal, and you are near. How much is left over for *there*?"
     assert off < 0.022, (
-        "They are equal. The third word has the same verb number, but its where was cleared to below zero: "
+        f"They are equal, and leave {1 - answer['is'] - answer['are']:.2f} to others. The third word has the "
+        "same verb number, but its where was cleared to below zero: "
         "it gets less than a third, and more than nothing."
     )
 
@@ -561,6 +567,103 @@ def _last_scores(model, ids: Tensor) -> bool:
     return not torch.allclose(model(ids)[:, -1], model(ids[:, :-1])[:, -1], atol=1e-5)
 
 
+def _parts(W: Mapping[str, Tensor], config: ModelConfig) -> tuple[Callable, Callable, Block]:
+    """Attention and feed-forward network as functions of what they read, and the block they are from."""
+    block = Block(config, layer=0)
+    named = {name.split(".")[-2]: weight for name, weight in block.named_parameters()}
+    with torch.no_grad():
+        for name, weight in W.items():
+            named[name].copy_(weight)
+
+    def attention(read: Tensor) -> Tensor:
+        context = Context()
+        rotary = context.angles(config, context.begin(read[None]))
+        return block.self_attn(read[None], rotary, context)[0]
+
+    return attention, block.mlp, block
+
+
+@torch.no_grad()
+def _assembled(
+    x: Tensor, W: Mapping[str, Tensor], config: ModelConfig, *, r: float | None = None,
+    last_r: float | None = None, one_copy: bool = False, replaced: bool = False, one_norm: bool = False,
+    unnormed: bool = False,
+) -> Tensor:  # fmt: skip
+    attention, feed_forward, block = _parts(W, config)
+    r = config.residual_scale if r is None else r
+    first, second = (
+        block.input_layernorm,
+        block.input_layernorm if one_norm else block.post_attention_layernorm,
+    )
+    read = x if unnormed else first(x)
+    after = (read if replaced else x) + r * attention(read)
+    again = read if one_copy else after if unnormed else second(after)
+    return after + (r if last_r is None else last_r) * feed_forward(again)
+
+
+def _a_block(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        name.split(".")[-2]: torch.rand(weight.shape, generator=generator) + 0.5
+        if "norm" in name
+        else 0.4 * torch.randn(weight.shape, generator=generator)
+        for name, weight in Block(config, layer=0).named_parameters()
+    }
+
+
+@exercise(
+    "block",
+    wrong=(
+        lambda x, W, config: _assembled(x, W, config, r=1.0),
+        lambda x, W, config: _assembled(x, W, config, last_r=1.0),
+        lambda x, W, config: _assembled(x, W, config, one_copy=True),
+        lambda x, W, config: _assembled(x, W, config, replaced=True),
+        lambda x, W, config: _assembled(x, W, config, one_norm=True),
+        lambda x, W, config: _assembled(x, W, config, unnormed=True),
+        lambda x, W, config: _assembled(x, W, config, r=1.4),  # of one block, whatever the config says
+        lambda x, W, config: _assembled(x, W, replace(config, rms_norm_eps=1e-5)),
+    ),
+)
+def block(answer):
+    """Read a normed copy, work on it, add the result: twice."""
+    base = ModelConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, vocab_size=8, scale_depth=1.4, rms_norm_eps=1e-3,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for config in (
+        base,
+        replace(base, num_hidden_layers=1, rope_theta=500.0),
+        replace(base, scale_depth=0.7),
+    ):
+        x, W = torch.randn(5, 8, generator=generator), _a_block(config, generator)
+        got, expected = answer(x.clone(), dict(W), config), _assembled(x, W, config)
+        assert isinstance(got, Tensor) and got.shape == x.shape, (
+            "Five lanes of 8 numbers come in, and as many go out; yours are "
+            f"{tuple(getattr(got, 'shape', ()))}."
+        )
+        for mistake, says in (
+            ({"r": 1.0}, "Yours adds what is found as it is. It is multiplied by *r* first, both times."),
+            ({"last_r": 1.0}, "What the feed-forward network finds is multiplied by *r* as well."),
+            (
+                {"one_copy": True},
+                "Yours gives both parts the same copy. The second reads the stream after attention.",
+            ),
+            (
+                {"replaced": True},
+                "Yours adds to the normed copy. It is only read; the stream itself is added to.",
+            ),
+            ({"one_norm": True}, "The second norm has factors of its own, `post_attention_layernorm`."),
+            ({"unnormed": True}, "Each part reads a normed copy of the stream."),
+            ({"r": 1.4}, "The config says how large *r* is: 1.4 over the root of its three blocks here."),
+        ):
+            if not same(_assembled(x, W, config, **mistake), expected, 1e-4):
+                assert not same(got, _assembled(x, W, config, **mistake), 1e-4), says
+        assert same(got, expected, 1e-4), (
+            "A block of width 8 with 4 query heads on 2 key-value heads: norm, attention, add; norm, "
+            "feed-forward, add. Does yours use the ε, the *r* and the base of the config?"
+        )
+
+
 @exercise(
     "leaks",
     wrong=(
@@ -585,7 +688,7 @@ def _last_scores(model, ids: Tensor) -> bool:
     ),
 )
 def leaks(answer):
-    """Each beginning gives what the whole text gave for it, in every model that cannot see ahead."""
+    """Nothing that comes later may matter, wherever it comes."""
     ids = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
     assert same(answer(_counted, ids), False), (
         "A model that counts the tokens so far does not see ahead; yours says that it does. Do you compare "
@@ -692,6 +795,10 @@ def answer_loss(answer):
         "was asked for a token that nobody knows."
     )
     everything = (math.log(2) + math.log(4 / 3) + math.log(8 / 7)) / 3
+    try:
+        answer(halves, torch.tensor([1, 0, 1, 1]), 0)
+    except IndexError as error:
+        raise AssertionError(f"With `start` = 0 yours looks for a lane that is not there: {error}") from None
     for start in (1, 0):
         assert same(answer(halves, torch.tensor([1, 0, 1, 1]), start), everything), (
             f"With `start` = {start} all tokens count but the first, which no lane was asked for: three of "
