@@ -12,7 +12,7 @@ from ...lab.exercises import exercise
 from ...lab.mistakes import same
 from ...lab.quiz import Quiz
 from ...language.context import Context
-from ...language.decoder import Block
+from ...language.decoder import Block, Decoder
 
 _TWO_NOUNS = {"is": 0.426, "are": 0.426}
 
@@ -129,6 +129,10 @@ def window_attention(answer):
         "Queries of zero, values 8, 4, 6, 2 and a window of 4: all scores are equal, so each token takes the "
         "plain average of what it may see, 8, then (8 + 4) / 2, and so on. Does yours see the future, do its "
         "weights no longer add up to 1, or does it pass over the `window` that is given?"
+    )
+    late = _masked_late(zeros, zeros, value, 2)
+    assert not same(answer(zeros, zeros, value, 2), late), (
+        "Your weights do not add up to 1: mask the scores, before the softmax."
     )
     assert same(answer(zeros, zeros, value, 2), [[8.0], [6.0], [5.0], [4.0]]), (
         "Queries of zero, values 8, 4, 6, 2 and a window of 2: the last token sees 6 and 2, itself included, "
@@ -587,8 +591,13 @@ def _parts(W: Mapping[str, Tensor], config: ModelConfig) -> tuple[Callable, Call
 def _assembled(
     x: Tensor, W: Mapping[str, Tensor], config: ModelConfig, *, r: float | None = None,
     last_r: float | None = None, one_copy: bool = False, replaced: bool = False, one_norm: bool = False,
-    unnormed: bool = False,
+    unnormed: bool = False, exchanged: bool = False, other_norms: bool = False,
 ) -> Tensor:  # fmt: skip
+    if exchanged:
+        W = {**W, "gate_proj": W["up_proj"], "up_proj": W["gate_proj"]}
+    if other_norms:
+        first, second = "input_layernorm", "post_attention_layernorm"
+        W = {**W, first: W[second], second: W[first]}
     attention, feed_forward, block = _parts(W, config)
     r = config.residual_scale if r is None else r
     first, second = (
@@ -619,6 +628,8 @@ def _a_block(config: ModelConfig, generator: torch.Generator) -> dict[str, Tenso
         lambda x, W, config: _assembled(x, W, config, replaced=True),
         lambda x, W, config: _assembled(x, W, config, one_norm=True),
         lambda x, W, config: _assembled(x, W, config, unnormed=True),
+        lambda x, W, config: _assembled(x, W, config, exchanged=True),
+        lambda x, W, config: _assembled(x, W, config, other_norms=True),
         lambda x, W, config: _assembled(x, W, config, r=1.4),  # of one block, whatever the config says
         lambda x, W, config: _assembled(x, W, replace(config, rms_norm_eps=1e-5)),
     ),
@@ -642,6 +653,11 @@ def block(answer):
             f"{tuple(getattr(got, 'shape', ()))}."
         )
         for mistake, says in (
+            ({"exchanged": True}, "Gate and up are exchanged: the silu belongs to the gate."),
+            (
+                {"other_norms": True},
+                "The two norms are exchanged: `input_layernorm` stands before attention.",
+            ),
             ({"r": 1.0}, "Yours adds what is found as it is. It is multiplied by *r* first, both times."),
             ({"last_r": 1.0}, "What the feed-forward network finds is multiplied by *r* as well."),
             (
@@ -743,6 +759,87 @@ def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return -chances.gather(1, ids[1:, None]).squeeze(1)
 
 
+def _headless(
+    weights: Mapping[str, Tensor], config: ModelConfig, block: int, head: int, part: str = "o_proj",
+    dim: int = 1, width: int | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    name, width = f"layers.{block}.self_attn.{part}.weight", width or config.head_dim
+    zeroed = weights[name].clone()
+    zeroed.narrow(dim, head * width % zeroed.shape[dim], width).zero_()
+    return {**weights, name: zeroed}
+
+
+def _headless_in_place(weights: dict[str, Tensor], config: ModelConfig, block: int, head: int) -> dict:
+    name, width = f"layers.{block}.self_attn.o_proj.weight", config.head_dim
+    weights[name][:, head * width : (head + 1) * width] = 0
+    return dict(weights)
+
+
+@torch.no_grad()
+def _said(config: ModelConfig, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    model = Decoder(config).eval()
+    model.load_state_dict(dict(weights))
+    return model(ids)
+
+
+@exercise(
+    "headless",
+    wrong=(
+        lambda weights, config, block, head: _headless(weights, config, block, head, dim=0, width=2),  # rows
+        lambda weights, config, block, head: _headless(weights, config, block, head, "q_proj", dim=0),
+        lambda weights, config, block, head: _headless(weights, config, block, head // 2, "v_proj", dim=0),
+        lambda weights, config, block, head: _headless(weights, config, block, head // 2, "k_proj", dim=0),
+        lambda weights, config, block, head: _headless(weights, config, block, (head + 1) % 4),
+        lambda weights, config, block, head: _headless(weights, config, 0, head),
+        lambda weights, config, block, head: _headless(
+            weights, config, block, head, width=config.hidden_size // config.num_attention_heads
+        ),
+        lambda weights, config, block, head: dict(weights),
+        _headless_in_place,
+    ),
+)
+def headless(answer):
+    """The columns of the output matrix are the head's own; all else is shared or does something else."""
+    base = ModelConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, vocab_size=16, scale_depth=1.4,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for block, head in ((0, 0), (1, 3), (0, 2), (1, 1)):
+        config = replace(base, head_dim=4) if block else base
+        shapes = {name: weight.shape for name, weight in Decoder(config).state_dict().items()}
+        weights = {name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        before = {name: weight.clone() for name, weight in weights.items()}
+        ids = torch.randint(16, (1, 9), generator=generator)
+        got = answer(weights, config, block, head)
+        assert isinstance(got, Mapping) and got.keys() == before.keys(), (
+            "Return a dictionary with the names of the one that was given: all weights of the model."
+        )
+        assert all(torch.equal(weights[name], before[name]) for name in before), (
+            "The given tensors have changed. A new dictionary holds the same tensors, until you clone one."
+        )
+        mine = _said(config, got, ids)
+        for part, shared, says in (
+            (
+                "q_proj",
+                head,
+                "A head without a query takes the plain average and hands it over all the same.",
+            ),
+            ("v_proj", head // 2, "A value head is shared by two query heads here; yours takes out both."),
+            (
+                "k_proj",
+                head // 2,
+                "A key head is shared by two query heads here, and both still hand something over.",
+            ),
+        ):
+            wrong = _headless(before, config, block, shared, part, dim=0)
+            assert not same(mine, _said(config, wrong, ids), 1e-4), says
+        assert same(mine, _said(config, _headless(before, config, block, head), ids), 1e-4), (
+            f"Head {head} of block {block}, counted from 0, of heads {config.head_dim} wide: does it bring "
+            "nothing, and does everything else work as before?"
+        )
+
+
 @exercise(
     "answer loss",
     wrong=(
@@ -808,6 +905,13 @@ def answer_loss(answer):
         "With `start` = 3 one token counts, the last, and lane 2 was asked for it."
     )
     large = torch.tensor([[1000.0, 0.0], [0.0, 0.0]])
+    uneven = torch.tensor([[1000.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    assert same(
+        answer(uneven, torch.tensor([1, 0, 2]), 1), _lane_losses(uneven, torch.tensor([1, 0, 2])).mean()
+    ), (
+        "One row has a logit of 1000 and the next one has not. The largest number that is taken away before "
+        "exponentials are, is that of each row."
+    )
     assert same(answer(large, torch.tensor([0, 1]), 1), 1000.0), (
         "With logits of 1000 and 0, the token that got 0 costs 1000 nats. An exponential of 1000 is "
         "infinite, and one of −1000 is 0. Let PyTorch take the logarithm of a softmax at once."
