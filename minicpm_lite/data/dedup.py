@@ -222,9 +222,14 @@ def lsh_probability(
 
     A band of r rows agrees with probability s^r; none of b agrees with (1 - s^r)^b.
 
+    Raises:
+        ValueError: a similarity outside 0 to 1.
+
     >>> round(lsh_probability(0.8, bands=16, rows=8), 3)
     0.947
     """
+    if not (np.all(np.asarray(similarity) >= 0) and np.all(np.asarray(similarity) <= 1)):
+        raise ValueError(f"similarity is {similarity!r}; expected a part, from 0 to 1.")
     return 1 - (1 - similarity**rows) ** bands
 
 

@@ -90,8 +90,11 @@ def identify_languages(texts: Iterable[str], least: float = 0.5) -> list[str]:
     Raises:
         ImportError: py3langid is missing; the message names the command to get it.
         TypeError: one string in place of several.
+        ValueError: ``least`` is no probability.
     """
     require_several(texts)
+    if not 0 <= least <= 1:
+        raise ValueError(f"least is {least!r}; expected a probability, from 0 to 1.")
     classify = _language_identifier().classify
     codes = []
     for text in texts:

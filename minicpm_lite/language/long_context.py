@@ -116,7 +116,7 @@ def search_factors(
         seed: decides the children.
 
     Raises:
-        ValueError: no first candidate, or candidates of different lengths.
+        ValueError: no first candidate, candidates of different lengths, or a factor below 1.
         FloatingPointError: no candidate has a finite loss.
     """
 
@@ -126,6 +126,8 @@ def search_factors(
 
     if not len(starts) or any(start.shape != starts[0].shape for start in starts):
         raise ValueError("starts must hold at least one candidate, and all of one length.")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"factor is {factor!r}; a context is made longer, so give a number from 1 on.")
     require_positive_integer("parents", parents)
     require_seed(seed)
     generator = torch.Generator().manual_seed(seed)

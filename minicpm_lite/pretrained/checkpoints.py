@@ -59,7 +59,7 @@ __all__ = [
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
 _CHAT_TEMPLATE = "chat_template.jinja"
-_PUT_A_BLANK = ("GPT2Tokenizer", "Qwen2Tokenizer")  # classes of transformers that build their pre-tokenizer
+_PUT_A_BLANK = ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")  # classes that decide it by themselves
 _HUB_FILES = [
     "config.json",
     "generation_config.json",

@@ -202,6 +202,8 @@ def _refuse_other_computations(
                  "use_sliding_window"):  # fmt: skip
         if values.get(name):
             raise ValueError(f"{name} is {values[name]!r}, and the decoder has none of it.")
+    if values.get("is_causal") is False:
+        raise ValueError("is_causal is false: tokens see what follows them, and the decoder's do not.")
     if field("hidden_act") != "silu":
         raise ValueError(f"hidden_act is {field('hidden_act')!r}; the decoder's feed-forward uses silu.")
     window = field("sliding_window")
@@ -289,6 +291,11 @@ def _why_not(config: ModelConfig, model_type: str) -> str | None:
         return 'it has latent attention. Write it as "minicpm3".'
     if model_type == "minicpm3" and not config.latent_attention:
         return "it has no latent attention."
+    if config.latent_attention and config.num_key_value_heads != config.num_attention_heads:
+        return (
+            f"it has {config.num_attention_heads} heads and num_key_value_heads is "
+            f"{config.num_key_value_heads}; latent attention shares none. Make them the same in the config."
+        )
     if config.mixture and model_type not in ("mixtral", "minicpm"):
         return 'it has a mixture of experts. Write it as "mixtral", or with multipliers as "minicpm".'
     if model_type == "mixtral" and not config.mixture:

@@ -161,6 +161,7 @@ def _config(file: GGUFFile) -> ModelConfig:
         ("rope.dimension_count", config.rotary_dim),
         ("expert_count", 0),
         ("attention.sliding_window", 0),
+        ("attention.causal", True),
     ):
         if optional(name) not in (None, expected):
             raise ValueError(

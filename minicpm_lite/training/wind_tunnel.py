@@ -138,6 +138,7 @@ def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: fl
     """
     tokens, losses = _positive("tokens", tokens), _positive("losses", losses)
     _same_length(tokens=tokens, losses=losses)
+    require_positive_number("target", target)
     if (np.diff(tokens) <= 0).any():
         raise ValueError(
             f"tokens is {tokens.tolist()}; expected a curve in order, each point later than the last."
@@ -299,15 +300,23 @@ class LossSurface:
         Raises:
             ValueError: N or D makes no difference on this surface.
         """
-        if not (self.C_N > 0 and self.C_D > 0):
-            raise ValueError("On this surface the loss does not fall with both N and D: it has no optimum.")
+        self._require_optimum()
         ratio = self.alpha * self.C_N / (self.beta * self.C_D)
         return ratio ** (1 / (self.alpha + self.beta))
 
     @property
     def eta(self) -> float:
-        """``(beta - alpha) / (alpha + beta)``: N over D at the optimum grows with this power of the FLOPs."""
+        """``(beta - alpha) / (alpha + beta)``: N over D at the optimum grows with this power of the FLOPs.
+
+        Raises:
+            ValueError: N or D makes no difference on this surface.
+        """
+        self._require_optimum()
         return (self.beta - self.alpha) / (self.alpha + self.beta)
+
+    def _require_optimum(self) -> None:
+        if not (self.C_N > 0 and self.C_D > 0):
+            raise ValueError("On this surface the loss does not fall with both N and D: it has no optimum.")
 
     def optimal(self, flops: float) -> tuple[float, float]:
         """Parameters and tokens of least loss for ``flops = 6 N D``; N / D is ``K**2 (flops/6)**eta``.
@@ -356,6 +365,8 @@ def fit_loss_surface(N: Sequence[float], D: Sequence[float], L: Sequence[float])
     ]
     best = min(found, key=lambda result: result.cost).x
     (alpha, beta), (c_n, c_d, floor) = np.exp(best), solve(best)[0]
+    # what is no more than rounding beside the losses, in units of the mean N and D, is no term
+    c_n, c_d = (term if term > 1e-9 * L.mean() else 0.0 for term in (c_n, c_d))
     return LossSurface(
         float(c_n * unit_n**alpha), float(alpha), float(c_d * unit_d**beta), float(beta), float(floor)
     )
@@ -367,15 +378,23 @@ def conditional_losses(
 ) -> Float[Tensor, " items"]:
     """Loss of each answer given its context: the mean over the answer's tokens alone, in nats a token.
 
+    Shorter answers are padded with tokens that carry the mark of `context_only`, which do not count.
+
     Raises:
-        ValueError: the contexts are empty, so that nothing stands before an answer's first token.
+        ValueError: the contexts are empty, so that nothing stands before an answer's first token, or carry
+            the mark already; or an answer has no token.
         FloatingPointError: a loss that is no finite number.
     """
     if contexts.shape[1] == 0:
         raise ValueError("The contexts hold no token; give one at least, such as the start token.")
+    if bool((contexts < 0).any()):
+        raise ValueError("Some tokens of the contexts carry the mark of context_only; give plain ids.")
+    counted = (answers >= 0).sum(dim=1)
+    if not bool((counted > 0).all()):
+        raise ValueError("An answer holds no token that is predicted; each needs one at least.")
     window = torch.cat([context_only(contexts), answers], dim=1)
     with evaluating(model):
-        losses = token_losses(model, window).sum(dim=1) / answers.shape[1]
+        losses = token_losses(model, window).sum(dim=1) / counted
     require_finite(losses, "an answer")
     return losses
 
@@ -428,7 +447,7 @@ def fit_sigmoid(
 
     Raises:
         ValueError: fewer than 3 different losses, an accuracy that is none, or chance not below ceiling; or
-            accuracy does not fall with the loss, or falls between two losses at once.
+            accuracy does not fall with the loss, or fewer than 2 losses lie where it falls.
     """
     loss, accuracy = _positive("loss", loss), _numbers("accuracy", accuracy)
     _same_length(loss=loss, accuracy=accuracy)
@@ -460,10 +479,11 @@ def fit_sigmoid(
         raise refused
     sigmoid = Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
     part = (sigmoid.predict(loss) - chance) / (ceiling - chance)
-    if not ((part > _ON_THE_SLOPE) & (part < 1 - _ON_THE_SLOPE)).any():
+    on_the_slope = loss[(part > _ON_THE_SLOPE) & (part < 1 - _ON_THE_SLOPE)]
+    if len(set(on_the_slope)) < 2 or found.x[1] > 0.99 * _LOG_SLOPE:
         raise ValueError(
-            "Accuracy jumps between two losses, so nothing says how steep a sigmoid is there. Measure at "
-            "losses between them."
+            f"Of the losses, {len(set(on_the_slope))} lie where accuracy falls, so nothing says how steep a "
+            "sigmoid is there. Measure at more losses in between."
         )
     return sigmoid
 

@@ -401,6 +401,7 @@ def test_documents_can_be_read_once_only():
             ValueError,
             r"A pair is \(-1, 0\); expected documents from 0 to 4",
         ),
+        (lambda: lsh_probability(80, 16, 8), ValueError, "similarity is 80; expected a part, from 0 to 1"),
         (lambda: clusters_of(5, [(0, 5)]), ValueError, r"A pair is \(0, 5\)"),
         (
             lambda: MinHash().signatures_of_sets([np.array([1])]),

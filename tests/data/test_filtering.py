@@ -82,7 +82,9 @@ def test_languages():
     french = "Le chat est assis sur la table et regarde par la fenêtre, comme tous les jours de la semaine."
     assert identify_languages([english, chinese, french, ""]) == ["en", "zh", "fr", "und"]
     assert identify_languages(["12345 67890", "?!", "\n", "qzx"]) == ["und"] * 4
-    assert identify_languages(["hello"], least=1.01) == ["und"]
+    assert identify_languages(["hello"], least=1.0) == ["und"]
+    with pytest.raises(ValueError, match="least is 50.0; expected a probability, from 0 to 1"):
+        identify_languages(["hello"], least=50.0)
     assert identify_languages([]) == []
 
 

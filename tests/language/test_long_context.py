@@ -203,3 +203,9 @@ def test_a_config_is_refused_in_a_sentence_or_has_frequencies(method, head_dim, 
     for length in (1, 4 * context):
         frequencies, magnitude = scaled_frequencies(config, length)
         assert frequencies.isfinite().all() and (frequencies > 0).all() and math.isfinite(magnitude)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.0, float("nan"), float("inf")])
+def test_no_factors_are_searched_for_a_shorter_context(factor):
+    with pytest.raises(ValueError, match="a context is made longer, so give a number from 1 on"):
+        search_factors(lambda factors: 0.0, [torch.ones(4)], factor)

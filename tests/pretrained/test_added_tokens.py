@@ -107,6 +107,18 @@ def test_a_blank_before_a_text_is_that_of_transformers_or_refused(kind, puts, as
         assert load_tokenizer(tmp_path).encode("some plain words").ids == theirs.input_ids
 
 
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_a_blank_of_sentencepiece_is_that_of_transformers_or_refused(asked, tmp_path):
+    KINDS["prepended"].save(str(tmp_path / "tokenizer.json"))
+    said = {"tokenizer_class": "LlamaTokenizer"} | ({} if asked is None else {"add_prefix_space": asked})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    if asked is False:
+        with pytest.raises(ValueError, match="add_prefix_space: false, and tokenizer.json puts a blank"):
+            load_tokenizer(tmp_path)
+    else:
+        load_tokenizer(tmp_path)
+
+
 CLASSES = ["GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast",
            "Qwen2Tokenizer", "GemmaTokenizer", "CohereTokenizerFast", "CodeLlamaTokenizer",
            "PreTrainedTokenizerFast", None]  # fmt: skip

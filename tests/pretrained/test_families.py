@@ -164,6 +164,7 @@ def test_ids_that_end_a_text_are_a_number_a_list_or_null(given, ends):
         (LLAMA | {"attention_bias": True}, "attention_bias is True, and the decoder has none"),
         (LLAMA | {"mlp_bias": True}, "mlp_bias is True"),
         (LLAMA | {"rope_interleaved": True}, "rope_interleaved is True"),
+        (LLAMA | {"is_causal": False}, "is_causal is false: tokens see what follows them"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'; the decoder's feed-forward uses silu"),
         (LLAMA | {"sliding_window": 32}, "sliding_window is 32, and the decoder sees all 64 tokens"),

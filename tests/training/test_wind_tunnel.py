@@ -318,6 +318,28 @@ def test_conditional_losses_count_the_answer_alone():
     assert not losses.requires_grad
 
 
+def test_shorter_answers_are_padded_and_what_carries_a_mark_is_not_marked_again():
+    torch.manual_seed(0)
+    model = Decoder(shape(24))
+    contexts, answers = torch.randint(64, (3, 5)), torch.randint(64, (3, 4))
+    alone = conditional_losses(model, contexts, answers[:, :2])
+    padded = torch.cat([answers[:, :2], context_only(answers[:, 2:])], dim=1)
+    torch.testing.assert_close(conditional_losses(model, contexts, padded), alone)
+    with pytest.raises(ValueError, match="tokens of the contexts carry the mark"):
+        conditional_losses(model, context_only(contexts), answers)
+    with pytest.raises(ValueError, match="An answer holds no token that is predicted"):
+        conditional_losses(model, contexts, context_only(answers))
+
+
+@pytest.mark.parametrize("flat", ["N", "D"])
+def test_a_surface_that_is_flat_has_no_optimum(flat):
+    losses = 2 + 1 / (TOKENS if flat == "N" else SIZES) ** 0.3
+    surface = fit_loss_surface(SIZES, TOKENS, losses)
+    for asked in (lambda: surface.K, lambda: surface.eta, lambda: surface.optimal(1e18)):
+        with pytest.raises(ValueError, match="it has no optimum"):
+            asked()
+
+
 def test_a_model_that_is_broken_has_no_conditional_losses():
     model = Decoder(shape(24))
     model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -394,7 +416,11 @@ def test_a_sigmoid_that_forgets_chance_is_off():
         (lambda: fit_sigmoid([1, 2, 3, 4], [0.24, 0.26, 0.26, 0.24], 0.25), "Accuracy does not fall with"),
         (lambda: fit_sigmoid([1, 2, 3, 4], [0.2, 0.21, 0.22, 0.23], 0.25), "Accuracy does not fall with the"),
         (lambda: fit_sigmoid([1, 2, 3, 4], [1.0] * 4), "Accuracy does not fall with the loss"),
-        (lambda: fit_sigmoid([1, 2, 3, 4], [1, 1, 0, 0]), "jumps between two losses, so nothing says how steep"),
+        (lambda: fit_sigmoid([1, 2, 3, 4], [1, 1, 0, 0]), "0 lie where accuracy falls, so nothing says how"),
+        (lambda: fit_sigmoid([1, 2, 3, 4, 5], [1, 1, 0.5, 0, 0]), "1 lie where accuracy falls, so nothing says"),
+        (lambda: fit_sigmoid([1, 2, 3, 4, 5], [1, 1, 0.7, 0, 0]), "lie where accuracy falls, so nothing says"),
+        (lambda: LossSurface(0.0, 0.3, 1.0, 0.3, 1.0).eta, "it has no optimum"),
+        (lambda: tokens_to_reach([1, 2], [3, 2], math.nan), "target is nan; expected a number greater than 0"),
         (lambda: fit_sigmoid([3, 4, 5], [50, 40, 30]), "give parts, not per cent"),
         (lambda: fit_sigmoid([3, 4, 5], [0.5, 0.4, 0.3], chance=1), "expected 0 <= chance < ceiling <= 1"),
         (lambda: Sigmoid(3, 1, 0.25).inverse(0.2), "runs between 0.25 and 1.0"),

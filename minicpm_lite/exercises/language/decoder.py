@@ -676,7 +676,8 @@ def block(answer):
                 assert not same(got, _assembled(x, W, config, **mistake), 1e-4), says
         assert same(got, expected, 1e-4), (
             "A block of width 8 with 4 query heads on 2 key-value heads: norm, attention, add; norm, "
-            "feed-forward, add. Does yours use the ε, the *r* and the base of the config?"
+            "feed-forward, add. Does each matrix stand in its place, and does yours use the ε, the *r* and "
+            "the base of the config?"
         )
 
 
@@ -836,7 +837,8 @@ def headless(answer):
             assert not same(mine, _said(config, wrong, ids), 1e-4), says
         assert same(mine, _said(config, _headless(before, config, block, head), ids), 1e-4), (
             f"Head {head} of block {block}, counted from 0, of heads {config.head_dim} wide: does it bring "
-            "nothing, and does everything else work as before?"
+            "nothing, and does everything else work as before? In the output "
+            "matrix columns belong to heads, and rows to numbers of the lane."
         )
 
 
