@@ -58,7 +58,7 @@ def source(part: Callable, start: str = "", stop: str = "") -> None:
     """
     lines = inspect.getsource(part).splitlines()
     first = _place(start, lines, part) if start else 0
-    last = first + _place(stop, lines[first:], part) if stop else len(lines)
+    last = _place(stop, lines, part, after=first) if stop else len(lines)
     code = dedent("\n".join(lines[first:last])).rstrip()
     show(code, markdown=f"From `{part.__module__}`:\n\n```python\n{code}\n```")
 
@@ -111,10 +111,11 @@ def inline_html(text: str) -> str:
     return "".join(parts)
 
 
-def _place(words: str, lines: Sequence[str], part: Callable) -> int:
-    found = [number for number, line in enumerate(lines) if words in line]
+def _place(words: str, lines: Sequence[str], part: Callable, after: int = -1) -> int:
+    found = [number for number in range(after + 1, len(lines)) if words in lines[number]]
     if not found:
-        raise ValueError(f"No line of {part.__qualname__} holds {words!r}.")
+        where = f" after {lines[after].strip()!r}" if after >= 0 else ""
+        raise ValueError(f"No line of {part.__qualname__}{where} holds {words!r}.")
     return found[0]
 
 

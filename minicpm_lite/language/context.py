@@ -229,14 +229,17 @@ class KVCache(Context):
             ValueError: there is no room for them, they are of another batch, or they take gradients.
         """
         self.prepare(x)
+        self.mask = self.sight(x.shape[1], x.device)
         positions = torch.arange(self.length, self.reach, device=x.device)
-        self.mask = None
         if self.padding is None:
-            if 1 < x.shape[1] < self.reach:
-                self.mask = causal_mask(x.shape[1], self.reach, x.device)
             return positions
-        self.mask = self.hide_padding(causal_mask(x.shape[1], self.reach, x.device))
         return (positions - self.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)
+
+    def sight(self, queries: int, device: torch.device) -> Bool[Tensor, "*rows queries keys"] | None:
+        """Which keys the tokens of a call see that continue the text, or None for all up to themselves."""
+        if self.padding is not None:
+            return self.hide_padding(causal_mask(queries, self.reach, device))
+        return causal_mask(queries, self.reach, device) if 1 < queries < self.reach else None
 
     def prepare(self, x: Float[Tensor, "batch tokens d"]) -> None:
         """Make ready for the tokens of a call, whoever says where they stand and what they see."""
@@ -285,6 +288,13 @@ class KVCache(Context):
         Raises:
             ValueError: gradients are on, or two layers have one number.
         """
+        # no copy unless the cache has a type of its own
+        return tuple(text.type_as(each) for text, each in zip(self.store(layer, *new), new, strict=True))
+
+    def store(
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
+        """As `keep`, which calls it, but what it returns is of the type in which it is kept."""
         self._refuse_gradients(*new)  # those that begin behind the embeddings: of an adapter, say
         if layer not in self._layers:
             self._layers[layer] = tuple(self._space(each) for each in new)
@@ -296,7 +306,7 @@ class KVCache(Context):
         text, end = [], self.length + new[0].shape[2]
         for whole, each in zip(self._layers[layer], new, strict=True):
             whole[:, :, self.length : end] = each
-            text.append(whole[:, :, :end].type_as(each))  # no copy unless the cache has a type of its own
+            text.append(whole[:, :, :end])
         return tuple(text)
 
     @staticmethod

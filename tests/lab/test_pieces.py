@@ -99,6 +99,26 @@ def test_source_shows_a_part(shown):
         lab.source(display.plain_table, start="no such words")
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "first", "last"),
+    [
+        ("", "class", "@dataclass(frozen=True)", "@dataclass(frozen=True)"),
+        ("@dataclass", "class", "@dataclass(frozen=True)", "@dataclass(frozen=True)"),
+        ("def decay_start", "def ", "def decay_start(self) -> int:", "@property"),
+        ("def decay_start", "step", "def decay_start(self) -> int:", "def decay_start(self) -> int:"),
+    ],
+)
+def test_source_stops_after_its_first_line(shown, start, stop, first, last):
+    lab.source(WSD, start=start, stop=stop)
+    lines = shown[0]["text/plain"].splitlines()
+    assert (lines[0], lines[-1]) == (first, last)
+
+
+def test_source_says_where_no_line_holds_the_words_to_stop_at():
+    with pytest.raises(ValueError, match="No line of plain_table after 'widths = .*' holds 'widths ='"):
+        lab.source(display.plain_table, start="widths =", stop="widths =")
+
+
 def draw(height):
     figure, axes = plt.subplots(figsize=(2, 1))
     axes.plot([0, {"low": 1, "high": 2}.get(height, 1.0)])
@@ -178,6 +198,14 @@ def test_a_quiz_of_generators():
     assert generated._repr_html_() == Quiz(questions)._repr_html_()
 
 
+@pytest.mark.parametrize("number", [2, 8, 9, 26, 27, 60])
+def test_a_quiz_prints_all_its_options_with_a_letter_each(number):
+    options = [f"option {index}" for index in range(number)]
+    printed = [line.split(") ") for line in repr(Quiz([("?", options, 0, "")])).splitlines()[2:]]
+    assert [option for _, option in printed] == options
+    assert len({letter for letter, _ in printed}) == number and printed[0][0].strip() == "a"
+
+
 def test_a_quiz():
     page = Quiz([("Is `1 < 2`?", ["yes", "no"], 0, 'It "is".')])._repr_html_()
     assert "<code>1 &lt; 2</code>" in page and 'data-right="0"' in page and "It &quot;is&quot;." in page
@@ -221,3 +249,15 @@ def test_evidence_shows_a_table_and_carries_its_record():
 def test_evidence_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value!r}; expected"):
         lab.Evidence(**EVIDENCE | {field: value})
+
+
+@pytest.mark.parametrize("seeds", [3, "012", b"012", None, {0, 1}, iter([0])])
+def test_evidence_refuses_seeds_that_are_no_list(seeds):
+    with pytest.raises(ValueError, match=re.escape(f"seeds is {seeds!r}; expected a list of seeds")):
+        lab.Evidence(**EVIDENCE | {"seeds": seeds})
+
+
+@pytest.mark.parametrize("seed", ["0", 0.5, True, -1])
+def test_evidence_refuses_what_is_no_seed(seed):
+    with pytest.raises(ValueError, match=f"seed is {seed!r}; expected a whole number"):
+        lab.Evidence(**EVIDENCE | {"seeds": [0, seed]})
