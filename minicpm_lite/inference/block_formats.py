@@ -78,7 +78,8 @@ class BlockFormat(ABC):
         block: weights in a block.
         group: weights of it that share a scale.
         block_bytes: bytes of a block.
-        lowest, highest: the first and the last code.
+        lowest: the first code.
+        highest: the last code.
     """
 
     block: int

@@ -45,8 +45,8 @@ class Statistics:
     Attributes:
         tokens: how many.
         hessian: the sum of x xᵀ, in float32.
-        total_abs: the sum of |x|.
-        largest: the largest |x|.
+        total_abs: the sum of magnitudes, one for each column.
+        largest: the largest magnitude of each column.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:

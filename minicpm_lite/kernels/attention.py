@@ -58,8 +58,9 @@ def sparse_attention(
         query, key, value: such that it is `possible`.
         means: of fine windows and, where they are used, of coarse ones.
         starts: the column at which each row's text begins, or one for all.
-        kernel_size, kernel_stride, block_size, init_blocks, local_blocks, num_blocks, all_visible,
-            coarse_topk: those of a `config.SparseConfig`.
+        kernel_size, kernel_stride, block_size: those of a `config.SparseConfig`.
+        init_blocks, local_blocks, num_blocks: also.
+        all_visible, coarse_topk: also.
     """
     return torch.ops.minicpm_lite.sparse_attention(
         query, key, value, means[0], means[-1], starts, kernel_size, kernel_stride, block_size, init_blocks,
