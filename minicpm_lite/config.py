@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from reprlib import repr as shown
 
@@ -608,6 +609,12 @@ def _require_size(name: str, value: object) -> None:
     require_positive_integer(name, value)
     if value > (largest := _LARGEST.get(name, _LARGEST_WIDTH)):
         raise ValueError(f"{name} is {shown(value)}; at most {largest:,} is possible here.")
+
+
+def require_probability(name: str, value: object) -> None:
+    """Refuse what is not a number from 0 to 1, with a sentence that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {shown(value)}; expected a number from 0 to 1.")
 
 
 def require_positive_number(name: str, value: object) -> None:

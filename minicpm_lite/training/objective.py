@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..config import require_probability
 from ..language.decoder import Decoder
 from ..language.documents import loss_within_documents, require_end
 from ..language.scoring import evaluating, next_token_loss, predicted, readable, token_losses
@@ -120,8 +121,7 @@ def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
 
     Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"share is {share!r}; expected a number from 0 to 1.")
+    require_probability("share", share)
 
     def loss(
         model: Decoder, window: Int[Tensor, "batch window"]
