@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from numbers import Integral, Real
 from textwrap import dedent
 
 from ..optional import require
@@ -120,6 +121,6 @@ def _place(words: str, lines: Sequence[str], part: Callable, after: int = -1) ->
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:,.4g}"

@@ -212,7 +212,7 @@ def _merged(file: Path, noted: Mapping[str, object], facts: Mapping[str, object]
         before, now = noted[name], facts[name]
         if isinstance(before, dict) and isinstance(now, dict):
             merged[name] = _merged(file, before, now)
-        elif before != now:
+        elif json.dumps(before) != json.dumps(now):  # for which True is not 1
             raise ValueError(
                 f"{file} holds results of {name} {shown(before)}; now it is {shown(now)}. Results of two "
                 "kinds are not put into one file: move it away, or take the change back."

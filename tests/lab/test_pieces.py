@@ -9,6 +9,7 @@ import sys
 from textwrap import indent
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import minicpm_lite
@@ -79,6 +80,8 @@ def test_say_and_table(shown):
         "*Loss in nats.*", "", "| schedule | steps | loss |", "| :--- | ---: | ---: |",
         "| WSD | 12,000 | 2.718 |", r"| a\|b | 7 | 3 |",
     ]  # fmt: skip
+    lab.table([[np.int64(12000), np.float32(2.71828), True]], ["steps", "loss", "done"], "Of NumPy.")
+    assert shown[2]["text/markdown"].splitlines()[-1] == "| 12,000 | 2.718 | True |"
     assert "WSD       12,000  2.718" in shown[1]["text/plain"]
     with pytest.raises(ValueError, match="Row 1 has 1 cells; expected 2"):
         lab.table([["WSD"]], ["schedule", "steps"], "Loss.")

@@ -198,7 +198,11 @@ def test_what_would_compute_otherwise_is_refused(values, sentence):
         ("minicpm3, experts", "minicpm3", "latent attention and a mixture of experts, which no family has"),
         ("minicpm3, experts", "minicpm", "latent attention and a mixture of experts, which no family has"),
         ("minicpm3", "minicpm", 'has latent attention. Write it as "minicpm3"'),
-        ("minicpm3, shared heads", "minicpm3", "4 heads and num_key_value_heads is 2; latent attention shares"),
+        (
+            "minicpm3, shared heads",
+            "minicpm3",
+            "4 heads and num_key_value_heads is 2; latent attention shares",
+        ),
         ("llama, wide heads", "minicpm", "its heads are 24 wide"),
         ("llama", "mistral", "model_type is 'mistral'; models are written as one of llama, minicpm,"),
         ("llama", "gpt2", "model_type is 'gpt2'"),
