@@ -1,8 +1,8 @@
 """What the linear layers of a decoder are given: statistics of their inputs, from a text, in one walk.
 
-    hessian = sum over tokens of x xᵀ        columns of a linear layer that are large together, (columns,
-    columns) mean_abs, largest                        how large each column is tokens
-    how many were counted
+    hessian = sum over tokens of x xᵀ        which columns are large together; (columns, columns)
+    total_abs, largest                       how large each column is; (columns,)
+    tokens                                   how many were counted
 
 They are all that GPTQ, AWQ and smoothing ask of data: the error of a changed matrix W' on the text is a
 function of the hessian alone,

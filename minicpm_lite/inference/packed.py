@@ -19,7 +19,6 @@ Choices, and the traps behind them:
   gives one, whose weights are rounded and take as much room as ever.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,15 +27,13 @@ from reprlib import repr as shown
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import kernels
 from ..config import model_config
-from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.layers import replace_linears
+from ..training.checkpoint import load_checkpoint, save_checkpoint
 from .mixtures import Size, mixture
 from .quantization import Quantized, block_format, dequantize, quantize
 
@@ -207,7 +204,7 @@ def true_bits(model: nn.Module) -> Size:
 
 
 def save_packed(model: Decoder, file: str | Path) -> None:
-    """Write a packed decoder as one safetensors file, which is whole or not there.
+    """Write a packed decoder as one safetensors file with checksums, which is whole or not there.
 
     Raises:
         OSError: it cannot be written.
@@ -216,9 +213,7 @@ def save_packed(model: Decoder, file: str | Path) -> None:
     tensors = model.state_dict()
     if model.config.tie_word_embeddings and types.pop("lm_head", None):
         del tensors["lm_head.packed"]
-    facts = {"format": _FORMAT, "config": json.dumps(asdict(model.config)), "types": json.dumps(types)}
-    with written_whole(file) as beside:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=facts)
+    save_checkpoint(file, tensors, {"format": _FORMAT, "config": asdict(model.config), "types": types})
 
 
 def load_packed(file: str | Path) -> Decoder:
@@ -228,28 +223,23 @@ def load_packed(file: str | Path) -> Decoder:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or another kind of file, or its tensors do not fit its config.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
-    try:
-        with safe_open(file, framework="pt") as stored:
-            facts = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}). Fetch it again.") from None
-    if facts.get("format") != _FORMAT:
-        raise ValueError(f"{file} holds no packed model of this library; load_pretrained reads other models.")
-    config = model_config(json.loads(facts["config"]), f"The config in {file}")
+    tensors, facts = load_checkpoint(file)
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        raise ValueError(f"{file} is a checkpoint, and of no packed model; save_packed writes such.")
+    config = model_config(facts["config"], f"The config in {file}")
     with torch.device("meta"):
         model = Decoder(config)
-    matrices = dict(model.named_parameters())
-    for name, type in json.loads(facts["types"]).items():
-        rows, columns = matrices[f"{name}.weight"].shape
-        kind, data = block_format(type, columns), tensors[f"{name}.packed"]
-        expected = (rows, columns // kind.block * kind.block_bytes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, type in facts["types"].items():
+        shape, data = shapes.get(f"{name}.weight"), tensors.get(f"{name}.packed")
+        if shape is None or data is None:
+            raise ValueError(f"{file} says that {name} is packed as {type}, and holds no such matrix.")
+        kind = block_format(type, shape[1])
+        expected = (shape[0], shape[1] // kind.block * kind.block_bytes)
         if data.dtype != torch.uint8 or data.shape != expected:
             raise ValueError(
-                f"{name} in {file} holds {data.dtype} of shape {tuple(data.shape)}; {rows} rows of "
-                f"{columns} weights in {type} are bytes of shape {expected}."
+                f"{name} in {file} holds {data.dtype} of shape {tuple(data.shape)}; {shape[0]} rows of "
+                f"{shape[1]} weights in {type} are bytes of shape {expected}."
             )
         put_packed(model, f"{name}.weight", Quantized(type, data))
     if config.tie_word_embeddings and isinstance(model.embed_tokens, PackedEmbedding):

@@ -1,13 +1,11 @@
 """Packed decoders: they compute what their rounded weights say, in the memory that they say, and are kept whole."""
 
 import copy
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from small_models import WIDE, make_ids, make_model
 from torch import nn
 from torch.testing import assert_close
@@ -31,6 +29,7 @@ from minicpm_lite.language.decoder import require_plain
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.pretrained.checkpoints import save_pretrained
+from minicpm_lite.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -211,44 +210,31 @@ def test_state_dicts_and_copies_go_round():
     assert torch.equal(copy.deepcopy(model)(ids), model(ids))
 
 
-def damaged(file, tensors=None, **facts) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as stored:
-        old = stored.metadata()
-    save_file(load_file(file) | (tensors or {}), file, metadata=old | facts)
-
-
 def test_files_that_are_no_packed_models_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
         load_packed(file)
     save_packed(packed_model(), file)
-    whole = file.read_bytes()
+    whole, (tensors, facts) = file.read_bytes(), load_checkpoint(file)
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         load_packed(file)
-    save_file({"a": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match="holds no packed model of this library"):
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its checksums differ"):
         load_packed(file)
     name = "layers.0.mlp.up_proj"
-    for tensors, message in (
-        (
-            {f"{name}.packed": torch.zeros(256, 143, dtype=torch.uint8)},
-            f"{name} in .* holds torch.uint8 of shape",
-        ),
-        ({f"{name}.packed": torch.zeros(256, 144)}, f"{name} in .* holds torch.float32"),
-        ({"norm.weight": torch.zeros(7)}, "does not fit its own config"),
-        ({"more": torch.zeros(7)}, "does not fit its own config"),
+    for other_tensors, other_facts, message in (
+        ({f"{name}.packed": torch.zeros(256, 143, dtype=torch.uint8)}, {}, "holds torch.uint8 of shape"),
+        ({f"{name}.packed": torch.zeros(256, 144)}, {}, f"{name} in .* holds torch.float32"),
+        ({"norm.weight": torch.zeros(7)}, {}, "does not fit its own config"),
+        ({"more": torch.zeros(7)}, {}, "does not fit its own config"),
+        ({}, {"format": "another"}, "a checkpoint, and of no packed model"),
+        ({}, {"types": {name: "Q3_K"}}, "Q3_K"),
+        ({}, {"types": {"layers.9.mlp.up_proj": "Q4_K"}}, "layers.9.mlp.up_proj is packed .* no such matrix"),
     ):
-        file.write_bytes(whole)
-        damaged(file, tensors)
+        save_checkpoint(file, tensors | other_tensors, facts | other_facts)
         with pytest.raises(ValueError, match=message):
             load_packed(file)
-    file.write_bytes(whole)
-    damaged(file, types=json.dumps({name: "Q3_K"}))
-    with pytest.raises(ValueError, match="Q3_K"):
-        load_packed(file)
 
 
 MEASURE = """
