@@ -2,24 +2,24 @@
 
 Run them with `python notebooks/inference/recorded/ternary.py`.
 
-A small decoder (0.1 million weights in its matrices) is trained on 768,000 tokens of Austen, in full precision,
-with ternary weights from the first update, or in full precision first and with ternary weights in the last 10,
-20, 40, 60 or 80 % of the same tokens. All runs of one seed share one trunk: the rate is constant up to the last
-tenth, so a run can turn ternary at any update before, and the decay stands in the last tenth of every run. The
-peak rate of each is tuned on a seed of its own; then five seeds are compared. Results go to `ternary.json`
-beside this file after each job; a run that is stopped goes on where it was.
+A small decoder (0.1 million weights in its matrices) is trained on 768,000 tokens of Austen: in full
+precision, with ternary weights from the first update, or in full precision first and with ternary weights in
+the last 10, 20, 40, 60 or 80 % of the same tokens. All runs of one seed share one trunk: the rate is constant
+up to the last tenth, so a run can turn ternary at any update before, and the decay stands in the last tenth of
+every run. The peak rate of each is tuned on a seed of its own; then five seeds are compared. Results go to
+`ternary.json` beside this file after each job; a run that is stopped goes on where it was.
 
 The rules, fixed before the runs, differences seed by seed with 95 % intervals:
 
 - Rounding after training loses to training with rounded weights if the interval of the best of four ways to
   round, minus that of training ternary from the first update, lies above 0.
-- A share of tokens suffices if its loss is equal to that of 100 % within 0.02 nats, or lower. The published 40 %
-  is reproduced if 40 % suffices and 20 % does not; direction only if the loss falls with the share, and the
-  first share that suffices is another.
+- A share of tokens suffices if its loss is equal to that of 100 % within 0.02 nats, or lower. The published
+  40 % is reproduced if 40 % suffices and 20 % does not; direction only if the loss falls with the share, and
+  the first share that suffices is another.
 - Ternary training is more sensitive to its rate if the loss at twice and at half its best rate rises by more
   than that of full precision, on the tuning seed (one seed, so a direction and no verdict).
-- Smaller groups, each way to spoil the layer, a checkpoint from behind a decay, and distillation are compared
-  at a share of 40 %, at the rate of that share: better or worse if the interval leaves out 0.
+- Smaller groups, each change of the layer, a checkpoint from behind a decay, and distillation are compared at
+  a share of 40 %, at the rate of that share: better or worse if the interval leaves out 0.
 
 The power: if differences vary by 0.01 nats from seed to seed, five seeds show 0.017 in four cases of five.
 """
@@ -52,7 +52,13 @@ SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100  # not among the seeds that are compared
 FIRST_RATES = (0.01, 0.02, 0.04)  # extended by factors of 2 while the best lies at the edge
 GROUPS = ("matrix", 32, 16)
-SPOILED = ("scale frozen", "gradient of the scale", "gradient clipped", "no decay of weights")
+CHANGED = (
+    "scale frozen",
+    "scale of least error",
+    "gradient of the scale",
+    "gradient clipped",
+    "no decay of weights",
+)
 OTHERS = ("distilled in the decay", "distilled throughout", "from behind a decay")
 WORKERS = 1
 
@@ -82,7 +88,7 @@ class Job:
     """One run; `name` is its key in the results.
 
     Attributes:
-        arm: "full precision", a share such as "40 %", one of GROUPS, SPOILED or OTHERS, or "watched …".
+        arm: "full precision", a share such as "40 %", one of GROUPS, CHANGED or OTHERS, or "watched …".
         peak_lr: of the run, or of its ternary part.
         trunk_lr: of the part in full precision before it.
         seed: of weights and data.
@@ -124,6 +130,15 @@ class ScaleFrozen(TernaryLinear):
         latent = self.latent.detach()
         codes = (latent / self.scale).round().clamp(-1, 1)
         return codes * self.scale + (self.latent - latent)
+
+
+class ScaleOfLeastError(TernaryLinear):
+    """The scale with which rounding changes the weights least, instead of the mean size."""
+
+    @property
+    def weight(self) -> Tensor:
+        latent = self.latent.detach()
+        return _of_least_error(latent) + (self.latent - latent)
 
 
 class GradientOfTheScale(TernaryLinear):
@@ -215,24 +230,26 @@ def rounded(run: Trainer) -> dict[str, float]:
         codes, scale = ternarize(weight)
         return codes * scale
 
-    def fitted(weight: Tensor) -> Tensor:  # the scale of least squares, found in turn with the codes
-        scale = weight.abs().mean(1, keepdim=True)
-        for _ in range(20):
-            codes = (weight / scale).round().clamp(-1, 1)
-            scale = (weight * codes).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True).clamp(min=1)
-        return codes * scale
-
     losses = {}
-    for way in (largest, absmean, fitted):
+    for way in (largest, absmean, _of_least_error):
         model = copy.deepcopy(run.model)
         for name, parameter in model.named_parameters():
             if name.endswith("_proj.weight"):
                 parameter.copy_(way(parameter))
-        losses[way.__name__] = held_out(model, run)
+        losses[way.__name__.removeprefix("_").replace("_", " ")] = held_out(model, run)
     model = copy.deepcopy(run.model).eval()
     walk_blocks(model, load_corpus().train[: 64 * 128].view(64, 128), _gptq)
     losses["GPTQ"] = held_out(model, run)
     return losses
+
+
+def _of_least_error(weight: Tensor) -> Tensor:
+    """The ternary row of least squared error: codes for a scale and a scale for codes, in turn."""
+    scale = weight.abs().mean(1, keepdim=True)
+    for _ in range(20):
+        codes = (weight / scale).round().clamp(-1, 1)
+        scale = (weight * codes).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True).clamp(min=1)
+    return codes * scale
 
 
 def _gptq(index: int, block: nn.Module, statistics: dict[str, Statistics]) -> None:
@@ -261,9 +278,7 @@ def watched(run: Trainer) -> dict[str, list]:
     seen = {"step": [], "loss": [], "loss_rounded": [], "error": [], "zeros": [], "flipped": []}
     before = None
     while True:
-        matrices = {
-            name: p for name, p in run.model.named_parameters() if "_proj." in name and p.ndim == 2
-        }
+        matrices = {name: p for name, p in run.model.named_parameters() if "_proj." in name and p.ndim == 2}
         codes, errors = [], []
         for matrix in matrices.values():
             code, scale = ternarize(matrix)
@@ -326,6 +341,8 @@ def _prepared(job: Job) -> Trainer:
     run = from_checkpoint(job, 40)
     if job.arm == "scale frozen":
         rebuilt(run.model, ScaleFrozen)
+    elif job.arm == "scale of least error":
+        rebuilt(run.model, ScaleOfLeastError)
     elif job.arm == "gradient of the scale":
         rebuilt(run.model, GradientOfTheScale)
     elif job.arm == "gradient clipped":
@@ -371,7 +388,7 @@ if __name__ == "__main__":
     at_40 = best["40 %"]
     others = [
         Job(arm, at_40, full, seed)
-        for arms in (OTHERS, [f"group {group}" for group in GROUPS], SPOILED)
+        for arms in (OTHERS, [f"group {group}" for group in GROUPS], CHANGED)
         for seed in SEEDS
         for arm in arms
     ]
