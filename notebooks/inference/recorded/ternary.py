@@ -3,9 +3,9 @@
 Run them with `python notebooks/inference/recorded/ternary.py`.
 
 A small decoder (0.1 million weights in its matrices) is trained on 768,000 tokens of Austen: in full
-precision, with ternary weights from the first update, or in full precision first and with ternary weights in
+precision, with ternary weights from the first update, or in full precision first and ternary in
 the last 10, 20, 40, 60 or 80 % of the same tokens. All runs of one seed share one trunk: the rate is constant
-up to the last tenth, so a run can turn ternary at any update before, and the decay stands in the last tenth of
+up to the last tenth, so a run can turn ternary at any update before; the decay stands in the last tenth of
 every run. The peak rate of each is tuned on a seed of its own; then five seeds are compared. Results go to
 `ternary.json` beside this file after each job; a run that is stopped goes on where it was.
 
