@@ -2,7 +2,7 @@
 
 Run them with `python notebooks/inference/recorded/ternary.py`.
 
-A small decoder (0.1 million weights in its matrices) is trained on 768,000 tokens of Austen: in full
+A small decoder (0.1 million weights in its matrices) is trained on 614,400 tokens of Austen: in full
 precision, with ternary weights from the first update, or in full precision first and ternary in
 the last 10, 20, 40, 60 or 80 % of the same tokens. All runs of one seed share one trunk: the rate is constant
 up to the last tenth, so a run can turn ternary at any update before; the decay stands in the last tenth of
@@ -49,8 +49,8 @@ from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD, Schedule
 
-STEPS, WARMUP, DECAY = 500, 25, 50  # updates of 1,536 tokens
-REWARM = 10  # updates in which the rate rises again where weights turn ternary
+STEPS, WARMUP, DECAY = 400, 20, 40  # updates of 1,536 tokens
+REWARM = 8  # updates in which the rate rises again where weights turn ternary
 SHARES = (10, 20, 40, 60, 80)  # % of the tokens with ternary weights; 100 starts by itself
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100  # not among the seeds that are compared
