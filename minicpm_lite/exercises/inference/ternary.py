@@ -156,8 +156,8 @@ def _byte(codes):
         lambda byte: _digits(byte, rounds=4),
         lambda byte: _digits(byte, scale=255),
         lambda byte: _digits(byte, scale=243),
-        lambda byte: _base_three(byte * 243 // 256),  # rounded the wrong way
-        lambda byte: [byte >> place & 3 - 1 for place in (6, 4, 2, 0)],
+        lambda byte: _base_three(-(-byte * 243 // 256)),  # rounded up twice
+        lambda byte: [(byte >> place & 3) - 1 for place in (6, 4, 2, 0)],
     ),
 )
 def read_byte(answer):
@@ -483,14 +483,17 @@ quiz = Quiz(
             "The table is a sixth of the weights, and with 6.6 bits each two fifths of the file.",
         ),
         (
-            "Why is decoding with ternary weights faster than with 4-bit weights on a CPU?",
+            "Ternary weights are less than half the bytes of 4-bit ones, and their product was much less "
+            "than "
+            "twice as fast. Why?",
             [
-                "Because nothing is multiplied",
-                "Because fewer bytes are read for each token",
-                "Because zeros are skipped",
+                "Because the kernel multiplies, where it could add",
+                "Because unpacking costs about as much for each weight, and that is now what takes the time",
+                "Because the scales have to be read, too",
             ],
             1,
-            "The kernel multiplies all the same, in one instruction for many weights, and skips nothing.",
+            "In the cache, where bytes cost nothing, the gain was the same: the arithmetic of a weight "
+            "decides.",
         ),
         (
             "Which model can be packed as TQ2_0 without changing a bit?",
