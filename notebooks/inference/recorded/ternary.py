@@ -1,4 +1,4 @@
-"""The recorded runs of the chapter on ternary weights, about 20 minutes on one core of a quiet machine.
+"""The recorded runs of the chapter on ternary weights, 37 minutes on one core of a busy machine.
 
 Run them with `python notebooks/inference/recorded/ternary.py`.
 
