@@ -1,4 +1,4 @@
-"""More tokens for each weight: shares of ternary training in narrow models, about 8 minutes on one core.
+"""More tokens for each weight: shares of ternary training in narrow models, 13 minutes on one core of a busy machine.
 
 Run them with `python notebooks/inference/recorded/ternary_narrow.py`.
 
