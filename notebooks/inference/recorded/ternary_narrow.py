@@ -1,4 +1,4 @@
-"""More tokens for each weight: shares of ternary training in narrow models, 13 minutes on one core of a busy machine.
+"""More tokens for each weight: ternary shares of narrow models, 13 minutes on one core of a busy machine.
 
 Run them with `python notebooks/inference/recorded/ternary_narrow.py`.
 
