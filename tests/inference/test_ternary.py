@@ -174,6 +174,18 @@ def test_a_run_is_resumed_bit_for_bit(precision, tmp_path):
     )
 
 
+def test_a_checkpoint_of_another_group_is_refused(tmp_path):
+    """Weights of the same shapes, with which another layer would compute something else."""
+    checkpoint = trained("row", 3).save(tmp_path)
+    other = Trainer(make_ternary(make_model(WIDE["grouped"]), 64), TOKENS, SCHEDULE, CONFIG)
+    with pytest.raises(
+        ValueError, match="another choice of parameters: .*group='row'.*, this run's .*group=64"
+    ):
+        other.load(checkpoint)
+    assert other.step == 0
+    trained("row", 3).load(checkpoint)
+
+
 def test_latent_weights_are_matrices_to_the_optimizer():
     trainer = Trainer(
         make_ternary(make_model(WIDE["experts"])), TOKENS, SCHEDULE, CONFIG, layout=Layout(micro_batch=2)
