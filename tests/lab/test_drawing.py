@@ -171,6 +171,9 @@ def test_rows_and_piles(drawing):
     assert drawing.row(10, 20, 30, 20, ["a", "b"]) == [Place(10, 20, 30, 20), Place(44, 20, 30, 20)]
     assert drawing.box(200, 20, 30, 20, "e", pile=3) == Place(200, 20, 30, 20)
     assert "rect x='208' y='12'" in drawing.svg() and words(drawing) == list("abe")
+    grounds = drawing.svg().count("fill='var(--ground)'")
+    drawing.box(200, 60, 30, 20, "f", solid=True)
+    assert drawing.svg().count("fill='var(--ground)'") == grounds + 1
     with pytest.raises(ValueError, match="The pile covers 338 to 368"):
         drawing.box(330, 20, 30, 20, "e", pile=3)
 

@@ -170,9 +170,20 @@ def test_a_film_is_played_in_a_kernel_too():
     slider.index = 1
     assert "A high line." in picture.value
     assert (
-        'data-seconds="0.5"' in film.html()
+        'data-seconds="[0.5,0.5]"' in film.html()
         and "<button" not in lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line.").html()
     )
+
+
+def test_a_film_may_rest_where_there_is_more_to_read():
+    film = lab.Explorer(
+        draw, ["low", "high"], "Height", lambda v: f"A {v} line.", seconds={"low": 0.1, "high": 2}.get
+    )
+    play, slider = film.widget().children[1].children
+    assert play.interval == 100
+    play.value = 1
+    assert play.interval == 2000
+    assert 'data-seconds="[0.1,2]"' in film.html()
 
 
 @pytest.mark.parametrize(
