@@ -31,9 +31,14 @@ class Canvas:
         self._parts: list[str] = []
         self._bottom = 0.0
 
-    def svg(self) -> str:
-        """The drawing as an SVG document, as high as its parts reach."""
-        return document(self.width, round(self._bottom) + 4, "".join(self._parts), self._scrolls)
+    @property
+    def height(self) -> float:
+        """How far down its parts reach, and a margin, in units."""
+        return round(self._bottom) + 4
+
+    def svg(self, height: float | None = None) -> str:
+        """The drawing as an SVG document, as high as its parts reach, or so many units."""
+        return document(self.width, height or self.height, "".join(self._parts), self._scrolls)
 
     def __repr__(self) -> str:
         return f"Drawing: {self.alt}"

@@ -93,7 +93,10 @@ class Explorer:
         self.alts = [_sentence(alt, value) for value in values]
         content = json.dumps([label, self.texts, self.alts])
         self.identity = "explorer-" + hashlib.sha256(content.encode()).hexdigest()[:10]
-        self.frames = [_svg(draw, value, self.identity) for value in values]
+        drawn = [_drawn(draw, value, self.identity) for value in values]
+        highest = max((each.height for each in drawn if isinstance(each, Drawing)), default=0)
+        # one height for all, or the slider below would move
+        self.frames = [each.svg(highest) if isinstance(each, Drawing) else each for each in drawn]
 
     def html(self) -> str:
         """The static life."""
@@ -181,10 +184,11 @@ def _sentence(alt: Callable[[object], str], value: object) -> str:
     return text
 
 
-def _svg(draw: Callable[[object], plt.Figure | Drawing], value: object, prefix: str) -> str:
+def _drawn(draw: Callable[[object], plt.Figure | Drawing], value: object, prefix: str) -> str | Drawing:
+    """A plot as SVG, or a drawing."""
     figure = draw(value)
     if isinstance(figure, Drawing):
-        return figure.svg()
+        return figure
     if not isinstance(figure, plt.Figure):
         raise TypeError(
             f"draw returned {type(figure).__name__} for the value {value!r}; expected a matplotlib figure or "

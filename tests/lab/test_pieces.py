@@ -162,6 +162,19 @@ def test_an_explorer_shows_drawings():
     assert explorer.frames == [box(20).svg(), box(40).svg()]
 
 
+def test_drawings_of_one_explorer_are_of_one_height():
+    """Or the slider would move under the finger."""
+
+    def box(height):
+        drawing = lab.Drawing("A box.")
+        drawing.box(10, 10, 40, height)
+        return drawing
+
+    explorer = lab.Explorer(box, (20, 60, 40), "Height", lambda height: f"A box {height} high.")
+    heights = {re.search(r"viewBox='0 0 \S+ (\S+)'", frame)[1] for frame in explorer.frames}
+    assert heights == {f"{box(60).height:g}"}
+
+
 def test_a_film_is_played_in_a_kernel_too():
     film = lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line.", seconds=0.5)
     picture, controls = film.widget().children

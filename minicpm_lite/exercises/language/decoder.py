@@ -893,8 +893,9 @@ def answer_loss(answer):
     assert same(
         answer(uneven, torch.tensor([1, 0, 2]), 1), _lane_losses(uneven, torch.tensor([1, 0, 2])).mean()
     ), (
-        "One row has a logit of 1000 and the next one has not. The largest number that is taken away before "
-        "exponentials are, is that of each row."
+        "One row has a logit of 1000, whose exponential is infinite, and the next one has none. Before you "
+        "take exponentials, take away the largest logit, and in each row its own; or let PyTorch take the "
+        "logarithm of a softmax at once."
     )
     assert same(answer(large, torch.tensor([0, 1]), 1), 1000.0), (
         "With logits of 1000 and 0, the token that got 0 costs 1000 nats. An exponential of 1000 is "
