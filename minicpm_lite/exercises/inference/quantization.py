@@ -1,6 +1,5 @@
 """Checks and quiz of the chapter on quantisation."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +8,6 @@ from torch import Tensor
 from ...config import load_config
 from ...inference.mixtures import mixture, packed_size
 from ...inference.quantization import dequantize, quantize
-from ...inference.quantization import Quantized as _Quantized
-from ...kernels import reference
 from ...lab.exercises import exercise
 from ...lab.mistakes import same
 from ...lab.quiz import Quiz
@@ -20,12 +17,14 @@ def _drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _groups(weights, group, bits, highest=None, by_row=False, rounded=torch.round, inner=False, offset=0):
+def _groups(
+    weights, group, bits, highest=None, by_row=False, rounded=torch.round, inner=False, offset=0, guarded=True
+):
     top = (2 ** (bits - 1) - 1 if highest is None else highest) + offset
     parts = weights.reshape(*weights.shape[:-1], -1, weights.shape[-1] if by_row else group)
     size = parts.abs().mean(-1, keepdim=True) if inner else parts.abs().amax(-1, keepdim=True)
     step = size / top
-    codes = rounded(parts / torch.where(step > 0, step, 1)).clamp(-top, top)
+    codes = rounded(parts / (torch.where(step > 0, step, 1) if guarded else step)).clamp(-top, top)
     return (codes * step).reshape(weights.shape)
 
 
@@ -41,9 +40,7 @@ def _groups(weights, group, bits, highest=None, by_row=False, rounded=torch.roun
         lambda weights, group, bits: _groups(weights, group, bits, rounded=torch.floor),
         lambda weights, group, bits: _groups(weights, group, bits, inner=True),
         lambda weights, group, bits: _groups(weights, group, bits).reshape(-1, group),
-        lambda weights, group, bits: torch.nan_to_num(
-            _groups(weights, group, bits), nan=0.0
-        ) if weights.any(-1).all() else _groups(weights, group, bits) / 0,
+        lambda weights, group, bits: _groups(weights, group, bits, guarded=False),
         lambda weights, group, bits: weights,
     ),
     without=("a loop", "quantize", "dequantize"),
@@ -56,15 +53,13 @@ def round_groups(answer):
     )
     halves = answer(by_hand.clone(), 4, 4)
     assert same(halves, _groups(by_hand, 4, 4)), (
-        "The same weights in two groups of four: the second group's largest is 1.06, so its step is 1.06 / 7. "
+        "The same in two groups of four: the second group's largest is 1.06, so its step is 1.06 / 7. "
         "The result has the shape of the weights."
     )
     for seed, (group, bits) in enumerate(((4, 3), (16, 4), (8, 8), (32, 2))):
         weights = _drawn(seed, 3, 64)
         got = answer(weights.clone(), group, bits)
-        assert same(getattr(got, "shape", None), tuple(weights.shape)) or tuple(got.shape) == (3, 64), (
-            "The result has the shape of the weights."
-        )
+        assert tuple(got.shape) == (3, 64), "The result has the shape of the weights."
         assert same(got, _groups(weights, group, bits)), (
             f"Groups of {group} with {bits} bits: codes go from -{2 ** (bits - 1) - 1} to "
             f"{2 ** (bits - 1) - 1}, and the largest size of a group is the last code."
@@ -111,8 +106,8 @@ def read_q4_0(answer):
         assert tuple(getattr(got, "shape", ())) == (32,), "18 bytes are one block: 32 values, in one row."
         ratio = torch.as_tensor(got, dtype=torch.float32)
         assert same(ratio.sort().values, expected.sort().values), (
-            "The values of a block are not those that were stored, in whatever order. Look at the 16 codes of "
-            "the film: which one stands for zero? And what is the sign of the scale?"
+            "These are not the values that were stored, in whatever order. Look at the 16 codes of the "
+            "film: which one stands for zero? And what is the sign of the scale?"
             if sign > 0
             else "Here the largest weight is negative, so the scale is positive, before it was negative."
         )
@@ -124,19 +119,19 @@ def read_q4_0(answer):
     assert same(answer(zeros.data[0].clone()), [0.0] * 32), "A block of zeros is read as zeros."
 
 
-_NORMAL_32 = 0.0808  # RMS error over RMS, 32 normal weights in Q4_0, mean of a million blocks
+_NORMAL_32 = 0.0859  # RMS error over RMS, 32 normal weights in Q4_0, mean of a million blocks
 
 
 @exercise(
     "forecast",
-    wrong=(0.28, 0.28 / 2, 0.28**2 / 12, 0.065, 0.0404, 0.095, "0.08", 0.16),
+    wrong=(0.299, 0.299 / 2, 0.299**2 / 12, 0.074, 0.043, 0.0986, "0.086", 0.17),
 )
 def forecast(answer):
-    """A step is spread evenly over its errors, and the root of the mean square of that is the step over √12."""
+    """Errors are spread evenly over a step, and the root of the mean square of that is the step over √12."""
     assert not isinstance(answer, str), f"Expected a number, not the text {answer!r}."
-    assert not same(answer, 0.28, tolerance=0.01), (
-        "That is the step. An error lies anywhere between minus half a step and half a step; what is the root "
-        "of its mean square?"
+    assert not same(answer, 0.299, tolerance=0.01), (
+        "That is the step. An error lies anywhere between minus half a step and half a step; what is the "
+        "root of its mean square?"
     )
     assert abs(float(answer) / _NORMAL_32 - 1) < 0.05, (
         "First the step, as a share of σ: the largest weight is the code -8. Then the error, which is spread "
@@ -144,7 +139,7 @@ def forecast(answer):
     )
 
 
-def _gptq_row(weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1, late=True, backwards=False):
+def _gptq_row(weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1, backwards=False):
     w, h = weights.clone().double(), hessian.double()
     found = torch.zeros_like(w)
     order = list(range(len(w)))[:: -1 if backwards else 1]
@@ -160,8 +155,6 @@ def _gptq_row(weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1
                 w[rest] = w[rest] + sign * cross / h[j, j] * change
             else:
                 w[rest] = w[rest] + sign * torch.linalg.solve(inner, cross) * change
-            if not late:
-                w = torch.where(torch.arange(len(w)) == j, w, w)
     return found.to(weights.dtype)
 
 
@@ -190,7 +183,9 @@ def gptq_row(answer):
     assert same(answer(two[0].clone(), torch.eye(2), 1.0), [1.0, 0.0]), (
         "If inputs have nothing in common, no weight can mend another, and each is rounded to its nearest."
     )
-    assert same(answer(torch.tensor([2.6]), torch.eye(1), 1.0), [3.0]), "A single weight has nobody to help it."
+    assert same(answer(torch.tensor([2.6]), torch.eye(1), 1.0), [3.0]), (
+        "A single weight has nobody to help it."
+    )
     for seed, step in enumerate((0.25, 0.4, 0.3, 0.2)):
         weights, x = _drawn(seed, 6), _drawn(seed + 50, 9, 6) @ _drawn(seed + 70, 6, 6)
         hessian = x.T @ x + 0.05 * torch.eye(6)
@@ -241,7 +236,11 @@ def block_product(answer):
     for seed in range(4):
         block = quantize(_drawn(seed, 1, 32), "Q4_0").data[0]
         x = _drawn(seed + 10, 32) * 10.0 ** (seed - 1)
-        got, expected, exact = float(answer(block.clone(), x.clone())), _dot(block, x), _dot(block, x, exact=True)
+        got, expected, exact = (
+            float(answer(block.clone(), x.clone())),
+            _dot(block, x),
+            _dot(block, x, exact=True),
+        )
         assert not abs(got - exact) < 0.01 * abs(expected - exact), (
             "That is the product with x as it is. The kernel rounds x to 8 bits first: to multiples of the "
             "largest size in the group / 127."
@@ -272,11 +271,11 @@ def _was_rounded(weight, block=32, bits=4, per=max, equal=True, whole=False):
         lambda weight, block, bits: _was_rounded(weight[:1], block, bits),
         lambda weight, block, bits: not _was_rounded(weight, block, bits),
         lambda weight, block, bits: True,
-        lambda weight, block, bits: _was_rounded(weight.round(decimals=1), block, bits),
+        lambda weight, block, bits: _was_rounded(weight.flatten()[:block], block, bits),
     ),
 )
 def was_rounded(answer):
-    """A weight file cannot hide it. This is the first thing to ask of weights that methods are compared on."""
+    """A file cannot hide it. It is the first thing to ask of weights on which methods are compared."""
     clean = _drawn(0, 4, 128)
     assert not answer(clean.clone(), 32, 4), "Normal numbers: 32 different ones in each block of 32."
     for seed, (type, block, bits) in enumerate((("INT4_G32", 32, 4), ("Q4_0", 32, 4), ("INT4_G64", 64, 4))):
@@ -284,20 +283,26 @@ def was_rounded(answer):
         assert answer(rounded.clone(), block, bits), (
             f"These were rounded to {type}: no block of {block} has more than {2**bits} values."
         )
+    rounded = dequantize(quantize(_drawn(4, 4, 128), "INT4_G32"))
+    assert not answer(rounded.clone(), 64, 4), (
+        "block is an argument: these were rounded in blocks of 32, so 64 neighbours have more than 16 values."
+    )
     many = dequantize(quantize(_drawn(5, 4, 512), "Q8_0"))
     assert not answer(many.clone(), 32, 4), "Q8_0 has more than 16 values a block."
     assert answer(torch.arange(8.0).repeat(4, 16), 32, 3), "bits is an argument: here are 8 values, 3 bits."
     assert not answer(torch.arange(16.0).repeat(2, 8), 32, 3), "Sixteen values are too many for 3 bits."
     assert answer(torch.arange(16.0).repeat(2, 8), 32, 4), "Sixteen values are what 4 bits can say."
     half = torch.cat([torch.zeros(2, 128), _drawn(6, 2, 128)])
-    assert not answer(half.clone(), 32, 4), "Some blocks have few values and others have many: that was not rounded."
+    assert not answer(half.clone(), 32, 4), (
+        "Some blocks have few values and others have many: that was not rounded."
+    )
     shifted = dequantize(quantize(_drawn(8, 4, 128), "INT4_G32")) * 1e-3
     assert answer(shifted.clone(), 32, 4), "Small weights are weights, too: compare them as they are."
 
 
 _BUDGET = 4.75e9  # bytes
 _EIGHT = load_config("minicpm4-8b")
-_MOST, _Q6, _SMALL = mixture("Q4_K_M", _EIGHT), mixture("Q6_K", _EIGHT), mixture("Q4_0", _EIGHT)
+_Q6, _SMALL = mixture("Q6_K", _EIGHT), mixture("Q4_0", _EIGHT)
 
 
 @exercise(
@@ -314,7 +319,7 @@ _MOST, _Q6, _SMALL = mixture("Q4_K_M", _EIGHT), mixture("Q6_K", _EIGHT), mixture
     ),
 )
 def my_mixture(answer):
-    """It fits. What it costs in loss, only data tell; in the chapter's table values and down projections lead."""
+    """It fits. What it costs in loss, only data tell; a model that you can run is the place to ask."""
     assert isinstance(answer, Mapping), (
         f"Expected a type for each matrix by its name, as `mixture` gives it, not {type(answer).__name__}."
     )
@@ -325,13 +330,10 @@ def my_mixture(answer):
     size = packed_size(_EIGHT, answer, torch.float16)
     assert size.nbytes <= _BUDGET, f"It takes {size.nbytes / 1e9:.2f} GB; {_BUDGET / 1e9:.2f} are allowed."
 
-    def bits(name: str) -> float:
-        rows = _EIGHT.hidden_size if "down_proj" not in name else _EIGHT.intermediate_size
-        return 8 * len(_Quantized(answer[name], torch.zeros(1, 1)).data) / rows if False else _bits(answer[name])
-
-    assert bits("lm_head.weight") >= 6, "The output layer was to have at least six bits."
-    values = [bits(f"layers.{layer}.self_attn.v_proj.weight") for layer in range(_EIGHT.num_hidden_layers)]
-    rest = [bits(f"layers.{layer}.mlp.up_proj.weight") for layer in range(_EIGHT.num_hidden_layers)]
+    assert _bits(answer["lm_head.weight"]) >= 6, "The output layer was to have at least six bits."
+    layers = range(_EIGHT.num_hidden_layers)
+    values = [_bits(answer[f"layers.{layer}.self_attn.v_proj.weight"]) for layer in layers]
+    rest = [_bits(answer[f"layers.{layer}.mlp.up_proj.weight"]) for layer in layers]
     assert min(values) > max(rest), "The values were to have more bits in every layer than what is widest."
 
 
@@ -388,8 +390,3 @@ quiz = Quiz(
         ),
     ]
 )
-
-__all__ = [
-    "block_product", "forecast", "gptq_row", "my_mixture", "quiz", "read_q4_0", "round_groups", "was_rounded",
-]  # fmt: skip
-_ = math, reference
