@@ -70,7 +70,6 @@ def work(job: Job) -> dict:
         return {
             "matrices": matrices,
             "tokens": tokens,
-            "products": products,
             "memory": lambda: memory(job.of),
         }[job.kind]()
 
@@ -154,30 +153,6 @@ def tokens() -> dict:
     return {"per second": found | {name: rate for name, rate in beside.items() if name != "version"}} | {
         "xllamacpp": beside.get("version")
     }
-
-
-def products() -> dict:
-    """Milliseconds a token of the products alone: each linear layer with a row of its own."""
-    plain = load_pretrained(smollm2_file()).eval()
-    models = {"torch float32": plain, "F32": fast_decoding(plain)}
-    models |= {type: load_packed(FOLDER / f"{type}.safetensors") for type in ("Q8_0", "Q4_0 in all")}
-    return {
-        name: 1000 * each
-        for name, each in take_turns(20, {n: multiplier(m) for n, m in models.items()}).items()
-    }
-
-
-def multiplier(model: Decoder) -> Callable[[], None]:
-    layers = [module for module in model.modules() if hasattr(module, "in_features")]
-    rows = {layer.in_features: torch.randn(1, 1, layer.in_features) for layer in layers}
-
-    def multiply() -> None:
-        for layer in layers:
-            layer(rows[layer.in_features])
-        if model.lm_head is None:
-            F.linear(rows[model.config.hidden_size], model.embed_tokens.weight)
-
-    return multiply
 
 
 def writer(model: Decoder) -> Callable[[], None]:
@@ -307,7 +282,6 @@ if __name__ == "__main__":
             everything = [
                 Job("matrices"),
                 Job("tokens"),
-                Job("products"),
                 *(Job("memory", type) for type in ("float32", *TYPES)),
             ]
             run_jobs(__file__, everything, work, FACTS, workers=1)
