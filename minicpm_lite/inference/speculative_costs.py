@@ -12,9 +12,9 @@ measured. A tree writes one token and, of each guess, the chance that all up to 
     best_tree          which tree is
     Adaptive(draft)    as many guesses as are fastest with what was accepted so far, or none
 
-`Adaptive` keeps accounts in the seconds of `Costs`: what was spent, and what plain decoding would have taken
-for the tokens that were written. Guesses are made only if all of them could fail and the accounts would still
-be less than an allowance behind. So whatever is accepted, the time is never more than
+`Adaptive` keeps accounts in the seconds of `Costs`: what was spent, and what plain decoding would have
+taken for the tokens that were written. It guesses only if all guesses could fail and the accounts would
+still be less than an allowance behind. So whatever is accepted, the time is never more than
 
     plain * (1 + share) + credit * call(1)
 
@@ -52,8 +52,9 @@ class Costs:
     """What steps take on a machine, in seconds, or in any other unit of time.
 
     Attributes:
-        calls: of the target with 1, 2, 3, ... tokens; beyond the last, the difference of the last two goes on.
-        draft: of one step of the draft: a call of a draft model, for each guess of a chain or level of a tree.
+        calls: of the target with 1, 2, 3, ... tokens; beyond the last the difference of the last two goes on.
+        draft: of one step of the draft: a call of a draft model, for each guess of a chain, or each level of
+            a tree.
 
     Raises:
         ValueError: no call of one or of two tokens, or a time that is none.
@@ -143,7 +144,7 @@ def best_tree(costs: Costs, chances: Sequence[float], most: int) -> StaticTree |
 def _likeliest(
     chances: Sequence[float], most: int, depth: int
 ) -> list[tuple[int, float, tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """The likeliest trees of 1 to ``most`` guesses: their size, the tokens a call writes, parents and ranks."""
+    """The likeliest trees of 1, 2, ... guesses: their size, the tokens a call writes, parents and ranks."""
     trees, parents, ranks, length = [], [], [], 1.0
     waiting: list[tuple[float, int, int, int]] = []  # chance, negative; parent, rank, level
     for rank, chance in enumerate(chances):

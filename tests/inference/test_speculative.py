@@ -60,8 +60,8 @@ def test_greedy_equals_plain_generation_on_many_prompts(name):
     small = near(model)
     for seed, shape in enumerate([Chain(3), DynamicTree(3, 2, 5)]):
         ids, padding = prompts(25, seed)
-        wanted = generate(model, ids, 24, padding=padding)
-        found, stats = speculative_generate(model, DecoderDraft(small, shape), ids, 24, padding=padding)
+        wanted = generate(model, ids, 20, padding=padding)
+        found, stats = speculative_generate(model, DecoderDraft(small, shape), ids, 20, padding=padding)
         assert torch.equal(found, wanted)
         assert 1.2 < stats.acceptance_length < 4 and len(set(stats.lengths)) > 2, "some, not all or none"
 
@@ -87,16 +87,16 @@ def test_greedy_equals_plain_generation_a_row_at_a_time(name):
 def test_a_sparse_cache_takes_guesses(level, pads):
     torch.manual_seed(0)
     model = Decoder(SPARSE_MODEL).double().eval()
-    ids = torch.randint(50, (3, 40), generator=seeded())
+    ids = torch.randint(50, (3, 24), generator=seeded())
     padding = None if pads is None else torch.tensor(pads)
 
     def cache() -> SparseCache:
-        return SparseCache(80, LEVELS[level], padding)
+        return SparseCache(50, LEVELS[level], padding)
 
-    wanted = generate(model, ids, 30, context=cache())
+    wanted = generate(model, ids, 18, context=cache())
     for shape in (Chain(3), DynamicTree(3, 2, 5)):
         draft = DecoderDraft(near(model, 0.01), shape)
-        found, stats = speculative_generate(model, draft, ids, 30, context=cache())
+        found, stats = speculative_generate(model, draft, ids, 18, context=cache())
         assert torch.equal(found, wanted) and stats.acceptance_length > 1
 
 
@@ -243,21 +243,21 @@ def test_the_law_of_what_is_written_is_exactly_the_targets(name, draft):
 
 
 def test_a_larger_vocabulary_by_a_chi_square_test():
-    """Of four thousand samples; the second token is the first that may be a guess."""
+    """Of two thousand samples; the second token is the first that may be a guess."""
     model, ids, sampling = make_model(WRITER), make_ids(WRITER, 1, 6), Sampling(1.0, top_p=0.9)
     with torch.no_grad():
         first = next_token_probabilities(model(ids)[:, -1], sampling)[0]
         pairs = torch.cat([ids.expand(300, -1), torch.arange(300)[:, None]], dim=1)
         second = first @ next_token_probabilities(model(pairs)[:, -1], sampling)
     draft = DecoderDraft(near(model, 0.05), Chain(2))
-    settings = dict(temperature=1.0, top_p=0.9, samples=4000, generator=seeded())
+    settings = dict(temperature=1.0, top_p=0.9, samples=2000, generator=seeded())
     found, stats = speculative_generate(model, draft, ids, 3, **settings)
     assert 1.2 < stats.acceptance_length < 2
-    often = second * 4000 >= 5
+    often = second * 2000 >= 5
     counts = torch.bincount(found[:, 7], minlength=300).double()
     observed = [*counts[often].tolist(), float(counts[~often].sum())]
     expected = torch.cat([second[often], second[~often].sum()[None]]).double()
-    assert chisquare(observed, (expected / expected.sum() * 4000).numpy()).pvalue > 1e-3
+    assert chisquare(observed, (expected / expected.sum() * 2000).numpy()).pvalue > 1e-3
 
 
 # Rules that look right, and are not
@@ -315,10 +315,10 @@ def wrong_verify(change: str):
 
 
 WRONG = {  # with the draft and the settings by which it shows
-    "the draft's best is good enough": ("drawn", "plain"),
-    "q is not asked": ("drawn", "plain"),
-    "p and q exchanged": ("drawn", "plain"),
-    "the guess alone taken out": ("drawn", "plain"),
+    "the draft's best is good enough": ("drawn", "cool"),
+    "q is not asked": ("drawn", "cool"),
+    "p and q exchanged": ("drawn", "cool"),
+    "the guess alone taken out": ("drawn", "cool"),
     "no residual": ("chosen", "plain"),
     "residual not divided": ("chosen", "plain"),
     "later guesses meet p": ("chosen", "plain"),
@@ -333,7 +333,7 @@ WRONG = {  # with the draft and the settings by which it shows
 
 @pytest.mark.parametrize("change", [None, *WRONG])
 def test_wrong_rules_have_another_law(change, monkeypatch):
-    draft, name = WRONG.get(change, ("drawn", "penalty"))
+    draft, name = WRONG.get(change, ("chosen", "penalty"))
     model, ids = tiny(), torch.tensor([[1]])
     wanted = law_of_plain_generation(model, ids, 3, LAWS[name])
     monkeypatch.setattr(speculative, "verify", wrong_verify(change))
