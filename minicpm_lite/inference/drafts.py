@@ -201,7 +201,7 @@ class _Reading:
             ids = ids.to(self.model.embed_tokens.weight.device)
             with self.reader.reading():
                 x = self.model.states(self.model.embed(ids), Tree(context, range(-1, longest - 1)))[-1]
-            context.take([range(len(part)) for part in parts])
+            context.take([[*range(len(part))] for part in parts])
             self.reader.settle()
             last |= {row: x[row, len(part) - 1] for row, part in enumerate(parts) if part}
         with self.reader.reading():

@@ -256,42 +256,42 @@ def speculative_stream(
     with reader.reading():
         logits = model(ids[:, context.length :], context, last_only=True).squeeze(1)
     reader.require_finite(logits)
-    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
+    copies = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
     if samples > 1:
-        context.select(rows.tolist())
+        context.select(copies.tolist())
         reader.settle()
-    token = choose(logits[rows], sampling, ids.long()[rows], context.padding, generator)
-    starts = [0] * len(rows) if context.padding is None else context.padding.tolist()
-    prompts = [ids[row, start:].tolist() for row, start in zip(rows.tolist(), starts, strict=True)]
+    first = choose(logits[copies], sampling, ids.long()[copies], context.padding, generator)
+    starts = [0] * len(copies) if context.padding is None else context.padding.tolist()
+    rows = [
+        _Row(ids[row, start:].tolist(), max_new_tokens, stops)
+        for row, start in zip(copies.tolist(), starts, strict=True)
+    ]
+    for row, token in zip(rows, first.tolist(), strict=True):
+        row.write([token])
 
-    written = [[each] for each in token.tolist()]  # of every row
-    done = [_is_done(each, max_new_tokens, stops) for each in written]
-    active = [*range(len(written))]  # the rows that the cache holds
-    unheard = [prompt + new for prompt, new in zip(prompts, written, strict=True)]  # by the draft, of these
-    given = 0
+    active, given = rows, 0  # the rows that the cache holds; the steps that were yielded
     while True:
-        ready = min((len(written[row]) for row in active if not done[row]), default=max(map(len, written)))
+        lengths = [len(row.written) for row in rows if not row.done]
+        ready = min(lengths) if lengths else max(len(row.written) for row in rows)
         for step in range(given, ready):
-            column = [new[step] if step < len(new) else stops[0] for new in written]
-            yield torch.tensor(column, device=ids.device)
+            yield torch.tensor([row.at(step) for row in rows], device=ids.device)
         given = ready
-        if all(done):
+        going = [place for place, row in enumerate(active) if not row.done]
+        if not going:
             return
-        if any(done[row] for row in active):
-            stay = [place for place, row in enumerate(active) if not done[row]]
-            active, unheard = [active[place] for place in stay], [unheard[place] for place in stay]
-            context.select(stay)
+        if len(going) < len(active):
+            active = [active[place] for place in going]
+            context.select(going)
             reader.settle()
-            drafting.select(stay)
+            drafting.select(going)
 
         began = time.perf_counter()
         most = room - context.length - 1  # beside the newest token
         guesses = Guesses.none(len(active))
-        if most > 0 and min(len(written[row]) for row in active) < max_new_tokens - 1:  # the last needs none
-            guesses = drafting.propose(unheard, most)
-            unheard = [[] for _ in active]
+        if most > 0 and any(row.left > 1 for row in active):  # the last token needs none
+            guesses = drafting.propose([row.hear() for row in active], most)
         drafted = time.perf_counter()
-        newest = torch.tensor([[written[row][-1]] for row in active])
+        newest = torch.tensor([[row.written[-1]] for row in active])
         tokens = torch.cat([newest, guesses.tokens.cpu()], dim=1).to(ids.device)
         with reader.reading():
             logits = model(tokens, Tree(context, [-1, *(parent + 1 for parent in guesses.parents)]))
@@ -300,21 +300,17 @@ def speculative_stream(
         for place, row in enumerate(active):
             seen = None
             if sampling.repetition_penalty != 1:
-                seen = torch.tensor(prompts[row] + written[row], device=ids.device)
+                seen = torch.tensor(row.prompt + row.written, device=ids.device)
             drawn_from = None if guesses.drawn_from is None else guesses.drawn_from[place].to(logits)
             path, token = verify(
                 logits[place], tokens[place, 1:], guesses.parents, drawn_from, sampling, seen, generator
             )
-            new = [*tokens[place, 1:][path].tolist(), token]
-            new = _until_done(new, max_new_tokens - len(written[row]), stops)
-            written[row] += new
-            unheard[place] += new
-            done[row] = _is_done(written[row], max_new_tokens, stops)
-            paths.append([0, *(guess + 1 for guess in path[: len(new) - 1])])  # the newest token is not read
-            stats.accepted += min(len(path), len(new))
-            stats.lengths.append(len(new))
-        if not all(done):  # what has stopped would only take room
-            paths = [[] if done[row] else path for row, path in zip(active, paths, strict=True)]
+            new = row.write([*tokens[place, 1:][path].tolist(), token])
+            paths.append([0, *(guess + 1 for guess in path[: new - 1])])  # its newest token is not read
+            stats.accepted += min(len(path), new)
+            stats.lengths.append(new)
+        if not all(row.done for row in active):  # what has stopped would only take room
+            paths = [[] if row.done else path for row, path in zip(active, paths, strict=True)]
         context.take(paths)
         reader.settle()
         stats.calls += 1
@@ -323,14 +319,41 @@ def speculative_stream(
         stats.target_seconds += time.perf_counter() - drafted
 
 
-def _until_done(tokens: list[int], most: int, stops: Sequence[int]) -> list[int]:
-    """The tokens up to the first that ends the row, or up to how many it may have."""
-    end = next((place for place, token in enumerate(tokens) if token in stops), most)
-    return tokens[: min(end + 1, most)]
+class _Row:
+    """The text of one row, as far as it is written.
 
+    Attributes:
+        prompt, written: its tokens.
+        done: it has stopped.
+    """
 
-def _is_done(written: Sequence[int], most: int, stops: Sequence[int]) -> bool:
-    return len(written) == most or written[-1] in stops
+    def __init__(self, prompt: list[int], max_new_tokens: int, stops: Sequence[int]) -> None:
+        self.prompt, self.written, self.done = prompt, [], False
+        self._most, self._stops = max_new_tokens, stops
+        self._unheard = list(prompt)  # tokens that the draft does not know yet
+
+    @property
+    def left(self) -> int:
+        """How many tokens it may yet get."""
+        return self._most - len(self.written)
+
+    def write(self, tokens: Sequence[int]) -> int:
+        """Take tokens up to the end of the row, and say how many there were."""
+        ends = (place for place, token in enumerate(tokens, start=1) if token in self._stops)
+        end = min(next(ends, len(tokens)), self.left)
+        self.written += tokens[:end]
+        self._unheard += tokens[:end]
+        self.done = self.left == 0 or self.written[-1] in self._stops
+        return end
+
+    def hear(self) -> list[int]:
+        """What joined the text since the last question."""
+        unheard, self._unheard = self._unheard, []
+        return unheard
+
+    def at(self, step: int) -> int:
+        """The token of a step; of a row that has stopped before, the first that ends rows."""
+        return self.written[step] if step < len(self.written) else self._stops[0]
 
 
 def speculative_generate(

@@ -18,7 +18,7 @@ still be less than an allowance behind. So whatever is accepted, the time is nev
 
     plain * (1 + share) + credit * call(1)
 
-and it is a theorem about the accounts, not a hope about the draft. As true are the costs, as true is the rule.
+which is a theorem about the accounts, not a hope about the draft. The rule is as true as the costs are.
 
 Choices, and the traps behind them:
 
