@@ -32,6 +32,9 @@ from minicpm_lite.language.generation import generate, pad_left, stream
 from minicpm_lite.language.sampling import Sampling, next_token_probabilities
 from minicpm_lite.language.writing import generate_text, stream_text
 
+fast = pytest.mark.usefixtures(
+    "unchecked"
+)  # shapes are checked in the other tests, and take half of the time
 LAWS = {
     "plain": Sampling(1.0),
     "cool": Sampling(0.6, top_k=2),
@@ -53,6 +56,7 @@ def prompts(rows: int, seed: int = 0, longest: int = 12) -> tuple[torch.Tensor, 
 # Greedy: token for token
 
 
+@fast
 @pytest.mark.parametrize("name", WRITERS)
 def test_greedy_equals_plain_generation_on_many_prompts(name):
     """Two hundred of them, in batches of rows that accept different numbers, with a chain and a tree."""
@@ -66,6 +70,7 @@ def test_greedy_equals_plain_generation_on_many_prompts(name):
         assert 1.2 < stats.acceptance_length < 4 and len(set(stats.lengths)) > 2, "some, not all or none"
 
 
+@fast
 @pytest.mark.parametrize("name", WRITERS)
 def test_greedy_equals_plain_generation_a_row_at_a_time(name):
     model = make_model(WRITERS[name])
@@ -82,6 +87,7 @@ def test_greedy_equals_plain_generation_a_row_at_a_time(name):
             assert torch.equal(speculative_generate(model, draft, text, 24)[0], wanted)
 
 
+@fast
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("pads", [None, [0, 9, 3]])
 def test_a_sparse_cache_takes_guesses(level, pads):
@@ -116,6 +122,7 @@ def test_frequencies_are_those_of_plain_generation(scaling, new):
     assert torch.equal(speculative_generate(model, draft, ids, new)[0], generate(model, ids, new))
 
 
+@fast
 @pytest.mark.parametrize("settings", [dict(repetition_penalty=1.3), dict(top_k=3), dict(top_p=0.5)])
 def test_greedy_with_the_other_settings(settings):
     model, (ids, padding) = make_model(WRITER), prompts(6)
@@ -232,6 +239,7 @@ DRAFTS = {
 }
 
 
+@fast
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("name", LAWS)
 def test_the_law_of_what_is_written_is_exactly_the_targets(name, draft):
@@ -242,6 +250,7 @@ def test_the_law_of_what_is_written_is_exactly_the_targets(name, draft):
     assert distance(wanted, found) < 1e-9
 
 
+@fast
 def test_a_larger_vocabulary_by_a_chi_square_test():
     """Of two thousand samples; the second token is the first that may be a guess."""
     model, ids, sampling = make_model(WRITER), make_ids(WRITER, 1, 6), Sampling(1.0, top_p=0.9)
@@ -331,6 +340,7 @@ WRONG = {  # with the draft and the settings by which it shows
 }
 
 
+@fast
 @pytest.mark.parametrize("change", [None, *WRONG])
 def test_wrong_rules_have_another_law(change, monkeypatch):
     draft, name = WRONG.get(change, ("chosen", "penalty"))
@@ -430,6 +440,7 @@ def test_samples_share_the_prefill(settings):
         assert torch.equal(rows, wanted[:, ids.shape[1] :])
 
 
+@fast
 @pytest.mark.parametrize("stop", [[], ["e"], [" ", "q"]])
 def test_texts_and_their_stop_strings(stop):
     model = make_model(WRITER)
@@ -470,6 +481,7 @@ def test_a_cache_that_was_handed_in_holds_the_text_but_for_its_last_token(kind):
     assert context.length == 18 and context.has_read(found) and context.guesses == ()
 
 
+@fast
 def test_the_room_of_plain_generation_is_enough():
     """Also where rows take turns in being ahead, and to the last token that the model was made for."""
     model, (ids, padding) = make_model(WRITER), prompts(4, longest=30)
