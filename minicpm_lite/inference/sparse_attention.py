@@ -360,8 +360,14 @@ class SparseCache(KVCache):
         _refuse_latent_attention(model)
         super().belong(model)
 
-    def prepare(self, x: Float[Tensor, "batch tokens d"]) -> None:
-        """Make ready for the tokens of a call; means of what is no longer text are dropped."""
+    def prepare(self, x: Float[Tensor, "batch tokens d"], behind: int = 0) -> None:
+        """Make ready for the tokens of a call; means of what is no longer text are dropped.
+
+        Raises:
+            ValueError: as a `KVCache`; or a tree grows.
+        """
+        if behind:
+            raise ValueError("A sparse cache reads all guesses of a tree in one call; give it a tree whole.")
         super().prepare(x)
         if self.length == 0:
             self._means.clear()

@@ -238,6 +238,9 @@ def goes_on_as_its_own_text(config, padding, moves) -> None:
             cache.take([[*range(taken)] for taken in how])
             rows = [[None] * (max(how) - taken) + row + new[:taken]
                     for row, new, taken in zip(rows, guesses.tolist(), how, strict=True)]  # fmt: skip
+            empty = min(next(at for at, each in enumerate([*row, 0]) if each is not None) for row in rows)
+            rows = [row[max(empty - min(unread), 0) :] for row in rows]  # no column is padding of all
+            assert cache.length == len(rows[0])
         elif kind == "back":
             cache.truncate(max(0, cache.length - 3 * how))
             rows = [row[: cache.length] for row in rows]
