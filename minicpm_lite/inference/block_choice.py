@@ -148,21 +148,27 @@ def choose_blocks(
         config: how they are chosen.
     """
     per_block = config.block_size // config.kernel_stride
-    overlap = config.kernel_size // config.kernel_stride - 1  # windows that begin before a block and reach it
+    # windows that begin before a block and reach it
+    overlap = config.kernel_size // config.kernel_stride - 1
     shares = shares[..., : blocks * per_block]
-    padded = F.pad(shares.flatten(0, 2), (overlap, blocks * per_block - shares.shape[-1]))
-    score = F.max_pool1d(padded, per_block + overlap, per_block).unflatten(0, shares.shape[:3])
-    block, own = (
-        torch.arange(blocks, device=at.device),
-        at[:, None, :, None].div(config.block_size, rounding_mode="floor"),
-    )
-    forced = (block < config.init_blocks) | (block > own - config.local_blocks)
-    score = score.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    missing = blocks * per_block - shares.shape[-1]
+    padded = F.pad(shares.flatten(0, 2), (overlap, missing))
+    best = F.max_pool1d(padded, per_block + overlap, per_block)
+    score = best.unflatten(0, shares.shape[:3])
+
+    block = torch.arange(blocks, device=at.device)
+    at = at[:, None, :, None]
+    own = at.div(config.block_size, rounding_mode="floor")
+    first, last = block < config.init_blocks, block > own - config.local_blocks
+    score = score.masked_fill(first | last, torch.inf)
+    score = score.masked_fill(block > own, -torch.inf)
+
     most = min(config.num_blocks, blocks)
     least = score.topk(most).values[..., -1:]
     above, equal = score > least, score == least
-    chosen = above | (equal & (equal.cumsum(-1) <= most - above.sum(-1, keepdim=True)))
-    return (chosen | (at < config.all_visible)[:, None, :, None]) & (block <= own)
+    room = most - above.sum(-1, keepdim=True)  # of equal blocks the earlier
+    chosen = above | (equal & (equal.cumsum(-1) <= room))
+    return (chosen | (at < config.all_visible)) & (block <= own)
 
 
 def with_guesses(
