@@ -1,1 +1,0 @@
-"""Checks and quizzes of the chapters on inference."""

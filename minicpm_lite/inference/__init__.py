@@ -1,1 +1,0 @@
-"""Inference: what makes a trained model cheaper to run."""
