@@ -1,7 +1,7 @@
 """Training and cached decoding beside transformers and beside what the machine can do, in one run.
 
-    python -m benchmarks               everything, about five minutes on 2 cores
-    python -m benchmarks decode        one part: settings, profile, decode, decode-135m or train
+    python -m benchmarks               everything, about eight minutes on 2 cores
+    python -m benchmarks decode        one of settings, profile, decode, decode-135m, kernels, sparse, train
 
 Each figure is the median over rounds in which all take turns, so that a busy machine slows all of them. The
 physical limit of training is the rate at which the machine multiplies two large matrices; that of decoding,
@@ -9,11 +9,9 @@ which reads every weight for each token, the rate at which it reads an array fro
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -33,6 +31,10 @@ from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
+from .kernels import kernels
+from .sparse import sparse
+from .timing import reading_rate, take_turns
+
 SHAPES = {
     "lite-1m": load_config("lite-1m"),
     "8M": replace(load_config("lite-1m"), hidden_size=320, intermediate_size=800, num_attention_heads=10,
@@ -46,18 +48,6 @@ def transformers_twin(model: Decoder) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, f"{folder}/twin", model_type="granite")
         return transformers.GraniteForCausalLM.from_pretrained(f"{folder}/twin", dtype=torch.float32)
-
-
-def take_turns(rounds: int, *works: Callable[[], None]) -> list[float]:
-    """Median seconds of each piece of work, after one round that does not count."""
-    seconds = [[] for _ in works]
-    for round_number in range(rounds + 1):
-        for work, times in zip(works, seconds, strict=True):
-            start = time.perf_counter()
-            work()
-            if round_number:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
 
 
 def make_run(config: ModelConfig, compiled: bool = False) -> Trainer:
@@ -125,10 +115,8 @@ def decode_a_real_model(new_tokens: int = 48) -> None:
 
 def print_bandwidth(model: Decoder, seconds: float) -> None:
     """Print which share of the memory's bandwidth the weights take, at so many seconds a token."""
-    array = torch.ones(256_000_000 // 4)
-    (reading,) = take_turns(20, lambda: array.sum())
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    used, possible = weights / seconds, array.nbytes / reading
+    used, possible = weights / seconds, reading_rate()
     print(
         f"  {weights / 1e6:.0f} MB of weights a token: {used / 1e9:.1f} GB/s = {used / possible:.0%} of the "
         f"{possible / 1e9:.1f} GB/s at which an array is summed"
@@ -198,16 +186,19 @@ def main() -> None:
         "profile": where_the_time_goes,
         "decode": decode,
         "decode-135m": decode_a_real_model,
+        "kernels": kernels,
+        "sparse": sparse,
         "train": train,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
     parser.add_argument("part", nargs="?", choices=["all", *parts, "one-setting"], default="all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for one-setting")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--tuned", action="store_true", help="for one-setting: call tune_cpu first")
     arguments = parser.parse_args()
     if arguments.part == "one-setting":
         one_setting(arguments.threads, arguments.tuned)
         return
+    torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, part in parts.items():
         if arguments.part in ("all", name):

@@ -1,7 +1,7 @@
 """The shape of a model as a frozen dataclass, and the YAML files that hold the family's.
 
-Each file in ``configs/`` describes one model: a ``model`` block (this dataclass), where they were published a
-``training`` block (the recipe) and a ``rope_scaling`` block (for longer texts), and the ``source`` of each.
+Each file in ``configs/`` describes one model: a ``model`` block (this dataclass), where they were published
+``training`` (the recipe), ``rope_scaling`` and ``sparse_config`` (for long texts), each with its ``source``.
 ``minicpm-*``, ``minicpm3-*``, ``minicpm4*`` and ``bitcpm4-*`` are released models; ``lite-*`` are the small
 models of the book. Field names are those of the released ``config.json`` files, so that a reader finds them
 there again.
@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from reprlib import repr as shown
 
@@ -156,6 +157,110 @@ class RopeScaling:
             require_positive_number("factor", self.factor)
             if self.factor < 1:
                 raise ValueError(f"factor is {self.factor}; a context is made longer, so give at least 1.")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How InfLLM v2 chooses what a token attends to (MiniCPM4 and 4.1); see `inference.sparse_attention`.
+
+    The defaults are those of the released ``sparse_config``, whose names the first eight fields have. A text
+    is cut into blocks; means of windows stand for its keys where a query chooses among them.
+
+    Attributes:
+        kernel_size: tokens of a window, whose keys are averaged.
+        kernel_stride: tokens from the start of one window to that of the next.
+        init_blocks: blocks at the beginning of the text that every query attends to.
+        block_size: tokens of a block.
+        window_size: every query attends to ``window_size / block_size`` blocks, of which its own is the last.
+        topk: blocks besides those of the window, the ones at the beginning included.
+        use_nope: choose by queries and keys before their rotation. No release does, and it is not built here.
+        dense_len: a query that sees fewer tokens than this attends to all of them; 0 or -1: none does.
+        approximate_lse: take the sum in the softmax over windows from means four times as coarse, which a
+            fused GPU kernel reads in a quarter of the time (InfLLM v2, section 3).
+        coarse_topk: beyond the paper: of the windows, only those inside this many coarse ones are read, the
+            coarse ones that score best. None: all are read.
+
+    Raises:
+        ValueError: a size is no whole number, or windows and blocks do not fit into each other.
+
+    >>> SparseConfig().num_blocks, SparseConfig().num_visible(131_072)
+    (96, 6144)
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    init_blocks: int = 1
+    block_size: int = 64
+    window_size: int = 2048
+    topk: int = 64
+    use_nope: bool = False
+    dense_len: int = 8192
+    approximate_lse: bool = False
+    coarse_topk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_size", "kernel_stride", "block_size", "window_size", "topk"):
+            _require_size(name, getattr(self, name))
+        for name, least in (("init_blocks", 0), ("dense_len", -1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
+        for whole, part in (
+            ("kernel_size", "kernel_stride"),
+            ("block_size", "kernel_stride"),
+            ("window_size", "block_size"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} is {getattr(self, whole)} and {part} is {getattr(self, part)}; "
+                    f"expected a multiple, such as {getattr(self, part) * 2}."
+                )
+        if self.kernel_size > self.block_size:
+            raise ValueError(
+                f"kernel_size is {self.kernel_size} and block_size is {self.block_size}; a window reaches "
+                "over one border of blocks at most, so give at most block_size."
+            )
+        if self.init_blocks > self.topk:
+            raise ValueError(
+                f"init_blocks is {self.init_blocks} and topk is {self.topk}; the blocks at the beginning are "
+                "among the topk, so give at most as many."
+            )
+        for name in ("use_nope", "approximate_lse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; expected true or false.")
+        if self.use_nope:
+            raise ValueError(
+                "use_nope is true: blocks would be chosen by queries and keys before their rotation, which "
+                "is not built here. The released models have use_nope: false."
+            )
+        if self.coarse_topk is not None:
+            _require_size("coarse_topk", self.coarse_topk)
+            if self.coarse_topk < self.topk:
+                raise ValueError(
+                    f"coarse_topk is {self.coarse_topk} and topk is {self.topk}; the blocks are chosen among "
+                    "those under the coarse windows, so give at least as many."
+                )
+
+    @property
+    def local_blocks(self) -> int:
+        """Blocks of the window, of which the query's own is the last."""
+        return self.window_size // self.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a query attends to where there are so many: topk + window_size / block_size."""
+        return self.topk + self.local_blocks
+
+    @property
+    def all_visible(self) -> int:
+        """Up to how many tokens a query attends to all that it sees."""
+        return max(self.dense_len - 1, self.num_blocks * self.block_size)
+
+    def num_visible(self, length: int) -> int:
+        """How many of ``length`` tokens the last one attends to; its own block counts as far as it goes."""
+        if length <= self.all_visible:
+            return length
+        return length - (-(-length // self.block_size) - self.num_blocks) * self.block_size
 
 
 @dataclass(frozen=True)
@@ -389,6 +494,27 @@ def load_rope_scaling(name: str | Path) -> RopeScaling:
     return _build(RopeScaling, _block(name, "rope_scaling"), f"The rope_scaling of config {str(name)!r}")
 
 
+def load_sparse_config(name: str | Path) -> SparseConfig:
+    """The published sparse attention of a model.
+
+    Raises:
+        ValueError: no such model, or its file holds none because it was released with dense attention alone.
+
+    >>> load_sparse_config("minicpm4-8b").num_blocks
+    96
+    """
+    return sparse_config(_block(name, "sparse_config"), f"The sparse_config of config {str(name)!r}")
+
+
+def sparse_config(values: dict, where: str = "The sparse_config") -> SparseConfig:
+    """Sparse attention from plain values, such as ``sparse_config`` of a released ``config.json``.
+
+    Raises:
+        ValueError: an unknown field, or a value that cannot be; ``where`` says whose.
+    """
+    return _build(SparseConfig, values, where)
+
+
 def _block(name: str | Path, block: str) -> dict:
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
@@ -483,6 +609,12 @@ def _require_size(name: str, value: object) -> None:
     require_positive_integer(name, value)
     if value > (largest := _LARGEST.get(name, _LARGEST_WIDTH)):
         raise ValueError(f"{name} is {shown(value)}; at most {largest:,} is possible here.")
+
+
+def require_probability(name: str, value: object) -> None:
+    """Refuse what is not a number from 0 to 1, with a sentence that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {shown(value)}; expected a number from 0 to 1.")
 
 
 def require_positive_number(name: str, value: object) -> None:

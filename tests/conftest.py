@@ -23,7 +23,7 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 os.fsync = os.fstat  # it takes open files alone, too, and does not wait until they are on the disk
 ROOT = Path(__file__).parents[1]
-WITH_SHAPES = ("language", "data")
+WITH_SHAPES = ("language", "data", "inference")
 SHAPED = [
     f"minicpm_lite.{part}.{file.stem}"
     for part in WITH_SHAPES
@@ -37,7 +37,7 @@ PAGES = "tests/book/test_pages.py"
 
 @pytest.fixture(autouse=True, scope="module")
 def shapes_are_checked(request: pytest.FixtureRequest) -> None:
-    """In the tests of these two parts."""
+    """In the tests of these parts."""
     of_them = request.path.is_relative_to(ROOT / "tests") and request.path.parent.name in WITH_SHAPES
     jaxtyping.config.update("jaxtyping_disable", not of_them)
 

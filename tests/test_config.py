@@ -16,8 +16,11 @@ from minicpm_lite.config import (
     LatentAttentionConfig,
     MixtureConfig,
     RopeScaling,
+    SparseConfig,
     load_recipe,
+    load_sparse_config,
     model_config,
+    sparse_config,
 )
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.parameters import count_parameters
@@ -55,7 +58,7 @@ def test_every_block_names_its_source(name):
     from minicpm_lite import config
 
     content = yaml.safe_load((config._CONFIGS / f"{name}.yaml").read_text())
-    assert content.keys() <= {"model", "training", "rope_scaling"}
+    assert content.keys() <= {"model", "training", "rope_scaling", "sparse_config"}
     assert all(block["source"] for block in content.values())
     if "training" in content:
         load_recipe(name)
@@ -153,6 +156,59 @@ def test_facts_of_older_checkpoints_name_no_ids_that_end_a_text():
 def test_ids_that_end_a_text_are_given_where_a_source_is_known():
     known = {name: load_config(name).eos_token_id for name in list_configs()}
     assert {name: ends for name, ends in known.items() if ends} == {"minicpm4-0.5b": (2, 73_440)}
+
+
+@pytest.mark.parametrize("name", ["minicpm4-8b", "minicpm4.1-8b"])
+def test_sparse_attention_of_a_release(name):
+    """As its config.json spells it; the defaults are the same."""
+    released = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048,
+                "topk": 64, "use_nope": False, "dense_len": 8192}  # fmt: skip
+    config = load_sparse_config(name)
+    assert config == sparse_config(released) == SparseConfig()
+    assert (config.local_blocks, config.num_blocks, config.all_visible) == (32, 96, 8191)
+    assert {field: getattr(config, field) for field in released} == released
+    with pytest.raises(FrozenInstanceError):
+        config.topk = 1
+
+
+def test_sparse_attention_that_was_not_released():
+    with pytest.raises(ValueError, match="minicpm4-0.5b.yaml has no 'sparse_config' block"):
+        load_sparse_config("minicpm4-0.5b")
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (dict(top_k=64), "The sparse_config has an unknown field 'top_k'. Did you mean 'topk'"),
+        ([64], r"The sparse_config holds \[64\]; expected names with values"),
+        (dict(kernel_size=40), "kernel_size is 40 and kernel_stride is 16; expected a multiple, such as 32"),
+        (dict(kernel_stride=0), "kernel_stride is 0; expected a whole number of at least 1"),
+        (dict(block_size=72), "block_size is 72 and kernel_stride is 16; expected a multiple"),
+        (dict(window_size=2000), "window_size is 2000 and block_size is 64; expected a multiple"),
+        (dict(window_size=0), "window_size is 0; expected a whole number of at least 1"),
+        (dict(kernel_size=128), "kernel_size is 128 and block_size is 64; .* give at most block_size"),
+        (dict(init_blocks=65), "init_blocks is 65 and topk is 64; .* give at most as many"),
+        (dict(init_blocks=-1), "init_blocks is -1; expected a whole number of at least 0"),
+        (dict(topk=64.0), "topk is 64.0; expected a whole number"),
+        (dict(dense_len=-2), "dense_len is -2; expected a whole number of at least -1"),
+        (dict(dense_len=True), "dense_len is True; expected a whole number"),
+        (dict(use_nope=True), "use_nope is true: .* not built here"),
+        (dict(use_nope=0), "use_nope is 0; expected true or false"),
+        (dict(approximate_lse="no"), "approximate_lse is 'no'; expected true or false"),
+        (dict(coarse_topk=63), "coarse_topk is 63 and topk is 64; .* at least as many"),
+    ],
+)
+def test_windows_and_blocks_that_do_not_fit_are_refused(values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sparse_config(values)
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 300_000))
+def test_tokens_that_a_query_attends_to(length):
+    """All of a short text; of a long one the own block as far as it goes, and 95 whole ones."""
+    visible = SparseConfig().num_visible(length)
+    assert visible == (length if length < 8192 else 95 * 64 + (length - 1) % 64 + 1)
 
 
 def write(tmp_path, text):

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Encoding, Tokenizer
 
-from ..config import require_positive_integer, require_positive_number
+from ..config import require_positive_integer, require_positive_number, require_probability
 from ..files import written_whole
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating, require_finite, token_losses
@@ -93,8 +93,7 @@ def identify_languages(texts: Iterable[str], least: float = 0.5) -> list[str]:
         ValueError: ``least`` is no probability.
     """
     require_several(texts)
-    if not 0 <= least <= 1:
-        raise ValueError(f"least is {least!r}; expected a probability, from 0 to 1.")
+    require_probability("least", least)
     classify = _language_identifier().classify
     codes = []
     for text in texts:
@@ -387,12 +386,6 @@ def area_under_roc(good: Iterable, bad: Iterable) -> float:
     return lower / pairs + 0.5 * ((not_higher - lower) / pairs)
 
 
-def require_probability(threshold: float) -> None:
-    """Refuse a threshold that no probability can be compared with."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"The threshold is {threshold}; it is compared with a probability, from 0 to 1.")
-
-
 def language_codes(languages: str | Iterable[str]) -> tuple[str, ...]:
     """The languages to keep, as a tuple; one may stand alone.
 
@@ -434,7 +427,7 @@ def drop_reasons(
         TypeError: a document that is no string, or one string in place of several.
     """
     require_several(texts)
-    require_probability(threshold)
+    require_probability("threshold", threshold)
     texts, languages = tuple(texts), language_codes(languages)
     normal = [normalise(text) for text in texts]
     reasons: list[str | None] = [None] * len(texts)

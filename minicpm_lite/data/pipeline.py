@@ -29,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import require_probability
 from ..files import locked, written_whole
 from ..optional import require
 from .dedup import EMPTY, MinHash, rows_of_band, words_of
 from .documents import row_in
-from .filtering import QualityClassifier, identify_languages, language_codes, normalise, require_probability
+from .filtering import QualityClassifier, identify_languages, language_codes, normalise
 
 _NEED = {"install": "minicpm_lite[data]", "purpose": "run the pipeline on datatrove"}
 _minhash = require("datatrove.pipeline.dedup.minhash", **_NEED)
@@ -111,7 +112,7 @@ class QualityBlock(_base_filter.BaseFilter):
     name = "quality"
 
     def __init__(self, classifier: str | Path, threshold: float = 0.5, exclusion_writer=None) -> None:
-        require_probability(threshold)
+        require_probability("threshold", threshold)
         super().__init__(exclusion_writer)
         self.path, self.threshold = str(classifier), threshold
 

@@ -31,9 +31,14 @@ class Canvas:
         self._parts: list[str] = []
         self._bottom = 0.0
 
-    def svg(self) -> str:
-        """The drawing as an SVG document, as high as its parts reach."""
-        return document(self.width, round(self._bottom) + 4, "".join(self._parts), self._scrolls)
+    @property
+    def height(self) -> float:
+        """How far down its parts reach, and a margin, in units."""
+        return round(self._bottom) + 4
+
+    def svg(self, height: float | None = None) -> str:
+        """The drawing as an SVG document, as high as its parts reach, or so many units."""
+        return document(self.width, height or self.height, "".join(self._parts), self._scrolls)
 
     def __repr__(self) -> str:
         return f"Drawing: {self.alt}"
@@ -93,6 +98,7 @@ class Canvas:
         fill: float = 0.16,
         round: float = 6,
         pile: int = 1,
+        solid: bool = False,
     ) -> Place:
         """A box with a text, and a quieter note below it, such as a shape.
 
@@ -110,6 +116,7 @@ class Canvas:
             fill: how strong its tint is, 0 to 1.
             round: the radius of its corners.
             pile: how many there are, of which the others look out behind it, to the right and above.
+            solid: it hides what it lies on, as something that passes in front.
         """
         place = self._covered(Place(x, y, width, height), f"The box {text!r}")
         for line in (*text.split("\n"), note):
@@ -117,7 +124,7 @@ class Canvas:
                 raise ValueError(f"{line!r} is about {needed:.0f} units wide; its box has {width:g}.")
         for behind in reversed(range(pile)):
             card = self._covered(Place(x + 4 * behind, y - 4 * behind, width, height), "The pile")
-            if pile > 1:  # it hides what it lies on
+            if pile > 1 or solid:  # it hides what it lies on
                 self._parts.append(f"<{rectangle(card, round)} fill='var(--ground)'/>")
             self._draw(rectangle(card, round), tone, dashed=dashed, fill=fill if tone else 0)
         middle_x, middle_y = place.middle

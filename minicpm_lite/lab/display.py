@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from numbers import Integral, Real
 from textwrap import dedent
 
 from ..optional import require
@@ -58,7 +59,7 @@ def source(part: Callable, start: str = "", stop: str = "") -> None:
     """
     lines = inspect.getsource(part).splitlines()
     first = _place(start, lines, part) if start else 0
-    last = first + _place(stop, lines[first:], part) if stop else len(lines)
+    last = _place(stop, lines, part, after=first) if stop else len(lines)
     code = dedent("\n".join(lines[first:last])).rstrip()
     show(code, markdown=f"From `{part.__module__}`:\n\n```python\n{code}\n```")
 
@@ -111,14 +112,15 @@ def inline_html(text: str) -> str:
     return "".join(parts)
 
 
-def _place(words: str, lines: Sequence[str], part: Callable) -> int:
-    found = [number for number, line in enumerate(lines) if words in line]
+def _place(words: str, lines: Sequence[str], part: Callable, after: int = -1) -> int:
+    found = [number for number in range(after + 1, len(lines)) if words in lines[number]]
     if not found:
-        raise ValueError(f"No line of {part.__qualname__} holds {words!r}.")
+        where = f" after {lines[after].strip()!r}" if after >= 0 else ""
+        raise ValueError(f"No line of {part.__qualname__}{where} holds {words!r}.")
     return found[0]
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:,.4g}"

@@ -71,7 +71,7 @@ class Drawing(Canvas):
             marked: rows and columns of cells with a strong outline.
             numbers: show them; otherwise only the tints.
         """
-        table = [list(row) for row in (values.tolist() if hasattr(values, "tolist") else values)]
+        table = [[_plain(value) for value in _plain(row)] for row in _plain(values)]
         if len({len(row) for row in table}) != 1:
             raise ValueError(f"The rows have {[len(row) for row in table]} cells; expected as many in each.")
         height = height or cell
@@ -264,6 +264,11 @@ class Drawing(Canvas):
         if (needed := text_width(text, SMALLEST_TEXT)) > place.width:
             raise ValueError(f"{text!r} is about {needed:.0f} units wide; its cell has {place.width:g}.")
         self.text(*place.middle, text, size=SMALLEST_TEXT)
+
+
+def _plain(values: object) -> object:
+    """What an array, a tensor or one of their numbers holds, in lists and numbers of Python."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _is_number(value: object) -> bool:

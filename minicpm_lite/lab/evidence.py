@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from ..runtime import require_seed
 from .display import pipe_table, plain_table
 
 MIME = "application/vnd.minicpm-lite.evidence+json"
@@ -42,7 +43,8 @@ class Evidence:
             tried; "refuted as described", a common description that is wrong by derivation or exactly.
 
     Raises:
-        ValueError: a text is empty, the source has no link, or the verdict is another word.
+        ValueError: a text is empty, the source has no link, the verdict is another word, or the seeds are no
+            list of whole numbers.
     """
 
     claim: str
@@ -57,6 +59,12 @@ class Evidence:
     verdict: Verdict
 
     def __post_init__(self) -> None:
+        if isinstance(self.seeds, str | bytes) or not isinstance(self.seeds, Sequence):
+            raise ValueError(
+                f"seeds is {self.seeds!r}; expected a list of seeds, such as [0, 1, 2], or [] for a count."
+            )
+        for seed in self.seeds:
+            require_seed(seed)
         for field, value in asdict(self).items():
             if field not in ("seeds", "minutes") and not (isinstance(value, str) and value.strip()):
                 raise ValueError(f"{field} is {value!r}; expected a few words.")

@@ -3,7 +3,7 @@
 Both are made from the same frames, drawn once for each value. The HTML needs no kernel, no network and no
 library: a drawing, a range input and a few lines of script. It works by mouse, touch and keyboard; a screen
 reader hears the value together with the description of its frame. A film, whose values are steps in time, has
-a button that plays it. Where scripts do not run (a notebook that
+a button that plays it, and may rest at some of them. Where scripts do not run (a notebook that
 Jupyter does not trust yet) the first frame shows, with a line that says what to do.
 
 Frames are SVGs and differ in little: each is stored as a list of its elements, and each element once.
@@ -41,14 +41,15 @@ svg.replaceWith(box.firstElementChild); svg = figure.querySelector('svg');
 svg.setAttribute('aria-label', frame.alt); output.textContent = frame.text;
 slider.setAttribute('aria-valuetext', frame.text + '. ' + frame.alt); };
 let timer = 0;
-const stop = () => { clearInterval(timer); timer = 0;
+const stop = () => { clearTimeout(timer); timer = 0;
 if (button) { button.textContent = '▶'; button.setAttribute('aria-label', 'Play'); } };
+const wait = () => { timer = setTimeout(next, 1000 * JSON.parse(button.dataset.seconds)[slider.value]); };
 const next = () => { if (+slider.value === +slider.max || !figure.isConnected) return stop();
-slider.value = +slider.value + 1; show(); };
+slider.value = +slider.value + 1; show(); wait(); };
 if (button) { button.hidden = false; button.addEventListener('click', () => {
 if (timer) return stop();
 if (+slider.value === +slider.max) { slider.value = 0; show(); }
-timer = setInterval(next, 1000 * button.dataset.seconds);
+wait();
 button.textContent = '⏸'; button.setAttribute('aria-label', 'Pause'); }); }
 slider.addEventListener('input', () => { stop(); show(); }); show();
 figure.querySelector('small').hidden = true;
@@ -65,7 +66,8 @@ class Explorer:
         label: what the slider sets, with its unit.
         alt: takes one value and returns one sentence that says what the frame shows.
         start: index of the value shown first.
-        seconds: for a film, how long a button shows each value; without, there is no button.
+        seconds: for a film, how long a button shows each value, or a function that says it for a value, so
+            that the film rests where there is more to read; without, there is no button.
 
     Raises:
         ValueError: fewer than two values, `start` is not the index of one, or ``seconds`` is not above 0.
@@ -79,20 +81,22 @@ class Explorer:
         label: str,
         alt: Callable[[object], str],
         start: int = 0,
-        seconds: float | None = None,
+        seconds: float | Callable[[object], float] | None = None,
     ) -> None:
         if len(values) < 2:
             raise ValueError(f"An Explorer moves between at least two values; it was given {len(values)}.")
         if not 0 <= start < len(values):
             raise ValueError(f"start is {start}; expected the index of a value, 0 to {len(values) - 1}.")
-        if seconds is not None:
-            require_positive_number("seconds", seconds)
-        self.label, self.start, self.seconds = label, start, seconds
+        self.label, self.start = label, start
+        self.seconds = [] if seconds is None else [_seconds(seconds, value) for value in values]
         self.texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
         self.alts = [_sentence(alt, value) for value in values]
         content = json.dumps([label, self.texts, self.alts])
         self.identity = "explorer-" + hashlib.sha256(content.encode()).hexdigest()[:10]
-        self.frames = [_svg(draw, value, self.identity) for value in values]
+        drawn = [_drawn(draw, value, self.identity) for value in values]
+        highest = max((each.height for each in drawn if isinstance(each, Drawing)), default=0)
+        # one height for all, or the slider below would move
+        self.frames = [each.svg(highest) if isinstance(each, Drawing) else each for each in drawn]
 
     def html(self) -> str:
         """The static life."""
@@ -122,11 +126,12 @@ class Explorer:
         )
 
     def _button(self) -> str:
-        if self.seconds is None:
+        if not self.seconds:
             return ""
+        seconds = json.dumps(self.seconds, separators=(",", ":"))
         look = "width:2.75rem;height:2.75rem;font-size:1.1rem;cursor:pointer"
         return (
-            f'<button type="button" hidden {KEEP_KEYS} aria-label="Play" data-seconds="{self.seconds:g}" '
+            f'<button type="button" hidden {KEEP_KEYS} aria-label="Play" data-seconds="{seconds}" '
             f'style="{look}">▶</button>'
         )
 
@@ -146,15 +151,27 @@ class Explorer:
 
         slider.observe(lambda change: show(change["new"]), "value")
         show(self.start)
-        if self.seconds is None:
+        if not self.seconds:
             return ipywidgets.VBox([picture, slider])
-        film = ipywidgets.Play(max=len(self.frames) - 1, value=self.start, interval=int(1000 * self.seconds))
+        film = ipywidgets.Play(max=len(self.frames) - 1, value=self.start)
+
+        def pace(index: int) -> None:
+            film.interval = int(1000 * self.seconds[index])
+
+        film.observe(lambda change: pace(change["new"]), "value")
+        pace(self.start)
         ipywidgets.jslink((film, "value"), (slider, "index"))
         return ipywidgets.VBox([picture, ipywidgets.HBox([film, slider])])
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
         shown = f"{self.label}: {self.texts[self.start]} (one of {len(self.texts)}). {self.alts[self.start]}"
         return self.widget()._repr_mimebundle_() | {"text/plain": shown, "text/html": self.html()}
+
+
+def _seconds(seconds: float | Callable[[object], float], value: object) -> float:
+    shown = seconds(value) if callable(seconds) else seconds
+    require_positive_number("seconds", shown)
+    return shown
 
 
 def _sentence(alt: Callable[[object], str], value: object) -> str:
@@ -167,10 +184,11 @@ def _sentence(alt: Callable[[object], str], value: object) -> str:
     return text
 
 
-def _svg(draw: Callable[[object], plt.Figure | Drawing], value: object, prefix: str) -> str:
+def _drawn(draw: Callable[[object], plt.Figure | Drawing], value: object, prefix: str) -> str | Drawing:
+    """A plot as SVG, or a drawing."""
     figure = draw(value)
     if isinstance(figure, Drawing):
-        return figure.svg()
+        return figure
     if not isinstance(figure, plt.Figure):
         raise TypeError(
             f"draw returned {type(figure).__name__} for the value {value!r}; expected a matplotlib figure or "

@@ -54,7 +54,16 @@ class Grid(Place):
     columns: int = 1
 
     def cell(self, row: int, column: int) -> Place:
-        """The place of one cell, counted from 0."""
+        """The place of one cell, counted from 0.
+
+        Raises:
+            ValueError: the matrix has no such cell.
+        """
+        if row not in range(self.rows) or column not in range(self.columns):
+            raise ValueError(
+                f"The cell is ({row}, {column}); expected a row from 0 to {self.rows - 1} "
+                f"and a column from 0 to {self.columns - 1}."
+            )
         width, height = self.width / self.columns, self.height / self.rows
         return Place(self.x + column * width, self.y + row * height, width, height)
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from itertools import count, product
+from string import ascii_lowercase
 
 from .display import inline_html
 from .style import KEEP_KEYS, THEME
@@ -49,7 +51,7 @@ class Quiz:
         lines = [f"Quiz: {len(self.questions)} question{'s' if len(self.questions) != 1 else ''}"]
         for number, (question, options, _, _) in enumerate(self.questions, start=1):
             lines.append(f"{number}. {question}")
-            lines += [f"   {letter}) {option}" for letter, option in zip("abcdefgh", options, strict=False)]
+            lines += [f"   {letter}) {option}" for letter, option in zip(_letters(), options, strict=False)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -63,6 +65,11 @@ class Quiz:
             f"{questions}<small>Run this cell to answer here, or open the answers.</small>"
             f"<script>{_SCRIPT}</script></div>"
         )
+
+
+def _letters() -> Iterator[str]:
+    """The letters of options: a to z, then aa, ab and so on."""
+    return ("".join(letters) for length in count(1) for letters in product(ascii_lowercase, repeat=length))
 
 
 def _question(name: str, number: int, question: str, options: Sequence[str], right: int, why: str) -> str:

@@ -76,8 +76,7 @@ def run_jobs(
         noted, failures = load_results(script), []
         runs, minutes = noted.pop("runs"), noted.pop("minutes", 0.0)
         facts = json.loads(json.dumps(dict(facts)))
-        _require_same_facts(_results_of(script), noted, facts)
-        noted = _together(noted, facts)
+        noted = _merged(_results_of(script), noted, facts)
         todo = [job for job in jobs if job.name not in runs]
         about = {
             "command": f"python {os.path.relpath(script.resolve())}",
@@ -200,30 +199,25 @@ def _alone(script: Path) -> Iterator[None]:
         yield
 
 
-def _require_same_facts(file: Path, noted: Mapping[str, object], facts: Mapping[str, object]) -> None:
-    """Refuse facts of which one is another than was noted; a name that only one side has is no contradiction.
+def _merged(file: Path, noted: Mapping[str, object], facts: Mapping[str, object]) -> dict[str, object]:
+    """The facts of all calls, table within table: a later call adds to what earlier ones noted.
 
     A fact may be the fields of a config, and a config may have more fields than when the facts were noted.
+
+    Raises:
+        ValueError: a fact is another than was noted.
     """
+    merged = {**noted, **facts}
     for name in sorted(noted.keys() & facts.keys()):
         before, now = noted[name], facts[name]
         if isinstance(before, dict) and isinstance(now, dict):
-            _require_same_facts(file, before, now)
-        elif before != now:
+            merged[name] = _merged(file, before, now)
+        elif json.dumps(before) != json.dumps(now):  # for which True is not 1
             raise ValueError(
                 f"{file} holds results of {name} {shown(before)}; now it is {shown(now)}. Results of two "
                 "kinds are not put into one file: move it away, or take the change back."
             )
-
-
-def _together(noted: Mapping[str, object], facts: Mapping[str, object]) -> dict[str, object]:
-    """The facts of all calls, table within table: a later call adds to what earlier ones noted."""
-    shared = {
-        name: _together(noted[name], fact)
-        for name, fact in facts.items()
-        if isinstance(fact, dict) and isinstance(noted.get(name), dict)
-    }
-    return {**noted, **facts, **shared}
+    return merged
 
 
 def _device(workers: int) -> str:

@@ -44,7 +44,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from ..config import ModelConfig
 from .context import KVCache
 from .decoder import Decoder
-from .generation import stream
+from .generation import Stream, stream
 from .sampling import Sampling
 from .tokenizer import (
     BytePairTokenizer,
@@ -79,6 +79,7 @@ class Chat:
         stop_ids: an answer ends before the first of these tokens; left out, those of the model.
         room: tokens of the whole conversation.
         generator: source of chance; left out, PyTorch's global one.
+        stream: what gives the tokens: `generation.stream`, or another way to the same ones.
 
     Attributes:
         messages: what was said so far, each with ``role`` and ``content``; may be changed between answers.
@@ -94,7 +95,9 @@ class Chat:
         stop_ids: Sequence[int] | None = None,
         room: int = 2048,
         generator: torch.Generator | None = None,
+        stream: Stream = stream,
     ) -> None:
+        self.stream = stream
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.sampling, self.stop, self.generator = sampling, stop_strings(stop), generator
         self.stop_ids = text_ends(model, fast_tokenizer(tokenizer), stop_ids)
@@ -133,7 +136,7 @@ class Chat:
         known = _common_length(self._fed[: self._cache.length], prompt)
         self._cache.truncate(min(known, len(prompt) - 1))
         self._fed = list(prompt)
-        steps = stream(
+        steps = self.stream(
             self.model,
             torch.tensor([prompt], device=self.model.embed_tokens.weight.device),
             max_new_tokens,

@@ -10,7 +10,8 @@ A decoder is weights alone; each call brings how its tokens meet. The decoder as
 - `Context` keeps nothing: a call is a whole text. Training and scoring.
 - `KVCache` keeps what the layers made: the next token costs one token. It goes back (`truncate`), splits
   (`select`), and takes in a branch of guesses (`take`). `Int8Cache` does so with 8 bits a number.
-- `Tree` feeds guesses that branch through a cache: each sees the text and its own ancestors.
+- `Tree` feeds guesses that branch through a cache: each sees the text and its own ancestors. It may grow
+  (`Tree.grow`): then each call brings the newest guesses alone.
 
 What else may come is a subclass with one or two of the four methods of its own: sparse attention overrides
 ``keep`` and ``attend``, pages of memory shared by requests override ``keep``, and ``select`` and ``take`` if
@@ -183,6 +184,7 @@ class KVCache(Context):
         self.room, self.padding, self.dtype = room, padding, dtype
         self._given = padding  # without what `take` adds to it
         self.length, self.guesses, self.changes = 0, (), 0
+        self._behind = 0  # guesses between the text and the tokens of the call
         self._rows = 0  # of the batch; none before the first call
         self._model: ref | None = None  # that filled it, and is not kept alive by it
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
@@ -202,14 +204,18 @@ class KVCache(Context):
             self._told = False  # of a call that will not be
             raise ValueError("The cache was filled by another model; use one cache for each model.")
 
-    def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
-        """The tokens of the call, where it brings tokens and not other features in their place."""
-        rows, end = ids.shape[0], self.length + ids.shape[1]
-        if self.length == 0 or self._text is None:
+    def read(self, ids: Int[Tensor, "batch tokens"], behind: int = 0) -> None:
+        """The tokens of the call, where it brings tokens and not other features in their place.
+
+        ``behind``: as in `prepare`.
+        """
+        rows, start = ids.shape[0], self.length + behind
+        end = start + ids.shape[1]
+        if start == 0 or self._text is None:
             with torch.inference_mode(False):  # as in `_space`
                 self._text = ids.new_full((rows, self.room), -1)
         if self._text.shape[0] == rows and end <= self.room:  # else it is refused soon
-            self._text[:, self.length : end] = ids
+            self._text[:, start:end] = ids
             self._told = True
 
     def has_read(self, ids: Int[Tensor, "batch tokens"]) -> bool:
@@ -229,35 +235,44 @@ class KVCache(Context):
             ValueError: there is no room for them, they are of another batch, or they take gradients.
         """
         self.prepare(x)
+        self.mask = self.sight(x.shape[1], x.device)
         positions = torch.arange(self.length, self.reach, device=x.device)
-        self.mask = None
         if self.padding is None:
-            if 1 < x.shape[1] < self.reach:
-                self.mask = causal_mask(x.shape[1], self.reach, x.device)
             return positions
-        self.mask = self.hide_padding(causal_mask(x.shape[1], self.reach, x.device))
         return (positions - self.padding[:, None, None]).clamp(min=0)  # (batch, 1, tokens)
 
-    def prepare(self, x: Float[Tensor, "batch tokens d"]) -> None:
-        """Make ready for the tokens of a call, whoever says where they stand and what they see."""
+    def sight(self, queries: int, device: torch.device) -> Bool[Tensor, "*rows queries keys"] | None:
+        """Which keys the tokens of a call see that continue the text, or None for all up to themselves."""
+        if self.padding is not None:
+            return self.hide_padding(causal_mask(queries, self.reach, device))
+        return causal_mask(queries, self.reach, device) if 1 < queries < self.reach else None
+
+    def prepare(self, x: Float[Tensor, "batch tokens d"], behind: int = 0) -> None:
+        """Make ready for the tokens of a call, whoever says where they stand and what they see.
+
+        Args:
+            x: their embeddings.
+            behind: guesses between the text and them, which were fed before and stay.
+        """
         told, self._told = self._told, False
-        self.reach, self.guesses = self.length + x.shape[1], ()
+        self._behind, start = behind, self.length + behind
+        self.reach, self.guesses = start + x.shape[1], ()
         if self.reach > self.room:
             raise ValueError(
                 f"The cache has room for {self.room} tokens and would need {self.reach}; make a larger one."
             )
         came = x.shape[0]
-        rows = self._rows if self.length else came if self.padding is None else len(self.padding)
+        rows = self._rows if start else came if self.padding is None else len(self.padding)
         if came != rows:
             raise ValueError(f"The cache is for {rows} rows, and {came} came; use one cache for each batch.")
         self._refuse_gradients(x)  # before a subclass turns what layers make of them into what it keeps
-        if self.length == 0:  # what a failed call or another model may have left is dropped
+        if start == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
             self._angles = None
             self._text = self._text if told else None
             self._rows = rows
         if self._text is not None and not told:
-            self._text[:, self.length : self.reach] = -1
+            self._text[:, start : self.reach] = -1
 
     def hide_padding(self, mask: Bool[Tensor, "queries keys"]) -> Bool[Tensor, "batch 1 queries keys"]:
         """The mask for each row: what is no text is seen by none but itself."""
@@ -285,18 +300,26 @@ class KVCache(Context):
         Raises:
             ValueError: gradients are on, or two layers have one number.
         """
+        # no copy unless the cache has a type of its own
+        return tuple(text.type_as(each) for text, each in zip(self.store(layer, *new), new, strict=True))
+
+    def store(
+        self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "batch _heads keys _width"], ...]:
+        """As `keep`, which calls it, but what it returns is of the type in which it is kept."""
         self._refuse_gradients(*new)  # those that begin behind the embeddings: of an adapter, say
+        start = self.length + self._behind
         if layer not in self._layers:
             self._layers[layer] = tuple(self._space(each) for each in new)
-        elif self.length == 0:  # where a text begins, nothing is kept of the layer before
+        elif start == 0:  # where a text begins, nothing is kept of the layer before
             raise ValueError(
                 f"Two layers have the number {layer}, as a copy of a block has that of its original, and a "
                 "cache keeps under it what a layer makes. Give each its own: block.self_attn.layer."
             )
-        text, end = [], self.length + new[0].shape[2]
+        text, end = [], start + new[0].shape[2]
         for whole, each in zip(self._layers[layer], new, strict=True):
-            whole[:, :, self.length : end] = each
-            text.append(whole[:, :, :end].type_as(each))  # no copy unless the cache has a type of its own
+            whole[:, :, start:end] = each
+            text.append(whole[:, :, :end])
         return tuple(text)
 
     @staticmethod
@@ -371,7 +394,7 @@ class KVCache(Context):
         Args:
             path: places in the tree, each the parent of the next; one branch for all rows, or one for each
                 row. Rows with fewer are moved to the right, so that all end in one column, and get padding on
-                the left.
+                the left; columns that have become padding of all rows are dropped.
 
         Raises:
             ValueError: no tree was fed last, or it has no such branch.
@@ -389,16 +412,23 @@ class KVCache(Context):
         if self._text is not None:
             stored.append(self._text[:, None, :, None])
         shifts = [taken - len(one) for one in paths]
+        padding = torch.tensor(shifts, device=stored[0].device) + (
+            0 if self.padding is None else self.padding
+        )
+        least = 0 if self._given is None else int(self._given.min())
+        free = max(int(padding.min()) - least, 0)  # columns that are padding of all rows by now
+        shifts, end = [shift - free for shift in shifts], self.length + taken - free
         for row, (one, shift) in enumerate(zip(paths, shifts, strict=True)):
-            first = 0 if shift else self.length  # the text itself stays in place unless it must move
+            if not shift and one == [*range(len(one))]:
+                continue  # all of it stands where it belongs
+            first = max(0, -shift) if shift else self.length
             places = [*range(first, self.length), *(self.length + place for place in one)]
             places = torch.tensor(places, dtype=torch.long, device=stored[0].device)
             for whole in stored:
-                whole[row, :, first + shift : self.length + taken] = whole[row].index_select(1, places)
+                whole[row, :, first + shift : end] = whole[row].index_select(1, places)
         if any(shifts):
-            moved = torch.tensor(shifts, device=stored[0].device)
-            self.padding = moved if self.padding is None else self.padding + moved
-        self.length, self.guesses, self.changes = self.length + taken, (), self.changes + 1
+            self.padding = padding - free
+        self.length, self.guesses, self.changes = end, (), self.changes + 1
 
     def _is_branch(self, path: Sequence[SupportsIndex]) -> bool:
         return all(
@@ -451,6 +481,7 @@ class Tree(Context):
     Attributes:
         ancestors: which guesses each guess sees: its ancestors and itself.
         depths: how many ancestors each has.
+        fed: guesses of the calls before; a call brings those behind them.
 
     Raises:
         ValueError: no guess, or a parent that does not come before its guess.
@@ -462,13 +493,27 @@ class Tree(Context):
     """
 
     def __init__(self, cache: KVCache, parents: Iterable[SupportsIndex]) -> None:
+        self.cache, self.parents = cache, ()
+        self.ancestors = torch.zeros(0, 0, dtype=torch.bool)
+        self.depths = torch.zeros(0, dtype=torch.long)
+        self.grow(parents)
+
+    def grow(self, parents: Iterable[SupportsIndex]) -> None:
+        """Further guesses, behind those that were fed: the next call brings them alone.
+
+        Args:
+            parents: of each of them; places count from the first guess of the tree.
+
+        Raises:
+            ValueError: as where a tree is made.
+        """
         parents = tuple(index(parent) for parent in parents)
         if not parents:
             raise ValueError("parents is empty; a tree has one guess at least.")
-        self.cache, self.parents = cache, parents
-        self.ancestors = torch.eye(len(parents), dtype=torch.bool)
-        depths: list[int] = []
-        for place, parent in enumerate(parents):
+        fed, depths = len(self.parents), self.depths.tolist()
+        ancestors = torch.eye(fed + len(parents), dtype=torch.bool)
+        ancestors[:fed, :fed] = self.ancestors
+        for place, parent in enumerate(parents, start=fed):
             if not -1 <= parent < place:
                 raise ValueError(
                     f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
@@ -476,7 +521,8 @@ class Tree(Context):
                 )
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
             if parent >= 0:
-                self.ancestors[place] |= self.ancestors[parent]
+                ancestors[place] |= ancestors[parent]
+        self.fed, self.parents, self.ancestors = fed, self.parents + parents, ancestors
         self.depths, self.deepest = torch.tensor(depths), max(depths)
 
     def belong(self, model: nn.Module) -> None:
@@ -485,23 +531,31 @@ class Tree(Context):
 
     def read(self, ids: Int[Tensor, "batch tokens"]) -> None:
         """The guesses of the call."""
-        self.cache.read(ids)
+        self.cache.read(ids, self.fed)
 
     def begin(self, x: Float[Tensor, "batch tokens d"]) -> Int[Tensor, "*rows tokens"]:
         """The positions of the guesses: as far behind the text as they have ancestors.
 
         Raises:
-            ValueError: as many tokens as the tree has guesses were expected, or the cache has no room.
+            ValueError: as many tokens as the tree has new guesses were expected, the cache has no room, or
+                it no longer holds the guesses before them.
         """
-        if x.shape[1] != len(self.ancestors):
-            raise ValueError(f"The tree has {len(self.ancestors)} guesses, and {x.shape[1]} tokens came.")
-        cache = self.cache
-        cache.prepare(x)
+        cache, new = self.cache, len(self.parents) - self.fed
+        if x.shape[1] != new:
+            which = "new guesses" if self.fed else "guesses"
+            raise ValueError(f"The tree has {new} {which}, and {x.shape[1]} tokens came.")
+        if self.fed and (
+            cache.guesses[: self.fed] != self.parents[: self.fed] or cache.length != self.length
+        ):
+            raise ValueError(
+                "The cache no longer holds the guesses that this tree grew from; make another tree."
+            )
+        cache.prepare(x, self.fed)
         self.length = cache.length
         self.reach = self.length + self.deepest + 1
-        ancestors = self.ancestors.to(x.device)
-        mask = torch.cat([ancestors.new_ones(len(ancestors), self.length), ancestors], dim=1)
-        positions = self.length + self.depths.to(x.device)
+        ancestors = self.ancestors[self.fed :].to(x.device)
+        mask = torch.cat([ancestors.new_ones(new, self.length), ancestors], dim=1)
+        positions = self.length + self.depths[self.fed :].to(x.device)
         if cache.padding is not None:
             mask = cache.hide_padding(mask)
             positions = (positions - cache.padding[:, None, None]).clamp(min=0)  # (batch, 1, guesses)

@@ -3,6 +3,7 @@
     stream      the next token of every row, step after step, as they are chosen
     generate    prompts and what the model wrote after them
     pad_left    prompts of different lengths as one batch
+    begin       the door of both, and of whoever else chooses tokens step by step: a `Reader`
 
 The prompt is read at once (prefill), then each step reads one token more. A cache that is handed in holds
 what was read before, so that a chat which goes on, or a prompt that was scored, is not read again.
@@ -20,10 +21,11 @@ Choices, and the traps behind them:
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import require_positive_integer
@@ -33,7 +35,88 @@ from .decoder import Decoder
 from .sampling import Sampling, choose
 from .scoring import evaluating
 
-__all__ = ["generate", "pad_left", "resolve_stop_ids", "stream"]
+__all__ = ["Reader", "Stream", "begin", "generate", "pad_left", "resolve_stop_ids", "stream"]
+
+
+class Reader:
+    """A model, and the cache in which it reads one text on: a call a step.
+
+    Args:
+        model: the decoder; it reads in evaluation mode, whatever mode it is in between two steps.
+        context: the cache, which nothing else may use from now on.
+        stop_ids: tokens that end a row.
+    """
+
+    def __init__(self, model: Decoder, context: KVCache, stop_ids: tuple[int, ...]) -> None:
+        self.model, self.context, self.stop_ids = model, context, stop_ids
+        self._training = any(part.training for part in model.modules())  # a part may, where the model not
+        self.settle()
+
+    def settle(self) -> None:
+        """The cache was changed by whoever reads, and goes on as it is now."""
+        self._left = self.context.length, self.context.changes
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the model's calls of one step, and nothing else: a caller's code runs between two steps.
+
+        Raises:
+            RuntimeError: the cache was used for something else since the step before.
+        """
+        if (self.context.length, self.context.changes) != self._left:
+            raise RuntimeError(
+                "The cache has read something else, gone back or moved its rows since the step before, so "
+                "this text cannot go on. Stream it again, with the tokens that it has so far."
+            )
+        in_training = self._training or self.model.training
+        with torch.no_grad(), evaluating(self.model) if in_training else nullcontext():
+            yield
+        self.settle()
+
+    def require_finite(self, logits: Float[Tensor, "*rows vocab"]) -> None:
+        """Refuse scores by which no token should be chosen.
+
+        Raises:
+            FloatingPointError: some are no finite numbers.
+        """
+        if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
+            raise FloatingPointError(
+                f"Not all scores after token {self.context.length} are finite numbers. Are the weights "
+                f"whole? They are {self.model.embed_tokens.weight.dtype}; float16 overflows where bfloat16 "
+                "does not."
+            )
+
+
+def begin(
+    model: Decoder,
+    ids: Int[Tensor, "batch tokens"],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Iterable[int] | None,
+    padding: Int[Tensor, " batch"] | None,
+    context: KVCache | None,
+    samples: int,
+) -> Reader:
+    """The door of whatever writes: arguments of `stream` that cannot be are refused, a cache is made.
+
+    Raises:
+        ValueError: as `stream`.
+    """
+    require_positive_integer("max_new_tokens", max_new_tokens)
+    require_positive_integer("samples", samples)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {sampling!r}; expected how to choose, e.g. Sampling(temperature=0.7).")
+    stop_ids = resolve_stop_ids(model, stop_ids)
+    _refuse_impossible_prompt(model, ids, max_new_tokens, padding)
+    if padding is not None and not padding.any():
+        padding = None  # rows of one length need no mask
+    room = ids.shape[1] + max_new_tokens - 1  # the last token is chosen and never read
+    if context is None:
+        context = KVCache(room, padding)
+    else:
+        _refuse_other_text(context, ids, room, padding)
+    calm_threads()
+    return Reader(model, context, stop_ids)
 
 
 def stream(
@@ -69,44 +152,20 @@ def stream(
         FloatingPointError: scores that are no finite numbers.
         RuntimeError: the cache was used for something else between two steps.
     """
-    require_positive_integer("max_new_tokens", max_new_tokens)
-    require_positive_integer("samples", samples)
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is {sampling!r}; expected how to choose, e.g. Sampling(temperature=0.7).")
-    stop_ids = resolve_stop_ids(model, stop_ids)
-    _refuse_impossible_prompt(model, ids, max_new_tokens, padding)
-    if padding is not None and not padding.any():
-        padding = None  # rows of one length need no mask
-    room = ids.shape[1] + max_new_tokens - 1  # the last token is chosen and never read
-    if context is None:
-        context = KVCache(room, padding)
-    else:
-        _refuse_other_text(context, ids, room, padding)
-    calm_threads()
-    read, changes = context.length, context.changes
-    seen, newest = ids.long(), ids[:, read:]
+    reader = begin(model, ids, max_new_tokens, sampling, stop_ids, padding, context, samples)
+    context, stop_ids = reader.context, reader.stop_ids
+    seen, newest = ids.long(), ids[:, context.length :]
     stops = torch.tensor(stop_ids, device=ids.device) if stop_ids else None
     stopped = torch.zeros(len(ids) * samples, dtype=torch.bool, device=ids.device)
-    training = any(part.training for part in model.modules())  # a part may, where the model does not
     for step in range(max_new_tokens):
-        if (context.length, context.changes) != (read, changes):
-            raise RuntimeError(
-                "The cache has read something else, gone back or moved its rows since the step before, so "
-                "this text cannot go on. Stream it again, with the tokens that it has so far."
-            )
-        # not around the whole function: a caller's code runs between its steps
-        with torch.no_grad(), evaluating(model) if training or model.training else nullcontext():
+        with reader.reading():
             logits = model(newest, context, last_only=True).squeeze(1)
-        read = context.length
-        if not math.isfinite(logits.sum()):  # a sum of all is finite only if each is
-            raise FloatingPointError(
-                f"Not all scores after token {context.length} are finite numbers. Are the weights whole? "
-                f"They are {model.embed_tokens.weight.dtype}; float16 overflows where bfloat16 does not."
-            )
+        reader.require_finite(logits)
         if step == 0 and samples > 1:
             rows = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
             context.select(rows.tolist())
-            logits, seen, changes = logits[rows], seen[rows], context.changes
+            reader.settle()
+            logits, seen = logits[rows], seen[rows]
         token = choose(logits, sampling, seen, context.padding, generator)
         if stops is not None:
             token = torch.where(stopped, stops[0], token)
@@ -117,6 +176,26 @@ def stream(
             return
         if sampling.repetition_penalty != 1:
             seen = torch.cat([seen, newest], dim=1)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A way to the tokens of a text: `stream`, or one that takes and yields the same."""
+
+    def __call__(
+        self,
+        model: Decoder,
+        ids: Int[Tensor, "batch tokens"],
+        max_new_tokens: int,
+        sampling: Sampling = ...,
+        stop_ids: Iterable[int] | None = ...,
+        padding: Int[Tensor, " batch"] | None = ...,
+        generator: torch.Generator | None = ...,
+        context: KVCache | None = ...,
+        samples: int = ...,
+    ) -> Iterator[Int[Tensor, " rows"]]:
+        """The next token of every row, one step after another; see `stream`."""
+        ...
 
 
 def generate(
@@ -132,8 +211,11 @@ def generate(
     generator: torch.Generator | None = None,
     context: KVCache | None = None,
     samples: int = 1,
+    stream: Stream = stream,
 ) -> Int[Tensor, "rows more_tokens"]:
     """Prompts and what the model wrote after them. See `Sampling` and `stream` for the arguments.
+
+    ``stream`` gives the tokens: the function of this name, or another way to the same ones.
 
     A row that stops earlier than others is filled with the first of ``stop_ids``.
 

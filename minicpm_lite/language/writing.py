@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from .decoder import Decoder
-from .generation import pad_left, resolve_stop_ids, stream
+from .generation import Stream, pad_left, resolve_stop_ids, stream
 from .sampling import Sampling
 from .tokenizer import (
     BYTE_TOKEN,
@@ -158,6 +158,7 @@ def stream_text(
     stop: Iterable[str] = (),
     stop_ids: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
+    stream: Stream = stream,
 ) -> Iterator[str]:
     """Yield the answer to one prompt piece by piece, each when it can no longer change.
 
@@ -171,6 +172,7 @@ def stream_text(
         stop: the text ends before the first of these strings.
         stop_ids: the text ends before the first of these tokens; left out, those of the model.
         generator: source of chance; left out, PyTorch's global one.
+        stream: what gives the tokens: `generation.stream`, or another way to the same ones.
 
     Warns:
         UserWarning: the prompt begins with the start token that the tokenizer puts before it anyway; or the
@@ -211,6 +213,7 @@ def generate_text(
     stop: Iterable[str] = (),
     stop_ids: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
+    stream: Stream = stream,
 ) -> list[str]:
     """The answers to a batch of prompts, computed together. See `stream_text` for the arguments."""
     if isinstance(prompts, str):

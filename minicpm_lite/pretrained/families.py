@@ -17,8 +17,9 @@ Choices, and the traps behind them:
   whole factor, scale_depth / sqrt(num_hidden_layers).
 - ``eos_token_id`` is a number, a list or null. Where it is missing no id ends a text: the 2 that the classes
   of transformers then hold is Llama 2's, and ``generate`` does not ask them.
-- ``sparse_config`` of MiniCPM4 and 4.1 is ignored: the weights are those of dense attention, and up to
-  ``dense_len`` tokens the released code computes the same.
+- ``sparse_config`` of MiniCPM4 and 4.1 is no part of the shape: the weights are those of dense attention, and
+  up to ``dense_len`` tokens the released code computes the same. Whoever wants it for longer texts makes a
+  context of it: `config.sparse_config` reads it, `inference.sparse_attention` says how.
 """
 
 import math

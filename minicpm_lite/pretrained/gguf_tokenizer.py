@@ -2,7 +2,9 @@
 
 Both are BPE. A byte-level vocabulary comes with its merges; that of sentencepiece, as MiniCPM's, with a score
 for each piece: of all neighbours that are a piece together, those of the highest score are joined first. So
-every way to cut a piece into two pieces is a merge, and the score of the piece is its rank.
+every way to cut a piece into two pieces is a merge, and the score of the piece is its rank. Of equal scores
+the leftmost pair is joined, whichever it is; merges have an order and cannot say that, so a vocabulary in
+which such a tie may matter is refused.
 
 Sources: llama.cpp's src/llama-vocab.cpp; the conversion of sentencepiece models in transformers 5.23.
 
@@ -13,7 +15,8 @@ Choices, and the traps behind them:
 - What no piece covers is written in bytes: the pieces <0x00> to <0xFF>. What they do not cover is unknown.
 - Some tokens are found in a text before it is cut: control and user-defined ones, and sentencepiece's unknown
   one. Not so what is spelt with a "▁", as runs of spaces are in files of before July 2024: no text holds it
-  as it stands, and it is joined like any piece.
+  as it stands, and it is joined like any piece. These runs share a score, at times with a piece that was
+  learned; there an order of merges does what llama.cpp does.
 - A sentencepiece tokenizer begins texts with its start token unless the file says otherwise; a byte-level one
   does not unless the file says so. A sentencepiece file may leave out which tokens are the unknown one, start
   and end: then they are 0, 1 and 2.
@@ -21,7 +24,7 @@ Choices, and the traps behind them:
 
 import math
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from reprlib import repr as shown
 
@@ -135,8 +138,17 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
         (piece[:at], piece[at:]) for piece in pieces for at in lengths[: bisect_left(lengths, len(piece))]
     )
     merges = [(left, right) for left, right in cuts if left in pieces and right in pieces]
-    # of the ways to one piece, the longest beginning first, as transformers has it
-    merges.sort(key=lambda pair: (-pieces["".join(pair)], -len(pair[0]), -len(pair[1])))
+    _refuse_ties(file, pieces, merges)
+    # Of the ways to one piece, the longest beginning first, as transformers has it. Of pieces that share the
+    # score of runs of spaces, what ends with a run stands left of it and is first, what begins with one last.
+    merges.sort(
+        key=lambda pair: (
+            -pieces["".join(pair)],
+            _is_run(pair[0]) - _is_run(pair[1]),
+            -len(pair[0]),
+            -len(pair[1]),
+        )
+    )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -148,6 +160,41 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
     )
     return tokenizer
+
+
+def _refuse_ties(file: GGUFFile, pieces: dict[str, float], merges: list[tuple[str, str]]) -> None:
+    """Refuse pieces of one score where the order in which they are joined may matter.
+
+    What no merges make, such as single letters, is never joined. Runs of spaces may share a score with each
+    other and with one piece more, as long as nothing that is made of these, and no other run, comes before.
+    """
+    made = set()
+    for left, right in sorted(merges, key=lambda pair: len(pair[0]) + len(pair[1])):
+        if all(len(part) == 1 or part in made for part in (left, right)):
+            made.add(left + right)
+    tied = defaultdict(list)
+    for piece in pieces:
+        if piece in made:
+            tied[pieces[piece]].append(piece)
+    for score, group in tied.items():
+        others = [piece for piece in group if not _is_run(piece)]
+        holds = [_SPACE * 2, *others]
+        if len(group) > 1 and (
+            len(others) > 1
+            or any(pieces[piece] > score and any(part in piece for part in holds) for piece in made)
+        ):
+            one, other = (others + [piece for piece in group if _is_run(piece)])[:2]
+            raise ValueError(
+                f"{file.path} gives the tokens {shown(one)} and {shown(other)} one score, {score}, in "
+                "tokenizer.ggml.scores; expected a score of its own for each token that is joined of others, "
+                "since of equal ones the leftmost is joined first, which no list of merges says. Take "
+                "tokenizer.json from the model's folder."
+            )
+
+
+def _is_run(piece: str) -> bool:
+    """Whether a piece is nothing but spaces."""
+    return not piece.strip(_SPACE)
 
 
 def _flag(file: GGUFFile, key: str, default: bool) -> bool:

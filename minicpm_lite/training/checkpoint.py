@@ -59,7 +59,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             "use an earlier checkpoint."
         ) from None
     if "minicpm_lite" not in metadata or not metadata.keys() <= {"minicpm_lite", "crc32"}:
-        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of minicpm_lite's trainer.")
+        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of minicpm_lite.")
     text = metadata["minicpm_lite"]
     if "crc32" in metadata and metadata["crc32"] != json.dumps(_checksums(tensors, text)):
         raise ValueError(

@@ -8,19 +8,25 @@ so the mean is over the units of the whole step. A mean of the passes' means is 
 hold unequal numbers of units.
 """
 
+import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..config import require_probability
 from ..language.decoder import Decoder
 from ..language.documents import loss_within_documents, require_end
-from ..language.scoring import next_token_loss, predicted, token_losses
+from ..language.scoring import evaluating, next_token_loss, predicted, readable, token_losses
 from ..language.upcycling import balance_loss
 from .batches import Batch
+from .state import weight_checksums
 
-__all__ = ["Objective", "next_token", "within_documents"]
+__all__ = ["Objective", "distillation", "next_token", "within_documents"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +103,39 @@ def within_documents(end: int) -> Objective:
         return _balanced(model, loss_within_documents(model, window, end))
 
     return Objective(f"next token within documents that end with {end}", loss, _predicted_tokens)
+
+
+def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
+    """The next token as another model says it: the divergence of the model's distribution from the teacher's.
+
+        loss = share * KL(teacher || model) + (1 - share) * cross entropy of the text
+
+    in nats a predicted token. A distribution says more of each place than the one token that stands there.
+
+    Args:
+        teacher: a decoder of the same vocabulary; it stays as it is.
+        share: from 0, the text alone, to 1, the teacher alone.
+
+    Raises:
+        ValueError: the share is none.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
+    """
+    require_probability("share", share)
+
+    def loss(
+        model: Decoder, window: Int[Tensor, "batch window"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        ids, counted = readable(window)[:, :-1], predicted(window)
+        with torch.no_grad(), evaluating(teacher):
+            wanted = teacher(ids).log_softmax(-1)
+        said = model(ids).log_softmax(-1)
+        divergence = F.kl_div(said, wanted, reduction="none", log_target=True).sum(-1)  # (batch, length)
+        targets = window[:, 1:].clamp(min=0).long()
+        surprise = -said.gather(-1, targets[..., None])[..., 0]
+        losses = torch.where(counted, share * divergence + (1 - share) * surprise, 0)
+        return _balanced(model, losses.sum() / counted.sum().clamp(min=1))
+
+    checksums = json.dumps(weight_checksums(teacher), sort_keys=True)
+    name = f"distillation, {share:g} from teacher {zlib.crc32(checksums.encode()):08x}"
+    return Objective(name, loss, _predicted_tokens)

@@ -50,9 +50,9 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
     """What must be the same for a checkpoint to fit a run; as JSON gives it back, with lists for tuples.
 
     Args:
-        model: a decoder is named by its config and by the classes of what was built into it; another module
-            by its class and shapes, and by what the fields of its ``config`` look like, if that is a
-            dataclass.
+        model: a decoder is named by its config and by the classes of what was built into it, with the
+            settings that they show (``extra_repr``); another module by its class and shapes, and by what the
+            fields of its ``config`` look like, if that is a dataclass.
         config: the trainer's.
         text: the identity of what is read.
         objective: the name of what is minimised.
@@ -82,8 +82,11 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
     def built_in(name: str) -> str:
         """Whose weight it is, if that computes with it in another way than a plain decoder."""
         owners = [name[:end] for end in range(len(name)) if end == 0 or name[end] == "."]
-        built_in = [changed[owner][0] for owner in owners if owner in changed]
-        return f"{BUILT_IN}{built_in[0].__qualname__}" if built_in else ""
+        owner = next((owner for owner in owners if owner in changed), None)
+        if owner is None:
+            return ""
+        settings = _ADDRESS.sub("", " ".join(model.get_submodule(owner).extra_repr().split()))
+        return f"{BUILT_IN}{changed[owner][0].__qualname__}{settings and f'({settings})'}"
 
     kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}

@@ -38,7 +38,14 @@ from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
-from ..language.scoring import context_only, evaluating, require_finite, token_losses
+from ..language.scoring import (
+    context_only,
+    evaluating,
+    predicted,
+    readable,
+    require_finite,
+    token_losses,
+)
 from ..runtime import require_seed
 from .optimizer import mup_groups
 
@@ -387,12 +394,12 @@ def conditional_losses(
     """
     if contexts.shape[1] == 0:
         raise ValueError("The contexts hold no token; give one at least, such as the start token.")
-    if bool((contexts < 0).any()):
+    if not torch.equal(readable(contexts), contexts):
         raise ValueError("Some tokens of the contexts carry the mark of context_only; give plain ids.")
-    counted = (answers >= 0).sum(dim=1)
-    if not bool((counted > 0).all()):
-        raise ValueError("An answer holds no token that is predicted; each needs one at least.")
     window = torch.cat([context_only(contexts), answers], dim=1)
+    counted = predicted(window).sum(dim=1)
+    if not counted.all():
+        raise ValueError("An answer holds no token that is predicted; each needs one at least.")
     with evaluating(model):
         losses = token_losses(model, window).sum(dim=1) / counted
     require_finite(losses, "an answer")
@@ -457,12 +464,12 @@ def fit_sigmoid(
         raise ValueError("An accuracy lies outside 0 to 1; give parts, not per cent.")
     if len(set(loss)) < 3:
         raise ValueError(f"A sigmoid needs at least 3 different losses; there are {len(set(loss))}.")
-    refused = ValueError(
+    no_fall = ValueError(
         "Accuracy does not fall with the loss, so no sigmoid fits. Were they exchanged? Else measure a wider "
         "range of losses."
     )
     if not np.polyfit(loss, accuracy, 1)[0] * np.ptp(loss) < -1e-9:  # more than rounding
-        raise refused
+        raise no_fall
     found = min(
         (
             least_squares(
@@ -476,14 +483,19 @@ def fit_sigmoid(
         key=lambda result: result.cost,
     )
     if found.x[1] < -0.99 * _LOG_SLOPE:  # the flattest that is looked for
-        raise refused
+        raise no_fall
     sigmoid = Sigmoid(float(found.x[0]), math.exp(found.x[1]), chance, ceiling)
     part = (sigmoid.predict(loss) - chance) / (ceiling - chance)
     on_the_slope = loss[(part > _ON_THE_SLOPE) & (part < 1 - _ON_THE_SLOPE)]
-    if len(set(on_the_slope)) < 2 or found.x[1] > 0.99 * _LOG_SLOPE:
+    if len(set(on_the_slope)) < 2:
         raise ValueError(
             f"Of the losses, {len(set(on_the_slope))} lie where accuracy falls, so nothing says how steep a "
             "sigmoid is there. Measure at more losses in between."
+        )
+    if found.x[1] > 0.99 * _LOG_SLOPE:  # the steepest that is looked for
+        raise ValueError(
+            "Accuracy falls in a jump, steeper than any sigmoid that is looked for. Measure at more losses "
+            "where it falls."
         )
     return sigmoid
 

@@ -83,7 +83,7 @@ def test_languages():
     assert identify_languages([english, chinese, french, ""]) == ["en", "zh", "fr", "und"]
     assert identify_languages(["12345 67890", "?!", "\n", "qzx"]) == ["und"] * 4
     assert identify_languages(["hello"], least=1.0) == ["und"]
-    with pytest.raises(ValueError, match="least is 50.0; expected a probability, from 0 to 1"):
+    with pytest.raises(ValueError, match="least is 50.0; expected a number from 0 to 1"):
         identify_languages(["hello"], least=50.0)
     assert identify_languages([]) == []
 
@@ -510,9 +510,7 @@ def test_one_text_in_place_of_several_is_refused(classifier):
 
 def test_what_cannot_be_is_one_sentence(classifier):
     for threshold in (-0.1, 1.5):
-        with pytest.raises(
-            ValueError, match=f"The threshold is {threshold}; it is compared with a probability"
-        ):
+        with pytest.raises(ValueError, match=f"threshold is {threshold}; expected a number from 0 to 1"):
             drop_reasons(["a"], classifier, threshold=threshold)
     for strange in ("EN", "eng", ["en", "en-US"]):
         with pytest.raises(ValueError, match="is no language that is told apart.* Known are: ace, af,"):

@@ -256,7 +256,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no classifier at"):
         filtering_stages(source, tmp_path / "work", tmp_path / "c")
     (tmp_path / "c").write_text("")
-    with pytest.raises(ValueError, match="The threshold is 2.0"):
+    with pytest.raises(ValueError, match="threshold is 2.0; expected a number from 0 to 1"):
         filtering_stages(source, tmp_path / "work", tmp_path / "c", threshold=2.0)
     (tmp_path / "link").symlink_to(source)
     for work in (source, source / "work", tmp_path, tmp_path / "link" / "work", source / ".." / "source"):

@@ -4,6 +4,7 @@ import math
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.font_manager import FontProperties
@@ -61,6 +62,11 @@ def test_a_wide_drawing_scrolls_in_its_own_box_and_can_be_reached_by_keyboard():
         (lambda d: d.arrow((10, 10), (10, 90), bend=-40), "The arrow covers -30"),
         (lambda d: d.box(0, 0, 40, 20, "a", tone="red"), "tone is 'red'; expected one of blue, orange"),
         (lambda d: d.matrix(0, 0, [[1, 2], [3]]), r"The rows have \[2, 1\] cells"),
+        (lambda d: d.matrix(0, 0, [[1, 2]], marked=[(0, 0), (1, 0)]), r"The cell is \(1, 0\); expected a row from 0 to 0"),
+        (lambda d: d.matrix(0, 0, [[1, 2]], marked=[(0, 2)]), r"\(0, 2\); .* a column from 0 to 1"),
+        (lambda d: d.matrix(0, 0, [[1, 2]], marked=[(0, -1)]), r"The cell is \(0, -1\)"),
+        (lambda d: d.matrix(0, 0, [[1, 2]], marked=[(0, 0.5)]), r"The cell is \(0, 0.5\)"),
+        (lambda d: d.matrix(30, 0, [[1, 2]], rows=["a", "b"]), r"The cell is \(1, 0\)"),
         (lambda d: d.matrix(0, 0, [[0.123]], cell=20), "'0.12' is about .* its cell has 20"),
     ],
 )  # fmt: skip
@@ -118,6 +124,20 @@ def test_a_matrix_takes_tensors_masks_and_words(drawing):
     assert words(causal) == [] and causal.svg().count("<path") == 3
 
 
+@pytest.mark.parametrize("values", [
+    [[-1.5, 0.25], [0.5, -math.inf]], [[True, False], [True, True]], [[3, -2], [0, 1]],
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_a_matrix_is_the_same_in_whatever_its_numbers_are(values, kind):
+    whole = kind(values)
+    drawn = set()
+    for given in (values, whole, list(whole), [list(row) for row in whole], (row for row in whole)):
+        drawing = lab.Drawing("A matrix.")
+        drawing.matrix(0, 0, given, cell=60)
+        drawn.add(drawing.svg())
+    assert len(drawn) == 1
+
+
 def test_a_dial_turns_against_the_clock_and_tints_what_it_swept(drawing):
     drawing.dial(50, 50, 20, math.pi / 2, "m = 1")
     assert "M50 50L62 50A12 12 0 0 0 50 38z" in drawing.svg() and "M50 50 50 30" in drawing.svg()
@@ -151,6 +171,9 @@ def test_rows_and_piles(drawing):
     assert drawing.row(10, 20, 30, 20, ["a", "b"]) == [Place(10, 20, 30, 20), Place(44, 20, 30, 20)]
     assert drawing.box(200, 20, 30, 20, "e", pile=3) == Place(200, 20, 30, 20)
     assert "rect x='208' y='12'" in drawing.svg() and words(drawing) == list("abe")
+    grounds = drawing.svg().count("fill='var(--ground)'")
+    drawing.box(200, 60, 30, 20, "f", solid=True)
+    assert drawing.svg().count("fill='var(--ground)'") == grounds + 1
     with pytest.raises(ValueError, match="The pile covers 338 to 368"):
         drawing.box(330, 20, 30, 20, "e", pile=3)
 

@@ -150,6 +150,29 @@ def test_numbers_of_a_formula_are_one_piece():
     assert spans == ["10", "−3", "x"]
 
 
+@pytest.mark.parametrize(
+    ("formula", "pieces"),
+    [
+        ("x_1 + x_2", "x 1 + x 2"),
+        ("x_{10} + y^{-3.5}", "x 10 + y −3.5"),
+        (r"10^4\ 10^5", "10 4 10 5"),
+        ("1 - x - y", "1 − x − y"),
+        ("N^{0.5} D^{0.3}", "N 0.5 D 0.3"),
+        (r"-12.5\times 10^{-34}", "−12.5 × 10 −34"),
+        (r"12\,500 - 1", "12 500 − 1"),
+        (r"\mathbf{-0.51\,2}", "−0.51 2"),
+        (r"\mathit{10}\,\mathtt{20}", "10 20"),
+    ],
+)
+@pytest.mark.parametrize("size", [6, 11, 30])
+def test_numbers_of_a_formula_stand_where_they_belong(formula, pieces, size):
+    figure, axes = plt.subplots()
+    axes.set_title(f"${formula}$", fontsize=size)
+    spans = ElementTree.fromstring(plot_svg(figure)).findall(".//{*}tspan")
+    spans = [span for span in spans if span.text is not None]
+    assert " ".join(span.text for span in sorted(spans, key=lambda span: float(span.get("x")))) == pieces
+
+
 def test_what_shows_a_picture_gives_it_back():
     drawn = svg.document(360, 20, "<text>50% of \"a\" &amp; 'b' #1</text>")
     page = svg.picture(drawn, 'Half of "a" & <b>.')

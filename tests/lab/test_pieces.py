@@ -9,6 +9,7 @@ import sys
 from textwrap import indent
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import minicpm_lite
@@ -79,6 +80,8 @@ def test_say_and_table(shown):
         "*Loss in nats.*", "", "| schedule | steps | loss |", "| :--- | ---: | ---: |",
         "| WSD | 12,000 | 2.718 |", r"| a\|b | 7 | 3 |",
     ]  # fmt: skip
+    lab.table([[np.int64(12000), np.float32(2.71828), True]], ["steps", "loss", "done"], "Of NumPy.")
+    assert shown[2]["text/markdown"].splitlines()[-1] == "| 12,000 | 2.718 | True |"
     assert "WSD       12,000  2.718" in shown[1]["text/plain"]
     with pytest.raises(ValueError, match="Row 1 has 1 cells; expected 2"):
         lab.table([["WSD"]], ["schedule", "steps"], "Loss.")
@@ -97,6 +100,26 @@ def test_source_shows_a_part(shown):
     assert shown[0]["text/plain"].startswith("widths = ") and shown[0]["text/plain"].endswith(".rstrip()")
     with pytest.raises(ValueError, match="No line of plain_table holds 'no such words'"):
         lab.source(display.plain_table, start="no such words")
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "first", "last"),
+    [
+        ("", "class", "@dataclass(frozen=True)", "@dataclass(frozen=True)"),
+        ("@dataclass", "class", "@dataclass(frozen=True)", "@dataclass(frozen=True)"),
+        ("def decay_start", "def ", "def decay_start(self) -> int:", "@property"),
+        ("def decay_start", "step", "def decay_start(self) -> int:", "def decay_start(self) -> int:"),
+    ],
+)
+def test_source_stops_after_its_first_line(shown, start, stop, first, last):
+    lab.source(WSD, start=start, stop=stop)
+    lines = shown[0]["text/plain"].splitlines()
+    assert (lines[0], lines[-1]) == (first, last)
+
+
+def test_source_says_where_no_line_holds_the_words_to_stop_at():
+    with pytest.raises(ValueError, match="No line of plain_table after 'widths = .*' holds 'widths ='"):
+        lab.source(display.plain_table, start="widths =", stop="widths =")
 
 
 def draw(height):
@@ -139,6 +162,19 @@ def test_an_explorer_shows_drawings():
     assert explorer.frames == [box(20).svg(), box(40).svg()]
 
 
+def test_drawings_of_one_explorer_are_of_one_height():
+    """Or the slider would move under the finger."""
+
+    def box(height):
+        drawing = lab.Drawing("A box.")
+        drawing.box(10, 10, 40, height)
+        return drawing
+
+    explorer = lab.Explorer(box, (20, 60, 40), "Height", lambda height: f"A box {height} high.")
+    heights = {re.search(r"viewBox='0 0 \S+ (\S+)'", frame)[1] for frame in explorer.frames}
+    assert heights == {f"{box(60).height:g}"}
+
+
 def test_a_film_is_played_in_a_kernel_too():
     film = lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line.", seconds=0.5)
     picture, controls = film.widget().children
@@ -147,9 +183,20 @@ def test_a_film_is_played_in_a_kernel_too():
     slider.index = 1
     assert "A high line." in picture.value
     assert (
-        'data-seconds="0.5"' in film.html()
+        'data-seconds="[0.5,0.5]"' in film.html()
         and "<button" not in lab.Explorer(draw, ["low", "high"], "Height", lambda v: f"A {v} line.").html()
     )
+
+
+def test_a_film_may_rest_where_there_is_more_to_read():
+    film = lab.Explorer(
+        draw, ["low", "high"], "Height", lambda v: f"A {v} line.", seconds={"low": 0.1, "high": 2}.get
+    )
+    play, slider = film.widget().children[1].children
+    assert play.interval == 100
+    play.value = 1
+    assert play.interval == 2000
+    assert 'data-seconds="[0.1,2]"' in film.html()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +223,14 @@ def test_a_quiz_of_generators():
     )
     assert repr(generated) == repr(Quiz(questions))
     assert generated._repr_html_() == Quiz(questions)._repr_html_()
+
+
+@pytest.mark.parametrize("number", [2, 8, 9, 26, 27, 60])
+def test_a_quiz_prints_all_its_options_with_a_letter_each(number):
+    options = [f"option {index}" for index in range(number)]
+    printed = [line.split(") ") for line in repr(Quiz([("?", options, 0, "")])).splitlines()[2:]]
+    assert [option for _, option in printed] == options
+    assert len({letter for letter, _ in printed}) == number and printed[0][0].strip() == "a"
 
 
 def test_a_quiz():
@@ -221,3 +276,15 @@ def test_evidence_shows_a_table_and_carries_its_record():
 def test_evidence_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value!r}; expected"):
         lab.Evidence(**EVIDENCE | {field: value})
+
+
+@pytest.mark.parametrize("seeds", [3, "012", b"012", None, {0, 1}, iter([0])])
+def test_evidence_refuses_seeds_that_are_no_list(seeds):
+    with pytest.raises(ValueError, match=re.escape(f"seeds is {seeds!r}; expected a list of seeds")):
+        lab.Evidence(**EVIDENCE | {"seeds": seeds})
+
+
+@pytest.mark.parametrize("seed", ["0", 0.5, True, -1])
+def test_evidence_refuses_what_is_no_seed(seed):
+    with pytest.raises(ValueError, match=f"seed is {seed!r}; expected a whole number"):
+        lab.Evidence(**EVIDENCE | {"seeds": [0, seed]})

@@ -128,14 +128,18 @@ def noted(folder, facts: dict) -> Path:
         {"batch": 8, "model": {"width": 64}},
         {"batch": 8, "budgets": (200, 400, 800)},
         {"batch": 8, "eps": 3e-7},
+        {"batch": 8, "layers": True},
     ],
 )
 def test_results_of_other_facts_are_not_put_beside_new_ones(tmp_path, monkeypatch, facts):
     monkeypatch.chdir(tmp_path)
-    script = noted(tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400], "eps": 1e-8})
+    script = noted(
+        tmp_path, {"batch": 8, "model": {"width": 32}, "budgets": [200, 400], "eps": 1e-8, "layers": 1}
+    )
     before = script.with_suffix(".json").read_bytes()
     with pytest.raises(
-        ValueError, match=r"squares\.json holds results of (batch 8|width 32|budgets \[200, 400\]|eps 1e-08);"
+        ValueError,
+        match=r"squares\.json holds results of (batch 8|width 32|budgets \[200, 400\]|eps 1e-08|layers 1);",
     ):
         run_jobs(script, [Square(2), Square(3)], square, facts, workers=1)
     assert script.with_suffix(".json").read_bytes() == before

@@ -36,6 +36,13 @@ FIVE_EXPERTS = MixtureConfig(num_experts=5, num_experts_per_token=2)
 SPARSE = ModelConfig(32, 48, 2, 4, 50, max_position_embeddings=64, init_std=0.3, mixture=FIVE_EXPERTS)
 DENSE = replace(SPARSE, mixture=None, scale_emb=12, scale_depth=1.4, dim_model_base=16, init_std=0.1)
 FAMILIES = {"grouped": GROUPED, "untied": UNTIED, "latent": LATENT, "experts": SPARSE}
+WIDE = {  # all rows are multiples of 256, which the blocks of all packed types divide
+    name: replace(
+        config, hidden_size=256, intermediate_size=256, num_hidden_layers=2, head_dim=64, dim_model_base=128,
+        latent_attention=config.latent_attention and LatentAttentionConfig(256, 256, 48, 16, 64),
+    )
+    for name, config in FAMILIES.items()
+}  # fmt: skip
 
 # Models that write: with weights so large, and tables apart, that what they write depends on what they read.
 SHAPE = dict(

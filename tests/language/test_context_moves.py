@@ -167,6 +167,76 @@ def test_a_branch_may_come_from_numpy_or_torch(path):
     assert cache.length == 7 and torch.equal(model(rest, cache), model(rest, expected))
 
 
+@pytest.mark.parametrize("kind", [KVCache, Int8Cache])
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 3])])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_tree_that_grows_equals_one_that_is_fed_at_once(name, padding, kind):
+    """And what is taken of it goes on; the cache has read the same tokens."""
+    model, parents = make_model(name), [-1, 0, 0, 2, 1, -1, 5]
+    ids, guesses, rest = make_ids(2, 6), make_ids(2, 7, seed=2), make_ids(2, 3, seed=3)
+    grown, whole = kind(20, padding), kind(20, padding)
+    for cache in (grown, whole):
+        model(ids, cache)
+    tree = Tree(grown, parents[:1])
+    pieces = [model(guesses[:, :1], tree)]
+    for first, last in ((1, 4), (4, 7)):
+        tree.grow(parents[first:last])
+        pieces.append(model(guesses[:, first:last], tree))
+    close = dict(atol=1e-3, rtol=1e-3) if kind is Int8Cache else CLOSE
+    assert_close(torch.cat(pieces, dim=1), model(guesses, Tree(whole, parents)), **close)
+    assert grown.length == 6 and grown.guesses == tuple(parents)
+    for cache in (grown, whole):
+        cache.take([0, 2, 3])
+    assert_close(model(rest, grown), model(rest, whole), **close)
+    assert grown.has_read(torch.cat([ids, guesses[:, [0, 2, 3]], rest], dim=1))
+
+
+@torch.no_grad()
+def test_a_tree_may_grow_where_no_text_is():
+    model, guesses, cache = make_model(), make_ids(2, 3), KVCache(20)
+    tree = Tree(cache, [-1])
+    model(guesses[:, :1], tree)
+    tree.grow([0, 1])
+    assert_close(model(guesses[:, 1:], tree), model(guesses)[:, 1:], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_tree_grows_only_behind_its_own_guesses():
+    model, cache = make_model(), KVCache(9)
+    model(make_ids(1, 5), cache)
+    tree = Tree(cache, [-1, 0])
+    model(make_ids(1, 2), tree)
+    tree.grow([1, 1])
+    with pytest.raises(ValueError, match="The tree has 2 new guesses, and 1 tokens came"):
+        model(make_ids(1, 1), tree)
+    with pytest.raises(ValueError, match="The parent of guess 4 is 4; expected the place of an earlier"):
+        tree.grow([4])
+    model(make_ids(1, 2), tree)
+    model(make_ids(1, 1), Tree(cache, [-1]))
+    tree.grow([0])
+    with pytest.raises(ValueError, match="no longer holds the guesses that this tree grew from"):
+        model(make_ids(1, 1), tree)
+
+
+@torch.no_grad()
+def test_columns_that_no_row_needs_are_dropped():
+    """Rows that take turns in being ahead need no more room than the longest of them."""
+    model, cache, texts = make_model(), KVCache(11), [make_ids(1, 4)[0].tolist(), make_ids(1, 4)[0].tolist()]
+    model(torch.tensor(texts), cache)
+    for step in range(4):
+        guesses = make_ids(2, 3, seed=step)
+        model(guesses, Tree(cache, [-1, 0, 1]))
+        taken = [2, 0] if step % 2 else [0, 2]
+        cache.take([[*range(each)] for each in taken])
+        texts = [text + row[:each] for text, row, each in zip(texts, guesses.tolist(), taken, strict=True)]
+        assert cache.length == max(map(len, texts))
+    rest = make_ids(2, 2)
+    after = model(rest, cache)
+    for text, row, new in zip(texts, after, rest, strict=True):
+        assert_close(row[-1], model(torch.tensor([text + new.tolist()]))[0, -1], **CLOSE)
+
+
 @torch.no_grad()
 def test_impossible_trees_and_paths_get_a_sentence():
     model, cache = make_model(), KVCache(9)
@@ -260,6 +330,9 @@ def test_after_any_moves_each_row_goes_on_as_its_own_text(padding, moves):
             cache.take([[*range(taken)] for taken in how])
             rows = [[None] * (max(how) - taken) + row + new[:taken]
                     for row, new, taken in zip(rows, guesses.tolist(), how, strict=True)]  # fmt: skip
+            empty = min(next(at for at, each in enumerate([*row, 0]) if each is not None) for row in rows)
+            rows = [row[max(empty - min(unread), 0) :] for row in rows]  # no column is padding of all
+            assert cache.length == len(rows[0])
         elif kind == "back":
             cache.truncate(min(how, cache.length))
             rows = [row[: cache.length] for row in rows]

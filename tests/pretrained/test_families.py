@@ -198,15 +198,24 @@ def test_what_would_compute_otherwise_is_refused(values, sentence):
         ("minicpm3, experts", "minicpm3", "latent attention and a mixture of experts, which no family has"),
         ("minicpm3, experts", "minicpm", "latent attention and a mixture of experts, which no family has"),
         ("minicpm3", "minicpm", 'has latent attention. Write it as "minicpm3"'),
+        (
+            "minicpm3, shared heads",
+            "minicpm3",
+            "4 heads and num_key_value_heads is 2; latent attention shares",
+        ),
         ("llama, wide heads", "minicpm", "its heads are 24 wide"),
         ("llama", "mistral", "model_type is 'mistral'; models are written as one of llama, minicpm,"),
         ("llama", "gpt2", "model_type is 'gpt2'"),
     ],
 )
 def test_a_family_that_computes_otherwise_is_not_written(name, family, sentence):
-    experts = {"minicpm3, experts": replace(MODELS["minicpm3"], mixture=MixtureConfig(4, 2))}
+    latent = MODELS["minicpm3"]
+    unwritten = {
+        "minicpm3, experts": replace(latent, mixture=MixtureConfig(4, 2)),
+        "minicpm3, shared heads": replace(latent, num_key_value_heads=2),
+    }
     with pytest.raises(ValueError, match=sentence):
-        config_to_json((MODELS | experts)[name], family)
+        config_to_json((MODELS | unwritten)[name], family)
 
 
 # Every field that transformers reads.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
@@ -180,6 +180,7 @@ def test_sentencepiece_joins_what_llama_cpp_joins(text, keys, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "sentencepiece.gguf"
     if not path.exists():
         write_tokenizer(path, **keys, merges=None, pre="default")
+    assume(not any(token in text for token in SPECIAL))  # they are found before the text is cut
     tokenizer = gguf_tokenizer(path)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == (as_llama_cpp_does(text, keys) if text else [])
@@ -307,7 +308,7 @@ def test_every_way_to_cut_a_piece_in_two_is_a_merge(pieces):
     pieces = ["a", "b", "▁", *(piece for piece in pieces if len(piece) > 1)]
     keys = {
         "tokens": ["<unk>", *pieces],
-        "scores": [0.0] * (len(pieces) + 1),
+        "scores": [0.0] + [-float(rank) for rank in range(len(pieces))],
         "token_type": [2] + [1] * len(pieces),
     }
     head = GGUFFile(Path("a.gguf"), {f"tokenizer.ggml.{name}": value for name, value in keys.items()}, {})
@@ -315,7 +316,60 @@ def test_every_way_to_cut_a_piece_in_two_is_a_merge(pieces):
     model = json.loads(module._sentencepiece(head, keys["tokens"], keys["token_type"]).to_str())["model"]
     cuts = [[piece[:at], piece[at:]] for piece in pieces for at in range(1, len(piece))]
     expected = [cut for cut in cuts if cut[0] in pieces and cut[1] in pieces]
-    assert model["merges"] == sorted(expected, key=lambda cut: (-len(cut[0]), -len(cut[1])))
+    assert model["merges"] == sorted(expected, key=lambda cut: (pieces.index("".join(cut)), -len(cut[0])))
+
+
+def with_scores(scores: dict[str, float]) -> dict[str, object]:
+    """A vocabulary of these pieces."""
+    return {
+        "model": "llama",
+        "tokens": ["<unk>", *scores],
+        "scores": [0.0, *scores.values()],
+        "token_type": [2] + [1] * len(scores),
+        "add_bos_token": False,
+        "add_space_prefix": False,
+    }
+
+
+LETTERS = {"▁": -9.0, "a": -9.0, "b": -9.0}
+
+
+@pytest.mark.parametrize(
+    ("scores", "named"),
+    [
+        ({"ab": -3.0, "ba": -3.0}, "the tokens 'ab' and 'ba' one score, -3.0"),
+        ({"aa": -1.0, "ab": -3.0, "aab": -3.0}, "the tokens 'ab' and 'aab' one score, -3.0"),
+        ({"▁▁": 0.0, "▁a": 0.0, "b▁": 0.0}, "the tokens '▁a' and 'b▁' one score, 0.0"),
+        ({"▁▁": -2.0, "▁▁▁": -1.0, "▁▁▁▁": -2.0}, "the tokens '▁▁' and '▁▁▁▁' one score, -2.0"),
+        ({"▁▁": -2.0, "▁a": -2.0, "▁a▁": -1.0}, "the tokens '▁a' and '▁▁' one score, -2.0"),
+    ],
+)
+def test_scores_that_tie_where_the_order_may_matter_are_refused(scores, named, tmp_path):
+    path = write_tokenizer(tmp_path / "a.gguf", **with_scores(LETTERS | scores), merges=None)
+    with pytest.raises(ValueError, match=f"a.gguf gives {named}, in tokenizer.ggml.scores; expected a score"):
+        gguf_tokenizer(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    data=st.data(),
+    learned=st.lists(st.text("ab▁", min_size=2, max_size=5).filter(lambda text: text.strip("▁")), unique=True, max_size=8),
+    runs=st.sets(st.integers(2, 7)),
+    first=st.integers(0, 3),
+)  # fmt: skip
+def test_ties_that_are_read_are_cut_as_llama_cpp_does(data, learned, runs, first):
+    """Runs of spaces tie, also with one piece that was learned, and so does what no merges make."""
+    scores = {piece: -float(rank) for rank, piece in enumerate(learned)}
+    scores |= {"▁" * length: -float(first) for length in runs}
+    keys = with_scores(LETTERS | scores | {"zz": 0.0, "zzz": 0.0})
+    head = GGUFFile(Path("a.gguf"), {f"tokenizer.ggml.{name}": value for name, value in keys.items()}, {})
+    try:
+        tokenizer = module._sentencepiece(head, keys["tokens"], keys["token_type"])
+    except ValueError:
+        assert first > 0, "nothing comes before the first piece and runs of its score"
+        return
+    for text in data.draw(st.lists(st.text("▁▁▁ab", min_size=1, max_size=20), min_size=5, max_size=5)):
+        assert tokenizer.encode(text).ids == as_llama_cpp_does(text, keys, "")
 
 
 def test_without_bytes_the_unknown_token_stands_for_what_no_piece_covers(tmp_path):

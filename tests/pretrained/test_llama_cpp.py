@@ -253,6 +253,7 @@ def test_missing_multipliers_are_llama_cpps(tmp_path):
         (dict(context_length=0), "minicpm.context_length is 0"),
         (dict(expert_count=8), "minicpm.expert_count is 8; only 0 is read"),
         ({"rope.dimension_count": 8}, "rope.dimension_count is 8; only 16"),
+        ({"attention.causal": False}, "attention.causal is False; only True"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(change, sentence, tmp_path):

@@ -30,6 +30,7 @@ from tokenizers import AddedToken
 
 from minicpm_lite import ModelConfig, load_config
 from minicpm_lite.config import LatentAttentionConfig, RopeScaling, load_recipe
+from minicpm_lite.inference.packed import load_packed, quantize_model, save_packed
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import (
@@ -266,6 +267,14 @@ def write_all(folder: Path) -> None:
     write_gguf(folder / "bytes.gguf", "gpt2")
     (folder / "a.yaml").write_text(YAML)
     save_checkpoint(folder / "a.checkpoint", CHECKPOINT, FACTS)
+    save_packed(a_packed_model(), folder / "a.packed")
+
+
+def a_packed_model() -> Decoder:
+    torch.manual_seed(1)
+    return quantize_model(
+        Decoder(ModelConfig(**SHAPE | {"hidden_size": 32, "intermediate_size": 32})), "Q8_0"
+    )
 
 
 def read_tokenizer(path: Path) -> None:
@@ -278,6 +287,12 @@ def read_checkpoint(path: Path) -> None:
     assert facts == FACTS and tensors.keys() == CHECKPOINT.keys()
     for name, tensor in CHECKPOINT.items():
         assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
+
+
+def read_packed(path: Path) -> None:
+    loaded, written = load_packed(path).state_dict(), a_packed_model().state_dict()
+    assert loaded.keys() == written.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
 
 
 def in_folder(*readers: Callable[[Path], object]) -> list[Callable[[Path], object]]:
@@ -297,6 +312,7 @@ READERS: dict[str, list[Callable[[Path], object]]] = {
     "bytes.gguf": GGUF_READERS,
     "a.yaml": [load_config, load_recipe],
     "a.checkpoint": [read_checkpoint],
+    "a.packed": [read_packed],
 }
 
 
@@ -344,7 +360,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow  # 140 damages of each of eleven files
+@pytest.mark.slow  # 140 damages of each of twelve files
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.filterwarnings("ignore:The model ends texts at")
 def test_damaged_files_are_read_or_refused_in_one_line(kind, files):

@@ -78,7 +78,7 @@ def test_checksums_that_are_hidden_are_not_passed_over(tmp_path):
     save_checkpoint(tmp_path / "file", {"x": torch.ones(1)}, {})
     content = (tmp_path / "file").read_bytes()
     (tmp_path / "file").write_bytes(content.replace(b"crc32", b"crc22"))
-    with pytest.raises(ValueError, match="not a checkpoint of minicpm_lite's trainer"):
+    with pytest.raises(ValueError, match="not a checkpoint of minicpm_lite"):
         load_checkpoint(tmp_path / "file")
 
 

@@ -13,7 +13,7 @@ from minicpm_lite.config import MixtureConfig
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import context_only
 from minicpm_lite.language.upcycling import balance_loss
-from minicpm_lite.training.objective import next_token, within_documents
+from minicpm_lite.training.objective import distillation, next_token, within_documents
 
 MODEL = ModelConfig(32, 80, 2, 4, 40, num_key_value_heads=2, max_position_embeddings=64, init_std=0.1)
 WINDOW = ((torch.arange(34) * 7 // 3) % 40).view(2, 17)
@@ -109,3 +109,67 @@ def test_outside_of_training_no_balance_loss_is_added():
     minimised, reported = next_token.loss(model.eval(), WINDOW)
     assert_close(minimised, reported)
     minimised.backward()
+
+
+# Distillation
+
+
+def small(seed: int) -> Decoder:
+    torch.manual_seed(seed)
+    return Decoder(MODEL)
+
+
+def test_distillation_is_its_formula():
+    teacher, model = small(1), small(2)
+    minimised, reported = distillation(teacher).loss(model, WINDOW)
+    p, q = (each(WINDOW[:, :-1]).softmax(-1).double() for each in (teacher, model))
+    expected = (p * (p / q).log()).sum(-1).mean()
+    assert_close(minimised.double(), expected, atol=1e-6, rtol=1e-4)
+    assert minimised.requires_grad and not reported.requires_grad and reported == minimised.detach()
+
+
+def test_a_share_of_the_text():
+    teacher, model = small(1), small(2)
+    alone, text = (distillation(teacher).loss(model, MASKED)[1], next_token.loss(model, MASKED)[1])
+    assert_close(distillation(teacher, 0).loss(model, MASKED)[1], text, atol=1e-6, rtol=1e-5)
+    assert_close(
+        distillation(teacher, 0.25).loss(model, MASKED)[1], 0.25 * alone + 0.75 * text, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_a_model_that_says_the_same_has_nothing_to_learn():
+    teacher = small(1)
+    minimised, reported = distillation(teacher).loss(small(1), MASKED)
+    assert abs(reported.item()) < 1e-6
+    wrong = torch.autograd.grad(distillation(small(3)).loss(teacher, MASKED)[0], teacher.embed_tokens.weight)[
+        0
+    ]
+    assert wrong.abs().max() > 1e-4
+
+
+def test_the_teacher_gets_no_gradient_and_keeps_its_mode():
+    teacher, model = small(1).train(), small(2)
+    objective = distillation(teacher)
+    objective.loss(model, MASKED)[0].backward()
+    assert teacher.training and all(p.grad is None for p in teacher.parameters())
+    assert objective.weight(MASKED) == next_token.weight(MASKED)
+    assert objective.loss(model, context_only(WINDOW))[0].item() == 0
+
+
+def test_a_run_knows_its_teacher_by_its_weights():
+    assert distillation(small(1)).name == distillation(small(1)).name != distillation(small(2)).name
+    assert distillation(small(1), 0.5).name != distillation(small(1)).name
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, True, "all", float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="share is .*; expected a number from 0 to 1"):
+        distillation(small(1), share)
+
+
+def test_divergence_the_other_way_round_is_told_apart():
+    teacher, model = small(1), small(2)
+    with torch.no_grad():
+        teacher.embed_tokens.weight.mul_(3)
+    one, other = distillation(teacher).loss(model, WINDOW)[1], distillation(model).loss(teacher, WINDOW)[1]
+    assert abs(one - other) > 1e-3

@@ -419,6 +419,7 @@ def test_a_sigmoid_that_forgets_chance_is_off():
         (lambda: fit_sigmoid([1, 2, 3, 4], [1, 1, 0, 0]), "0 lie where accuracy falls, so nothing says how"),
         (lambda: fit_sigmoid([1, 2, 3, 4, 5], [1, 1, 0.5, 0, 0]), "1 lie where accuracy falls, so nothing says"),
         (lambda: fit_sigmoid([1, 2, 3, 4, 5], [1, 1, 0.7, 0, 0]), "lie where accuracy falls, so nothing says"),
+        (lambda: fit_sigmoid([1, 1.0001, 1.0002, 4], [1, 0.9, 0.1, 0]), "falls in a jump, steeper than any"),
         (lambda: LossSurface(0.0, 0.3, 1.0, 0.3, 1.0).eta, "it has no optimum"),
         (lambda: tokens_to_reach([1, 2], [3, 2], math.nan), "target is nan; expected a number greater than 0"),
         (lambda: fit_sigmoid([3, 4, 5], [50, 40, 30]), "give parts, not per cent"),

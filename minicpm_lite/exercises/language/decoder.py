@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -600,10 +601,8 @@ def _assembled(
         W = {**W, first: W[second], second: W[first]}
     attention, feed_forward, block = _parts(W, config)
     r = config.residual_scale if r is None else r
-    first, second = (
-        block.input_layernorm,
-        block.input_layernorm if one_norm else block.post_attention_layernorm,
-    )
+    first = block.input_layernorm
+    second = first if one_norm else block.post_attention_layernorm
     read = x if unnormed else first(x)
     after = (read if replaced else x) + r * attention(read)
     again = read if one_copy else after if unnormed else second(after)
@@ -619,18 +618,26 @@ def _a_block(config: ModelConfig, generator: torch.Generator) -> dict[str, Tenso
     }
 
 
+_MISTAKES = (  # of a block, and what is said of each
+    ({"exchanged": True}, "Gate and up are exchanged: the silu belongs to the gate."),
+    ({"other_norms": True}, "The two norms are exchanged: `input_layernorm` stands before attention."),
+    ({"r": 1.0}, "Yours adds what is found as it is. It is multiplied by *r* first, both times."),
+    ({"last_r": 1.0}, "What the feed-forward network finds is multiplied by *r* as well."),
+    (
+        {"one_copy": True},
+        "Yours gives both parts one copy. The second reads the stream after attention.",
+    ),
+    ({"replaced": True}, "Yours adds to the normed copy. It is only read; the stream itself is added to."),
+    ({"one_norm": True}, "The second norm has factors of its own, `post_attention_layernorm`."),
+    ({"unnormed": True}, "Each part reads a normed copy of the stream."),
+    ({"r": 1.4}, "The config says how large *r* is: 1.4 over the root of its three blocks here."),
+)
+
+
 @exercise(
     "block",
     wrong=(
-        lambda x, W, config: _assembled(x, W, config, r=1.0),
-        lambda x, W, config: _assembled(x, W, config, last_r=1.0),
-        lambda x, W, config: _assembled(x, W, config, one_copy=True),
-        lambda x, W, config: _assembled(x, W, config, replaced=True),
-        lambda x, W, config: _assembled(x, W, config, one_norm=True),
-        lambda x, W, config: _assembled(x, W, config, unnormed=True),
-        lambda x, W, config: _assembled(x, W, config, exchanged=True),
-        lambda x, W, config: _assembled(x, W, config, other_norms=True),
-        lambda x, W, config: _assembled(x, W, config, r=1.4),  # of one block, whatever the config says
+        *(partial(_assembled, **mistake) for mistake, _ in _MISTAKES),
         lambda x, W, config: _assembled(x, W, replace(config, rms_norm_eps=1e-5)),
     ),
 )
@@ -652,26 +659,7 @@ def block(answer):
             "Five lanes of 8 numbers come in, and as many go out; yours are "
             f"{tuple(getattr(got, 'shape', ()))}."
         )
-        for mistake, says in (
-            ({"exchanged": True}, "Gate and up are exchanged: the silu belongs to the gate."),
-            (
-                {"other_norms": True},
-                "The two norms are exchanged: `input_layernorm` stands before attention.",
-            ),
-            ({"r": 1.0}, "Yours adds what is found as it is. It is multiplied by *r* first, both times."),
-            ({"last_r": 1.0}, "What the feed-forward network finds is multiplied by *r* as well."),
-            (
-                {"one_copy": True},
-                "Yours gives both parts the same copy. The second reads the stream after attention.",
-            ),
-            (
-                {"replaced": True},
-                "Yours adds to the normed copy. It is only read; the stream itself is added to.",
-            ),
-            ({"one_norm": True}, "The second norm has factors of its own, `post_attention_layernorm`."),
-            ({"unnormed": True}, "Each part reads a normed copy of the stream."),
-            ({"r": 1.4}, "The config says how large *r* is: 1.4 over the root of its three blocks here."),
-        ):
+        for mistake, says in _MISTAKES:
             if not same(_assembled(x, W, config, **mistake), expected, 1e-4):
                 assert not same(got, _assembled(x, W, config, **mistake), 1e-4), says
         assert same(got, expected, 1e-4), (
@@ -762,18 +750,12 @@ def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 def _headless(
     weights: Mapping[str, Tensor], config: ModelConfig, block: int, head: int, part: str = "o_proj",
-    dim: int = 1, width: int | None = None,
+    dim: int = 1, width: int | None = None, copied: bool = True,
 ) -> dict[str, Tensor]:  # fmt: skip
     name, width = f"layers.{block}.self_attn.{part}.weight", width or config.head_dim
-    zeroed = weights[name].clone()
+    zeroed = weights[name].clone() if copied else weights[name]
     zeroed.narrow(dim, head * width % zeroed.shape[dim], width).zero_()
     return {**weights, name: zeroed}
-
-
-def _headless_in_place(weights: dict[str, Tensor], config: ModelConfig, block: int, head: int) -> dict:
-    name, width = f"layers.{block}.self_attn.o_proj.weight", config.head_dim
-    weights[name][:, head * width : (head + 1) * width] = 0
-    return dict(weights)
 
 
 @torch.no_grad()
@@ -796,7 +778,7 @@ def _said(config: ModelConfig, weights: Mapping[str, Tensor], ids: Tensor) -> Te
             weights, config, block, head, width=config.hidden_size // config.num_attention_heads
         ),
         lambda weights, config, block, head: dict(weights),
-        _headless_in_place,
+        lambda weights, config, block, head: _headless(weights, config, block, head, copied=False),
     ),
 )
 def headless(answer):
@@ -911,8 +893,9 @@ def answer_loss(answer):
     assert same(
         answer(uneven, torch.tensor([1, 0, 2]), 1), _lane_losses(uneven, torch.tensor([1, 0, 2])).mean()
     ), (
-        "One row has a logit of 1000 and the next one has not. The largest number that is taken away before "
-        "exponentials are, is that of each row."
+        "One row has a logit of 1000, whose exponential is infinite, and the next one has none. Before you "
+        "take exponentials, take away the largest logit, and in each row its own; or let PyTorch take the "
+        "logarithm of a softmax at once."
     )
     assert same(answer(large, torch.tensor([0, 1]), 1), 1000.0), (
         "With logits of 1000 and 0, the token that got 0 costs 1000 nats. An exponential of 1000 is "

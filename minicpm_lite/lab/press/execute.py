@@ -3,8 +3,9 @@
 Those that are stale run side by side, one for each core, and each computes with one thread: two programs with
 two threads each on two cores wait for each other more than they compute, and what one thread adds up comes
 out alike on every machine. A notebook whose run fails is left as it was, and so is one that its author saved
-in the meantime. Outputs are normalised: no timings, no widget state, no progress bars, nothing from stderr,
-no addresses of objects. All that a cell prints is kept together.
+in the meantime; where the library or a file that it uses changed meanwhile, its outputs are kept, as stale.
+Outputs are normalised: no timings, no widget state, no progress bars, nothing from stderr, no addresses of
+objects. All that a cell prints is kept together.
 """
 
 import inspect
@@ -101,13 +102,16 @@ def _run_one(path: Path, reason: str) -> tuple[bool, str]:
         return False, f"{path}: ran, because {reason}, but was CHANGED meanwhile, and is left as it is now."
     notebook.write()
     used = f"{notebook.record['seconds']} s, {notebook.record['peak_memory_mb']:,} MB"
-    return True, f"{path}: ran, because {reason}: {used}"
+    meanwhile = why_stale(notebook)
+    again = f"; STALE again, because meanwhile {meanwhile}" if meanwhile else ""
+    return True, f"{path}: ran, because {reason}: {used}{again}"
 
 
 def execute(notebook: Notebook) -> None:
     """Run all cells in a fresh kernel of one thread, in the notebook's folder; normalise the outputs; stamp.
 
-    The card, ``**One run of this notebook takes** …``, is told what the run took.
+    The stamp is that of what stood there when the run began. The card, ``**One run of this
+    notebook takes** …``, is told what the run took.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised; the message shows the cell and the error.
@@ -115,6 +119,7 @@ def execute(notebook: Notebook) -> None:
         nbclient.exceptions.DeadKernelError: the kernel died, for example for want of memory.
     """
     nb, earlier = notebook.nb, notebook.record
+    begun = stamp(notebook)  # of what changes from now on the outputs may know nothing
     nb.cells.append(nbformat.v4.new_code_cell(_PEAK_MEMORY))
     start = time.perf_counter()
     nbclient.NotebookClient(
@@ -130,7 +135,7 @@ def execute(notebook: Notebook) -> None:
     peak = int(nb.cells.pop().outputs[0].text)
     normalise(nb)
     nb.metadata[KEY] = {
-        "stamp": stamp(notebook),
+        "stamp": begun,
         "version": __version__,
         "seconds": _settled(seconds, earlier.get("seconds"), slack=5),
         "peak_memory_mb": _settled(peak, earlier.get("peak_memory_mb"), slack=100),

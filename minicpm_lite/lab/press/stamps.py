@@ -35,7 +35,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from .notebook import Notebook, alt_text, tags
 
 LIBRARY = Path(__file__).parents[2]
-_READS_ONE_CONFIG = {"load_config", "load_recipe", "load_rope_scaling"}
+_READS_ONE_CONFIG = {"load_config", "load_recipe", "load_rope_scaling", "load_sparse_config"}
 _READS_CONFIGS = {*_READS_ONE_CONFIG, "list_configs"}
 _SHOWN = re.compile(r"From `([\w.]+)`:\n\n```python\n(.*)\n```", re.DOTALL)  # an output of `lab.source`
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from minicpm_lite.lab.press import execute
 from minicpm_lite.lab.press.__main__ import main
 from minicpm_lite.lab.press.notebook import KEY, Notebook
+from minicpm_lite.lab.press.stamps import why_stale
 
 CELLS = [
     "import sys\nfrom tqdm.auto import tqdm\n\nprint('first')\nprint('noise', file=sys.stderr)",
@@ -122,6 +123,23 @@ def test_what_its_author_did_during_a_run_stands(tmp_path, monkeypatch, change):
         assert [cell.source for cell in Notebook.read(path).nb.cells] == ["1 + 1", "an_hour_of_writing()"]
     else:
         assert not path.exists()
+
+
+@pytest.mark.slow  # a kernel starts
+@pytest.mark.parametrize("used", ["recorded/topic.json", "table.csv", "helper.py"])
+def test_outputs_older_than_the_files_they_use_stay_stale(tmp_path, used):
+    uses = {"helper.py": "import helper"}.get(used, f'text = open("{used}").read()')
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / used).write_text("loss = 1")
+    codes = list(map(ord, used))  # a name that stamps do not see
+    changes = f'open("".join(map(chr, {codes})), "w").write("loss = 2")'
+    path = notebook(tmp_path / "topic.ipynb", uses, changes)
+    ran, told = execute._run_one(path, "it was never run to the end")
+    changed = "recorded runs or other files beside it that it uses changed"
+    assert ran and told.endswith(f"; STALE again, because meanwhile {changed}")
+    assert why_stale(Notebook.read(path)) == changed
+    ran, told = execute._run_one(path, changed)
+    assert ran and "STALE" not in told and why_stale(Notebook.read(path)) is None
 
 
 @pytest.mark.slow  # four kernels start

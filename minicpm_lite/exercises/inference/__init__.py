@@ -1,0 +1,1 @@
+"""Checks and quizzes of the chapters on inference."""

@@ -1,0 +1,424 @@
+"""Checks and quiz of the chapter on sparse attention."""
+
+import math
+from collections import Counter
+
+import torch
+
+from ...config import SparseConfig
+from ...inference.block_choice import window_means
+from ...lab.exercises import exercise
+from ...lab.mistakes import same
+from ...lab.quiz import Quiz
+
+_SMALL = SparseConfig(kernel_size=2, kernel_stride=1, block_size=4, window_size=4, topk=2, dense_len=0)
+_WIDE = SparseConfig(
+    kernel_size=4, kernel_stride=2, block_size=8, window_size=16, topk=4, init_blocks=2, dense_len=0
+)
+
+
+def _windows(length: int, size: int, stride: int) -> int:
+    return max(0, (length - size) // stride + 1)
+
+
+def _read(length, config, both=2, means=True, short=True, floor=True, offset=0):
+    seen = config.num_visible(length)
+    if seen == length and short:
+        return both * length
+    windows = _windows(length, config.kernel_size, config.kernel_stride)
+    if not floor:
+        windows = length / config.kernel_stride
+    return both * seen + (windows + offset if means else 0)
+
+
+@exercise(
+    "numbers read",
+    wrong=(
+        lambda *given: _read(*given, means=False),
+        lambda *given: _read(*given, both=1),
+        lambda *given: _read(*given, short=False),
+        lambda *given: _read(*given, floor=False),
+        lambda *given: _read(*given, offset=1),
+        lambda *given: _read(*given, offset=-1),
+        lambda *given: 2 * given[0],
+        lambda length, config: _read(length, SparseConfig()),
+        lambda length, config: _read(131_072, config),
+        lambda length, config: (
+            _read(length, config) + _windows(length, config.kernel_size, config.kernel_stride)
+        ),
+    ),
+)
+def numbers_read(answer):
+    """At 128K two fifths of what is read are means."""
+    release = SparseConfig()
+    cases = (
+        (131_072, release, "6,144 keys, as many values, and the means of 8,191 whole windows."),
+        (4096, release, "A text of 4,096 tokens is read dense: keys and values of all, and no mean."),
+        (8192, release, "From 8,192 tokens on the query chooses, and its choice needs the means."),
+        (24, _SMALL, "24 tokens have 23 windows of 2; 12 tokens are visible."),
+        (61, _WIDE, "Of 61 tokens the last block has 5. Windows of 4, one every 2, are 29."),
+        (40_000, SparseConfig(kernel_size=64, kernel_stride=32, topk=32), "The sizes are those of config."),
+    )
+    for length, config, why in cases:
+        assert same(answer(length, config), _read(length, config)), why
+
+
+def _chosen(shares, seen, config, overlap=True, first=True, mean=False, later=False, own=True, extra=0,
+            whole=True, forced_only=False):  # fmt: skip
+    size, stride, wide = config.kernel_size, config.kernel_stride, config.block_size
+    blocks = range(-(-seen // wide) if whole else seen // wide)
+    if len(blocks) <= config.num_blocks:
+        return set(blocks)
+
+    def score(b):
+        if overlap:
+            mine = [
+                float(share)
+                for j, share in enumerate(shares)
+                if j * stride < (b + 1) * wide and j * stride + size > b * wide
+            ]
+        else:
+            mine = [float(share) for j, share in enumerate(shares) if j * stride // wide == b]
+        return (sum(mine) / max(1, len(mine))) if mean else max(mine, default=0.0)
+
+    last = len(blocks) - (config.local_blocks if own else 0)
+    forced = {b for b in blocks if first and b < config.init_blocks or b >= last}
+    others = sorted((b for b in blocks if b not in forced), key=lambda b: (-score(b), -b if later else b))
+    if forced_only:
+        return forced
+    return forced | set(others[: max(0, config.num_blocks - len(forced) + extra)])
+
+
+def _pencil() -> torch.Tensor:
+    shares = torch.full((23,), 0.01)
+    shares[7], shares[8], shares[17] = 0.31, 0.37, 0.36
+    return shares
+
+
+def _cases_of_choice():
+    random = torch.Generator().manual_seed(3)
+    border = torch.full((23,), 0.01)
+    border[7] = 0.5  # tokens 7 and 8: blocks 1 and 2 tie
+    late = torch.full((23,), 0.01)
+    late[11] = 0.5  # tokens 11 and 12; the earlier block has a second best
+    wide = torch.full((31,), 0.02)
+    wide[11], wide[17], wide[15] = 0.4, 0.3, 0.29  # 22-25, 34-37, 30-33: a border again
+    flat = torch.full((23,), 0.1)
+    flat[12:15] = 0.12  # many good ones against one very good one
+    flat[9] = 0.2
+    several = torch.full((38,), 0.01)
+    several[13] = 0.5
+    yield (_pencil(), 24, _SMALL, "On the pencil's text blocks 0, 2 and 5 are read.")
+    yield (
+        border,
+        24,
+        _SMALL,
+        "Window 7 touches blocks 1 and 2, which then score the same: the earlier is taken.",
+    )
+    yield (flat, 24, _SMALL, "A block scores as its best window, not as their mean.")
+    yield (late, 21, _SMALL, "With 21 tokens the last block has one token, and is the query's own.")
+    yield (torch.rand(11, generator=random), 12, _SMALL, "Twelve tokens are three blocks: all are read.")
+    yield (torch.rand(7, generator=random), 8, _SMALL, "Two blocks, of which three may be read: all are.")
+    yield (wide, 64, _WIDE, "A window of 4 tokens that begins at 22 touches blocks 2 and 3.")
+    yield (several, 78, _WIDE, "Two first blocks and two last ones are forced here.")
+    yield (torch.rand(38, generator=random), 78, _WIDE, "Six of ten blocks, the best by their windows.")
+    yield (torch.rand(47, generator=random), 97, _WIDE, "Six of thirteen blocks; shares may be any numbers.")
+
+
+@exercise(
+    "chosen blocks",
+    wrong=(
+        lambda *given: _chosen(*given, overlap=False),
+        lambda *given: _chosen(*given, first=False),
+        lambda *given: _chosen(*given, own=False),
+        lambda *given: _chosen(*given, mean=True),
+        lambda *given: _chosen(*given, later=True),
+        lambda *given: _chosen(*given, extra=1),
+        lambda *given: _chosen(*given, extra=-1),
+        lambda *given: _chosen(*given, whole=False),
+        lambda *given: _chosen(*given, forced_only=True),
+        lambda *given: {0, 2, 5},
+        lambda *given: set(range(-(-given[1] // given[2].block_size))),
+    ),
+)
+def chosen_blocks(answer):
+    """Forced blocks, and of the others those whose best window gets most: the heart of InfLLM v2."""
+    for shares, seen, config, why in _cases_of_choice():
+        got = answer(shares.clone(), seen, config)
+        assert not isinstance(got, torch.Tensor | str), "Expected a set of whole numbers, the blocks."
+        assert {int(b) for b in got} == _chosen(shares, seen, config) and len(list(got)) == len(
+            _chosen(shares, seen, config)
+        ), why
+
+
+def _shares(query, key, size, stride, future=0, width=None, before=False, zeros=True, average=False,
+            heads=None):  # fmt: skip
+    means = window_means(key[None, None], size, stride)[0, 0]
+    query = query[:heads] if heads else query
+    scores = query @ means.T / math.sqrt(width or query.shape[-1])
+    end = stride * torch.arange(len(means)) + (size - 1) * (1 - future)
+    seen = end[None] <= torch.arange(len(key))[:, None]
+    scores = scores.sum(0, keepdim=True) if before else scores
+    each = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    each = torch.where(seen, each, 0) if zeros else each
+    return each.mean(0) if average else each.sum(0)
+
+
+@exercise(
+    "mended shares",
+    wrong=(
+        lambda *given: _shares(*given, future=1),
+        lambda *given: _shares(*given, before=True),
+        lambda *given: _shares(*given, zeros=False),
+        lambda *given: _shares(*given, width=len(given[1])),
+        lambda *given: _shares(*given, average=True),
+        lambda *given: _shares(*given, heads=1),
+        lambda query, key, size, stride: _shares(query, key, 2, 1),
+        lambda query, key, size, stride: _shares(query, key, size, size),
+        lambda *given: _shares(*given) / _shares(*given).sum(-1, keepdim=True).clamp(min=1e-9),
+    ),
+)
+def mended_shares(answer):
+    """Each head has its own softmax, over the windows that have ended; then the heads are added."""
+    random = torch.Generator().manual_seed(5)
+    for heads, tokens, width, size, stride in ((2, 24, 4, 2, 1), (3, 17, 8, 4, 2), (1, 9, 2, 3, 3)):
+        query = 2 * torch.randn(heads, tokens, width, generator=random)
+        key = 2 * torch.randn(tokens, width, generator=random)
+        got = answer(query.clone(), key.clone(), size, stride)
+        expected = _shares(query, key, size, stride)
+        assert isinstance(got, torch.Tensor), f"Expected a tensor, not {type(got).__name__}."
+        assert got.shape == expected.shape, (
+            f"Expected {tuple(expected.shape)}, tokens × windows; yours is {tuple(got.shape)}."
+        )
+        assert not got.isnan().any(), (
+            "A token before the end of the first window sees none: softmax makes no numbers of that. Zeros, "
+            "please."
+        )
+        ahead = expected == 0
+        assert bool((got[ahead].abs() < 1e-6).all()), (
+            "A window counts as seen before it has ended: its mean holds keys of the future."
+        )
+        assert same(got, expected, 1e-4), (
+            "Each head needs a softmax of its own over its scores, divided by the root of the width; then "
+            "the heads are added."
+        )
+
+
+def _to_make(kept, length, size, stride, which=-1, most=False, least=False, offset=0, numbers=False):
+    there = kept[which] if kept else 0
+    if kept and most:
+        there = max(kept)
+    if kept and least:
+        there = min(kept)
+    first = _windows(there, size, stride) + offset
+    found = range(max(0, first), _windows(length, size, stride))
+    return [j if numbers else stride * j for j in found]
+
+
+@exercise(
+    "windows to make",
+    wrong=(
+        lambda *given: _to_make(*given, most=True),
+        lambda *given: _to_make(*given, least=True),
+        lambda *given: _to_make(*given, which=0),
+        lambda *given: _to_make(*given, offset=1),
+        lambda *given: _to_make(*given, offset=-1),
+        lambda *given: _to_make(*given, numbers=True),
+        lambda kept, length, size, stride: _to_make([], length, size, stride),
+        lambda kept, length, size, stride: _to_make(kept, length, stride, stride),
+        lambda kept, length, size, stride: _to_make(kept, length, size, size),
+        lambda kept, length, size, stride: [],
+    ),
+)
+def windows_to_make(answer):
+    """A mean is made once, and made anew only where the text was."""
+    cases = (
+        ([], 100, 32, 16, "Nothing was made yet: all whole windows."),
+        ([100], 111, 32, 16, "100 tokens have windows at 0, 16, 32, 48 and 64; 111 tokens have no more."),
+        ([100], 112, 32, 16, "With the 112th token the window from 80 to 111 is whole."),
+        ([100, 40], 100, 32, 16, "The text went back to 40 tokens; what stands behind is another text."),
+        ([40, 100], 120, 32, 16, "It had 40 tokens and then 100: the windows of 100 are there."),
+        ([100, 120], 90, 32, 16, "A text that has become shorter needs no new mean."),
+        ([20], 31, 32, 16, "31 tokens have no whole window."),
+        ([3, 7], 12, 4, 2, "Windows of 4, one every 2: 7 tokens have two, 12 have five."),
+        ([60, 0], 33, 32, 16, "It went back to nothing."),
+    )
+    for kept, length, size, stride, why in cases:
+        got = answer(list(kept), length, size, stride)
+        assert got is not None and not isinstance(got, int | str), "Expected a list of starts."
+        assert [int(x) for x in got] == _to_make(kept, length, size, stride), why
+
+
+_READ = 8 / (63 - 4)
+
+
+@exercise(
+    "forecast",
+    wrong=(_READ, 8 / 63, 8 / 60 + 0.1, 12 / 63 * 0.9 + 0.1, 8 / 58 + 0.9 * 0.1, "0.22", 0.1,
+           12 / 63, 8 / 51 * 0.9 + 0.1),
+)  # fmt: skip
+def forecast(answer):
+    """Luck is not at chance: it finds the block now and then, and guesses right now and then."""
+    assert not isinstance(answer, str), f"Expected a number, not the text {answer!r}."
+    assert not same(answer, _READ, 1e-3), "And if the block is not read? One guess in ten is right."
+    assert abs(float(answer) - (_READ + (1 - _READ) / 10)) < 0.005, (
+        "Of 63 blocks four are forced, the first and the last three. Eight are drawn from the others. If the "
+        "flag's block is among them the answer is right, and else in one case of ten."
+    )
+
+
+def _control(own, config, generator, future=0, twice=False, first=True, local=True, size=None, luck=True):
+    forced = {
+        b
+        for b in range(own + 1)
+        if first and b < config.init_blocks or local and b > own - config.local_blocks
+    }
+    others = [b for b in range(own + 1 + future) if b not in forced]
+    free = (config.num_blocks if size is None else size) - len(forced)
+    if twice:
+        drawn = torch.randint(len(others), (free,), generator=generator).tolist() if others else []
+    elif luck:
+        drawn = torch.randperm(len(others), generator=generator).tolist()[: max(0, free)]
+    else:
+        drawn = range(min(free, len(others)))
+    return forced | {others[place] for place in drawn}
+
+
+@exercise(
+    "control blocks",
+    wrong=(
+        lambda *given: _control(*given, future=3),
+        lambda *given: _control(*given, twice=True),
+        lambda *given: _control(*given, first=False),
+        lambda *given: _control(*given, local=False),
+        lambda *given: _control(*given, luck=False),
+        lambda own, config, generator: _control(own, config, None),
+        lambda own, config, generator: _control(own, config, torch.Generator().manual_seed(0)),
+        lambda own, config, generator: _control(own, _SMALL, generator),
+        lambda own, config, generator: set(torch.randperm(own + 1, generator=generator).tolist()[
+            : config.num_blocks]),
+        lambda own, config, generator: _control(own, config, generator, size=config.num_blocks - 1),
+    ),
+)  # fmt: skip
+def control_blocks(answer):
+    """Equal in all but one thing: which of the free blocks are read."""
+    wide = SparseConfig(kernel_size=4, kernel_stride=2, block_size=8, window_size=24, topk=5, init_blocks=2)
+    for config, own in ((_SMALL, 5), (wide, 20), (wide, 6), (_SMALL, 1), (wide, 0)):
+        generator, drawn = torch.Generator().manual_seed(own), Counter()
+        state = generator.get_state()
+        rounds = 400
+        for _ in range(rounds):
+            got = {int(b) for b in answer(own, config, generator)}
+            assert all(0 <= b <= own for b in got), "A block of the future, or none of the text, was taken."
+            expected = min(config.num_blocks, own + 1)
+            assert len(got) == expected, (
+                f"In block {own} the real choice has {expected} blocks, yours {len(got)}. Was one drawn "
+                "twice, or a forced one drawn again?"
+            )
+            forced = {b for b in range(own + 1) if b < config.init_blocks or b > own - config.local_blocks}
+            assert forced <= got, f"Block {min(forced - got, default=0)} is forced, and was left out."
+            drawn.update(got - forced)
+        others = own + 1 - len(forced)
+        free = expected - len(forced)
+        if 0 < free < others:
+            share = rounds * free / others
+            off = 5 * math.sqrt(share * (1 - free / others))
+            assert all(abs(drawn[b] - share) < off for b in range(own + 1) if b not in forced), (
+                "Each block that is not forced should be equally likely."
+            )
+            again = torch.Generator()
+            again.set_state(state)
+            first = [frozenset(map(int, answer(own, config, again))) for _ in range(20)]
+            again.set_state(state)
+            assert first == [frozenset(map(int, answer(own, config, again))) for _ in range(20)], (
+                "With the generator in the same state the choice should be the same."
+            )
+
+
+_ROOM = 1.1 * _read(131_072, SparseConfig())
+
+
+@exercise(
+    "my settings",
+    wrong=(
+        SparseConfig(),
+        SparseConfig(kernel_size=16, kernel_stride=8),
+        SparseConfig(kernel_size=16, kernel_stride=16, block_size=32, window_size=1024, topk=128),
+        SparseConfig(kernel_size=16, kernel_stride=16, topk=64, init_blocks=0),
+        SparseConfig(kernel_size=16, kernel_stride=16, topk=4),
+        SparseConfig(kernel_size=16, kernel_stride=16, dense_len=200_000),
+        SparseConfig(kernel_size=16, kernel_stride=16, coarse_topk=64),
+    ),
+)
+def my_settings(answer):
+    """It is affordable. Whether it is better is for five seeds to say."""
+    assert isinstance(answer, SparseConfig), f"Expected a `SparseConfig`, not {type(answer).__name__}."
+    assert answer.kernel_size <= 16, f"Windows are {answer.kernel_size} tokens; at most 16 were asked for."
+    assert answer.window_size >= 2048, f"{answer.window_size} local tokens: at least 2,048 were asked for."
+    assert answer.init_blocks >= 1, "The first block of the text is to be forced."
+    assert answer.dense_len <= 8192, "Texts longer than 8,192 tokens are to be read sparse."
+    assert answer.coarse_topk is None, "Without coarse means, which the release has not."
+    seen = answer.num_visible(131_072)
+    assert seen >= 2560, f"{seen} tokens are read; at least 2,560 were asked for."
+    read = _read(131_072, answer)
+    assert read <= _ROOM, (
+        f"At 131,072 tokens it reads {read:,} vectors, and a tenth more than the release is {_ROOM:,.0f}."
+    )
+
+
+quiz = Quiz(
+    [
+        (
+            "What does training with sparse attention change about how blocks are chosen?",
+            [
+                "The weights of the selector",
+                "The queries and keys, through attention to what was chosen",
+                "The means of the windows, which are learned",
+            ],
+            1,
+            "There is no selector and nothing in it to learn; no gradient passes the choice.",
+        ),
+        (
+            "A text has 48 tokens, windows 32 and a stride of 16. How many means does its last token see?",
+            ["1", "2", "3"],
+            1,
+            "Those that end at token 32 and at token 48. The third would end at token 64.",
+        ),
+        (
+            "Why are shares added up over the group, and not scores?",
+            [
+                "It is faster",
+                "A softmax brings each head to the same total, so that no head is louder than another",
+                "Scores may be negative, and a maximum needs positive numbers",
+            ],
+            1,
+            "A head with large scores would decide for all sixteen.",
+        ),
+        (
+            "At 128K a token reads 21 times fewer tokens. Why is attention not 21 times as fast?",
+            [
+                "The means are read as well, and are two fifths of what is left",
+                "Values are not compressed",
+                "The first block is read twice",
+            ],
+            0,
+            "2 · 131,072 vectors become 2 · 6,144 and 8,191 means: 12.8 times fewer.",
+        ),
+        (
+            "A sparse model has the perplexity of one with a sliding window of equal budget. What follows?",
+            [
+                "Choosing is of no use",
+                "Nothing yet: ask for something that stands far back",
+                "The choice is broken",
+            ],
+            1,
+            "Most tokens of a text can be foreseen from the last ones; questions cannot.",
+        ),
+        (
+            "What happens to the memory that the cache takes?",
+            ["It falls to a twentieth", "It stays, and 3 % are added", "It is halved"],
+            1,
+            "Any block may be chosen by the next token, so all of them are kept; the means come on top.",
+        ),
+    ]
+)

@@ -1,0 +1,509 @@
+"""Checks and quiz of the chapter on ternary weights."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig, load_config
+from ...inference.ternary import TernaryLinear, make_ternary
+from ...lab.exercises import exercise
+from ...lab.mistakes import same
+from ...lab.quiz import Quiz
+from ...language.decoder import Decoder
+from ...parameters import count_parameters
+from ...training.settings import TrainerConfig
+from ...training.trainer import Trainer
+from ...training.wsd import WSD
+
+_LEAST = 1e-5  # of a scale
+
+
+def _codes(weight, group, cut=0.5, share=None, size="mean"):
+    grouped = weight.unflatten(1, (-1, group))
+    sizes = grouped.abs()
+    scale = {
+        "mean": lambda: sizes.mean(2),
+        "largest": lambda: sizes.amax(2),
+        "signed": lambda: grouped.mean(2).abs(),
+        "middle": lambda: sizes.median(2).values,
+        "squares": lambda: sizes.square().mean(2).sqrt(),
+        "matrix": lambda: sizes.mean().expand(sizes.shape[:2]),
+    }[size]()
+    scale = scale.clamp(min=_LEAST)
+    codes = grouped.sign() * (sizes > cut * scale[..., None])
+    return codes.flatten(1), scale
+
+
+@exercise(
+    "codes and scales",
+    wrong=(
+        lambda weight, group: _codes(weight, group, cut=0.1),  # the threshold of many descriptions
+        lambda weight, group: _codes(weight, group, cut=1.0),  # truncated instead of rounded
+        lambda weight, group: _codes(weight, group, size="largest"),
+        lambda weight, group: _codes(weight, group, size="signed"),
+        lambda weight, group: _codes(weight, group, size="middle"),
+        lambda weight, group: _codes(weight, group, size="squares"),
+        lambda weight, group: _codes(weight, group, size="matrix"),
+        lambda weight, group: _codes(weight, weight.shape[1]),
+        lambda weight, group: _codes(weight, 4),
+        lambda weight, group: _codes(weight.abs(), group),
+        lambda weight, group: (_not_clamped(weight, group), _codes(weight, group)[1]),
+        lambda weight, group: (_times_scale(weight, group), _codes(weight, group)[1]),
+        lambda weight, group: (_codes(weight, group)[0], _codes(weight, group)[1].flatten()),
+        lambda weight, group: (weight / _unclamped(weight, group)).round().clamp(-1, 1),
+    ),
+    without=("a loop", "ternarize"),
+)
+def codes_and_scales(answer):
+    """The mean size of a group is its scale, and half of that the threshold: the nearest of three values."""
+    cases = (
+        (
+            torch.tensor([[0.5, -0.1, 0.2, -1.2]]),
+            4,
+            "One group of four: the sizes add up to 2, the scale is 0.5.",
+        ),
+        (
+            torch.tensor([[0.5, -0.1, 0.2, -1.2, 5.0, -1.0, 2.0, -12.0]]),
+            4,
+            "The second group of four is ten times the first: its codes are the same, and its scale is 5.",
+        ),
+        (
+            torch.tensor([[1.0, -1.0, 0.3, 0.0], [8.0, 0.1, -0.1, 0.2]]),
+            4,
+            "Each row has a scale of its own; a large weight of one row does not change the codes of "
+            "another.",
+        ),
+        (
+            torch.tensor([[0.9, 0.1, -0.2, 3.0, 1.0, -0.6]]),
+            2,
+            "Groups of two: `group` is an argument.",
+        ),
+        (
+            torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0, 1.0]]),
+            4,
+            "A group of zeros: its codes are 0, and its scale is the least one, 0.00001, so that nothing is "
+            "divided by zero.",
+        ),
+        (
+            torch.randn(6, 24, generator=torch.Generator().manual_seed(0)),
+            8,
+            "Six rows of 24 weights in groups of 8: 6 × 24 codes and 6 × 3 scales.",
+        ),
+    )
+    for weight, group, hint in cases:
+        before = weight.clone()
+        got = answer(weight, group)
+        assert isinstance(got, tuple | list) and len(got) == 2, (
+            "Return two tensors: the codes and the scales."
+        )
+        codes, scale = (torch.as_tensor(each).double() for each in got)
+        expected, wanted = _codes(before.double(), group)
+        assert scale.shape == wanted.shape, (
+            f"{hint} The scales have shape {tuple(scale.shape)}; expected {tuple(wanted.shape)}, one for "
+            "each "
+            "group of each row."
+        )
+        assert same(scale, wanted, 1e-3), f"{hint} The scales are not the mean sizes |w| of the groups."
+        assert codes.shape == expected.shape, (
+            f"{hint} The codes have shape {tuple(codes.shape)}; expected that of the matrix."
+        )
+        assert set(codes.flatten().tolist()) <= {-1.0, 0.0, 1.0}, (
+            f"{hint} Codes are -1, 0 or 1, and nothing else: neither larger, nor times the scale."
+        )
+        assert same(codes, expected), f"{hint} A code is the whole number nearest to w / scale."
+
+
+def _unclamped(weight, group):
+    return weight.unflatten(1, (-1, group)).abs().mean(2).repeat_interleave(group, 1)
+
+
+def _not_clamped(weight, group):
+    return (weight / _unclamped(weight, group).clamp(min=_LEAST)).round()
+
+
+def _times_scale(weight, group):
+    codes, scale = _codes(weight, group)
+    return codes * scale.repeat_interleave(group, 1)
+
+
+def _digits(byte, shift=-1, rounds=5, scale=256):
+    digits, left = [], byte
+    for _ in range(rounds):
+        left *= 3
+        digits.append(left // scale + shift)
+        left %= scale
+    return digits
+
+
+def _base_three(number):
+    return [number // 3**place % 3 - 1 for place in (4, 3, 2, 1, 0)]
+
+
+def _byte(codes):
+    number = 0
+    for code in codes:
+        number = 3 * number + code + 1
+    return -(-number * 256 // 243)
+
+
+@exercise(
+    "read byte",
+    wrong=(
+        lambda byte: _base_three(byte),  # the byte taken for the number itself
+        lambda byte: _digits(byte)[::-1],
+        lambda byte: _digits(byte, shift=0),
+        lambda byte: _digits(byte, rounds=4),
+        lambda byte: _digits(byte, scale=255),
+        lambda byte: _digits(byte, scale=243),
+        lambda byte: _base_three(-(-byte * 243 // 256)),  # rounded up twice
+        lambda byte: [(byte >> place & 3) - 1 for place in (6, 4, 2, 0)],
+    ),
+)
+def read_byte(answer):
+    """Times 3, and what stands above 256 is the next digit: five trits of a byte without a division."""
+    for codes in (
+        (0, 0, 0, 0, 0), (-1, -1, -1, -1, -1), (1, 1, 1, 1, 1), (1, -1, 0, 1, 0), (-1, 0, 1, 0, -1),
+        (0, 1, -1, -1, 1), (-1, -1, -1, -1, 1), (1, -1, -1, -1, -1),
+    ):  # fmt: skip
+        got = answer(_byte(codes))
+        assert len(got) == 5, f"A byte holds five codes; {len(got)} came."
+        assert not same(list(got)[::-1], list(codes)) or codes == codes[::-1], (
+            "The codes come in the reverse order: the first is the digit that counts 81."
+        )
+        assert same(list(got), list(codes)), (
+            f"The byte {_byte(codes)} holds {list(codes)}, and not {[int(code) for code in got]}. It is "
+            "not the "
+            "number of base 3 itself, but that number as a share of 243, in units of 1/256; a digit is "
+            "the code "
+            "+ 1."
+        )
+    for number in range(243):
+        assert same(list(answer(-(-number * 256 // 243))), _base_three(number)), (
+            "Not all 243 bytes that are written are read right."
+        )
+
+
+def _layer(latent):
+    linear = torch.nn.Linear(latent.shape[1], latent.shape[0], bias=False)
+    linear.weight = torch.nn.Parameter(latent)
+    return TernaryLinear(linear)
+
+
+def _spoiled(latent, what):
+    scale = latent.abs().mean(dim=None if what == "matrix" else 1, keepdim=True)
+    codes = latent / scale
+    codes = (codes.trunc() if what == "truncated" else codes.round()).clamp(-1, 1)
+    if what == "no scale":
+        return latent + (codes - latent).detach()
+    if what == "no gradient":
+        return codes.detach() * scale.detach()
+    if what == "scale learns":
+        return codes.detach() * scale
+    if what == "twice":
+        return latent + latent + (codes * scale - 2 * latent).detach()
+    if what == "nothing detached":
+        return latent + (codes * scale - latent)
+    if what == "not rounded":
+        return latent + 0 * codes
+    return latent + (codes * scale - latent).detach()
+
+
+@exercise(
+    "mended weight",
+    wrong=tuple(
+        lambda latent, what=what: _spoiled(latent, what)
+        for what in (
+            "matrix", "truncated", "no scale", "no gradient", "scale learns", "twice", "nothing detached",
+            "not rounded",
+        )
+    ),
+)  # fmt: skip
+def mended_weight(answer):
+    """Forward the three values, backward the gradient as it came: both of what the layer promises."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, factor in (((3, 8), 1.0), ((5, 12), 0.03)):
+        latent = torch.randn(*shape, generator=generator) * factor
+        latent[0] *= 20  # one row is larger than the others
+        expected = _layer(latent.clone()).weight.detach()
+        learned = latent.clone().requires_grad_()
+        before, got = latent.clone(), answer(learned)
+        assert isinstance(got, Tensor) and got.shape == shape, "Return a matrix of the latent weights' shape."
+        assert torch.equal(learned.detach(), before), "The latent weights themselves were changed."
+        for row in got.detach():
+            assert len((row / row.abs().amax().clamp(min=1e-9)).round(decimals=3).unique()) <= 3, (
+                "A row of the result has more than three values."
+            )
+        assert same((got.detach() == 0).double(), (expected == 0).double()), (
+            "Not the right weights are 0. Which are nearer to 0 than to the scale, and whose mean is the "
+            "scale "
+            "of a row?"
+        )
+        assert same(got.detach(), expected, 2e-3), (
+            "The values are not those of the scale. Each row has the mean of its own sizes."
+        )
+        wanted = torch.randn(*shape, generator=generator)
+        assert got.requires_grad, "No gradient flows from the result to the latent weights."
+        [gradient] = torch.autograd.grad((got * wanted).sum(), learned, allow_unused=True)
+        assert gradient is not None, "No gradient reaches the latent weights."
+        assert same(gradient, wanted, 1e-4), (
+            "The gradient that reaches a latent weight is not that of the ternary weight. Straight through "
+            "means: as it came, neither 0, nor twice, nor through the scale."
+        )
+
+
+@exercise("forecast", wrong=(0.31, 0.5, 1 / 3, 0.2, 25, 0.1, 0.75, "0.25"))
+def forecast_zeros(answer):
+    """Evenly spread sizes have their mean in the middle, and half of that leaves the lowest quarter."""
+    assert not isinstance(answer, str), f"Expected a number, not the text {answer!r}."
+    answer = float(answer)
+    assert answer <= 1, "Give a share, from 0 to 1, not per cent."
+    assert abs(answer - 0.31) > 0.02, "That is the share of a bell curve. These weights are spread evenly."
+    assert abs(answer - 0.25) < 0.01, (
+        "What is the mean of |w|, if w is spread evenly from -1 to 1? Which sizes lie below half of that?"
+    )
+
+
+def _megabytes(config, group, table_bits, scale_bits=16, code_bits=2, tables=None, norms=True):
+    count = count_parameters(config)
+    norm = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    matrices = count.others - norm
+    tables = count.tables if tables is None else tables
+    bits = matrices * (code_bits + scale_bits / group) + tables * table_bits + 32 * norm * norms
+    return bits / 8e6
+
+
+_CASES = (
+    (load_config("bitcpm4-0.5b"), 256, 6.5625),
+    (load_config("bitcpm4-0.5b"), 64, 16),
+    (load_config("minicpm4-8b"), 256, 4.5),
+    (load_config("lite-1m"), 32, 32),
+)
+
+
+@exercise(
+    "megabytes",
+    wrong=(
+        lambda config, group, bits: _megabytes(config, group, bits, scale_bits=0),
+        lambda config, group, bits: _megabytes(config, group, bits, scale_bits=32),
+        lambda config, group, bits: _megabytes(config, group, bits, code_bits=1.585),
+        lambda config, group, bits: _megabytes(config, group, bits, norms=False),
+        lambda config, group, bits: _megabytes(config, group, bits, tables=0),
+        lambda config, group, bits: _megabytes(
+            config, group, bits, tables=2 * config.vocab_size * config.hidden_size
+        ),
+        lambda config, group, bits: _megabytes(
+            config, group, bits, tables=config.vocab_size * config.hidden_size
+        ),
+        lambda config, group, bits: 8 * _megabytes(config, group, bits),
+        lambda config, group, bits: _megabytes(config, 256, bits),
+    ),
+)
+def ternary_megabytes(answer):
+    """Codes, scales, tables and norms: four terms, and in a small model the third is the largest surprise."""
+    for config, group, table_bits in _CASES:
+        got, expected = float(answer(config, group, table_bits)), _megabytes(config, group, table_bits)
+        assert not same(got, 8 * expected, 1e-3), "That is in megabits: eight bits are a byte."
+        assert same(got, expected, 1e-4), (
+            f"Width {config.hidden_size}, {config.num_hidden_layers} blocks, groups of {group}, tables of "
+            f"{table_bits:g} bits: {expected:.3f} MB, and not {got:.3f}. Count the scales (16 bits a "
+            "group), the "
+            "tables (one if they are tied, else two), and the norms (2 a block and one at the end, 32 bits)."
+        )
+
+
+def _fork(trainer, schedule, group, same_model=False, other=None, plain=True, ternary=True, groups=None):
+    first = trainer.branch(schedule)
+    second = first if same_model else trainer.branch(schedule if other is None else other)
+    if not plain:
+        make_ternary(first.model, group)
+    if ternary:
+        make_ternary(second.model, groups or group)
+    return first, second
+
+
+def _fresh(trainer, schedule, group):
+    """Runs that begin with the model of another, and not with its moments and its place in the data."""
+    models = [copy.deepcopy(trainer.model) for _ in range(2)]
+    make_ternary(models[1], group)
+    return tuple(Trainer(model, trainer.batches, schedule, trainer.config) for model in models)
+
+
+@exercise(
+    "fork",
+    wrong=(
+        lambda trainer, schedule, group: _fork(trainer, schedule, group, same_model=True),
+        lambda trainer, schedule, group: _fork(trainer, schedule, group, other=trainer.schedule),
+        lambda trainer, schedule, group: _fork(trainer, schedule, group, plain=False),
+        lambda trainer, schedule, group: _fork(trainer, schedule, group, ternary=False),
+        lambda trainer, schedule, group: _fork(trainer, schedule, group, groups=4),
+        lambda trainer, schedule, group: _fork(trainer, schedule, group)[::-1],
+        lambda trainer, schedule, group: _fork(trainer, trainer.schedule, group),
+        lambda trainer, schedule, group: (trainer, _fork(trainer, schedule, group)[1]),
+        lambda trainer, schedule, group: _fork(trainer, schedule, "matrix"),
+        _fresh,
+    ),
+)
+def fork(answer):
+    """Weights, moments, data and rates are the same, so what the two runs differ by is the rounding alone."""
+    config = ModelConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=12
+    )
+    for seed, steps, group in ((0, 3, "row"), (1, 5, 8)):
+        torch.manual_seed(seed)
+        text = (torch.arange(900) * (7 + seed)) % 12
+        trunk = Trainer(Decoder(config), text, WSD(0.01, 2, 20, 0), TrainerConfig(2, 8))
+        trunk.train(steps, progress=False)
+        before = copy.deepcopy(trunk.model.state_dict())
+        schedule = WSD(0.02, 0, 6 + steps, 2)
+        got = answer(trunk, schedule, group)
+        assert isinstance(got, tuple | list) and len(got) == 2, (
+            "Return two runs: the control and the ternary one."
+        )
+        control, ternary = got
+        assert isinstance(control, Trainer) and isinstance(ternary, Trainer), "Return two `Trainer`s."
+        kinds = [any(isinstance(part, TernaryLinear) for part in run.model.modules()) for run in got]
+        assert kinds == [False, True], "The first run stays in full precision, the second turns ternary."
+        assert control is not trunk and control.model is not trunk.model, (
+            "The control is the trunk itself: to train it would train the trunk on. Take a branch of it."
+        )
+        assert control.schedule == schedule == ternary.schedule, (
+            "Both runs go on under the schedule that was given; else rates differ as well."
+        )
+        assert control.step == ternary.step == steps, (
+            f"The trunk is at step {steps}, and so are its branches: else they read other data, and begin "
+            "without "
+            "the moments of Adam."
+        )
+        groups = {part.group for part in ternary.model.modules() if isinstance(part, TernaryLinear)}
+        assert groups == {group}, f"`group` is an argument: {group!r} here."
+        for run in got:
+            run.train(steps + 2, progress=False)
+        latents = {name.replace("latent", "weight"): p for name, p in ternary.model.named_parameters()}
+        assert all(torch.equal(before[name], p) for name, p in trunk.model.state_dict().items()), (
+            "Training the two changed the trunk: they must have weights of their own."
+        )
+        assert any(not torch.equal(p, latents[name]) for name, p in control.model.named_parameters()), (
+            "Both runs have learned the same: is the second one rounded?"
+        )
+
+
+def _least(weights):
+    sizes = weights.abs().sort(descending=True).values
+    sums = sizes.cumsum(0)
+    counts = torch.arange(1, len(sizes) + 1)
+    best = (sums**2 / counts).argmax()
+    return (sums / counts)[best]
+
+
+def _error(weights, scale):
+    scale = torch.as_tensor(scale, dtype=weights.dtype)
+    codes = (weights / scale.clamp(min=1e-12)).round().clamp(-1, 1)
+    return (weights - codes * scale).square().sum()
+
+
+def _one_round(weights):
+    scale = weights.abs().mean()
+    return weights[weights.abs() > scale / 2].abs().mean()
+
+
+@exercise(
+    "best scale",
+    wrong=(
+        lambda weights: weights.abs().mean(),
+        lambda weights: weights.abs().max(),
+        lambda weights: weights.square().mean().sqrt(),
+        lambda weights: weights.abs().median(),
+        _one_round,
+        lambda weights: 1.2 * weights.std(),
+        lambda weights: _least(weights) / 2,
+        lambda weights: _least(weights[:-1]),
+    ),
+)
+def best_scale(answer):
+    """For a given number of codes other than 0 the best are the largest, and the best scale their mean."""
+    generator = torch.Generator().manual_seed(0)
+    cases = (
+        torch.tensor([1.0, -1.0, 0.1, 0.0]),
+        torch.tensor([4.0, 1.0, -1.0, 1.0, 0.9, -1.1]),
+        torch.tensor([10.0, 0.3, -0.2, 0.4, 0.1, -0.3, 0.2]),
+        torch.randn(256, generator=generator),
+        torch.randn(64, generator=generator) ** 3,
+        torch.tensor([0.2, -0.4, 0.1, 3.0]),
+    )
+    for weights in cases:
+        weights = weights.double()
+        got = float(answer(weights.clone()))
+        least, mine = _error(weights, _least(weights)), _error(weights, abs(got))
+        shown = ", ".join(f"{value:g}" for value in weights[:6].tolist()) if len(weights) < 10 else "many"
+        assert got > 0, "A scale is above 0."
+        assert mine <= least * (1 + 1e-4) + 1e-9, (
+            f"For the weights {shown} the squared error is {mine:.4f} with your scale, {got:.4f}; "
+            f"{least:.4f} can be had. Suppose that k weights get a code that is not 0: which k should "
+            "that be, and "
+            "which scale is then the best?"
+        )
+
+
+quiz = Quiz(
+    [
+        (
+            "A row of eight weights has sizes that add up to 4. Which weights become 0?",
+            ["Those below 0.25 in size", "Those below 0.5 in size", "Those below a tenth of the largest"],
+            0,
+            "The scale is the mean, 0.5, and a weight is rounded to 0 where it is nearer to 0 than to the "
+            "scale.",
+        ),
+        (
+            "In training, what does the optimiser move?",
+            [
+                "The codes, by one at a time",
+                "The scales",
+                "Latent weights in float32, which are rounded anew each time",
+            ],
+            2,
+            "A step is far smaller than the way from one value to the next. The latent weight adds such "
+            "steps up.",
+        ),
+        (
+            "Without the straight-through gradient, with the true derivative of rounding, a ternary layer",
+            [
+                "learns the same, more slowly",
+                "learns nothing, as the derivative is 0 almost everywhere",
+                "diverges",
+            ],
+            1,
+            "A small change of a weight changes no code, so it changes no output.",
+        ),
+        (
+            "Where do most bytes of a ternary BitCPM4-0.5B go that log2(3) bits for each weight do not "
+            "explain?",
+            ["Into the scales", "Into the norms", "Into the table of tokens, which is not ternary"],
+            2,
+            "The table is a sixth of the weights, and with 6.6 bits each two fifths of the file.",
+        ),
+        (
+            "Ternary weights are less than half the bytes of 4-bit ones, and their product was much less "
+            "than "
+            "twice as fast. Why?",
+            [
+                "Because the kernel multiplies, where it could add",
+                "Because unpacking costs about as much for each weight, and that is now what takes the time",
+                "Because the scales have to be read, too",
+            ],
+            1,
+            "In the cache, where bytes cost nothing, the gain was the same: the arithmetic of a weight "
+            "decides.",
+        ),
+        (
+            "Which model can be packed as TQ2_0 without changing a bit?",
+            [
+                "Any trained model",
+                "One trained ternary, with a scale for each row of 1,024 weights",
+                "One trained ternary, with a scale for each 64 weights",
+            ],
+            1,
+            "TQ2_0 holds one scale for 256 weights of a row: all weights under it must have the same.",
+        ),
+    ]
+)

@@ -1,0 +1,1 @@
+"""Inference: what makes a trained model cheaper to run."""

@@ -1,0 +1,261 @@
+"""Drafts: what guesses the next tokens for `minicpm_lite.inference.speculative`.
+
+    PromptLookup()                  what followed the same few tokens earlier in the text; needs no model
+    DecoderDraft(model, Chain(4))   what a smaller decoder of the same vocabulary would write
+    frequent_draft(model, ids, …)   the same with an output layer of the most frequent tokens alone: FR-Spec
+    rank_by_frequency(tokens)       which those are, in a corpus
+
+Sources: Saxena 2023, "Prompt lookup decoding"; Leviathan et al. 2023, arXiv 2211.17192 (a smaller model);
+Zhao et al. 2025, arXiv 2502.14856 (FR-Spec).
+
+Choices, and the traps behind them:
+
+- What a draft does decides how fast a text is written, and never what is written.
+- A draft model reads the accepted tokens anew, in the call that reads the newest token, and drops what it
+  made of its guesses. It must make that call anyway, and rows of different luck cost nothing more.
+- A text that outgrows a draft model is written on without guesses.
+- FR-Spec is a smaller vocabulary of the *draft*. The target keeps all of its own, so what it writes stays the
+  same; a token that is not among the frequent ones is never guessed. The embedding table stays whole.
+- A lookup takes the latest occurrence, and where that runs into the end of the text goes on with its own
+  guesses, so that whatever repeats itself is guessed on.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..config import require_positive_integer
+from ..language.context import KVCache, Tree
+from ..language.decoder import Decoder
+from ..language.generation import Reader, pad_left
+from ..language.sampling import Sampling
+from .guess_trees import Shape
+from .speculative import Guesses
+
+__all__ = ["DecoderDraft", "PromptLookup", "frequent_draft", "rank_by_frequency"]
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Guesses what followed the last tokens of the text where they stood before.
+
+    Attributes:
+        guesses: how many.
+        longest, shortest: tokens that must be the same; the most are tried first.
+
+    Raises:
+        ValueError: one of them is not positive, or the shortest exceeds the longest.
+    """
+
+    guesses: int = 8
+    longest: int = 3
+    shortest: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("guesses", "longest", "shortest"):
+            require_positive_integer(name, getattr(self, name))
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest is {self.shortest} and longest is {self.longest}; swap them.")
+
+    def begin(
+        self, target: Decoder, room: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> "_Lookup":
+        """Be ready for new texts; see `Draft`."""
+        return _Lookup(self)
+
+
+class _Lookup:
+    """What `PromptLookup` knows of the rows: their texts, and where each run of tokens was last followed."""
+
+    def __init__(self, settings: PromptLookup) -> None:
+        self.settings = settings
+        self.texts: list[list[int]] = []
+        self.places: list[dict[tuple[int, ...], int]] = []  # of the token behind a run
+
+    def propose(self, new: Sequence[Sequence[int]], most: int) -> Guesses:
+        """Guesses for what follows; see `Drafting`."""
+        if not self.texts:
+            self.texts, self.places = [[] for _ in new], [{} for _ in new]
+        for text, places, tokens in zip(self.texts, self.places, new, strict=True):
+            known = len(text)
+            text += tokens
+            for end in range(max(known, 1), len(text)):  # runs that end before it are followed by a token
+                for size in range(self.settings.shortest, min(self.settings.longest, end) + 1):
+                    places[tuple(text[end - size : end])] = end
+        found = [
+            self._copy(*row, min(self.settings.guesses, most))
+            for row in zip(self.texts, self.places, strict=True)
+        ]
+        longest = max(map(len, found))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in found], dtype=torch.long)
+        return Guesses(tokens, (*range(-1, longest - 1),))
+
+    def _copy(self, text: list[int], places: dict[tuple[int, ...], int], guesses: int) -> list[int]:
+        for size in range(min(self.settings.longest, len(text)), self.settings.shortest - 1, -1):
+            if place := places.get(tuple(text[-size:])):
+                period, copied = len(text) - place, text[place : place + guesses]
+                while len(copied) < guesses:
+                    copied.append(copied[-period])
+                return copied
+        return []
+
+    def select(self, rows: Sequence[int]) -> None:
+        """These rows go on; see `Drafting`."""
+        if self.texts:
+            self.texts, self.places = [self.texts[row] for row in rows], [self.places[row] for row in rows]
+
+
+@dataclass(frozen=True)
+class DecoderDraft:
+    """Guesses what a smaller decoder would write.
+
+    Attributes:
+        model: the decoder; it has the target's vocabulary.
+        shape: what its guesses look like.
+        vocabulary: where its output layer holds some tokens alone, their ids; see `frequent_draft`.
+    """
+
+    model: Decoder
+    shape: Shape
+    vocabulary: Int[Tensor, " kept"] | None = None
+
+    def begin(
+        self, target: Decoder, room: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> "_Reading":
+        """Be ready for new texts; see `Draft`.
+
+        Raises:
+            ValueError: the target has another vocabulary.
+        """
+        mine, its = self.model.config.vocab_size, target.config.vocab_size
+        if mine != its:
+            raise ValueError(
+                f"The draft has {mine} token ids and the target has {its}; what a draft guesses are tokens "
+                "of the target. Give a draft of the same vocabulary."
+            )
+        return _Reading(self, room, sampling, generator)
+
+
+class _Reading:
+    """What `DecoderDraft` knows of the rows: a cache that has read their texts."""
+
+    def __init__(
+        self, draft: DecoderDraft, room: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> None:
+        self.model, self.shape, self.vocabulary = draft.model, draft.shape, draft.vocabulary
+        self.sampling, self.generator = sampling, generator
+        self.spare = self.shape.reads + 2  # columns for guesses, or for new tokens of rows that are behind
+        self.room = min(room + self.spare, self.model.config.max_position_embeddings)
+        self.lengths: list[int] = []  # of the texts
+        self.reader: Reader | None = None
+
+    def propose(self, new: Sequence[Sequence[int]], most: int) -> Guesses:
+        """Guesses for what follows; see `Drafting`."""
+        lengths = self.lengths or [0] * len(new)
+        self.lengths = [length + len(row) for length, row in zip(lengths, new, strict=True)]
+        if max(self.lengths) + self.spare > self.room:
+            return Guesses.none(len(new))
+        logits, tree = self._catch_up(new) if self.reader else self._prefill(new), None
+
+        def read(tokens: Int[Tensor, "rows new"], parents: Sequence[int]) -> Float[Tensor, "rows new vocab"]:
+            nonlocal tree
+            if tree is None:
+                tree = Tree(self.reader.context, parents)
+            else:
+                tree.grow(parents)
+            with self.reader.reading():
+                return self.model(self._ids(tokens), tree)
+
+        guesses = self.shape.grow(logits, read, most, self.sampling, self.generator)
+        if self.vocabulary is None:
+            return guesses
+        law = guesses.drawn_from
+        if law is not None:
+            whole = law.new_zeros(*law.shape[:2], self.model.config.vocab_size)
+            law = whole.index_copy(2, self.vocabulary, law)
+        return replace(guesses, tokens=self._ids(guesses.tokens), drawn_from=law)
+
+    def _ids(self, tokens: Int[Tensor, "rows new"]) -> Int[Tensor, "rows new"]:
+        """The ids of what the output layer calls so."""
+        return tokens if self.vocabulary is None else self.vocabulary[tokens]
+
+    def _prefill(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
+        """Read the texts, and give the scores behind them."""
+        ids, padding = (each.to(self.model.embed_tokens.weight.device) for each in pad_left(new))
+        context = KVCache(self.room, padding if padding.any() else None)
+        self.reader = Reader(self.model, context, ())
+        with self.reader.reading():
+            return self.model(ids, context, last_only=True)[:, 0]
+
+    def _catch_up(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
+        """Read what joined the texts, and give the scores behind them."""
+        context, last = self.reader.context, {}
+        for start in range(0, max(map(len, new)), self.spare):
+            parts = [row[start : start + self.spare] for row in new]
+            longest = max(map(len, parts))
+            ids = torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts])
+            ids = ids.to(self.model.embed_tokens.weight.device)
+            with self.reader.reading():
+                x = self.model.states(self.model.embed(ids), Tree(context, range(-1, longest - 1)))[-1]
+            context.take([[*range(len(part))] for part in parts])
+            self.reader.settle()
+            last |= {row: x[row, len(part) - 1] for row, part in enumerate(parts) if part}
+        with self.reader.reading():
+            return self.model.logits(torch.stack([last[row] for row in range(len(new))])[:, None])[:, 0]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """These rows go on; see `Drafting`."""
+        self.lengths = [self.lengths[row] for row in rows] if self.lengths else []
+        if self.reader is not None:
+            self.reader.context.select(rows)
+            self.reader.settle()
+
+
+def frequent_draft(model: Decoder, vocabulary: Int[Tensor, " kept"], shape: Shape) -> DecoderDraft:
+    """A draft whose output layer holds some tokens alone, which are all that it guesses: FR-Spec.
+
+    With a large vocabulary and a small model the output layer is most of what a draft reads; a quarter of the
+    tokens are 95 % of a text (Zhao et al. 2025). The model stays as it is, and shares its other weights.
+
+    Args:
+        model: a decoder.
+        vocabulary: the ids that are kept, as the first of `rank_by_frequency`.
+        shape: what its guesses look like.
+
+    Raises:
+        ValueError: no id, one that the model lacks, or one that comes twice.
+    """
+    ids, size = vocabulary.tolist(), model.config.vocab_size
+    if not ids or len(set(ids)) < len(ids) or not all(0 <= each < size for each in ids):
+        raise ValueError(
+            f"vocabulary holds {len(ids)} ids; expected some of those that the model has, 0 to {size - 1}, "
+            "none of them twice."
+        )
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    cut = copy.deepcopy(model, shared)
+    vocabulary = vocabulary.long().to(model.embed_tokens.weight.device)
+    cut.lm_head = nn.Linear(model.config.hidden_size, len(ids), bias=False, device="meta")
+    cut.lm_head.weight = nn.Parameter(model.tables[-1].detach()[vocabulary], requires_grad=False)
+    return DecoderDraft(cut, shape, vocabulary)
+
+
+def rank_by_frequency(
+    tokens: Int[Tensor, " tokens"], vocab_size: int, first: Iterable[int] = ()
+) -> Int[Tensor, " vocab"]:
+    """All ids of a vocabulary, those that a corpus has most often first; of equal ones the lower.
+
+    Args:
+        tokens: the corpus.
+        vocab_size: how many ids there are.
+        first: ids that stand before all others, as those that end texts, which corpora have seldom.
+
+    >>> rank_by_frequency(torch.tensor([3, 1, 3, 1, 1, 2]), vocab_size=5, first=[4])
+    tensor([4, 1, 3, 2, 0])
+    """
+    counts = torch.bincount(tokens, minlength=vocab_size)
+    counts[list(first)] = len(tokens) + 1
+    return counts.sort(descending=True, stable=True).indices

@@ -1,0 +1,453 @@
+// Attention of few queries to a long text: whole, or to the blocks that each group of heads chooses.
+//
+//   score    q . mean / sqrt(head_dim)   for the means of windows of keys, and how much the group gives each
+//   choose   blocks: those that every query gets, and of the others those whose best window gets most
+//   attend   softmax over the tokens of the chosen blocks, block after block
+//
+// What is computed stands in inference/sparse_attention.py, which this is held equal to; here is how.
+//
+// - All heads of a group read the same keys. So a vector holds one number of each head, and a key that is read
+//   from memory meets all heads at once: a product is  vector += number of the key * vector of the queries,
+//   without a sum across lanes at the end.
+// - Nothing is copied together. Blocks are read where they lie, once, and a softmax that goes on from block to
+//   block (it keeps the largest score and the sum so far, and corrects both when a larger score comes) needs no
+//   second reading.
+// - One thread takes a query of a group from scores to result. Where there are fewer of these than threads, as
+//   for one token, each step is shared out, and the parts of the softmax are put together at the end.
+//
+// - A step for a key or a value takes less time than its memory does, if that is asked early enough. While the
+//   keys of some tokens are multiplied their values are fetched, and meanwhile of the values the next keys, which
+//   the processor cannot guess: they stand in another block. (That alone is worth a factor of two.)
+//
+// Vectors are GCC's and Clang's own, which become what the processor has.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+#if defined(__AVX512F__)
+constexpr size_t REGISTER = 64;  // bytes
+#elif defined(__AVX__)
+constexpr size_t REGISTER = 32;
+#else
+constexpr size_t REGISTER = 16;
+#endif
+
+constexpr int64_t LINE = 16;  // numbers that memory gives at once
+constexpr int64_t AHEAD = 24;  // vectors, of means that are read one after the other
+
+// ---------------------------------------------------------------------------------------------- lanes
+//
+// One number of each head of a group; lanes without a head hold what no one reads.
+
+template <int COUNT>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * COUNT)));
+  typedef int32_t Ints __attribute__((vector_size(4 * COUNT)));
+  static constexpr int count = COUNT;
+  static constexpr int keys = sizeof(Floats) > REGISTER ? 4 : 8;  // at once: as many sums as registers hold
+};
+
+// e^x, off by 2e-7 of itself at most: 2^n times e^r with r below half of ln 2. Below -87 as at -87, almost 0.
+template <class L>
+inline typename L::Floats exp_of(typename L::Floats x) {
+  using Floats = typename L::Floats;
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest whole number
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (Floats)((__builtin_convertvector(n, typename L::Ints) + 127) << 23);
+}
+
+// By halves, which compilers make vectors of.
+template <int COUNT>
+inline float sum_of(const float* x) {
+  if constexpr (COUNT == 1) {
+    return x[0];
+  } else {
+    float halves[COUNT / 2];
+    for (int i = 0; i < COUNT / 2; i++) halves[i] = x[i] + x[i + COUNT / 2];
+    return sum_of<COUNT / 2>(halves);
+  }
+}
+
+// Products of the queries with some vectors that lie behind each other, while as many at `next` are fetched.
+template <class L, int KEYS>
+inline void multiply(const typename L::Floats* q, const float* keys, int64_t head_dim, typename L::Floats* scores,
+                     const float* next) {
+  typename L::Floats sums[KEYS] = {};
+  for (int64_t d = 0; d < head_dim; d++) {
+    if (d % LINE == 0)
+      for (int i = 0; i < KEYS; i++) __builtin_prefetch(next + i * head_dim + d);
+#pragma GCC unroll 8
+    for (int i = 0; i < KEYS; i++) sums[i] += keys[i * head_dim + d] * q[d];
+  }
+  for (int i = 0; i < KEYS; i++) scores[i] = sums[i];
+}
+
+template <class L>
+void multiply_all(const typename L::Floats* q, const float* keys, int64_t count, int64_t head_dim,
+                  typename L::Floats* scores, const float* next) {
+  int64_t i = 0;
+  for (; i + L::keys <= count; i += L::keys)
+    multiply<L, L::keys>(q, keys + i * head_dim, head_dim, scores + i, next + i * head_dim);
+  for (; i < count; i++) multiply<L, 1>(q, keys + i * head_dim, head_dim, scores + i, next + i * head_dim);
+}
+
+// What some weighted values, which lie behind each other, add to the result; the same of `next`.
+template <class L, int KEYS>
+inline void add(const typename L::Floats* weights, const float* values, int64_t head_dim, typename L::Floats* out,
+                const float* next) {
+  typename L::Floats w[KEYS];
+  for (int i = 0; i < KEYS; i++) w[i] = weights[i];
+  for (int64_t d = 0; d < head_dim; d++) {
+    if (d % LINE == 0)
+      for (int i = 0; i < KEYS; i++) __builtin_prefetch(next + i * head_dim + d);
+    typename L::Floats sum = out[d];
+#pragma GCC unroll 8
+    for (int i = 0; i < KEYS; i++) sum += values[i * head_dim + d] * w[i];
+    out[d] = sum;
+  }
+}
+
+template <class L>
+void add_all(const typename L::Floats* weights, const float* values, int64_t count, int64_t head_dim,
+             typename L::Floats* out, const float* next) {
+  int64_t i = 0;
+  for (; i + L::keys <= count; i += L::keys)
+    add<L, L::keys>(weights + i, values + i * head_dim, head_dim, out, next + i * head_dim);
+  for (; i < count; i++) add<L, 1>(weights + i, values + i * head_dim, head_dim, out, next + i * head_dim);
+}
+
+// ---------------------------------------------------------------------------------------------- one query
+
+struct Sizes {
+  int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, num_blocks, all_visible, coarse_topk;
+  bool approximate;  // sums of the softmax over windows from coarse means
+  int64_t head_dim;
+
+  static constexpr int64_t coarse = 4;  // times as long and as far apart are coarse windows
+  int64_t windows(int64_t tokens, int64_t times) const {
+    int64_t size = times * kernel_size;
+    return tokens < size ? 0 : (tokens - size) / (times * kernel_stride) + 1;
+  }
+};
+
+struct Run {
+  int64_t begin, end;
+};
+
+// The part-th of so many parts of a range.
+inline Run part_of(Run whole, int64_t part, int64_t parts) {
+  int64_t size = whole.end - whole.begin;
+  return {whole.begin + size * part / parts, whole.begin + size * (part + 1) / parts};
+}
+
+template <class L>
+class Query {
+  using Floats = typename L::Floats;
+  static constexpr int64_t tile = 64;  // tokens whose scores are at hand together
+
+  struct Part {  // of a softmax: the largest score, the sum of all weights, the sum of weighted values
+    Floats largest, sum;
+    std::vector<Floats> out;
+  };
+
+  const Sizes& sizes;
+  int64_t heads = 0, at = 0;  // at: its place in the text; negative for one that is no text
+  const float *key = nullptr, *value = nullptr, *fine = nullptr, *coarse = nullptr;
+  std::vector<Floats> q, fine_scores, coarse_scores;
+  Floats total = {};  // by which shares are measured: log of the sum of e^score over windows
+  std::vector<float> shares, best;  // of windows; of blocks
+  std::vector<Run> runs;  // of fine windows that are read
+  std::vector<int64_t> blocks, order;  // chosen; for choosing
+  std::vector<Part> parts;
+
+  int64_t seen(int64_t times) const { return sizes.windows(at + 1, times); }
+  bool chooses() const { return at >= sizes.all_visible; }
+  bool use_coarse() const { return sizes.approximate && seen(Sizes::coarse) > 0; }
+
+ public:
+  explicit Query(const Sizes& sizes) : sizes(sizes) {}
+
+  // `from`: the first head's query; heads lie `apart` numbers from each other. The text begins at key and value.
+  void begin(const float* from, int64_t apart, int64_t heads, int64_t at, const float* key, const float* value,
+             const float* fine, const float* coarse, int64_t split) {
+    this->heads = heads, this->at = at;
+    this->key = key, this->value = value, this->fine = fine, this->coarse = coarse;
+    q.assign(sizes.head_dim, Floats{});
+    float scale = 1 / std::sqrt((float)sizes.head_dim);
+    for (int64_t head = 0; head < heads; head++)
+      for (int64_t d = 0; d < sizes.head_dim; d++) q[d][head] = from[head * apart + d] * scale;
+    parts.resize(split);
+    if (!chooses()) return;
+    fine_scores.resize(seen(1)), coarse_scores.resize(seen(Sizes::coarse));
+    runs.assign(1, {0, seen(1)});
+  }
+
+  void score_coarse(int64_t part, int64_t of) {
+    if (!chooses() || !use_coarse()) return;
+    Run mine = part_of({0, seen(Sizes::coarse)}, part, of);
+    multiply_all<L>(q.data(), coarse + mine.begin * sizes.head_dim, mine.end - mine.begin, sizes.head_dim,
+                    coarse_scores.data() + mine.begin, coarse + (mine.begin + AHEAD) * sizes.head_dim);
+  }
+
+  // Of two levels: fine windows are read inside the coarse ones that get most, and behind all of them.
+  void look_closer() {
+    if (!chooses() || !use_coarse()) return;
+    int64_t count = seen(Sizes::coarse), reach = 3 * sizes.kernel_size / sizes.kernel_stride;
+    Floats largest = coarse_scores[0], sum = {};
+    for (const Floats& score : coarse_scores) largest = score > largest ? score : largest;
+    for (Floats& score : coarse_scores) score = exp_of<L>(score - largest), sum += score;
+    for (int lane = 0; lane < L::count; lane++) total[lane] = largest[lane] + std::log(sum[lane]);
+    if (!sizes.coarse_topk) return;
+    share(coarse_scores, {0, count}, 1 / sum);
+    largest_of(shares, {0, count}, sizes.coarse_topk);
+    runs.clear();
+    for (int64_t c : order) add_run({Sizes::coarse * c, std::min(seen(1), Sizes::coarse * c + reach + 1)});
+    add_run({std::min(seen(1), Sizes::coarse * (count - 1) + reach + 1), seen(1)});
+  }
+
+  void score_fine(int64_t part, int64_t of) {
+    if (!chooses()) return;
+    for (const Run& run : runs) {
+      Run mine = part_of(run, part, of);
+      multiply_all<L>(q.data(), fine + mine.begin * sizes.head_dim, mine.end - mine.begin, sizes.head_dim,
+                      fine_scores.data() + mine.begin, fine + (mine.begin + AHEAD) * sizes.head_dim);
+    }
+  }
+
+  void choose() {
+    blocks.clear();
+    if (at < 0) return;
+    int64_t own = at / sizes.block_size;
+    auto take = [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; block++) blocks.push_back(block);
+    };
+    if (!chooses()) return take(0, own + 1);
+    share_fine();
+    Run free = {sizes.init_blocks, own - sizes.local_blocks + 1};
+    score_blocks(free);
+    largest_of(best, free, sizes.num_blocks - sizes.init_blocks - sizes.local_blocks);
+    take(0, free.begin);
+    blocks.insert(blocks.end(), order.begin(), order.end());
+    take(free.end, own + 1);
+  }
+
+  void attend(int64_t part, int64_t of) {
+    Part& mine = parts[part];
+    mine.largest = Floats{} - std::numeric_limits<float>::infinity(), mine.sum = Floats{};
+    mine.out.assign(sizes.head_dim, Floats{});
+    Run run = part_of({0, (int64_t)blocks.size()}, part, of);
+    for (int64_t i = run.begin; i < run.end; i++) {
+      int64_t end = std::min(at + 1, (blocks[i] + 1) * sizes.block_size);
+      for (int64_t token = blocks[i] * sizes.block_size; token < end; token += tile) {
+        int64_t next = token + tile < end || i + 1 == run.end ? token + tile : blocks[i + 1] * sizes.block_size;
+        attend(token, std::min(tile, end - token), next, mine);
+      }
+    }
+  }
+
+  void end(float* out, int64_t apart) {
+    if (at < 0) {
+      for (int64_t head = 0; head < heads; head++) std::fill_n(out + head * apart, sizes.head_dim, 0.0f);
+      return;
+    }
+    Floats largest = parts[0].largest, sum = {};
+    for (const Part& part : parts) largest = part.largest > largest ? part.largest : largest;
+    for (Part& part : parts) {
+      part.largest = exp_of<L>(part.largest - largest);
+      sum += part.sum * part.largest;
+    }
+    for (int64_t d = 0; d < sizes.head_dim; d++) {
+      Floats result = {};
+      for (const Part& part : parts) result += part.out[d] * part.largest;
+      result /= sum;
+      for (int64_t head = 0; head < heads; head++) out[head * apart + d] = result[head];
+    }
+  }
+
+ private:
+  void add_run(Run run) {
+    if (!runs.empty() && runs.back().end >= run.begin) runs.back().end = std::max(runs.back().end, run.end);
+    else if (run.begin < run.end) runs.push_back(run);
+  }
+
+  // What the group gives each window of a run together, from weights and what to multiply each head's by.
+  void share(const std::vector<Floats>& weights, Run run, Floats times) {
+    if ((int64_t)shares.size() < run.end) shares.resize(run.end);
+    for (int lane = heads; lane < L::count; lane++) times[lane] = 0;
+    for (int64_t window = run.begin; window < run.end; window++) {
+      Floats product = weights[window] * times;
+      float sum = sum_of<L::count>((const float*)&product);
+      shares[window] = sum > 0 ? sum : 0;  // no number cannot be compared
+    }
+  }
+
+  void share_fine() {
+    shares.assign(seen(1), 0);
+    if (use_coarse()) {
+      for (const Run& run : runs) {
+        for (int64_t window = run.begin; window < run.end; window++) {
+          Floats above = fine_scores[window] - total;  // bounded, so that the sum of a group stays finite
+          fine_scores[window] = exp_of<L>(above > 60.0f ? Floats{} + 60.0f : above);
+        }
+        share(fine_scores, run, Floats{} + 1);
+      }
+      return;
+    }
+    Floats largest = Floats{} - std::numeric_limits<float>::infinity(), sum = {};
+    for (const Floats& score : fine_scores) largest = score > largest ? score : largest;
+    for (Floats& score : fine_scores) score = exp_of<L>(score - largest), sum += score;
+    share(fine_scores, runs[0], 1 / sum);
+  }
+
+  // A block gets what the best window that overlaps it has, which may begin in the block before.
+  void score_blocks(Run of) {
+    int64_t per_block = sizes.block_size / sizes.kernel_stride;
+    int64_t before = sizes.kernel_size / sizes.kernel_stride - 1;
+    best.resize(of.end);
+    for (int64_t block = of.begin; block < of.end; block++) {
+      int64_t first = std::max<int64_t>(0, block * per_block - before);
+      int64_t last = std::min<int64_t>(shares.size(), (block + 1) * per_block);
+      best[block] = 0;
+      for (int64_t window = first; window < last; window++) best[block] = std::max(best[block], shares[window]);
+    }
+  }
+
+  // In `order`, sorted: the places of a run with the largest numbers; of equal ones the earlier.
+  void largest_of(const std::vector<float>& numbers, Run run, int64_t most) {
+    order.clear();
+    for (int64_t i = run.begin; i < run.end; i++) order.push_back(i);
+    if (most < (int64_t)order.size()) {
+      std::nth_element(order.begin(), order.begin() + most, order.end(), [&](int64_t one, int64_t other) {
+        return numbers[one] > numbers[other] || (numbers[one] == numbers[other] && one < other);
+      });
+      order.resize(most);
+    }
+    std::sort(order.begin(), order.end());
+  }
+
+  // Some tokens that lie behind each other.
+  void attend(int64_t token, int64_t count, int64_t next, Part& part) {
+    Floats weights[tile];
+    multiply_all<L>(q.data(), key + token * sizes.head_dim, count, sizes.head_dim, weights,
+                    value + token * sizes.head_dim);
+    Floats largest = part.largest;
+    for (int64_t i = 0; i < count; i++) largest = weights[i] > largest ? weights[i] : largest;
+    if (std::memcmp(&largest, &part.largest, sizeof largest)) {
+      Floats less = exp_of<L>(part.largest - largest);
+      part.sum *= less;
+      for (Floats& out : part.out) out *= less;
+      part.largest = largest;
+    }
+    for (int64_t i = 0; i < count; i++) weights[i] = exp_of<L>(weights[i] - largest), part.sum += weights[i];
+    add_all<L>(weights, value + token * sizes.head_dim, count, sizes.head_dim, part.out.data(),
+               key + next * sizes.head_dim);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- operator
+
+// A tensor (batch, kv_heads, tokens, head_dim) whose tokens of a head lie behind each other.
+struct Text {
+  Tensor tensor;
+  const float* data;
+  int64_t heads, tokens, row, head;
+
+  explicit Text(const Tensor& given)
+      : tensor(given.stride(3) == 1 && given.stride(2) == given.size(3) ? given : torch::stable::contiguous(given)),
+        data((const float*)tensor.const_data_ptr()), heads(tensor.size(1)), tokens(tensor.size(2)),
+        row(tensor.stride(0)), head(tensor.stride(1)) {}
+  const float* of(int64_t row, int64_t head) const { return data + row * this->row + head * this->head; }
+};
+
+template <class L>
+void attend_all(const Tensor& query, const Text& key, const Text& value, const Text& fine, const Text& coarse,
+                const Tensor& starts, const Sizes& sizes, float* out) {
+  int64_t heads = query.size(1), queries = query.size(2), kv_heads = key.heads, keys = key.tokens;
+  int64_t group = heads / kv_heads, items = query.size(0) * kv_heads * queries, apart = queries * sizes.head_dim;
+  const float* from = (const float*)query.const_data_ptr();
+  const int64_t* start = (const int64_t*)starts.const_data_ptr();
+  auto place = [&](int64_t item) {  // of its first head in query and out
+    return (item / queries * group * queries + item % queries) * sizes.head_dim;
+  };
+  auto begin = [&](Query<L>& one, int64_t item, int64_t split) {
+    int64_t row = item / queries / kv_heads, head = item / queries % kv_heads;
+    int64_t first = starts.size(0) > 1 ? start[row] : start[0], at = keys - queries + item % queries - first;
+    one.begin(from + place(item), apart, group, at, key.of(row, head) + first * sizes.head_dim,
+              value.of(row, head) + first * sizes.head_dim, fine.of(row, head), coarse.of(row, head), split);
+  };
+  int64_t threads = torch::stable::get_num_threads(), split = (threads + items - 1) / items;
+  if (split == 1) {
+    torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
+      Query<L> one(sizes);
+      for (int64_t item = first; item < last; item++) {
+        begin(one, item, 1);
+        one.score_coarse(0, 1), one.look_closer(), one.score_fine(0, 1), one.choose(), one.attend(0, 1);
+        one.end(out + place(item), apart);
+      }
+    });
+    return;
+  }
+  std::vector<Query<L>> all;
+  for (int64_t item = 0; item < items; item++) begin(all.emplace_back(sizes), item, split);
+  auto shared_out = [&](auto step) {
+    torch::stable::parallel_for(0, items * split, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) step(all[i / split], i % split);
+    });
+  };
+  shared_out([&](Query<L>& one, int64_t part) { one.score_coarse(part, split); });
+  for (Query<L>& one : all) one.look_closer();
+  shared_out([&](Query<L>& one, int64_t part) { one.score_fine(part, split); });
+  for (Query<L>& one : all) one.choose();
+  shared_out([&](Query<L>& one, int64_t part) { one.attend(part, split); });
+  for (int64_t item = 0; item < items; item++) all[item].end(out + place(item), apart);
+}
+
+Tensor sparse_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Tensor coarse, Tensor starts,
+                        int64_t kernel_size, int64_t kernel_stride, int64_t block_size, int64_t init_blocks,
+                        int64_t local_blocks, int64_t num_blocks, int64_t all_visible, bool approximate,
+                        int64_t coarse_topk) {
+  query = torch::stable::contiguous(query);
+  starts = torch::stable::contiguous(starts);
+  Tensor out = torch::stable::empty_like(query);
+  Sizes sizes{kernel_size, kernel_stride, block_size,  init_blocks, local_blocks,
+              num_blocks,  all_visible,   coarse_topk, approximate, query.size(3)};
+  int64_t group = query.size(1) / key.size(1);
+  auto attend = group <= 4    ? attend_all<Lanes<4>>
+                : group <= 8  ? attend_all<Lanes<8>>
+                : group <= 16 ? attend_all<Lanes<16>>
+                              : attend_all<Lanes<32>>;
+  attend(query, Text(key), Text(value), Text(fine), Text(coarse), starts, sizes, (float*)out.mutable_data_ptr());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minicpm_lite, library) {
+  library.def(
+      "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Tensor coarse, Tensor starts, "
+      "int kernel_size, int kernel_stride, int block_size, int init_blocks, int local_blocks, int num_blocks, "
+      "int all_visible, bool approximate, int coarse_topk) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minicpm_lite, CPU, library) {
+  library.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+}

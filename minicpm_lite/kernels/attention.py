@@ -1,0 +1,68 @@
+"""Attention of a few queries to a long text, whole or to chosen blocks, in one pass over what is read.
+
+    possible(query, key, value)                       whether the kernel computes these
+    sparse_attention(query, key, value, means, ...)   as `inference.sparse_attention.attend_text`
+
+The kernel is C++ (``attention.cpp``, which says how), compiled at first use. It scores the means of windows,
+chooses blocks and attends to them where they lie; PyTorch copies the chosen blocks together first. What it
+gives is what PyTorch gives up to rounding. Of two blocks that score the same but for that, either may come
+out ahead.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .build import built
+
+__all__ = ["possible", "sparse_attention"]
+
+_MOST_HEADS = 32  # of a group, as many as one vector of the kernel has room for
+
+
+def possible(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel computes these: float32 on a CPU, groups of up to 32 heads, and no gradient.
+
+    Warns:
+        UserWarning: the kernel cannot be built; the sentence says why.
+    """
+    tensors = (query, key, value)
+    return (
+        all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+        and key.shape == value.shape
+        and query.shape[1] <= _MOST_HEADS * key.shape[1]
+        and built("attention")
+    )
+
+
+def sparse_attention(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    means: list[Float[Tensor, "batch kv_heads _windows head_dim"]],
+    starts: Int[Tensor, " rows"],
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    num_blocks: int,
+    all_visible: int,
+    coarse_topk: int | None,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """What each of the newest tokens of a text takes from the blocks that it chooses.
+
+    Args:
+        query, key, value: such that it is `possible`.
+        means: of fine windows and, where they are used, of coarse ones.
+        starts: the column at which each row's text begins, or one for all.
+        kernel_size, kernel_stride, block_size: those of a `config.SparseConfig`.
+        init_blocks, local_blocks, num_blocks: also.
+        all_visible, coarse_topk: also.
+    """
+    return torch.ops.minicpm_lite.sparse_attention(
+        query, key, value, means[0], means[-1], starts, kernel_size, kernel_stride, block_size, init_blocks,
+        local_blocks, num_blocks, all_visible, len(means) > 1, coarse_topk or 0,
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""Right answers in another style than the chapter's are accepted."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from minicpm_lite.config import SparseConfig
+from minicpm_lite.exercises.inference import sparse_attention as check
+
+
+def read_by_counting(length, config):
+    """Windows one by one."""
+    seen = config.num_visible(length)
+    starts = range(0, length - config.kernel_size + 1, config.kernel_stride)
+    return torch.tensor(2 * seen + (len(starts) if seen < length else 0))
+
+
+def blocks_by_token(shares, seen, config):
+    """Each window tells each of its tokens' blocks; numpy sorts."""
+    score = np.zeros(-(-seen // config.block_size))
+    for j, share in enumerate(np.asarray(shares, dtype=np.float64)):
+        for token in range(j * config.kernel_stride, j * config.kernel_stride + config.kernel_size):
+            b = token // config.block_size
+            score[b] = max(score[b], share)
+    score[: config.init_blocks] = np.inf
+    score[-config.local_blocks :] = np.inf
+    return np.argsort(-score, kind="stable")[: config.num_blocks].tolist()
+
+
+def shares_with_loops(query, key, size, stride):
+    """In double precision, a token at a time."""
+    query, key = query.double(), key.double()
+    starts = list(range(0, len(key) - size + 1, stride))
+    out = torch.zeros(len(key), len(starts), dtype=torch.float64)
+    for t in range(len(key)):
+        seen = [start for start in starts if start + size <= t + 1]
+        if seen:
+            means = torch.stack([key[start : start + size].mean(0) for start in seen])
+            for head in query[:, t]:
+                out[t, : len(seen)] += torch.softmax(means @ head / len(head) ** 0.5, dim=0)
+    return out
+
+
+def starts_by_ends(kept, length, size, stride):
+    """A tuple of those whose end lies behind what was there."""
+    old = kept[-1] if len(kept) else 0
+    return tuple(s for s in range(0, length, stride) if old < s + size <= length)
+
+
+def control_by_drawing(own, config, generator):
+    """One after another from a list that shrinks."""
+    got = [b for b in range(own + 1) if b < config.init_blocks or b > own - config.local_blocks]
+    others = [b for b in range(own + 1) if b not in got]
+    while len(got) < config.num_blocks and others:
+        got.append(others.pop(int(torch.randint(len(others), (1,), generator=generator))))
+    return got
+
+
+def control_by_python(own, config, generator):
+    """Python's own generator, seeded from the one that was given."""
+    luck = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+    forced = set(range(own + 1)) - set(range(config.init_blocks, own - config.local_blocks + 1))
+    others = sorted(set(range(own + 1)) - forced)
+    return forced.union(luck.sample(others, min(len(others), config.num_blocks - len(forced))))
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer"),
+    [
+        (check.numbers_read, read_by_counting),
+        (check.chosen_blocks, blocks_by_token),
+        (check.mended_shares, shares_with_loops),
+        (check.windows_to_make, starts_by_ends),
+        (check.forecast, torch.tensor(0.222)),
+        (check.control_blocks, control_by_drawing),
+        (check.control_blocks, control_by_python),
+        (check.my_settings, SparseConfig(kernel_size=16, kernel_stride=8, window_size=2048, topk=15)),
+    ],
+)
+def test_other_styles(exercise, answer):
+    verdict = exercise.judge(answer)
+    assert verdict.state == "right", verdict.message

@@ -1,0 +1,149 @@
+"""Right answers in another style than the chapter's are accepted."""
+
+import copy
+
+import pytest
+import torch
+
+from minicpm_lite.exercises.inference import ternary as check
+from minicpm_lite.inference.ternary import TernaryLinear, make_ternary
+from minicpm_lite.language.decoder import Decoder
+
+
+def codes_by_comparing(weight, group):
+    """Signs of what lies beyond the dead zone, in whole numbers and float64."""
+    rows, columns = weight.shape
+    sizes = weight.double().abs().reshape(rows, columns // group, group)
+    scale = torch.clamp(sizes.sum(-1) / group, min=1e-5)
+    outside = (sizes > scale[:, :, None] / 2).reshape(rows, columns)
+    return (weight.sign() * outside).to(torch.int8), scale
+
+
+def codes_of_repeated_scales(weight, group):
+    """The scales as wide as the matrix; a list of two."""
+    scale = torch.stack([part.abs().mean(1) for part in weight.split(group, dim=1)], dim=1).clamp_min(1e-5)
+    return [(weight / scale.repeat_interleave(group, dim=1)).clamp(-1, 1).round(), scale]
+
+
+def byte_by_its_number(byte):
+    """The number of base 3 that it was made of, by a division."""
+    number = byte * 243 // 256
+    return tuple(number // place % 3 - 1 for place in (81, 27, 9, 3, 1))
+
+
+def byte_in_a_tensor(byte):
+    left, codes = torch.tensor(byte), torch.zeros(5, dtype=torch.int8)
+    for place in range(5):
+        left = left * 3
+        codes[place] = (left >> 8) - 1
+        left = left & 255
+    return codes
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, latent):
+        scale = latent.abs().mean(1, keepdim=True)
+        return scale * latent.sign() * (latent.abs() > scale / 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def weight_of_the_library(latent):
+    linear = torch.nn.Linear(latent.shape[1], latent.shape[0], bias=False)
+    layer = TernaryLinear(linear)
+    del layer.latent
+    layer.latent = latent
+    return layer.weight
+
+
+def megabytes_matrix_by_matrix(config, group, table_bits):
+    with torch.device("meta"):
+        model = Decoder(config)
+    total = 0.0
+    for name, p in model.named_parameters():
+        bits = 32 if p.ndim == 1 else table_bits if name in ("embed_tokens.weight", "lm_head.weight") else 0
+        total += p.numel() * bits if bits else p.numel() * 2 + p.numel() // group * 16
+    return torch.tensor(total / 8 / 1e6, dtype=torch.float64)
+
+
+def fork_in_a_list(trainer, schedule, group):
+    runs = [trainer.branch(schedule=schedule) for _ in range(2)]
+    make_ternary(runs[1].model, group)
+    return runs
+
+
+def fork_of_a_branch(trainer, schedule, group):
+    first = trainer.branch(schedule)
+    second = first.branch(schedule)
+    make_ternary(second.model, group=group)
+    return first, second
+
+
+def scale_by_trying_each(weights):
+    best = None
+    sizes = sorted(weights.abs().tolist(), reverse=True)
+    for count in range(1, len(sizes) + 1):
+        scale = sum(sizes[:count]) / count
+        error = sum((size - scale) ** 2 for size in sizes[:count]) + sum(size**2 for size in sizes[count:])
+        if best is None or error < best[0]:
+            best = error, scale
+    return best[1]
+
+
+def scale_in_turn_from_many_starts(weights):
+    def error(scale):
+        return (weights - scale * (weights / scale).round().clamp(-1, 1)).square().sum()
+
+    found = []
+    for start in torch.linspace(0.05, 1, 60, dtype=weights.dtype) * weights.abs().max():
+        scale = start
+        for _ in range(100):
+            kept = weights.abs() > scale / 2
+            scale = weights[kept].abs().mean()
+        found.append(scale)
+    return min(found, key=error)
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer"),
+    [
+        (check.codes_and_scales, codes_by_comparing),
+        (check.read_byte, byte_by_its_number),
+        (check.read_byte, byte_in_a_tensor),
+        (check.mended_weight, Straight.apply),
+        (check.mended_weight, weight_of_the_library),
+        (check.forecast_zeros, torch.tensor(0.25)),
+        (check.forecast_zeros, 1 / 4),
+        (check.ternary_megabytes, megabytes_matrix_by_matrix),
+        (check.fork, fork_in_a_list),
+        (check.fork, fork_of_a_branch),
+        (check.best_scale, scale_by_trying_each),
+        (check.best_scale, scale_in_turn_from_many_starts),
+    ],
+)
+def test_other_styles(exercise, answer):
+    verdict = exercise.judge(answer)
+    assert verdict.state == "right", verdict.message
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "idea"),
+    [
+        (check.codes_and_scales, codes_of_repeated_scales, "a loop"),
+        (check.read_byte, lambda byte: [0] * 4, "five codes"),
+        (check.forecast_zeros, 25, "not per cent"),
+        (
+            check.mended_weight,
+            lambda latent: latent.detach().sign(),
+            "The values are not|not the right|Not the right",
+        ),
+        (check.fork, lambda trainer, schedule, group: copy.copy(trainer), "Return two runs"),
+        (check.best_scale, lambda weights: weights.abs().mean(), "squared error"),
+    ],
+)
+def test_what_is_missed_is_said(exercise, answer, idea):
+    verdict = exercise.judge(answer)
+    assert verdict.state == "wrong" and any(each in verdict.message for each in idea.split("|"))

@@ -1,0 +1,286 @@
+"""Packed decoders: they compute what their rounded weights say, in the memory that they say, and are kept whole."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_models import WIDE, make_ids, make_model
+from torch import nn
+from torch.testing import assert_close
+
+from minicpm_lite import kernels
+from minicpm_lite.inference import packed as module
+from minicpm_lite.inference.mixtures import mixture, packed_size
+from minicpm_lite.inference.packed import (
+    PackedEmbedding,
+    PackedLinear,
+    load_packed,
+    put_packed,
+    quantize_model,
+    save_packed,
+    true_bits,
+    unpack_model,
+)
+from minicpm_lite.inference.quantization import dequantize, quantize
+from minicpm_lite.language.context import KVCache
+from minicpm_lite.language.decoder import require_plain
+from minicpm_lite.language.generation import generate
+from minicpm_lite.language.layers import replace_linears
+from minicpm_lite.pretrained.checkpoints import save_pretrained
+from minicpm_lite.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Inputs that are not rounded to 8 bits, so that the numbers are those of the weights alone."""
+    monkeypatch.setattr(kernels, "linear", kernels.reference)
+
+
+KINDS = ["Q4_K_M", "Q8_0", "Q4_0", "TQ2_0", "INT8", "INT4_G32"]
+
+
+def packed_model(family: str = "grouped", types="Q4_K_M"):
+    return quantize_model(make_model(WIDE[family]), types)
+
+
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("types", KINDS)
+@torch.no_grad()
+def test_it_computes_what_its_rounded_weights_say(family, types, unchecked):
+    """Rounded by hand into a plain decoder: the oracle. With a cache, too, where latents are absorbed."""
+    config = WIDE[family]
+    model, ids = make_model(config), make_ids(config)
+    plain = copy.deepcopy(model)
+    for name, type in mixture(types, config).items():
+        weight = plain.get_parameter(name)
+        weight.copy_(dequantize(quantize(weight, type)))
+    expected, original = plain(ids), model(ids)
+    assert quantize_model(model, types) is model
+    assert_close(model(ids), expected, atol=2e-5, rtol=1e-4)
+    cache = KVCache(17)
+    pieces = [model(piece, cache) for piece in ids.split([9, 1, 7], dim=1)]
+    assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-3)
+    assert (expected - original).abs().max() > 1e-3, "rounding is seen"
+    assert_close(unpack_model(model)(ids), expected, atol=2e-5, rtol=1e-4)
+    require_plain(unpack_model(model))
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_every_matrix_but_routers_is_packed(family):
+    model = packed_model(family, "Q8_0")
+    left = [name for name, p in model.named_parameters() if p.ndim == 2]
+    assert left == [name for name in left if name.endswith("mlp.gate.weight")]
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert isinstance(model.embed_tokens, PackedEmbedding) and isinstance(model.lm_head, PackedLinear)
+    shared = model.lm_head.packed.data_ptr() == model.embed_tokens.packed.data_ptr()
+    assert shared == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("types", ["Q4_K_M", "TQ1_0"])
+def test_size_is_as_planned(family, types, unchecked):
+    config = WIDE[family]
+    before = true_bits(make_model(config))
+    assert before.bits_per_weight == 32 and before == packed_size(config, {})
+    after = true_bits(packed_model(family, types))
+    assert after == packed_size(config, mixture(types, config)) and after.weights == before.weights
+
+
+@pytest.mark.parametrize("types", ["Q4_K_M", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("family", ["grouped", "untied", "latent"])  # a router may send a token elsewhere
+@torch.no_grad()
+def test_kernels_that_round_inputs_to_8_bits_change_little(family, types, monkeypatch):
+    model = packed_model(family, types)
+    ids = make_ids(model.config)
+    expected = model(ids)
+    monkeypatch.undo()
+    found = model(ids)
+    assert 0 < (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_types_are_chosen_by_name():
+    name = "layers.1.mlp.up_proj.weight"
+    model = packed_model("grouped", {name: "Q4_0", "embed_tokens.weight": "Q8_0"})
+    packed = {at: part.type for at, part in model.named_modules() if hasattr(part, "packed")}
+    assert packed == {"embed_tokens": "Q8_0", "lm_head": "Q8_0", "layers.1.mlp.up_proj": "Q4_0"}
+    assert quantize_model(model, {"layers.0.mlp.up_proj.weight": "Q4_0"}) is model, "another one, later"
+
+
+@torch.no_grad()
+def test_a_layer_in_tiles_is_the_layer(monkeypatch):
+    layer, x = PackedLinear(quantize(torch.randn(37, 64), "Q4_0")), torch.randn(2, 3, 64)
+    expected = x @ layer.weight.T
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 5)
+    assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x[:0]).shape == (0, 3, 37)
+
+
+@torch.no_grad()
+def test_it_writes_what_its_plain_decoder_writes():
+    model, prompt = packed_model("untied", "Q8_0"), torch.tensor([[5, 17, 3], [9, 4, 44]])
+    assert torch.equal(generate(model, prompt, 20), generate(unpack_model(model), prompt, 20))
+
+
+def test_packed_layers_can_be_replaced_again():
+    model = packed_model()
+    met = []
+    replace_linears(model, lambda name, linear: met.append((name, type(linear))) or linear)
+    assert len(met) == 7 * 2 + 1 and all(kind is PackedLinear for _, kind in met)
+
+
+def test_gradients_are_refused():
+    model = packed_model()
+    model(make_ids(model.config))  # no parameter asks for one
+    layer, x = model.layers[0].mlp.up_proj, torch.randn(2, 256, requires_grad=True)
+    with pytest.raises(RuntimeError, match="A gradient was asked for through weights that are packed as"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).shape == (2, 256)
+    with pytest.raises(RuntimeError, match="A gradient was asked for"):
+        model.states(model.embed(make_ids(model.config)).requires_grad_())
+
+
+def test_export_refuses_it(tmp_path):
+    with pytest.raises(ValueError, match="The model was changed inside: .* Merge or undo"):
+        save_pretrained(packed_model(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_pretrained(unpack_model(packed_model()), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        ("Q3_K_M", "There is no mixture 'Q3_K_M'"),
+        ({"layers.0.mlp.up_proj.weight": "Q3_K"}, "There is no type 'Q3_K'"),
+        ({"layers.0.mlp.up_proj": "Q4_0"}, "no matrix 'layers.0.mlp.up_proj' that could be packed"),
+        ({"norm.weight": "Q4_0"}, "no matrix 'norm.weight' that could be packed"),
+        ({"layers.0.mlp.up_proj.weight": "INT4_G96"}, "Rows of 256 weights do not divide into blocks of 96"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_before_anything_changes(types, message):
+    model = make_model(WIDE["grouped"])
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, types)
+    require_plain(model)
+
+
+def test_what_is_packed_is_not_packed_again():
+    model = packed_model()
+    with pytest.raises(ValueError, match="what is packed already has none"):
+        quantize_model(model, "Q8_0")
+
+
+def test_broken_weights_are_named():
+    model = make_model(WIDE["grouped"])
+    with torch.no_grad():
+        model.layers[1].self_attn.k_proj.weight[3, 5] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn.k_proj.weight: 1 of 32,768 weights are infinite"
+    ):
+        quantize_model(model, "Q8_0")
+
+
+# Files
+
+
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("types", ["Q4_K_M", "INT4_G32"])
+@torch.no_grad()
+def test_a_file_gives_the_same_model(family, types, tmp_path, unchecked):
+    model, file = packed_model(family, types), tmp_path / "model.safetensors"
+    save_packed(model, file)
+    loaded = load_packed(file)
+    ids = make_ids(model.config)
+    assert torch.equal(loaded(ids), model(ids)) and loaded.config == model.config
+    assert true_bits(loaded) == true_bits(model)
+    assert file.stat().st_size < 1.03 * true_bits(model).nbytes + 10_000
+    if types == "Q4_K_M" and model.config.tie_word_embeddings:
+        assert loaded.lm_head.packed.data_ptr() == loaded.embed_tokens.packed.data_ptr()
+
+
+@torch.no_grad()
+def test_state_dicts_and_copies_go_round():
+    model, other = packed_model(), quantize_model(make_model(WIDE["grouped"], seed=1), "Q4_K_M")
+    ids = make_ids(model.config)
+    assert not torch.equal(other(ids), model(ids))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids), model(ids))
+    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+
+
+def test_files_that_are_no_packed_models_are_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
+        load_packed(file)
+    save_packed(packed_model(), file)
+    whole, (tensors, facts) = file.read_bytes(), load_checkpoint(file)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_packed(file)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its checksums differ"):
+        load_packed(file)
+    name = "layers.0.mlp.up_proj"
+    for other_tensors, other_facts, message in (
+        ({f"{name}.packed": torch.zeros(256, 143, dtype=torch.uint8)}, {}, "holds torch.uint8 of shape"),
+        ({f"{name}.packed": torch.zeros(256, 144)}, {}, f"{name} in .* holds torch.float32"),
+        ({"norm.weight": torch.zeros(7)}, {}, "does not fit its own config"),
+        ({"more": torch.zeros(7)}, {}, "does not fit its own config"),
+        ({}, {"format": "another"}, "a checkpoint, and of no packed model"),
+        ({}, {"types": {name: "Q3_K"}}, "Q3_K"),
+        ({}, {"types": {"layers.9.mlp.up_proj": "Q4_K"}}, "layers.9.mlp.up_proj is packed .* no such matrix"),
+    ):
+        save_checkpoint(file, tensors | other_tensors, facts | other_facts)
+        with pytest.raises(ValueError, match=message):
+            load_packed(file)
+
+
+MEASURE = """
+import sys, torch, psutil
+from minicpm_lite.inference.packed import load_packed, true_bits
+torch.set_num_threads(1)
+load_packed(sys.argv[2])(torch.zeros(1, 4, dtype=torch.long))  # what is needed once
+before = psutil.Process().memory_info().rss
+model = load_packed(sys.argv[1])
+model(torch.zeros(1, 4, dtype=torch.long))
+print(psutil.Process().memory_info().rss - before, true_bits(model).nbytes)
+"""
+
+
+@pytest.mark.slow  # starts a process; quick ones above count bytes
+def test_the_process_holds_packed_bytes_alone(tmp_path):
+    from dataclasses import replace
+
+    small, large = tmp_path / "small", tmp_path / "large"
+    config = replace(WIDE["grouped"], hidden_size=512, intermediate_size=1536, num_hidden_layers=12)
+    save_packed(packed_model(), small)
+    save_packed(quantize_model(make_model(config), "Q4_0"), large)
+    command = [sys.executable, "-c", MEASURE, large, small]
+    grown, packed = map(int, subprocess.check_output(command, text=True).split())
+    whole = 4 * packed_size(config, {}).weights
+    assert packed < whole / 7
+    assert grown < packed + 16e6, "and what unpacks a part of a layer"
+
+
+# Mistakes that people make; each is told apart by the numbers.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mistake", ["the table alone", "another type's bytes", "rows as columns"])
+def test_wrong_models_are_told_apart(mistake, monkeypatch):
+    model = make_model(WIDE["grouped"])
+    ids = make_ids(model.config)
+    expected = quantize_model(copy.deepcopy(model), "Q4_0")(ids)
+    if mistake == "the table alone":
+        quantize_model(model, "Q4_0").lm_head = nn.Linear(256, model.config.vocab_size, bias=False)
+    elif mistake == "another type's bytes":
+        quantize_model(model, "Q4_0").layers[0].mlp.up_proj.type = "Q4_K"
+    else:
+        weight = model.layers[0].mlp.up_proj.weight
+        quantize_model(model, "Q4_0")
+        model.layers[0].mlp.up_proj = nn.Identity()
+        model.layers[0].mlp.up_proj.in_features = 256
+        put_packed(model, "layers.0.mlp.up_proj.weight", quantize(weight.T, "Q4_0"))
+    assert not (model(ids) - expected).abs().max() < 1e-2
