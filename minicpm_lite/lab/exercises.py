@@ -76,6 +76,7 @@ def exercise(
     wrong: Sequence[object] = (),
     without: Sequence[str] = (),
     unused: Sequence[str] = (),
+    ask: Callable | None = None,
 ) -> Callable[[Callable[[object], None]], "Exercise"]:
     """Make a function of asserts the check of an exercise. Its docstring is shown to who is right.
 
@@ -84,8 +85,11 @@ def exercise(
         wrong: answers that the check must refuse, the usual misunderstanding among them.
         without: what the answer must do without, as the exercise says: "a loop", or names of functions.
         unused: parameters of the answer that decide nothing in it.
+        ask: where the answer's results are no data but something that lives (a gradient's way back, a run, a
+            generator that was drawn from): called with the answer and with what the check gives it, it
+            returns what the check wants to know, as data. It raises nothing of its own.
     """
-    return lambda check: Exercise(name, check, tuple(wrong), tuple(without), tuple(unused))
+    return lambda check: Exercise(name, check, tuple(wrong), tuple(without), tuple(unused), ask)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Exercise:
     wrong: tuple[object, ...] = ()
     without: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    ask: Callable | None = None
 
     def __call__(self, answer: object) -> None:
         """Show what the check says about an answer. Never raises."""
@@ -135,12 +140,16 @@ class Exercise:
         """What the check says about an answer.
 
         Args:
-            look: what was seen of the answer, if it stands in for a function of another process.
+            look: what was seen of the answer, if it stands in for a function of another process; it is
+                asked there.
         """
         watched = _Watched(answer, look or self.look(answer)) if callable(answer) else None
+        function = watched.function if watched else None
+        if function and self.ask and not look:
+            function = functools.partial(self.ask, function)
         try:
             with _no_exit():
-                self.check(watched.function if watched else answer)
+                self.check(function or answer)
         except BaseException as error:  # whatever a student's code does, the notebook goes on
             if watched.is_blank if watched else answer is None or _has_blank(answer):
                 return Verdict("unfinished", _UNFINISHED)

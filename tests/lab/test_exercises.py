@@ -104,6 +104,31 @@ def test_an_answer_may_rightly_be_none():
     assert check_in_place.judge(lambda numbers: ...).state == "unfinished"
 
 
+def slope_at(answer, x):
+    """What a check of a derivative asks for where no tensor with a way back can be given to it."""
+    y = answer(x)
+    return torch.autograd.grad(y, x)[0] if isinstance(y, torch.Tensor) and y.requires_grad else None
+
+
+@exercise("slope", ask=slope_at)
+def check_slope(answer):
+    """The slope of a square is twice its side."""
+    for x in (1.0, -3.0):
+        assert answer(torch.tensor(x, requires_grad=True)) == 2 * x, "Not the slope of the square."
+
+
+def test_a_check_asks_where_the_answer_lives():
+    assert check_slope.judge(lambda x: x * x).state == "right"
+    for wrong in (lambda x: x, lambda x: (x * x).detach(), lambda x: 3):
+        assert check_slope.judge(wrong).message.startswith("Not the slope of the square.")
+    assert check_slope.judge(lambda x: x / "2").message.startswith("Your code raised TypeError")
+    assert check_slope.judge(lambda x: ...).state == "unfinished"
+    look = check_slope.look(lambda x: x * x)
+    assert check_slope.judge(lambda x: torch.tensor(2.0) * x.item(), look).state == "right", (
+        "Who stands in for a function of another process has been asked there."
+    )
+
+
 def test_a_forgotten_return_is_named():
     verdict = check_twice.judge(doubles_in_place)
     assert verdict.state == "wrong"  # it raises

@@ -101,8 +101,7 @@ def codes_and_scales(answer):
         expected, wanted = _codes(before.double(), group)
         assert scale.shape == wanted.shape, (
             f"{hint} The scales have shape {tuple(scale.shape)}; expected {tuple(wanted.shape)}, one for "
-            "each "
-            "group of each row."
+            "each group of each row."
         )
         assert same(scale, wanted, 1e-3), f"{hint} The scales are not the mean sizes |w| of the groups."
         assert codes.shape == expected.shape, (
@@ -209,8 +208,18 @@ def _spoiled(latent, what):
     return latent + (codes * scale - latent).detach()
 
 
+def _there_and_back(answer, latent, arriving):
+    """The result, and the gradient that reaches the latent weights if this one arrives at the result."""
+    result = answer(latent)
+    if not (isinstance(result, Tensor) and result.requires_grad and result.shape == arriving.shape):
+        return result, None
+    [gradient] = torch.autograd.grad((result * arriving).sum(), latent, allow_unused=True)
+    return result.detach(), gradient
+
+
 @exercise(
     "mended weight",
+    ask=_there_and_back,
     wrong=tuple(
         lambda latent, what=what: _spoiled(latent, what)
         for what in (
@@ -227,26 +236,23 @@ def mended_weight(answer):
         latent[0] *= 20  # one row is larger than the others
         expected = _layer(latent.clone()).weight.detach()
         learned = latent.clone().requires_grad_()
-        before, got = latent.clone(), answer(learned)
+        before, arriving = latent.clone(), torch.randn(*shape, generator=generator)
+        got, gradient = answer(learned, arriving)
         assert isinstance(got, Tensor) and got.shape == shape, "Return a matrix of the latent weights' shape."
         assert torch.equal(learned.detach(), before), "The latent weights themselves were changed."
-        for row in got.detach():
+        for row in got:
             assert len((row / row.abs().amax().clamp(min=1e-9)).round(decimals=3).unique()) <= 3, (
                 "A row of the result has more than three values."
             )
-        assert same((got.detach() == 0).double(), (expected == 0).double()), (
-            "Not the right weights are 0. Which are nearer to 0 than to the scale, and whose mean is the "
-            "scale "
+        assert same((got == 0).double(), (expected == 0).double()), (
+            "The wrong weights are 0. Which are nearer to 0 than to the scale, and whose mean is the scale "
             "of a row?"
         )
-        assert same(got.detach(), expected, 2e-3), (
+        assert same(got, expected, 2e-3), (
             "The values are not those of the scale. Each row has the mean of its own sizes."
         )
-        wanted = torch.randn(*shape, generator=generator)
-        assert got.requires_grad, "No gradient flows from the result to the latent weights."
-        [gradient] = torch.autograd.grad((got * wanted).sum(), learned, allow_unused=True)
         assert gradient is not None, "No gradient reaches the latent weights."
-        assert same(gradient, wanted, 1e-4), (
+        assert same(gradient, arriving, 1e-4), (
             "The gradient that reaches a latent weight is not that of the ternary weight. Straight through "
             "means: as it came, neither 0, nor twice, nor through the scale."
         )
@@ -329,8 +335,33 @@ def _fresh(trainer, schedule, group):
     return tuple(Trainer(model, trainer.batches, schedule, trainer.config) for model in models)
 
 
+def _facts(answer, trunk, schedule, group):
+    """What is so of the two runs, and of the trunk, before and after the two have learned a little."""
+    before = copy.deepcopy(trunk.model.state_dict())
+    runs = answer(trunk, schedule, group)
+    if not (isinstance(runs, tuple | list) and len(runs) == 2 and all(isinstance(r, Trainer) for r in runs)):
+        return {}
+    control, ternary = runs
+    layers = [[part for part in run.model.modules() if isinstance(part, TernaryLinear)] for run in runs]
+    facts = {
+        "ternary": [bool(each) for each in layers],
+        "groups": [part.group for part in layers[1]],
+        "apart": control is not trunk and control.model is not trunk.model,
+        "schedule": [run.schedule == schedule for run in runs],
+        "steps": [run.step for run in runs],
+    }
+    for run in runs:
+        run.train(run.step + 2, progress=False)
+    latents = {name.replace("latent", "weight"): p for name, p in ternary.model.named_parameters()}
+    return facts | {
+        "trunk stays": all(torch.equal(before[name], p) for name, p in trunk.model.state_dict().items()),
+        "differ": any(not torch.equal(p, latents[name]) for name, p in control.model.named_parameters()),
+    }
+
+
 @exercise(
     "fork",
+    ask=_facts,
     wrong=(
         lambda trainer, schedule, group: _fork(trainer, schedule, group, same_model=True),
         lambda trainer, schedule, group: _fork(trainer, schedule, group, other=trainer.schedule),
@@ -354,38 +385,24 @@ def fork(answer):
         text = (torch.arange(900) * (7 + seed)) % 12
         trunk = Trainer(Decoder(config), text, WSD(0.01, 2, 20, 0), TrainerConfig(2, 8))
         trunk.train(steps, progress=False)
-        before = copy.deepcopy(trunk.model.state_dict())
-        schedule = WSD(0.02, 0, 6 + steps, 2)
-        got = answer(trunk, schedule, group)
-        assert isinstance(got, tuple | list) and len(got) == 2, (
-            "Return two runs: the control and the ternary one."
+        got = answer(trunk, WSD(0.02, 0, 6 + steps, 2), group)
+        assert got, "Return two `Trainer`s as a pair: the control and the ternary one."
+        assert got["ternary"] == [False, True], (
+            "The first run stays in full precision, the second turns ternary."
         )
-        control, ternary = got
-        assert isinstance(control, Trainer) and isinstance(ternary, Trainer), "Return two `Trainer`s."
-        kinds = [any(isinstance(part, TernaryLinear) for part in run.model.modules()) for run in got]
-        assert kinds == [False, True], "The first run stays in full precision, the second turns ternary."
-        assert control is not trunk and control.model is not trunk.model, (
+        assert got["apart"], (
             "The control is the trunk itself: to train it would train the trunk on. Take a branch of it."
         )
-        assert control.schedule == schedule == ternary.schedule, (
+        assert got["schedule"] == [True, True], (
             "Both runs go on under the schedule that was given; else rates differ as well."
         )
-        assert control.step == ternary.step == steps, (
+        assert got["steps"] == [steps, steps], (
             f"The trunk is at step {steps}, and so are its branches: else they read other data, and begin "
-            "without "
-            "the moments of Adam."
+            "without the moments of Adam."
         )
-        groups = {part.group for part in ternary.model.modules() if isinstance(part, TernaryLinear)}
-        assert groups == {group}, f"`group` is an argument: {group!r} here."
-        for run in got:
-            run.train(steps + 2, progress=False)
-        latents = {name.replace("latent", "weight"): p for name, p in ternary.model.named_parameters()}
-        assert all(torch.equal(before[name], p) for name, p in trunk.model.state_dict().items()), (
-            "Training the two changed the trunk: they must have weights of their own."
-        )
-        assert any(not torch.equal(p, latents[name]) for name, p in control.model.named_parameters()), (
-            "Both runs have learned the same: is the second one rounded?"
-        )
+        assert set(got["groups"]) == {group}, f"`group` is an argument: {group!r} here."
+        assert got["trunk stays"], "Training the two changed the trunk: they must have weights of their own."
+        assert got["differ"], "Both runs have learned the same: is the second one rounded?"
 
 
 def _least(weights):
@@ -484,8 +501,7 @@ quiz = Quiz(
         ),
         (
             "Ternary weights are less than half the bytes of 4-bit ones, and their product was much less "
-            "than "
-            "twice as fast. Why?",
+            "than twice as fast. Why?",
             [
                 "Because the kernel multiplies, where it could add",
                 "Because unpacking costs about as much for each weight, and that is now what takes the time",

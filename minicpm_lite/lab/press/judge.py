@@ -169,7 +169,7 @@ def _judge(exercise: Exercise, answer: "_Answer") -> Verdict:
         round(_MOST_TIMES * answer.seconds + _GRACE)
     )  # the end of this process, if the check itself never ends
     try:
-        verdict = exercise.judge(*answer.given(exercise.look))
+        verdict = exercise.judge(*answer.given(exercise))
     except BaseException as error:  # of the cell itself; a check's own verdict is never raised
         if not answer.over:
             where = f" (line {answer.line} of its cell)" if answer.line else ""
@@ -199,16 +199,12 @@ class _Answer:
         self.made_in = 0.0  # seconds that the cell itself takes, which is run anew for each call
         self.over, self.line = "", 0
 
-    def given(self, look: Callable[[Callable], Look]) -> tuple[object, Look | None]:
-        """The value that the cell gives to the check; of a function, one that asks it in another process.
-
-        Args:
-            look: looks at a function there, for what is seen of it without a call.
-        """
+    def given(self, exercise: Exercise) -> tuple[object, Look | None]:
+        """The value that the cell gives to the check; of a function, one that asks it in another process."""
 
         def made(functions: list[Callable]) -> tuple[bool, object]:
             value = self._evaluated()
-            return (True, tuple(vars(look(value)).values())) if callable(value) else (False, value)
+            return (True, tuple(vars(exercise.look(value)).values())) if callable(value) else (False, value)
 
         began = time.monotonic()
         is_function, said = self._asked(made, [])
@@ -217,7 +213,7 @@ class _Answer:
             return said, None
 
         def answer(*args: object, **kwargs: object) -> object:
-            return self._called(args, kwargs)
+            return self._called(exercise.ask, args, kwargs)
 
         return answer, Look(*said)
 
@@ -228,14 +224,15 @@ class _Answer:
         exec(compile(self.source, _CELL, "exec"), names)
         return eval(self.expression, names)
 
-    def _called(self, args: tuple, kwargs: dict) -> object:
+    def _called(self, ask: Callable | None, args: tuple, kwargs: dict) -> object:
         functions = [each for each in [*args, *kwargs.values()] if inspect.isroutine(each)]
 
         def call(asked: list[Callable]) -> tuple[object, list]:
             stand_in = {id(function): asked[number] for number, function in enumerate(functions)}
             positional = [stand_in.get(id(each), each) for each in args]
             named = {name: stand_in.get(id(each), each) for name, each in kwargs.items()}
-            result = self._evaluated()(*positional, **named)
+            answer = self._evaluated()
+            result = ask(answer, *positional, **named) if ask else answer(*positional, **named)
             return result, map(_content, [*args, *kwargs.values()])  # read last: an iterator may change them
 
         self.deadline = min(self.deadline + self.made_in, self.latest)

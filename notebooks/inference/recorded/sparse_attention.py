@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minicpm_lite.config import ModelConfig, SparseConfig
@@ -44,6 +43,7 @@ from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.context import Context
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.runtime import seed_everything
+from minicpm_lite.training.checkpoint import save_checkpoint
 from minicpm_lite.training.wsd import WSD
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -235,7 +235,7 @@ def work(job: Job) -> dict:
             for name in ("dense", "sparse 12")
             for key, weight in models[name].state_dict().items()
         }
-        save_file(kept, Path(__file__).with_suffix(".safetensors"))
+        save_checkpoint(Path(__file__).with_suffix(".safetensors"), kept, {"model": asdict(MODEL), "seed": 0})
     return found
 
 
