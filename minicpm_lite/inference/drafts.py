@@ -34,7 +34,7 @@ from ..language.decoder import Decoder
 from ..language.generation import Reader, pad_left
 from ..language.sampling import Sampling
 from .guess_trees import Shape
-from .speculative import Guesses
+from .speculative import Drafting, Guesses
 
 __all__ = ["DecoderDraft", "PromptLookup", "frequent_draft", "rank_by_frequency"]
 
@@ -45,7 +45,8 @@ class PromptLookup:
 
     Attributes:
         guesses: how many.
-        longest, shortest: tokens that must be the same; the most are tried first.
+        longest: tokens that must be the same, at most; the most are tried first.
+        shortest: and at least.
 
     Raises:
         ValueError: one of them is not positive, or the shortest exceeds the longest.
@@ -63,7 +64,7 @@ class PromptLookup:
 
     def begin(
         self, target: Decoder, room: int, sampling: Sampling, generator: torch.Generator | None
-    ) -> "_Lookup":
+    ) -> Drafting:
         """Be ready for new texts; see `Draft`."""
         return _Lookup(self)
 
@@ -125,7 +126,7 @@ class DecoderDraft:
 
     def begin(
         self, target: Decoder, room: int, sampling: Sampling, generator: torch.Generator | None
-    ) -> "_Reading":
+    ) -> Drafting:
         """Be ready for new texts; see `Draft`.
 
         Raises:

@@ -25,7 +25,7 @@ Choices, and the traps behind them:
 - A draft does not count repetitions: where the target has a penalty for them, guesses fare worse.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -39,8 +39,16 @@ from .speculative import Guesses
 
 __all__ = ["Chain", "DynamicTree", "Read", "Shape", "StaticTree"]
 
-Read = Callable[[Int[Tensor, "rows new"], Sequence[int]], Float[Tensor, "rows new vocab"]]
-"""Reads guesses, each behind one that was read before or, -1, behind the text; the scores behind them."""
+
+@runtime_checkable
+class Read(Protocol):
+    """How guesses are read by the draft model."""
+
+    def __call__(
+        self, tokens: Int[Tensor, "rows new"], parents: Sequence[int]
+    ) -> Float[Tensor, "rows new vocab"]:
+        """The scores behind guesses, each of which follows one that was read before or, -1, the text."""
+        ...
 
 
 @runtime_checkable

@@ -131,7 +131,8 @@ class Stats:
         accepted: guesses that were written.
         lengths: for each row of each call, how many tokens it wrote: what was accepted and one more. At the
             end of a text it may be fewer.
-        draft_seconds, target_seconds: time that the draft took, and the calls with the checks.
+        draft_seconds: time that the draft took.
+        target_seconds: time that the calls with the checks took.
     """
 
     calls: int = 0

@@ -187,7 +187,7 @@ class Adaptive:
 
     def begin(
         self, target: Decoder, room: int, sampling: Sampling, generator: torch.Generator | None
-    ) -> "_Adapting":
+    ) -> Drafting:
         """Be ready for new texts; see `Draft`."""
         return _Adapting(self, self.draft.begin(target, room, sampling, generator))
 
