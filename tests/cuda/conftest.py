@@ -2,4 +2,4 @@
 
 import torch
 
-collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py", "test_cuda_inference.py"]
