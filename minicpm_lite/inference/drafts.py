@@ -22,21 +22,24 @@ Choices, and the traps behind them:
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..config import require_positive_integer
-from ..language.context import KVCache, Tree
+from ..config import ModelConfig, require_positive_integer
+from ..language.context import Context, KVCache, Tree
 from ..language.decoder import Decoder
-from ..language.generation import Reader, pad_left
 from ..language.sampling import Sampling
+from ..language.scoring import evaluating
 from .guess_trees import Shape
 from .speculative import Drafting, Guesses
 
-__all__ = ["DecoderDraft", "PromptLookup", "frequent_draft", "rank_by_frequency"]
+__all__ = ["DecoderDraft", "PromptLookup", "Reading", "frequent_draft", "rank_by_frequency",
+           "require_ids"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,82 +141,152 @@ class DecoderDraft:
                 f"The draft has {mine} token ids and the target has {its}; what a draft guesses are tokens "
                 "of the target. Give a draft of the same vocabulary."
             )
-        return _Reading(self, room, sampling, generator)
+        return _DecoderReading(self, room, sampling, generator)
 
 
-class _Reading:
-    """What `DecoderDraft` knows of the rows: a cache that has read their texts."""
+class Reading:
+    """A draft model at work: it has read the rows' texts into a cache, and reads its guesses behind them.
+
+    What kind of model it is says a subclass: what it reads (`inputs_of_texts`, `inputs_of_guesses`), what it
+    makes of that (`states`), and what this says of the next token (`scores`).
+
+    Args:
+        model: the draft model.
+        config: its shape.
+        shape: what its guesses look like.
+        vocabulary: where its output layer holds some tokens alone, their ids.
+        room, sampling, generator: see `Draft`.
+    """
 
     def __init__(
-        self, draft: DecoderDraft, room: int, sampling: Sampling, generator: torch.Generator | None
+        self,
+        model: nn.Module,
+        config: ModelConfig,
+        shape: Shape,
+        vocabulary: Int[Tensor, " kept"] | None,
+        room: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
     ) -> None:
-        self.model, self.shape, self.vocabulary = draft.model, draft.shape, draft.vocabulary
+        self.model, self.config, self.shape, self.vocabulary = model, config, shape, vocabulary
         self.sampling, self.generator = sampling, generator
+        self.device = next(model.parameters()).device
+        self._training = any(part.training for part in model.modules())
         self.spare = self.shape.reads + 2  # columns for guesses, or for new tokens of rows that are behind
-        self.room = min(room + self.spare, self.model.config.max_position_embeddings)
-        self.lengths: list[int] = []  # of the texts
-        self.reader: Reader | None = None
+        self.room = min(room + self.spare, config.max_position_embeddings)
+        self.lengths: list[int] = []  # of what was read
+        self.context: KVCache | None = None
+
+    def inputs_of_texts(self, new: Sequence[Sequence[int]]) -> list[Float[Tensor, "_new width"]]:
+        """What is to be read of each row, now that these tokens have joined it."""
+        raise NotImplementedError
+
+    def inputs_of_guesses(
+        self, tokens: Int[Tensor, "rows guesses"], before: Float[Tensor, "rows guesses d"]
+    ) -> Float[Tensor, "rows guesses width"]:
+        """What is to be read of guesses, each with the state of what stands before it."""
+        raise NotImplementedError
+
+    def states(
+        self, inputs: Float[Tensor, "rows tokens width"], context: Context
+    ) -> Float[Tensor, "rows tokens d"]:
+        """What the model makes of what it reads."""
+        raise NotImplementedError
+
+    def scores(self, states: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens kept"]:
+        """What it says of the next token."""
+        raise NotImplementedError
 
     def propose(self, new: Sequence[Sequence[int]], most: int) -> Guesses:
         """Guesses for what follows; see `Drafting`."""
-        lengths = self.lengths or [0] * len(new)
-        self.lengths = [length + len(row) for length, row in zip(lengths, new, strict=True)]
-        if max(self.lengths) + self.spare > self.room:
-            return Guesses.none(len(new))
-        logits, tree = self._catch_up(new) if self.reader else self._prefill(new), None
-
-        def read(tokens: Int[Tensor, "rows new"], parents: Sequence[int]) -> Float[Tensor, "rows new vocab"]:
-            nonlocal tree
-            if tree is None:
-                tree = Tree(self.reader.context, parents)
-            else:
-                tree.grow(parents)
-            with self.reader.reading():
-                return self.model(self._ids(tokens), tree)
-
-        guesses = self.shape.grow(logits, read, most, self.sampling, self.generator)
+        with torch.no_grad(), evaluating(self.model) if self._training else nullcontext():
+            inputs = self.inputs_of_texts(new)
+            lengths = self.lengths or [0] * len(new)
+            self.lengths = [length + len(row) for length, row in zip(lengths, inputs, strict=True)]
+            if max(self.lengths) + self.spare > self.room:
+                return Guesses.none(len(new))
+            guesses = self._grow(self._catch_up(inputs) if self.context else self._prefill(inputs), most)
         if self.vocabulary is None:
             return guesses
         law = guesses.drawn_from
         if law is not None:
-            whole = law.new_zeros(*law.shape[:2], self.model.config.vocab_size)
+            whole = law.new_zeros(*law.shape[:2], self.config.vocab_size)
             law = whole.index_copy(2, self.vocabulary, law)
         return replace(guesses, tokens=self._ids(guesses.tokens), drawn_from=law)
+
+    def _grow(self, known: Float[Tensor, "rows 1 d"], most: int) -> Guesses:
+        """Guess, from the states at the ends of the texts; guesses are called as the output layer does."""
+        tree = None
+
+        def read(tokens: Int[Tensor, "rows new"], parents: Sequence[int]) -> Float[Tensor, "rows new kept"]:
+            nonlocal tree, known
+            if tree is None:
+                tree = Tree(self.context, parents)
+            else:
+                tree.grow(parents)
+            before = known[:, [parent + 1 for parent in parents]]
+            states = self.states(self.inputs_of_guesses(self._ids(tokens), before), tree)
+            known = torch.cat([known, states], dim=1)
+            return self.scores(states)
+
+        return self.shape.grow(self.scores(known)[:, 0], read, most, self.sampling, self.generator)
 
     def _ids(self, tokens: Int[Tensor, "rows new"]) -> Int[Tensor, "rows new"]:
         """The ids of what the output layer calls so."""
         return tokens if self.vocabulary is None else self.vocabulary[tokens]
 
-    def _prefill(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
-        """Read the texts, and give the scores behind them."""
-        ids, padding = (each.to(self.model.embed_tokens.weight.device) for each in pad_left(new))
-        context = KVCache(self.room, padding if padding.any() else None)
-        self.reader = Reader(self.model, context, ())
-        with self.reader.reading():
-            return self.model(ids, context, last_only=True)[:, 0]
+    def _prefill(self, inputs: list[Float[Tensor, "_new width"]]) -> Float[Tensor, "rows 1 d"]:
+        """Read the texts, and give the states at their ends."""
+        longest = max(map(len, inputs))
+        padding = torch.tensor([longest - len(row) for row in inputs], device=self.device)
+        self.context = KVCache(self.room, padding if padding.any() else None)
+        padded = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in inputs])
+        return self.states(padded, self.context)[:, -1:]
 
-    def _catch_up(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
-        """Read what joined the texts, and give the scores behind them."""
-        context, last = self.reader.context, {}
-        for start in range(0, max(map(len, new)), self.spare):
-            parts = [row[start : start + self.spare] for row in new]
+    def _catch_up(self, inputs: list[Float[Tensor, "_new width"]]) -> Float[Tensor, "rows 1 d"]:
+        """Read what joined the texts, and give the states at their ends."""
+        last = {}
+        for start in range(0, max(map(len, inputs)), self.spare):
+            parts = [row[start : start + self.spare] for row in inputs]
             longest = max(map(len, parts))
-            ids = torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts])
-            ids = ids.to(self.model.embed_tokens.weight.device)
-            with self.reader.reading():
-                x = self.model.states(self.model.embed(ids), Tree(context, range(-1, longest - 1)))[-1]
-            context.take([[*range(len(part))] for part in parts])
-            self.reader.settle()
-            last |= {row: x[row, len(part) - 1] for row, part in enumerate(parts) if part}
-        with self.reader.reading():
-            return self.model.logits(torch.stack([last[row] for row in range(len(new))])[:, None])[:, 0]
+            padded = torch.stack([F.pad(part, (0, 0, 0, longest - len(part))) for part in parts])
+            states = self.states(padded, Tree(self.context, range(-1, longest - 1)))
+            self.context.take([[*range(len(part))] for part in parts])
+            last |= {row: states[row, len(part) - 1] for row, part in enumerate(parts) if len(part)}
+        return torch.stack([last[row] for row in range(len(inputs))])[:, None]
 
     def select(self, rows: Sequence[int]) -> None:
         """These rows go on; see `Drafting`."""
         self.lengths = [self.lengths[row] for row in rows] if self.lengths else []
-        if self.reader is not None:
-            self.reader.context.select(rows)
-            self.reader.settle()
+        if self.context is not None:
+            self.context.select(rows)
+
+
+class _DecoderReading(Reading):
+    """A decoder reads embeddings, and what it makes of one guess does not enter with the next."""
+
+    def __init__(
+        self, draft: DecoderDraft, room: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> None:
+        super().__init__(
+            draft.model, draft.model.config, draft.shape, draft.vocabulary, room, sampling, generator
+        )
+
+    def inputs_of_texts(self, new: Sequence[Sequence[int]]) -> list[Float[Tensor, "_new d"]]:
+        return [self.model.embed(torch.tensor([row], device=self.device))[0] for row in new]
+
+    def inputs_of_guesses(
+        self, tokens: Int[Tensor, "rows guesses"], before: Float[Tensor, "rows guesses d"]
+    ) -> Float[Tensor, "rows guesses d"]:
+        return self.model.embed(tokens)
+
+    def states(
+        self, inputs: Float[Tensor, "rows tokens d"], context: Context
+    ) -> Float[Tensor, "rows tokens d"]:
+        return self.model.states(inputs, context)[-1]
+
+    def scores(self, states: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens kept"]:
+        return self.model.logits(states)
 
 
 def frequent_draft(model: Decoder, vocabulary: Int[Tensor, " kept"], shape: Shape) -> DecoderDraft:
@@ -230,18 +303,27 @@ def frequent_draft(model: Decoder, vocabulary: Int[Tensor, " kept"], shape: Shap
     Raises:
         ValueError: no id, one that the model lacks, or one that comes twice.
     """
-    ids, size = vocabulary.tolist(), model.config.vocab_size
-    if not ids or len(set(ids)) < len(ids) or not all(0 <= each < size for each in ids):
-        raise ValueError(
-            f"vocabulary holds {len(ids)} ids; expected some of those that the model has, 0 to {size - 1}, "
-            "none of them twice."
-        )
+    require_ids(vocabulary, model.config.vocab_size)
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     cut = copy.deepcopy(model, shared)
     vocabulary = vocabulary.long().to(model.embed_tokens.weight.device)
-    cut.lm_head = nn.Linear(model.config.hidden_size, len(ids), bias=False, device="meta")
+    cut.lm_head = nn.Linear(model.config.hidden_size, len(vocabulary), bias=False, device="meta")
     cut.lm_head.weight = nn.Parameter(model.tables[-1].detach()[vocabulary], requires_grad=False)
     return DecoderDraft(cut, shape, vocabulary)
+
+
+def require_ids(vocabulary: Int[Tensor, " kept"], vocab_size: int) -> None:
+    """Refuse what is no part of a model's vocabulary.
+
+    Raises:
+        ValueError: no id, one that the model lacks, or one that comes twice.
+    """
+    ids = vocabulary.tolist()
+    if not ids or len(set(ids)) < len(ids) or not all(0 <= each < vocab_size for each in ids):
+        raise ValueError(
+            f"vocabulary holds {len(ids)} ids; expected some of those that the model has, 0 to "
+            f"{vocab_size - 1}, none of them twice."
+        )
 
 
 def rank_by_frequency(

@@ -49,12 +49,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..language.context import KVCache, Tree
+from ..language.context import Context, KVCache, Tree
 from ..language.decoder import Decoder
 from ..language.generation import begin, generate
 from ..language.sampling import Sampling, choose, next_token_probabilities
 
-__all__ = ["Draft", "Drafting", "Guesses", "Stats", "speculative_generate", "speculative_stream", "verify"]
+__all__ = ["Draft", "Drafting", "Guesses", "Stats", "Watching", "speculative_generate", "speculative_stream",
+           "verify"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,24 @@ class Drafting(Protocol):
 
     def select(self, rows: Sequence[int]) -> None:
         """These rows of the present ones go on; the others have stopped."""
+        ...
+
+
+@runtime_checkable
+class Watching(Drafting, Protocol):
+    """A drafting that is shown what the target makes of the texts, as EAGLE's is."""
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """After how many of the target's blocks; none if it wants to see nothing."""
+        ...
+
+    def see(self, streams: Sequence[Float[Tensor, "_read features"]]) -> None:
+        """The target's residual stream there, one behind the other, at each token that it has read.
+
+        It is shown after each call of the target, before the next proposal: at first the prompt, of which a
+        cache that was handed in may have read the beginning before, then the tokens that became text.
+        """
         ...
 
 
@@ -254,8 +273,11 @@ def speculative_stream(
     context, stops = reader.context, reader.stop_ids
     room = min(context.room, model.config.max_position_embeddings)
     drafting = draft.begin(model, room, sampling, generator)
+    after = drafting.after if isinstance(drafting, Watching) else ()
+    known = context.length
     with reader.reading():
-        logits = model(ids[:, context.length :], context, last_only=True).squeeze(1)
+        logits, streams = _read(model, ids[:, known:], context, after, last_only=True)
+    logits = logits.squeeze(1)
     reader.require_finite(logits)
     copies = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
     if samples > 1:
@@ -269,6 +291,13 @@ def speculative_stream(
     ]
     for row, token in zip(rows, first.tolist(), strict=True):
         row.write([token])
+    if after:
+        drafting.see(
+            [
+                streams[row, max(start - known, 0) :]
+                for row, start in zip(copies.tolist(), starts, strict=True)
+            ]
+        )
 
     active, given = rows, 0  # the rows that the cache holds; the steps that were yielded
     while True:
@@ -295,7 +324,8 @@ def speculative_stream(
         newest = torch.tensor([[row.written[-1]] for row in active])
         tokens = torch.cat([newest, guesses.tokens.cpu()], dim=1).to(ids.device)
         with reader.reading():
-            logits = model(tokens, Tree(context, [-1, *(parent + 1 for parent in guesses.parents)]))
+            tree = Tree(context, [-1, *(parent + 1 for parent in guesses.parents)])
+            logits, streams = _read(model, tokens, tree, after)
         reader.require_finite(logits)
         paths = []
         for place, row in enumerate(active):
@@ -310,6 +340,8 @@ def speculative_stream(
             paths.append([0, *(guess + 1 for guess in path[: new - 1])])  # its newest token is not read
             stats.accepted += min(len(path), new)
             stats.lengths.append(new)
+        if after:
+            drafting.see([streams[place, path] for place, path in enumerate(paths)])
         if not all(row.done for row in active):  # what has stopped would only take room
             paths = [[] if row.done else path for row, path in zip(active, paths, strict=True)]
         context.take(paths)
@@ -318,6 +350,21 @@ def speculative_stream(
         stats.proposed += guesses.tokens.numel()
         stats.draft_seconds += drafted - began
         stats.target_seconds += time.perf_counter() - drafted
+
+
+def _read(
+    model: Decoder,
+    ids: Int[Tensor, "batch tokens"],
+    context: Context,
+    after: tuple[int, ...],
+    last_only: bool = False,
+) -> tuple[Float[Tensor, "batch logits vocab"], Float[Tensor, "batch tokens features"] | None]:
+    """The scores, as of the model itself, and its residual stream after some blocks, one behind the other."""
+    if not after:
+        return model(ids, context, last_only), None
+    context.read(ids)
+    *streams, x = model.states(model.embed(ids), context, after)
+    return model.logits(x[:, -1:] if last_only else x), torch.cat(streams, dim=-1)
 
 
 class _Row:

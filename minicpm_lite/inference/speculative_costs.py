@@ -35,12 +35,14 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..config import require_positive_integer, require_positive_number, require_probability
 from ..language.decoder import Decoder
 from ..language.sampling import Sampling
 from .guess_trees import StaticTree
-from .speculative import Draft, Drafting, Guesses
+from .speculative import Draft, Drafting, Guesses, Watching
 
 __all__ = ["Adaptive", "Costs", "best_chain", "best_tree", "expected_length"]
 
@@ -248,6 +250,15 @@ class _Adapting:
             refused = sum(each < min(guesses, asked) for each in accepted)
             self._accepted = _MEMORY * self._accepted + sum(accepted) / len(written)
             self._refused = _MEMORY * self._refused + refused / len(written)
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """What the draft that is asked wants to see; see `Watching`."""
+        return self.drafting.after if isinstance(self.drafting, Watching) else ()
+
+    def see(self, streams: Sequence[Float[Tensor, "_read features"]]) -> None:
+        """What the target makes of the texts; see `Watching`."""
+        self.drafting.see(streams)
 
     def select(self, rows: Sequence[int]) -> None:
         """These rows go on; see `Drafting`."""

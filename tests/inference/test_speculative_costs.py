@@ -40,7 +40,7 @@ def test_the_expected_length_by_counting_all_outcomes(acceptance, guesses):
 
 def test_calls_beyond_those_that_were_measured_go_on_as_the_last():
     assert [DEAR.call(tokens) for tokens in (1, 2, 3, 4, 6)] == pytest.approx([1.0, 1.9, 2.8, 3.7, 5.5])
-    assert Costs((1.0, 2.0, 1.5), 0).call(9) == 1.5  # noise makes no call cheaper than a smaller one
+    assert Costs((1.0, 2.0, 1.5), 0.0).call(9) == 1.5  # noise makes no call cheaper than a smaller one
     assert CHEAP.step(4, 2) == pytest.approx(1.2 + 0.1)
 
 

@@ -1,0 +1,205 @@
+"""A head guesses in training what it guesses in use, and what is written is the target's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig
+from minicpm_lite.inference.drafts import rank_by_frequency
+from minicpm_lite.inference.eagle import EagleDraft, EagleHead, _guesses, _taught, agreement, eagle, levels
+from minicpm_lite.inference.guess_trees import Chain, DynamicTree, StaticTree
+from minicpm_lite.inference.speculative import Drafting, Stats, speculative_generate, speculative_stream
+from minicpm_lite.inference.speculative_costs import Adaptive, Costs
+from minicpm_lite.language.context import KVCache
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.generation import generate, pad_left
+from minicpm_lite.language.sampling import Sampling
+from minicpm_lite.language.scoring import context_only
+from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.trainer import Trainer
+from minicpm_lite.training.wsd import WSD
+
+CONFIG = ModelConfig(
+    32, 64, 4, 4, 29, num_key_value_heads=2, max_position_embeddings=128, init_std=0.3, scale_emb=3.0,
+    eos_token_id=(28,),
+)  # fmt: skip
+KEPT = torch.tensor([28, 3, 1, 4, 0, 5, 9, 2, 6, 8, 7, 20, 11])
+
+
+def pair(kept=KEPT, seed=0) -> tuple[EagleHead, Decoder]:
+    torch.manual_seed(seed)
+    target, head = Decoder(CONFIG).eval(), EagleHead(CONFIG, kept)
+    for parameter in head.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return head, target
+
+
+@torch.no_grad()
+def naive(head: EagleHead, target: Decoder, ids: list[int], guessed: list[int]) -> torch.Tensor:
+    """The scores behind a text and each of some guesses, all made anew, without a cache and without a tree."""
+    *streams, _ = target.states(target.embed(torch.tensor([ids[:-1]])), after=(2, 2, 1))
+    known = head.fuse(torch.cat(streams, dim=-1))  # of all tokens but the newest
+    tokens, found = ids[1:], []
+    for step in range(len(guessed) + 1):
+        made = head(known, target.embed(torch.tensor([tokens])))
+        found.append(head.logits(made[:, -1:])[0, 0])
+        if step < len(guessed):
+            # The keys of the text stay those of its streams; only behind it stands what the head made.
+            known, tokens = torch.cat([known, made[:, -1:]], dim=1), [*tokens, guessed[step]]
+    return torch.stack(found)
+
+
+def test_levels():
+    assert levels(32) == (2, 16, 29) and levels(4) == (2, 2, 1)
+    with pytest.raises(ValueError, match="The target has 3 blocks; EAGLE-3 reads three levels of 4 or more"):
+        levels(3)
+
+
+@pytest.mark.parametrize("start", [2, 3, 9])
+@torch.no_grad()
+def test_the_training_time_test_is_what_is_done_in_use(start):
+    """Step k at place t is the guess k behind a text that ends with token t + 1, if guesses are the text's."""
+    head, target = pair()
+    ids = torch.randint(29, (1, 16), generator=torch.Generator().manual_seed(1))
+    steps = 4
+    unrolled = _guesses(head, _taught(head, target, ids), steps)
+    text = ids[0].tolist()
+    wanted = naive(head, target, text[:start], text[start : start + steps - 1])
+    for step, scores in enumerate(unrolled):
+        assert_close(scores[0, start - 2], wanted[step], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [[9], [4, 1, 3, 1], [2, 6, 1]])
+@torch.no_grad()
+def test_a_chain_is_guessed_from_all_of_the_text_however_it_came(pieces):
+    """Rows of different length, in pieces, with guesses between that were not taken."""
+    head, target = pair()
+    texts = [torch.randint(29, (sum(pieces) + more,)).tolist() for more in (0, 5)]
+    drafting = EagleDraft(head, Chain(3)).begin(target, 60, Sampling(), None)
+    read = [0, 0]
+    for place in range(len(pieces)):
+        ends = [sum(pieces[: place + 1]) + more for more in (0, 5)]
+        shown = []
+        for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            *streams, _ = target.states(target.embed(torch.tensor([text[: end - 1]])), after=(2, 2, 1))
+            shown.append(torch.cat(streams, dim=-1)[0, max(read[row] - 1, 0) :])
+        drafting.see(shown)
+        found = drafting.propose([text[a:b] for text, a, b in zip(texts, read, ends, strict=True)], 9)
+        read = ends
+    for row, text in enumerate(texts):
+        guessed: list[int] = []
+        for _ in range(3):
+            guessed.append(int(KEPT[naive(head, target, text, guessed)[-1].argmax()]))
+        assert found.tokens[row].tolist() == guessed
+
+
+@pytest.mark.parametrize(
+    "shape", [Chain(4), StaticTree((-1, -1, 0, 0, 2), (0, 1, 0, 1, 0)), DynamicTree(3, 3, 8)]
+)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_what_is_written_is_the_targets(shape, samples):
+    head, target = pair()
+    ids, padding = pad_left([[5, 6, 7, 8, 1], [9, 2], [4]])
+    wanted = generate(target, ids, 24, padding=padding, samples=samples)
+    found, stats = speculative_generate(
+        target, EagleDraft(head, shape), ids, 24, padding=padding, samples=samples
+    )
+    assert torch.equal(found, wanted) and stats.proposed
+    sampled, _ = speculative_generate(
+        target, EagleDraft(head, shape), ids, 12, temperature=0.9, top_p=0.9, padding=padding,
+        repetition_penalty=1.2, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert sampled.shape[0] == 3
+
+
+def test_a_cache_that_has_read_the_beginning_and_a_draft_that_is_not_always_asked():
+    head, target = pair()
+    ids = torch.tensor([[5, 6, 7, 8, 1, 2, 3]])
+    wanted = generate(target, ids, 20)
+    for draft in (
+        EagleDraft(head, Chain(4)),
+        Adaptive(EagleDraft(head, Chain(4)), Costs((1.0, 1.1, 1.2, 1.3, 1.4), 0.1)),
+        Adaptive(EagleDraft(head, Chain(4)), Costs((1.0, 2.0, 3.0), 0.9)),  # it pays never
+    ):
+        cache = KVCache(40)
+        with torch.no_grad():
+            target(ids[:, :4], cache)
+        assert torch.equal(speculative_generate(target, draft, ids, 20, context=cache)[0], wanted)
+
+
+def test_it_learns_to_guess():
+    """A target that counts, with a period that one head learns in a moment: nearly all guesses come true."""
+    torch.manual_seed(0)
+    text = (torch.arange(4000) * 5) % 23
+    target = Decoder(CONFIG)
+    Trainer(target, text, WSD(0.01, 5, 100, 20), TrainerConfig(8, 24)).train(progress=False)
+    target.eval()
+    head = EagleHead(CONFIG, rank_by_frequency(text, 29)[:23])
+    held_out = text[:200].view(4, 50)
+    before = agreement(head, target, held_out, 4)
+    trainer = Trainer(head, text, WSD(0.01, 5, 60, 20), TrainerConfig(8, 24), eagle(target, steps=4))
+    trainer.train(progress=False)
+    after = agreement(head, target, held_out, 4)
+    assert max(before) < 0.5 and min(after) > 0.9
+    assert trainer.losses[-1] < 0.3 * trainer.losses[0]
+    _, stats = speculative_generate(target, EagleDraft(head, Chain(4)), text[None, :9], 40)
+    assert stats.acceptance_length > 3.5
+
+
+def test_what_is_minimised():
+    """The sum as the definition reads, with a place that is read only and tokens that cannot be guessed."""
+    head, target = pair()
+    window = torch.randint(29, (2, 9), generator=torch.Generator().manual_seed(2))
+    window[0, :5] = context_only(window[0, :5])
+    objective = eagle(target, steps=3)
+    minimised, reported = objective.loss(head, window)
+    ids, total = torch.where(window < 0, ~window, window), 0.0
+    with torch.no_grad():
+        laws = target(ids)
+        for row in range(2):
+            for step in range(3):
+                for place in range(9 - 2 - step):
+                    token = place + 2 + step
+                    law = laws[row, token - 1]
+                    if window[row, token] < 0 or int(law.argmax()) not in KEPT.tolist():
+                        continue
+                    text = ids[row].tolist()
+                    scores = naive(head, target, text[: place + 2], text[place + 2 : token])[-1]
+                    total -= 0.8**step * (law[KEPT].softmax(0) * F.log_softmax(scores, 0)).sum().item()
+    assert objective.weight(window) == 12
+    assert minimised.item() == reported.item() == pytest.approx(total / 12, rel=1e-4)
+    minimised.backward()
+    assert all(p.grad is None for p in target.parameters()), "The target stays as it is."
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_refusals():
+    head, target = pair()
+    other = Decoder(ModelConfig(32, 64, 5, 4, 29))
+    with pytest.raises(ValueError, match="for 4 blocks of width 32 and 29 tokens, and the target has 5"):
+        EagleDraft(head, Chain(2)).begin(other, 20, Sampling(), None)
+    for ids in ([], [3, 3], [29], [-1]):
+        with pytest.raises(ValueError, match="expected some of those that the model has, 0 to 28"):
+            EagleHead(CONFIG, torch.tensor(ids, dtype=torch.long))
+    for change in (
+        {"latent_attention": LatentAttentionConfig(8, 8, 4, 4, 8), "num_key_value_heads": 4, "head_dim": 8},
+        {"mixture": MixtureConfig(4, 2)},
+    ):
+        config = ModelConfig(**vars(CONFIG) | change)
+        with pytest.raises(ValueError, match="the target has latent attention or experts"):
+            EagleHead(config, KEPT)
+    with pytest.raises(ValueError, match="steps"):
+        eagle(target, steps=0)
+
+
+def test_a_head_is_a_draft_like_others():
+    head, target = pair()
+    drafting = EagleDraft(head, Chain(2)).begin(target, 20, Sampling(), None)
+    assert isinstance(drafting, Drafting) and drafting.after == (2, 2, 1)
+    stats = Stats()
+    steps = list(
+        speculative_stream(target, torch.tensor([[1, 2]]), 5, draft=EagleDraft(head, Chain(2)), stats=stats)
+    )
+    assert len(steps) == 5 and stats.calls
