@@ -32,7 +32,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -47,51 +46,7 @@ from ..runtime import calm_threads
 from .paged import PagedContext, PagedText, PagePool
 from .speculative import Draft, Drafting, Guesses, Watching, verify
 
-__all__ = ["Answer", "Engine", "Executor", "PagedExecutor", "Request"]
-
-
-@runtime_checkable
-class Executor(Protocol):
-    """What runs a model on the texts of several requests."""
-
-    def require(self, prompt: Sequence[int], most: int) -> None:
-        """Refuse a text that can never be run.
-
-        Raises:
-            ValueError: there will never be room for ``most`` tokens, or the model lacks some of the prompt.
-        """
-        ...
-
-    def open(self, prompt: Sequence[int], most: int) -> PagedText | None:
-        """Room for a text that begins so and has ``most`` tokens at most; None while there is too little."""
-        ...
-
-    def close(self, text: PagedText) -> None:
-        """The room comes back."""
-        ...
-
-    def prefill(self, text: PagedText, tokens: Sequence[int]) -> Float[Tensor, " vocab"]:
-        """Read on in a prompt, and give the scores behind it."""
-        ...
-
-    def decode(self, texts: Sequence[PagedText], tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        """Read the newest token of each text, and give the scores behind it."""
-        ...
-
-    def verify(
-        self, texts: Sequence[PagedText], tokens: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "rows places vocab"]:
-        """Read the newest token of each text and its guesses, and give the scores behind each of them."""
-        ...
-
-    def accept(self, counts: Sequence[int]) -> None:
-        """Of each row that was verified last, so many tokens became text."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the texts take, in bytes."""
-        ...
+__all__ = ["Answer", "Engine", "PagedExecutor", "Request"]
 
 
 class PagedExecutor:
@@ -111,7 +66,11 @@ class PagedExecutor:
         calm_threads()
 
     def require(self, prompt: Sequence[int], most: int) -> None:
-        """Refuse a text that can never be run; see `Executor`."""
+        """Refuse a text that can never be run.
+
+        Raises:
+            ValueError: there will never be room for ``most`` tokens, or the model lacks some of the prompt.
+        """
         size = self.model.config.vocab_size
         if not prompt or not all(isinstance(each, int) and 0 <= each < size for each in prompt):
             raise ValueError(
@@ -120,7 +79,7 @@ class PagedExecutor:
         self.pool.require_room(most)
 
     def open(self, prompt: Sequence[int], most: int) -> PagedText | None:
-        """Room for a text; see `Executor`."""
+        """Room for a text that begins so and has ``most`` tokens at most; None while there is too little."""
         return self.pool.open(prompt, most)
 
     def close(self, text: PagedText) -> None:
@@ -138,7 +97,7 @@ class PagedExecutor:
     def verify(
         self, texts: Sequence[PagedText], tokens: Sequence[Sequence[int]]
     ) -> Float[Tensor, "rows places vocab"]:
-        """Read the newest token of each text and as many guesses behind it; see `Executor`."""
+        """Read the newest token of each text and its guesses, and give the scores behind each of them."""
         return self._read(texts, tokens, parents=range(-1, len(tokens[0]) - 1))
 
     def accept(self, counts: Sequence[int]) -> None:
