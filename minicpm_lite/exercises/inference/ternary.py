@@ -93,8 +93,8 @@ def codes_and_scales(answer):
         (
             torch.tensor([[0.0005, -0.0001, 0.0002, -0.0012]]),
             4,
-            "A thousandth of the first group: its scale is 0.0005. The least scale takes the place of smaller "
-            "ones; nothing is added to larger ones.",
+            "A thousandth of the first group: its scale is 0.0005. The least scale takes the place of less; "
+            "nothing is added to what is larger.",
         ),
         (
             torch.tensor([[4e-6, -4e-6, 0.0, 8e-6]]),
