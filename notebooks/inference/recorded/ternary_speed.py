@@ -1,4 +1,4 @@
-"""Times of ternary products beside those of other weights, under a minute on two cores of a quiet machine.
+"""Times of ternary products beside those of other weights, some seconds on two cores of a quiet machine.
 
 Run them with `python notebooks/inference/recorded/ternary_speed.py`.
 
@@ -17,16 +17,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minicpm_lite import kernels, load_config
-from minicpm_lite.inference.packed import PackedLinear, put_packed
 from minicpm_lite.inference.quantization import quantize
 from minicpm_lite.inference.ternary import ternarize, ternary_product
 from minicpm_lite.lab.recorded import run_jobs
-from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
-from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.runtime import seed_everything
 
 THREADS = 2
@@ -53,64 +50,6 @@ def shortest(work: Callable[[], object], rounds: int) -> float:
         work()
         found.append(time.perf_counter() - start)
     return min(found)
-
-
-def packed_model(kind: str) -> Decoder:
-    """A packed BitCPM4-0.5B of random weights; matrices of one shape have equal values in places of their
-    own."""
-    seed_everything(0)
-    with torch.device("meta"):
-        model = Decoder(MODEL)
-    made = {}
-
-    def pack(name: str, linear: nn.Module) -> nn.Module:
-        if name == "lm_head":
-            return linear
-        shape = linear.weight.shape
-        if shape not in made:
-            codes, scale = ternarize(torch.randn(shape))
-            made[shape] = quantize(codes * scale, kind)
-        return PackedLinear(replace(made[shape], data=made[shape].data.clone()))
-
-    replace_linears(model, pack)
-    table = quantize(torch.randn(1024, MODEL.hidden_size), "Q6_K")
-    rows = table.data.repeat(-(-MODEL.vocab_size // 1024), 1)[: MODEL.vocab_size].contiguous()
-    put_packed(model, "embed_tokens.weight", replace(table, data=rows))
-    for part in model.modules():
-        for name in part._parameters:
-            part._parameters[name] = nn.Parameter(torch.ones(part._parameters[name].shape))
-    return model.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def token_of(kind: str) -> dict[str, float]:
-    """Milliseconds of one token, of its matrices, and of its output layer."""
-    model = packed_model(kind)
-    cache, ids = KVCache(80), torch.arange(64)[None]
-    model(ids, cache)
-    inputs = {part.in_features: torch.randn(1, 1, part.in_features) for part in linears(model)}
-    layers = [part for part in linears(model) if part is not model.lm_head]
-
-    def token() -> None:
-        model(ids[:, :1], cache)
-        cache.truncate(64)
-
-    def matrices() -> None:
-        for part in layers:
-            part(inputs[part.in_features])
-
-    parts = {
-        "token": token,
-        "matrices": matrices,
-        "output": lambda: model.lm_head(inputs[MODEL.hidden_size]),
-    }
-    found = {name: 1e3 * shortest(each, 40) for name, each in parts.items()}
-    sizes = {"matrices_bytes": sum(part.packed.nbytes for part in layers)}
-    return found | sizes | {"output_bytes": model.lm_head.packed.nbytes}
-
-
-def linears(model: Decoder) -> list[PackedLinear]:
-    return [part for part in model.modules() if isinstance(part, PackedLinear)]
 
 
 def work(job: Job) -> dict:
@@ -145,9 +84,7 @@ def work(job: Job) -> dict:
         nbytes[kind] = sum(weight.nbytes for weight, _ in stack) * times
         del stack, token
     numbers = torch.ones(50_000_000)
-    whole = {kind: token_of(kind) for kind in ("Q4_0", "TQ2_0")}
     return {
-        "whole": whole,
         "microseconds_in_cache": {kind: 1e6 * each for kind, each in in_cache.items()},
         "microseconds_adding": 1e6 * adding,
         "milliseconds": {kind: 1e3 * each for kind, each in from_memory.items()},
