@@ -19,7 +19,7 @@ from ...training.wsd import WSD
 _LEAST = 1e-5  # of a scale
 
 
-def _codes(weight, group, cut=0.5, share=None, size="mean"):
+def _codes(weight, group, cut=0.5, size="mean", least=_LEAST):
     grouped = weight.unflatten(1, (-1, group))
     sizes = grouped.abs()
     scale = {
@@ -27,10 +27,12 @@ def _codes(weight, group, cut=0.5, share=None, size="mean"):
         "largest": lambda: sizes.amax(2),
         "signed": lambda: grouped.mean(2).abs(),
         "middle": lambda: sizes.median(2).values,
+        "added": lambda: sizes.mean(2) + _LEAST,
+        "only zeros": lambda: torch.where(sizes.mean(2) == 0, _LEAST, sizes.mean(2)),
         "squares": lambda: sizes.square().mean(2).sqrt(),
         "matrix": lambda: sizes.mean().expand(sizes.shape[:2]),
     }[size]()
-    scale = scale.clamp(min=_LEAST)
+    scale = scale if size == "only zeros" else scale.clamp(min=least)
     codes = grouped.sign() * (sizes > cut * scale[..., None])
     return codes.flatten(1), scale
 
@@ -45,6 +47,9 @@ def _codes(weight, group, cut=0.5, share=None, size="mean"):
         lambda weight, group: _codes(weight, group, size="middle"),
         lambda weight, group: _codes(weight, group, size="squares"),
         lambda weight, group: _codes(weight, group, size="matrix"),
+        lambda weight, group: _codes(weight, group, size="added"),  # the least scale added to all
+        lambda weight, group: _codes(weight, group, size="only zeros"),
+        lambda weight, group: _codes(weight, group, least=0),
         lambda weight, group: _codes(weight, weight.shape[1]),
         lambda weight, group: _codes(weight, 4),
         lambda weight, group: _codes(weight.abs(), group),
@@ -86,6 +91,17 @@ def codes_and_scales(answer):
             "divided by zero.",
         ),
         (
+            torch.tensor([[0.0005, -0.0001, 0.0002, -0.0012]]),
+            4,
+            "A thousandth of the first group: its scale is 0.0005. The least scale takes the place of less; "
+            "nothing is added to what is larger.",
+        ),
+        (
+            torch.tensor([[4e-6, -4e-6, 0.0, 8e-6]]),
+            4,
+            "Four weights whose mean size, 0.000004, is less than the least scale, which takes its place.",
+        ),
+        (
             torch.randn(6, 24, generator=torch.Generator().manual_seed(0)),
             8,
             "Six rows of 24 weights in groups of 8: 6 × 24 codes and 6 × 3 scales.",
@@ -103,7 +119,9 @@ def codes_and_scales(answer):
             f"{hint} The scales have shape {tuple(scale.shape)}; expected {tuple(wanted.shape)}, one for "
             "each group of each row."
         )
-        assert same(scale, wanted, 1e-3), f"{hint} The scales are not the mean sizes |w| of the groups."
+        assert same(scale / wanted, torch.ones_like(wanted), 1e-3), (
+            f"{hint} The scales are not the mean sizes |w| of the groups."
+        )
         assert codes.shape == expected.shape, (
             f"{hint} The codes have shape {tuple(codes.shape)}; expected that of the matrix."
         )
@@ -191,6 +209,7 @@ def _layer(latent):
 
 def _spoiled(latent, what):
     scale = latent.abs().mean(dim=None if what == "matrix" else 1, keepdim=True)
+    scale = scale if what == "no least" else scale.clamp(min=_LEAST)
     codes = latent / scale
     codes = (codes.trunc() if what == "truncated" else codes.round()).clamp(-1, 1)
     if what == "no scale":
@@ -205,7 +224,9 @@ def _spoiled(latent, what):
         return latent + (codes * scale - latent)
     if what == "not rounded":
         return latent + 0 * codes
-    return latent + (codes * scale - latent).detach()
+    if what == "one sum":  # which is rounded, so that some weights are none of the three values
+        return latent + (codes * scale - latent).detach()
+    return (codes * scale).detach() + (latent - latent.detach())
 
 
 def _there_and_back(answer, latent, arriving):
@@ -224,22 +245,26 @@ def _there_and_back(answer, latent, arriving):
         lambda latent, what=what: _spoiled(latent, what)
         for what in (
             "matrix", "truncated", "no scale", "no gradient", "scale learns", "twice", "nothing detached",
-            "not rounded",
+            "not rounded", "one sum", "no least",
         )
     ),
 )  # fmt: skip
 def mended_weight(answer):
     """Forward the three values, backward the gradient as it came: both of what the layer promises."""
     generator = torch.Generator().manual_seed(0)
-    for shape, factor in (((3, 8), 1.0), ((5, 12), 0.03)):
+    for shape, factor in (((3, 8), 1.0), ((5, 12), 0.03), ((16, 96), 1.0)):
         latent = torch.randn(*shape, generator=generator) * factor
         latent[0] *= 20  # one row is larger than the others
+        latent[1] *= shape[1] == 8  # and one has only zeros
         expected = _layer(latent.clone()).weight.detach()
         learned = latent.clone().requires_grad_()
         before, arriving = latent.clone(), torch.randn(*shape, generator=generator)
         got, gradient = answer(learned, arriving)
         assert isinstance(got, Tensor) and got.shape == shape, "Return a matrix of the latent weights' shape."
         assert torch.equal(learned.detach(), before), "The latent weights themselves were changed."
+        assert not got.isnan().any(), (
+            "A row of zeros became a row of NaN: 0 / 0. The first equation has a least scale."
+        )
         for row in got:
             assert len((row / row.abs().amax().clamp(min=1e-9)).round(decimals=3).unique()) <= 3, (
                 "A row of the result has more than three values."
@@ -251,6 +276,11 @@ def mended_weight(answer):
         assert same(got, expected, 2e-3), (
             "The values are not those of the scale. Each row has the mean of its own sizes."
         )
+        for row in got:
+            assert len(row.unique()) <= 3, (
+                "Some weights are only almost one of the three values: in float32 the sum w + (ŵ - w) is "
+                "rounded. Add what cancels first: ŵ + (w - w), which is exactly 0 behind ŵ."
+            )
         assert gradient is not None, "No gradient reaches the latent weights."
         assert same(gradient, arriving, 1e-4), (
             "The gradient that reaches a latent weight is not that of the ternary weight. Straight through "
@@ -424,6 +454,20 @@ def _one_round(weights):
     return weights[weights.abs() > scale / 2].abs().mean()
 
 
+def _once_in_turn(weights, rounds):
+    """Codes for a scale and a scale for codes, in turn: it stops at the first that is its own answer."""
+    scale = weights.abs().mean()
+    for _ in range(rounds):
+        scale = weights[weights.abs() > scale / 2].abs().mean()
+    return scale
+
+
+def _of_grid(weights, steps):
+    """The best of a grid of scales up to the largest weight."""
+    grid = torch.linspace(0, 1, steps + 1, dtype=weights.dtype)[1:] * weights.abs().max()
+    return min(grid, key=lambda scale: _error(weights, scale))
+
+
 @exercise(
     "best scale",
     wrong=(
@@ -435,6 +479,9 @@ def _one_round(weights):
         lambda weights: 1.2 * weights.std(),
         lambda weights: _least(weights) / 2,
         lambda weights: _least(weights[:-1]),
+        lambda weights: _of_grid(weights, 100),
+        lambda weights: _of_grid(weights, 3000),
+        lambda weights: _once_in_turn(weights, 100),
     ),
 )
 def best_scale(answer):
@@ -454,6 +501,11 @@ def best_scale(answer):
         least, mine = _error(weights, _least(weights)), _error(weights, abs(got))
         shown = ", ".join(f"{value:g}" for value in weights[:6].tolist()) if len(weights) < 10 else "many"
         assert got > 0, "A scale is above 0."
+        assert not (mine <= least * (1 + 1e-3) and abs(got / float(_least(weights)) - 1) > 1e-5), (
+            f"For the weights {shown} your scale is near the best, {got:.5g}, and not the best, "
+            f"{float(_least(weights)):.5g}, as one of a grid would be. For given codes the best scale is the "
+            "mean size of the weights whose code is not 0; so there are only as many candidates as weights."
+        )
         assert mine <= least * (1 + 1e-4) + 1e-9, (
             f"For the weights {shown} the squared error is {mine:.4f} with your scale, {got:.4f}; "
             f"{least:.4f} can be had. Suppose that k weights get a code that is not 0: which k should "

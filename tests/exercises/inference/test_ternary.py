@@ -40,6 +40,13 @@ def byte_in_a_tensor(byte):
     return codes
 
 
+def weight_in_whole_steps(latent):
+    """What cancels is added first; the codes by comparing, the least scale by a maximum."""
+    scale = torch.maximum(latent.detach().abs().mean(1), torch.tensor(1e-5))[:, None]
+    codes = (latent > scale / 2).float() - (latent < -scale / 2).float()
+    return (latent - latent.detach()) + scale * codes
+
+
 class Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, latent):
@@ -107,6 +114,24 @@ def scale_in_turn_from_many_starts(weights):
     return min(found, key=error)
 
 
+def _ternary(latent, least=1e-5):
+    latent = latent.detach()
+    scale = latent.abs().mean(1, keepdim=True).clamp(min=least)
+    return (latent / scale).round().clamp(-1, 1) * scale
+
+
+def scale_plus_the_least(weight, group):
+    grouped = weight.unflatten(1, (-1, group))
+    scale = grouped.abs().mean(2, keepdim=True) + 1e-5
+    return (grouped / scale).round().clamp(-1, 1).flatten(1), scale[..., 0]
+
+
+def scale_of_a_grid(weights):
+    grid = torch.linspace(0, 1, 2001, dtype=weights.dtype)[1:, None] * weights.abs().max()
+    errors = (weights - grid * (weights / grid).round().clamp(-1, 1)).square().sum(1)
+    return grid[errors.argmin(), 0]
+
+
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
@@ -114,6 +139,7 @@ def scale_in_turn_from_many_starts(weights):
         (check.read_byte, byte_by_its_number),
         (check.read_byte, byte_in_a_tensor),
         (check.mended_weight, Straight.apply),
+        (check.mended_weight, weight_in_whole_steps),
         (check.mended_weight, weight_of_the_library),
         (check.forecast_zeros, torch.tensor(0.25)),
         (check.forecast_zeros, 1 / 4),
@@ -121,6 +147,7 @@ def scale_in_turn_from_many_starts(weights):
         (check.fork, fork_in_a_list),
         (check.fork, fork_of_a_branch),
         (check.best_scale, scale_by_trying_each),
+        (check.best_scale, lambda weights: torch.tensor(scale_by_trying_each(weights.float()))),
         (check.best_scale, scale_in_turn_from_many_starts),
     ],
 )
@@ -140,6 +167,16 @@ def test_other_styles(exercise, answer):
             lambda latent: latent.detach().sign(),
             "The wrong weights are 0",
         ),
+        (
+            check.mended_weight,
+            lambda latent: (
+                latent + (_ternary(latent) - latent).detach()  # as it is mostly printed
+            ),
+            "only almost",
+        ),
+        (check.mended_weight, lambda latent: _ternary(latent, 0) + (latent - latent.detach()), "0 / 0"),
+        (check.codes_and_scales, scale_plus_the_least, "nothing is added"),
+        (check.best_scale, scale_of_a_grid, "as one of a grid"),
         (check.fork, lambda trainer, schedule, group: copy.copy(trainer), "Return two `Trainer`s"),
         (check.best_scale, lambda weights: weights.abs().mean(), "squared error"),
     ],
