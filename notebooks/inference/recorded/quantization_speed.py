@@ -1,12 +1,14 @@
 """Speed and memory of SmolLM2-135M in several types, 4 minutes on 2 cores of a quiet machine.
 
 Run it with `python notebooks/inference/recorded/quantization_speed.py prepare`, which packs the model into a
-folder of temporary files (3 minutes), and then without `prepare`, which measures. All that is compared is
-measured in one run, in turns, with two threads:
+folder of temporary files (3 minutes), and then without `prepare`, which measures; or with "matrices",
+"tokens", "parts" or "memory", which measures that alone. What is compared is measured in one run, in turns,
+with two threads:
 
 - one row times one matrix: PyTorch's ways, and the kernels in three builds (any processor, AVX2, this one);
 - a token written by SmolLM2-135M, for each type, beside llama.cpp with a file of the same bytes, if the
   package xllamacpp can be imported (it is named in the environment variable LLAMA_CPP_SITE otherwise);
+- where the time of such a token goes: each part is timed where it stands, in a model that is writing;
 - what the process of a model takes in memory, each in a process of its own.
 
 The rule, fixed before the run: Q4_0 writes at least 2.5 times as many tokens a second as PyTorch in float32,
@@ -19,23 +21,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import gguf
 import torch
 import torch.nn.functional as F
 
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.inference.packed import load_packed, quantize_model, save_packed
+from minicpm_lite.inference.packed import PackedLinear, load_packed, quantize_model, save_packed
 from minicpm_lite.inference.quantization import quantize
 from minicpm_lite.kernels import FORMATS, linear, reference
 from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.language import layers
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.fast_decoding import fast_decoding
+from minicpm_lite.language.layers import RMSNorm
 from minicpm_lite.pretrained.checkpoints import load_pretrained
 
 FOLDER = Path(tempfile.gettempdir()) / "minicpm_lite_packed"
@@ -70,6 +77,7 @@ def work(job: Job) -> dict:
         return {
             "matrices": matrices,
             "tokens": tokens,
+            "parts": parts,
             "memory": lambda: memory(job.of),
         }[job.kind]()
 
@@ -168,6 +176,60 @@ def writer(model: Decoder) -> Callable[[], None]:
             token = model(token, cache)[:, -1:].argmax(-1)
 
     return write
+
+
+def parts() -> dict:
+    """Milliseconds of a token, part by part, of the model whose matrices are all Q4_0; and of calls alone."""
+    model, spent = load_packed(FOLDER / "Q4_0 in all.safetensors"), Counter()
+    write = writer(model)
+    write()
+    whole = min(timed(write) for _ in range(5))
+
+    def watched(part: str, function: Callable) -> Callable:
+        def call(*given: object, **named: object) -> object:
+            start = time.perf_counter()
+            found = function(*given, **named)
+            spent[part] += time.perf_counter() - start
+            return found
+
+        return call
+
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            part = "output layer" if name == "lm_head" else "packed layers of the blocks"
+        elif isinstance(module, RMSNorm):
+            part = "norms"
+        else:
+            continue
+        module.forward = watched(part, module.forward)
+    with ExitStack() as changed:
+        for name in ("keep", "attend"):
+            method = watched("attention and its cache", getattr(KVCache, name))
+            changed.enter_context(mock.patch.object(KVCache, name, method))
+        turn = watched("positions", layers.apply_rotary)
+        changed.enter_context(mock.patch.object(layers, "apply_rotary", turn))
+        write = writer(model)
+        found = []
+        for _ in range(5):
+            spent.clear()
+            found.append((timed(write), dict(spent)))
+    seconds, spent = min(found, key=lambda each: each[0])
+    linears = sum(isinstance(module, PackedLinear) for module in model.modules())
+    x, tiny = torch.ones(1, 1, 32), quantize(torch.ones(1, 32), "Q4_0").data
+    calls = min(timed(lambda: [linear(x, tiny, "Q4_0") for _ in range(linears)]) for _ in range(50))
+    return {
+        "token": 1000 * whole / TOKENS,
+        "token, watched": 1000 * seconds / TOKENS,
+        "calls of packed layers": linears,
+        "calls alone": 1000 * calls,
+        "parts": {part: 1000 * each / TOKENS for part, each in spent.items()},
+    }
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def llama_cpp() -> dict:
@@ -278,10 +340,12 @@ if __name__ == "__main__":
             print(json.dumps(kernels(int(outputs), int(features))))
         case ["open", type]:
             print(json.dumps(open_model(type)))
-        case _:
+        case kinds:
             everything = [
                 Job("matrices"),
                 Job("tokens"),
+                Job("parts"),
                 *(Job("memory", type) for type in ("float32", *TYPES)),
             ]
-            run_jobs(__file__, everything, work, FACTS, workers=1)
+            wanted = [job for job in everything if not kinds or job.kind in kinds]
+            run_jobs(__file__, wanted, work, FACTS, workers=1)
