@@ -1,4 +1,4 @@
-"""What few bits cost SmolLM2-135M, and a small model of our own: 46 minutes on one core of a busy machine.
+"""What few bits cost SmolLM2-135M, and a small model of our own: 83 minutes on one core of a busy machine.
 
 Run it with `python notebooks/inference/recorded/quantization.py`.
 
