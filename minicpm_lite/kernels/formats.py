@@ -11,8 +11,7 @@
     TQ2_0     256     66   2.0625        scale * (q - 1),           q from 0 to 3; a quantiser writes 0 to 2
 
 Scales and mins of a block are float16. A row of weights is packed by itself, so a packed matrix has shape
-(outputs, bytes of a row). Where each bit lies is known to `inference.block_formats` and `inference.k_quants`
-alone, which write the blocks and read them; here stands what the kernels need to know of them.
+(outputs, bytes of a row). Which scale and which q to choose is the quantiser's matter, not this one's.
 
 Source: ggml-common.h and ggml-quants.c of llama.cpp; gguf-py 0.19.0, which the tests hold this equal to.
 
@@ -26,9 +25,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-
-from ..inference.block_formats import Q4_0, Q5_0, Q8_0, TQ2_0, BlockFormat
-from ..inference.k_quants import Q4_K, Q5_K, Q6_K
 
 __all__ = ["FORMATS", "Format", "find_format"]
 
@@ -79,30 +75,86 @@ def find_format(type: str) -> Format:
     return FORMATS[type]
 
 
-def _reader(kind: BlockFormat) -> Callable[[Tensor], Tensor]:
-    """Blocks of bytes, in any shape, as the weights that they stand for."""
-
-    def unpack(blocks: Tensor) -> Tensor:
-        values = kind.values(*kind.unpack(blocks.reshape(-1, kind.block_bytes)))
-        return values.reshape(*blocks.shape[:-1], kind.block)
-
-    return unpack
+def _half(two_bytes: Tensor) -> Tensor:
+    return two_bytes.contiguous().view(torch.float16).float()
 
 
-def _of(name: str, number: int, kind: BlockFormat) -> Format:
-    return Format(name, number, kind.block, kind.block_bytes, _reader(kind))
+def _whole(bytes: Tensor) -> Tensor:
+    return bytes.view(torch.int8).float()
+
+
+def _f32(blocks: Tensor) -> Tensor:
+    return blocks.view(torch.float32)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return _half(blocks[..., :2]) * _whole(blocks[..., 2:])
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Low halves, then high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _bits(packed: Tensor, shifts: range, mask: int) -> Tensor:
+    """Fields of each byte in a dimension of their own, before that of the bytes."""
+    return torch.stack([packed >> shift & mask for shift in shifts], dim=-2)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _half(blocks[..., :2]) * (_nibbles(blocks[..., 2:]).float() - 8)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    fifth = _bits(blocks[..., 2:6], range(8), 1).mT.flatten(-2)  # (..., 32)
+    return _half(blocks[..., :2]) * ((_nibbles(blocks[..., 6:]) | fifth << 4).float() - 16)
+
+
+def _scaled(blocks: Tensor, q: Tensor) -> Tensor:
+    """What Q4_K and Q5_K make of their 8 groups of q."""
+    scale, min, six = blocks[..., :16].split([2, 2, 12], dim=-1)
+    first, second, last = six.split(4, dim=-1)  # 6 bits of scales 0-3, of mins 0-3; 4 bits of all others
+    scales = torch.cat([first & 63, last & 15 | first >> 6 << 4], dim=-1).float()  # (..., 8)
+    mins = torch.cat([second & 63, last >> 4 | second >> 6 << 4], dim=-1).float()
+    weights = (_half(scale) * scales)[..., None] * q.float() - (_half(min) * mins)[..., None]
+    return weights.flatten(-2)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    packed = blocks[..., 16:].unflatten(-1, (4, 32))
+    return _scaled(blocks, _bits(packed, range(0, 8, 4), 15).flatten(-3, -2))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    packed = blocks[..., 48:].unflatten(-1, (4, 32))
+    fifth = _bits(blocks[..., 16:48], range(8), 1)  # (..., 8, 32)
+    return _scaled(blocks, _bits(packed, range(0, 8, 4), 15).flatten(-3, -2) | fifth << 4)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    low, high, scales, scale = blocks.split([128, 64, 16, 2], dim=-1)
+    low = _bits(low.unflatten(-1, (2, 64)), range(0, 8, 4), 15)  # (..., 2, 2, 64)
+    high = _bits(high.unflatten(-1, (2, 32)), range(0, 8, 2), 3)  # (..., 2, 4, 32)
+    q = (low.flatten(-3) | high.flatten(-3) << 4).float() - 32
+    scales = _half(scale) * _whole(scales)  # (..., 16)
+    return (scales[..., None] * q.unflatten(-1, (16, 16))).flatten(-2)
+
+
+def _tq2_0(blocks: Tensor) -> Tensor:
+    q = _bits(blocks[..., :64].unflatten(-1, (2, 32)), range(0, 8, 2), 3)  # (..., 2, 4, 32)
+    return _half(blocks[..., 64:]) * (q.flatten(-3).float() - 1)
 
 
 FORMATS = {
     format.name: format
     for format in (
-        Format("F32", 0, 1, 4, lambda blocks: blocks.view(torch.float32)),
-        _of("Q8_0", 8, Q8_0),
-        _of("Q5_0", 6, Q5_0),
-        _of("Q4_0", 2, Q4_0),
-        _of("Q6_K", 14, Q6_K),
-        _of("Q5_K", 13, Q5_K),
-        _of("Q4_K", 12, Q4_K),
-        _of("TQ2_0", 35, TQ2_0),
+        Format("F32", 0, 1, 4, _f32),
+        Format("Q8_0", 8, 32, 34, _q8_0),
+        Format("Q5_0", 6, 32, 22, _q5_0),
+        Format("Q4_0", 2, 32, 18, _q4_0),
+        Format("Q6_K", 14, 256, 210, _q6_k),
+        Format("Q5_K", 13, 256, 176, _q5_k),
+        Format("Q4_K", 12, 256, 144, _q4_k),
+        Format("TQ2_0", 35, 256, 66, _tq2_0),
     )
 }
