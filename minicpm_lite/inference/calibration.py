@@ -66,11 +66,6 @@ class Statistics:
             self.total_abs += x.abs().sum(0)
             self.largest = torch.maximum(self.largest, x.abs().amax(0))
 
-    @property
-    def mean_abs(self) -> Float[Tensor, " columns"]:
-        """How large each column is, on average."""
-        return self.total_abs / max(1, self.tokens)
-
 
 @torch.no_grad()
 def walk_blocks(

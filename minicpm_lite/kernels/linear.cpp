@@ -49,7 +49,13 @@ using Bytes = int8_t __attribute__((vector_size(32)));
 using Unsigned = uint8_t __attribute__((vector_size(32)));
 using Ints = int32_t __attribute__((vector_size(32)));
 using Floats = float __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
 using WideFloats = float __attribute__((vector_size(64)));
+#else
+struct WideFloats {  // the compiler would keep a vector that is wider than a register in memory
+  Floats first, second;
+};
+#endif
 
 inline Floats all_lanes(float number) {
   return number - Floats{};  // which changes no number: 0 + number would change -0
@@ -61,6 +67,13 @@ inline Vector load(const void* from) {
   std::memcpy(&vector, from, sizeof vector);
   return vector;
 }
+
+#if defined(AVX2) && !defined(__AVX512F__)
+template <>
+inline WideFloats load<WideFloats>(const void* from) {  // in halves: a copy as a whole goes through memory
+  return {load<Floats>(from), load<Floats>((const Floats*)from + 1)};
+}
+#endif
 
 // sum + a * b, rounded once where the processor can. Left to the compiler, that would be so in one loop and
 // not in the next, and a row's bits would depend on how many rows come with it.
@@ -87,20 +100,25 @@ inline Floats add_product(Floats sum, Floats a, Floats b) {
 #endif
 }
 
+#if defined(__AVX512F__)
 inline Floats low(WideFloats wide) {
   return __builtin_shufflevector(wide, wide, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 inline Floats high(WideFloats wide) {
   return __builtin_shufflevector(wide, wide, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+#else
+inline Floats low(WideFloats wide) { return wide.first; }
+inline Floats high(WideFloats wide) { return wide.second; }
+#endif
 
 inline WideFloats add_product(WideFloats sum, WideFloats a, WideFloats b) {
 #if defined(AVX2) && defined(__AVX512F__)
   return (WideFloats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX512F__)
+  return sum + a * b;
 #else
-  return __builtin_shufflevector(add_product(low(sum), low(a), low(b)),
-                                 add_product(high(sum), high(a), high(b)), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-                                 11, 12, 13, 14, 15);
+  return {add_product(sum.first, a.first, b.first), add_product(sum.second, a.second, b.second)};
 #endif
 }
 
@@ -276,7 +294,8 @@ struct ExactRows {
   ExactRows(const float* x, int64_t rows, int64_t places, int64_t features)
       : values((features + 15) / 16 * places) {
     for (int64_t row = 0; row < rows; row++)
-      for (int64_t i = 0; i < features; i++) values[i / 16 * places + row][i % 16] = x[row * features + i];
+      for (int64_t i = 0; i < features; i++)
+        ((float*)&values[i / 16 * places + row])[i % 16] = x[row * features + i];
   }
 };
 

@@ -47,7 +47,7 @@ def test_statistics_are_those_of_a_whole_pass(family):
         if len(x):
             scale = x.square().sum()
             assert_close(found[name].hessian / scale, x.T @ x / scale, atol=1e-5, rtol=1e-4, msg=name)
-            assert_close(found[name].mean_abs, x.abs().mean(0), atol=1e-5, rtol=1e-4)
+            assert_close(found[name].total_abs / len(x), x.abs().mean(0), atol=1e-5, rtol=1e-4)
             assert_close(found[name].largest, x.abs().amax(0), atol=1e-4, rtol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_an_expert_without_visitors_has_no_statistics():
     found = collected(model, torch.full((1, 1), 3))
     idle = [seen for name, seen in found.items() if ".experts." in name and not seen.tokens]
     assert len(idle) == 2 * 3 * 3  # layers, idle experts of five, linear layers of each
-    assert all(not seen.hessian.any() and not seen.mean_abs.any() for seen in idle)
+    assert all(not seen.hessian.any() and not seen.total_abs.any() for seen in idle)
 
 
 @pytest.mark.parametrize(

@@ -17,56 +17,70 @@ def _drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _groups(
-    weights, group, bits, highest=None, by_row=False, rounded=torch.round, inner=False, offset=0, guarded=True
-):
-    top = (2 ** (bits - 1) - 1 if highest is None else highest) + offset
-    parts = weights.reshape(*weights.shape[:-1], -1, weights.shape[-1] if by_row else group)
-    size = parts.abs().mean(-1, keepdim=True) if inner else parts.abs().amax(-1, keepdim=True)
-    step = size / top
-    codes = rounded(parts / (torch.where(step > 0, step, 1) if guarded else step)).clamp(-top, top)
-    return (codes * step).reshape(weights.shape)
+def _between(
+    weights, group, bits, marks=0, by_row=False, rounded=torch.round, symmetric=False, smallest=0.0,
+    shift=True, guarded=True,
+):  # fmt: skip
+    parts = weights.double().reshape(*weights.shape[:-1], -1, weights.shape[-1] if by_row else group)
+    low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+    if symmetric:
+        high = parts.abs().amax(-1, keepdim=True)
+        low = -high
+    step = ((high - low) / (2**bits - 1 + marks)).clamp(min=smallest)
+    codes = rounded((parts - low) / (torch.where(step > 0, step, 1) if guarded else step))
+    return (codes * step + (low if shift else 0)).reshape(weights.shape).to(weights.dtype)
 
 
 @exercise(
-    "round groups",
+    "round between",
     wrong=(
-        lambda weights, group, bits: _groups(weights, group, bits, by_row=True),
-        lambda weights, group, bits: _groups(weights, group, 4),
-        lambda weights, group, bits: _groups(weights, 4, bits),
-        lambda weights, group, bits: _groups(weights, group, bits, offset=1),  # 8 levels on each side
-        lambda weights, group, bits: _groups(weights, group, bits, highest=2**bits - 1),
-        lambda weights, group, bits: _groups(weights, group, bits, rounded=torch.trunc),
-        lambda weights, group, bits: _groups(weights, group, bits, rounded=torch.floor),
-        lambda weights, group, bits: _groups(weights, group, bits, inner=True),
-        lambda weights, group, bits: _groups(weights, group, bits).reshape(-1, group),
-        lambda weights, group, bits: _groups(weights, group, bits, guarded=False),
+        lambda weights, group, bits: _between(weights, group, bits, by_row=True),
+        lambda weights, group, bits: _between(weights, group, 4),
+        lambda weights, group, bits: _between(weights, 4, bits),
+        lambda weights, group, bits: _between(weights, group, bits, marks=1),  # one mark too many
+        lambda weights, group, bits: _between(weights, group, bits, marks=-1),
+        lambda weights, group, bits: _between(weights, group, bits, symmetric=True),
+        lambda weights, group, bits: _between(weights, group, bits, rounded=torch.floor),
+        lambda weights, group, bits: _between(weights, group, bits, rounded=torch.ceil),
+        lambda weights, group, bits: _between(weights, group, bits, shift=False),
+        lambda weights, group, bits: _between(weights, group, bits).reshape(-1, group),
+        lambda weights, group, bits: _between(weights, group, bits, guarded=False),
+        lambda weights, group, bits: _between(weights, group, bits, smallest=1e-3),
+        lambda weights, group, bits: _between(weights, group, bits, smallest=1e-8),
         lambda weights, group, bits: weights,
     ),
     without=("a loop", "quantize", "dequantize"),
-)  # fmt: skip
-def round_groups(answer):
-    """Each group has a step of its own, so a large weight spoils its own group and no other."""
-    by_hand = torch.tensor([[0.86, -0.33, 0.14, -1.4, 0.52, 0.05, 1.06, -0.72]])
-    assert same(answer(by_hand.clone(), 8, 4), [[0.8, -0.4, 0.2, -1.4, 0.6, 0.0, 1.0, -0.8]]), (
-        "The eight weights of the pencil example, one group, 4 bits: the step is 1.4 / 7 = 0.2."
-    )
-    halves = answer(by_hand.clone(), 4, 4)
-    assert same(halves, _groups(by_hand, 4, 4)), (
-        "The same in two groups of four: the second group's largest is 1.06, so its step is 1.06 / 7. "
-        "The result has the shape of the weights."
+)
+def round_between(answer):
+    """Each group has its own first mark and its own step, so all of its codes are used."""
+    by_hand = torch.tensor([[0.1, 1.6, 0.45, 0.8]])
+    assert same(answer(by_hand.clone(), 4, 2), [[0.1, 1.6, 0.6, 0.6]]), (
+        "By hand: 0.1, 1.6, 0.45 and 0.8 in one group with 2 bits. The marks are 0.1, 0.6, 1.1 and 1.6, for "
+        "the step is (1.6 - 0.1) / 3; so 0.45 and 0.8 go to 0.6."
     )
     for seed, (group, bits) in enumerate(((4, 3), (16, 4), (8, 8), (32, 2))):
-        weights = _drawn(seed, 3, 64)
+        weights = _drawn(seed, 3, 64) + 0.5 * seed
         got = answer(weights.clone(), group, bits)
-        assert tuple(got.shape) == (3, 64), "The result has the shape of the weights."
-        assert same(got, _groups(weights, group, bits)), (
-            f"Groups of {group} with {bits} bits: codes go from -{2 ** (bits - 1) - 1} to "
-            f"{2 ** (bits - 1) - 1}, and the largest size of a group is the last code."
+        assert tuple(getattr(got, "shape", ())) == (3, 64), (
+            "The result is a tensor with the shape of the weights."
         )
-    weights = torch.cat([torch.zeros(1, 8), _drawn(9, 1, 8)], dim=1)
-    got = answer(weights.clone(), 8, 4)
-    assert same(got, _groups(weights, 8, 4)), "A group of zeros has step 0. It stays zeros, and no NaN."
+        assert same(got, _between(weights, group, bits), 1e-5), (
+            f"Groups of {group} with {bits} bits have {2**bits} marks, the first at the least weight of the "
+            "group and the last at its largest. How many steps lie between them?"
+        )
+    weights = _drawn(5, 2, 3, 16)
+    assert same(answer(weights.clone(), 8, 4), _between(weights, 8, 4), 1e-5), (
+        "With three dimensions it comes out otherwise: only the last one is cut into groups."
+    )
+    weights = _drawn(9, 1, 16) * 1e-9
+    assert same(answer(weights.clone() * 1.0, 8, 4) * 1e9, _between(weights, 8, 4) * 1e9, 1e-4), (
+        "These weights are about a billionth, and are to be rounded as exactly as others: a least size for "
+        "the step, put there against a division by zero, is a mistake for them."
+    )
+    weights = torch.cat([torch.full((1, 8), 0.75), torch.zeros(1, 8), _drawn(9, 1, 8)], dim=1)
+    assert same(answer(weights.clone(), 8, 4), _between(weights, 8, 4), 1e-5), (
+        "In a group whose weights are all equal the step is 0. They stay as they are, and no NaN."
+    )
 
 
 def _q4_0_values(block, pairs=False, swapped=False, offset=8, sign=True, start=2, order="<"):
@@ -109,7 +123,8 @@ def read_q4_0(answer):
             "These are not the values that were stored, in whatever order. Look at the 16 codes of the "
             "film: which one stands for zero? And what is the sign of the scale?"
             if sign > 0
-            else "Here the largest weight is negative, so the scale is positive, before it was negative."
+            else "Where the largest weight was positive these were right, and here, where it is negative, "
+            "they are not: the scale is stored with its sign, which is now another."
         )
         assert same(ratio, expected), (
             "The values are right, and their order is not: which two weights share a byte, and which of them "
@@ -139,10 +154,17 @@ def forecast(answer):
     )
 
 
-def _gptq_row(weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1, backwards=False):
+def _gptq_row(
+    weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1, order="falling", sort_back=True
+):
     w, h = weights.clone().double(), hessian.double()
     found = torch.zeros_like(w)
-    order = list(range(len(w)))[:: -1 if backwards else 1]
+    order = {
+        "falling": h.diagonal().argsort(descending=True).tolist(),
+        "rising": h.diagonal().argsort().tolist(),
+        "as they stand": list(range(len(w))),
+        "largest weight first": w.abs().argsort(descending=True).tolist(),
+    }[order]
     for place, j in enumerate(order):
         found[j] = step * (w[j] / step).round().clamp(lowest, highest)
         rest = order[place + 1 :]
@@ -155,11 +177,23 @@ def _gptq_row(weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1
                 w[rest] = w[rest] + sign * cross / h[j, j] * change
             else:
                 w[rest] = w[rest] + sign * torch.linalg.solve(inner, cross) * change
-    return found.to(weights.dtype)
+    return (found if sort_back else found[order]).to(weights.dtype)
+
+
+def _changes_its_input(weights, hessian, step):
+    weights.copy_(_gptq_row(weights, hessian, step))
+    return weights
+
+
+def _gptq_asked(answer, weights, hessian, step):
+    """The row that comes back, its type, and whether what was given is as it was."""
+    given = weights.clone(), hessian.clone()
+    got = answer(*given, step)
+    return got, str(getattr(got, "dtype", "")), torch.equal(given[0], weights), torch.equal(given[1], hessian)
 
 
 @exercise(
-    "GPTQ of a row",
+    "GPTQ in order",
     wrong=(
         lambda weights, hessian, step: step * (weights / step).round().clamp(-8, 7),
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, sign=1),
@@ -167,90 +201,130 @@ def _gptq_row(weights, hessian, step, lowest=-8, highest=7, factor=None, sign=-1
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, factor="own"),
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, lowest=-1000, highest=1000),
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, lowest=-7),
-        lambda weights, hessian, step: _gptq_row(weights, hessian, step, backwards=True),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="as they stand"),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="rising"),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="largest weight first"),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, sort_back=False),
         lambda weights, hessian, step: _gptq_row(weights, torch.eye(len(weights)), step),
         lambda weights, hessian, step: _gptq_row(weights, hessian, 1.0),
+        lambda weights, hessian, step: _gptq_row(weights.double(), hessian, step),
+        _changes_its_input,
     ),
     without=("gptq",),
+    ask=_gptq_asked,
 )
 def gptq_row(answer):
-    """One weight is rounded; the others, as far as they are free, mend what that did to the output."""
-    two = torch.tensor([1.4, 0.4]), torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    assert same(answer(two[0].clone(), two[1].clone(), 1.0), [1.0, 1.0]), (
-        "The example of the text: 1.4 becomes 1, and what that takes away the second weight makes up for. "
-        "0.4 becomes 0.4 + 1 · 0.4 = 0.8, and is rounded to 1."
+    """Who counts most is rounded first, when all the others are still free to mend what that did."""
+    two = torch.tensor([0.4, 1.4]), torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+    got, dtype, weights_stay, hessian_stays = answer(*two, 1.0)
+    assert same(got, [1.0, 1.0]), (
+        "The example of the text with its two weights exchanged: the second has the larger entry on the "
+        "diagonal, 2, so it goes first, from 1.4 to 1. The first makes up for it: 0.4 becomes 0.8, and then "
+        "1. The row comes back in the order in which it was given."
     )
-    assert same(answer(two[0].clone(), torch.eye(2), 1.0), [1.0, 0.0]), (
+    assert weights_stay and hessian_stays, (
+        "The weights that were given, or the hessian, have changed; work on a copy."
+    )
+    assert dtype == "torch.float32", (
+        "The weights were float32, and the row that came back is "
+        f"{dtype.removeprefix('torch.') or 'no tensor'}."
+    )
+    assert same(answer(torch.tensor([1.4, 0.4]), torch.eye(2), 1.0)[0], [1.0, 0.0]), (
         "If inputs have nothing in common, no weight can mend another, and each is rounded to its nearest."
     )
-    assert same(answer(torch.tensor([2.6]), torch.eye(1), 1.0), [3.0]), (
+    assert same(answer(torch.tensor([2.6]), torch.eye(1), 1.0)[0], [3.0]), (
         "A single weight has nobody to help it."
     )
     for seed, step in enumerate((0.25, 0.4, 0.3, 0.2)):
         weights, x = _drawn(seed, 6), _drawn(seed + 50, 9, 6) @ _drawn(seed + 70, 6, 6)
         hessian = x.T @ x + 0.05 * torch.eye(6)
-        got, expected = answer(weights.clone(), hessian.clone(), step), _gptq_row(weights, hessian, step)
-        assert same(got[0], expected[0], 1e-4), (
-            "The first weight has not been changed by anybody: it is rounded to the nearest multiple of the "
-            f"step, with a code from -8 to 7. Here it is {weights[0]:.3f}, the step {step}."
+        got, expected = answer(weights, hessian, step)[0], _gptq_row(weights, hessian, step)
+        first = int(hessian.diagonal().argmax())
+        assert tuple(getattr(got, "shape", ())) == (6,), "Six weights were given, and six come back."
+        assert same(got[first], expected[first], 1e-4), (
+            f"The largest on the diagonal of H is that of weight {first}: nobody has changed it when it "
+            f"is rounded to the nearest multiple of {step}, with a code from -8 to 7. Here it is "
+            f"{weights[first]:.3f}."
         )
         assert same(got, expected, 1e-4), (
             "With six weights one comes out otherwise. All weights that are still free move together: the "
-            "change of them that makes the error least solves H_rest · change = -(column j of H) · error."
+            "change of them that makes the error least solves H_rest · change = -(column j of H) · error, "
+            "where the rest are those whose turn has not come."
         )
     weights = torch.tensor([3.0, -3.0, 0.1])
-    assert same(answer(weights.clone(), torch.eye(3), 0.25), [1.75, -2.0, 0.0]), (
+    assert same(answer(weights, torch.eye(3), 0.25)[0], [1.75, -2.0, 0.0]), (
         "Codes end at -8 and 7: with a step of 0.25, 3 becomes 1.75, and -3 becomes -2."
     )
 
 
-def _dot(block, x, offset=8, exact=False, levels=127, scaled=True, squared=False, pairs=False, rounded=True):
-    data = torch.as_tensor(block, dtype=torch.uint8)
-    scale = data[:2].contiguous().view(torch.float16).float().item()
-    low, high = (data[2:] & 15).double(), (data[2:] >> 4).double()
-    codes = (torch.stack([low, high], 1).flatten() if pairs else torch.cat([low, high])) - offset
-    x = x.double()
-    step = x.abs().max().item() / levels
-    q = x if exact else x * 0 if step == 0 else (x / step).round() if rounded else (x / step).trunc()
-    step = 1.0 if exact or not scaled else step
-    return scale ** (2 if squared else 1) * step * float(codes @ q)
+def _dot(codes, step, least, x, levels=127, exact=False, minimum="rounded", added=False, rounded=torch.round):
+    q, x = torch.as_tensor(codes).double(), x.double()
+    size = x.abs().max().item() / levels
+    p = x if exact else x * 0 if size == 0 else rounded(x / size)
+    unit = 1.0 if exact else size
+    of_minimum = {"rounded": unit * p.sum(), "exact": x.sum(), "none": 0.0, "count": 32.0, "codes": q.sum()}
+    product = step * unit * float(q @ p)
+    return product + (1 if added else -1) * least * float(of_minimum[minimum])
 
 
 @exercise(
-    "product of a block",
+    "product with a minimum",
     wrong=(
-        lambda block, x: _dot(block, x, exact=True),
-        lambda block, x: _dot(block, x, offset=0),
-        lambda block, x: _dot(block, x, levels=128),
-        lambda block, x: _dot(block, x, levels=7),
-        lambda block, x: _dot(block, x, scaled=False),
-        lambda block, x: _dot(block, x, squared=True),
-        lambda block, x: _dot(block, x, pairs=True),
-        lambda block, x: _dot(block, x, rounded=False),
-        lambda block, x: abs(_dot(block, x)),
+        lambda codes, step, least, x: _dot(codes, step, least, x, exact=True),
+        lambda codes, step, least, x: _dot(codes, step, least, x, minimum="exact"),
+        lambda codes, step, least, x: _dot(codes, step, least, x, minimum="none"),
+        lambda codes, step, least, x: _dot(codes, step, least, x, minimum="count"),
+        lambda codes, step, least, x: _dot(codes, step, least, x, minimum="codes"),
+        lambda codes, step, least, x: _dot(codes, step, least, x, added=True),
+        lambda codes, step, least, x: _dot(codes, step, least, x, levels=128),
+        lambda codes, step, least, x: _dot(codes, step, least, x, levels=7),
+        lambda codes, step, least, x: _dot(codes, step, least, x, rounded=torch.trunc),
+        lambda codes, step, least, x: _dot(codes, step * step, least, x),
+        lambda codes, step, least, x: torch.full((2,), _dot(codes, step, least, x)),
     ),
     without=("linear", "dequantize", "reference"),
 )
-def block_product(answer):
-    """This is what the kernel computes: whole numbers, and two multiplications of floats at the end."""
+def group_product(answer):
+    """Two sums of whole numbers, one of products and one of codes of x; floats come in at the end."""
+    by_hand = torch.zeros(32, dtype=torch.uint8), torch.zeros(32)
+    by_hand[0][0], by_hand[0][1], by_hand[1][0], by_hand[1][1] = 5, 2, 1.27, 0.5
+    assert abs(_number(answer(by_hand[0].clone(), 0.5, 1.0, by_hand[1].clone())) - 1.905) < 1e-4, (
+        "By hand: codes 5 and 2, step 0.5, minimum 1, so weights 1.5 and 0; x is 1.27 and 0.5, so its codes "
+        "are 127 and 50, with a step of 0.01. The product is 1.905."
+    )
     for seed in range(4):
-        block = quantize(_drawn(seed, 1, 32), "Q4_0").data[0]
-        x = _drawn(seed + 10, 32) * 10.0 ** (seed - 1)
-        got, expected, exact = (
-            float(answer(block.clone(), x.clone())),
-            _dot(block, x),
-            _dot(block, x, exact=True),
+        codes = torch.randint(0, 16, (32,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        x, step, least = _drawn(seed + 10, 32) * 10.0 ** (seed - 1), 0.1 + 0.05 * seed, 0.7 + 0.4 * seed
+        got = _number(answer(codes.clone(), step, least, x.clone()))
+        expected, size = _dot(codes, step, least, x), x.abs().max().item()
+        exact, without = _dot(codes, step, least, x, exact=True), _dot(codes, step, least, x, minimum="none")
+        close = 1e-4 * max(1e-3, size)
+        assert not abs(got - exact) < close, (
+            "That is the product with x as it is. The kernel rounds x to 8 bits first, to multiples of its "
+            "largest size / 127, and both sums are of those."
         )
-        assert not abs(got - exact) < 0.01 * abs(expected - exact), (
-            "That is the product with x as it is. The kernel rounds x to 8 bits first: to multiples of the "
-            "largest size in the group / 127."
+        assert not abs(got - without) < close, (
+            "That is the sum of products alone. Each weight is step · code less the minimum: what do 32 "
+            "minima take away?"
         )
-        assert abs(got - expected) < 1e-4 * max(1e-3, x.abs().max().item()), (
-            f"The kernel gives {expected:.5f}, yours {got:.5f}. Codes of the weights, codes of x, the sum of "
-            "their 32 products; then that times the scale of the weights and the step of x."
+        assert not abs(got - _dot(codes, step, least, x, minimum="exact")) < close, (
+            "Nearly: the minimum is multiplied by the sum of x as it was, and the kernel knows only x as it "
+            "was rounded."
         )
-    block = quantize(_drawn(7, 1, 32), "Q4_0").data[0]
-    assert float(answer(block.clone(), torch.zeros(32))) == 0, "An x of zeros gives 0, and no NaN."
+        assert abs(got - expected) < close, (
+            f"The kernel gives {expected:.5f}, yours {got:.5f}. Codes of x, the sum of the 32 products, the "
+            "sum of the codes of x; then the first times step and step of x, less the second times minimum "
+            "and step of x."
+        )
+    codes = torch.arange(32, dtype=torch.uint8) % 16
+    assert _number(answer(codes, 0.5, 1.0, torch.zeros(32))) == 0, "An x of zeros gives 0, and no NaN."
+
+
+def _number(found):
+    assert not isinstance(found, str) and getattr(found, "ndim", 0) == 0, (
+        "The product of one group is one number, a float or a tensor without dimensions."
+    )
+    return float(found)
 
 
 def _was_rounded(weight, block=32, bits=4, per=max, equal=True, whole=False):
@@ -303,6 +377,7 @@ def was_rounded(answer):
 _BUDGET = 4.75e9  # bytes
 _EIGHT = load_config("minicpm4-8b")
 _Q6, _SMALL = mixture("Q6_K", _EIGHT), mixture("Q4_0", _EIGHT)
+_WITH_VALUES = {name: "Q6_K" if "v_proj" in name else type for name, type in _SMALL.items()}
 
 
 @exercise(
@@ -316,6 +391,8 @@ _Q6, _SMALL = mixture("Q6_K", _EIGHT), mixture("Q4_0", _EIGHT)
         _SMALL | {"layers.0.mlp.up_proj.weight": "Q3"},
         "Q4_0",
         _SMALL,  # values are not more precise than the rest
+        _WITH_VALUES | {"embed_tokens.weight": "TQ2_0"},
+        _WITH_VALUES | {"layers.3.mlp.down_proj.weight": "TQ1_0"},
     ),
 )
 def my_mixture(answer):
@@ -329,12 +406,15 @@ def my_mixture(answer):
     assert not unknown, f"The model has no matrix {unknown[0]!r}."
     size = packed_size(_EIGHT, answer, torch.float16)
     assert size.nbytes <= _BUDGET, f"It takes {size.nbytes / 1e9:.2f} GB; {_BUDGET / 1e9:.2f} are allowed."
-
+    coarse = [name for name, type in answer.items() if _bits(type) < 4]
+    assert not coarse, f"No matrix was to have less than four bits; {coarse[0]} is {answer[coarse[0]]}."
     assert _bits(answer["lm_head.weight"]) >= 6, "The output layer was to have at least six bits."
     layers = range(_EIGHT.num_hidden_layers)
     values = [_bits(answer[f"layers.{layer}.self_attn.v_proj.weight"]) for layer in layers]
     rest = [_bits(answer[f"layers.{layer}.mlp.up_proj.weight"]) for layer in layers]
-    assert min(values) > max(rest), "The values were to have more bits in every layer than what is widest."
+    assert min(values) > max(rest), (
+        "The values of some layer have no more bits than the up_proj of some other."
+    )
 
 
 def _bits(type: str) -> float:
@@ -379,14 +459,15 @@ quiz = Quiz(
             "The sum of whole numbers is exact; that x was rounded is not.",
         ),
         (
-            "Weights of 4.5 bits are a seventh of those of 32. Why is decoding not seven times as fast?",
+            "All matrices of SmolLM2 are packed in 4.5 bits. Where does most of a token's time go now?",
             [
-                "Because unpacking costs as much as reading",
-                "Because nibbles must be read twice",
-                "Because attention, norms and Python take the time they took before",
+                "Into reading the packed weights",
+                "Into unpacking nibbles and multiplying",
+                "Into all that is no product with a matrix",
             ],
             2,
-            "Only the products shrink. What is left weighs the more, the smaller the model.",
+            "Attention, norms, and the many small operations between them take the time they took before; "
+            "they weigh the more, the smaller the model.",
         ),
     ]
 )

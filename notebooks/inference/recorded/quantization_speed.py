@@ -1,12 +1,16 @@
 """Speed and memory of SmolLM2-135M in several types, 4 minutes on 2 cores of a quiet machine.
 
 Run it with `python notebooks/inference/recorded/quantization_speed.py prepare`, which packs the model into a
-folder of temporary files (3 minutes), and then without `prepare`, which measures. All that is compared is
-measured in one run, in turns, with two threads:
+folder of temporary files (3 minutes), and then without `prepare`, which measures; or with "matrices",
+"tokens", "parts", "float32" or "memory", which measures that alone. What is compared is measured in one run,
+in turns, with two threads:
 
 - one row times one matrix: PyTorch's ways, and the kernels in three builds (any processor, AVX2, this one);
 - a token written by SmolLM2-135M, for each type, beside llama.cpp with a file of the same bytes, if the
   package xllamacpp can be imported (it is named in the environment variable LLAMA_CPP_SITE otherwise);
+- where the time of such a token goes: each part is timed where it stands, and the fastest of 400 counts;
+- one row times the second matrix in float32 once more, since the kernel was mended for what has no AVX-512:
+  the fastest of 100, on a machine that was busy;
 - what the process of a model takes in memory, each in a process of its own.
 
 The rule, fixed before the run: Q4_0 writes at least 2.5 times as many tokens a second as PyTorch in float32,
@@ -14,28 +18,34 @@ and at least 70 % of llama.cpp's on the same bytes.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import gguf
 import torch
 import torch.nn.functional as F
 
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.inference.packed import load_packed, quantize_model, save_packed
+from minicpm_lite.inference.packed import PackedLinear, load_packed, quantize_model, save_packed
 from minicpm_lite.inference.quantization import quantize
 from minicpm_lite.kernels import FORMATS, linear, reference
 from minicpm_lite.lab.recorded import run_jobs
+from minicpm_lite.language import layers
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.fast_decoding import fast_decoding
+from minicpm_lite.language.layers import RMSNorm
 from minicpm_lite.pretrained.checkpoints import load_pretrained
 
 FOLDER = Path(tempfile.gettempdir()) / "minicpm_lite_packed"
@@ -48,6 +58,7 @@ BUILDS = {
     "this one": "",
 }
 PROMPT, TOKENS, ROUNDS = 16, 32, 3
+OFTEN = 400  # a part of a token, of which the fastest counts
 THREADS = 2
 FACTS = {"threads": THREADS, "prompt": PROMPT, "tokens": TOKENS, "rounds": ROUNDS, "matrices": MATRICES}
 
@@ -70,6 +81,8 @@ def work(job: Job) -> dict:
         return {
             "matrices": matrices,
             "tokens": tokens,
+            "parts": parts,
+            "float32": float32,
             "memory": lambda: memory(job.of),
         }[job.kind]()
 
@@ -168,6 +181,87 @@ def writer(model: Decoder) -> Callable[[], None]:
             token = model(token, cache)[:, -1:].argmax(-1)
 
     return write
+
+
+def parts() -> dict:
+    """Milliseconds of a token, call by call, of the model whose matrices are all Q4_0; and of calls alone.
+
+    Of each call the fastest of many tokens counts, so that what else the machine does has little say.
+    """
+    model = load_packed(FOLDER / "Q4_0 in all.safetensors")
+    ids = torch.randint(49_152, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(PROMPT + TOKENS)
+    token = model(ids, cache)[:, -1:].argmax(-1)
+    fastest, place = {}, Counter()
+
+    def write() -> None:
+        cache.truncate(PROMPT)
+        place.clear()
+        model(token, cache)[:, -1:].argmax(-1)
+
+    whole = min(timed(write) for _ in range(OFTEN))
+
+    def watched(part: str, function: Callable) -> Callable:
+        def call(*given: object, **named: object) -> object:
+            at = part, place[part]
+            place[part] += 1
+            start = time.perf_counter()
+            found = function(*given, **named)
+            fastest[at] = min(time.perf_counter() - start, fastest.get(at, math.inf))
+            return found
+
+        return call
+
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            part = "output layer" if name == "lm_head" else "packed layers of the blocks"
+            module.forward = watched(part, module.forward)
+        elif isinstance(module, RMSNorm):
+            module.forward = watched("norms", module.forward)
+    with ExitStack() as changed:
+        for name in ("keep", "attend"):
+            method = watched("attention and its cache", getattr(KVCache, name))
+            changed.enter_context(mock.patch.object(KVCache, name, method))
+        turn = watched("positions", layers.apply_rotary)
+        changed.enter_context(mock.patch.object(layers, "apply_rotary", turn))
+        for _ in range(OFTEN):
+            write()
+    spent = Counter()
+    for (part, _), seconds in fastest.items():
+        spent[part] += 1000 * seconds
+    linears = sum(isinstance(module, PackedLinear) for module in model.modules())
+    x, tiny = torch.ones(1, 1, 32), quantize(torch.ones(1, 32), "Q4_0").data
+    call = min(timed(lambda: linear(x, tiny, "Q4_0")) for _ in range(OFTEN * 20))
+    return {
+        "token": 1000 * whole,
+        "calls": linears,
+        "calls alone": 1000 * linears * call,
+        "parts": dict(spent),
+    }
+
+
+def float32() -> dict:
+    """Milliseconds of one row with float32 weights, the fastest of many: PyTorch's, and three builds."""
+    outputs, features = MATRICES["a matrix of an 8B"]
+    weight, x = torch.randn(outputs, features), torch.randn(1, features)
+    found = {"torch float32": 1000 * min(timed(lambda: F.linear(x, weight)) for _ in range(OFTEN // 4))}
+    for build, flags in BUILDS.items():
+        environment = os.environ | {"CXXFLAGS": flags, "OMP_NUM_THREADS": str(THREADS)}
+        command = [sys.executable, __file__, "float32 kernel", str(outputs), str(features)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found[build] = float(run.stdout)
+    return found
+
+
+def float32_kernel(outputs: int, features: int) -> float:
+    weight, x = torch.randn(outputs, features), torch.randn(1, features)
+    return 1000 * min(timed(lambda: linear(x, weight, "F32")) for _ in range(OFTEN // 4))
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def llama_cpp() -> dict:
@@ -276,12 +370,17 @@ if __name__ == "__main__":
             prepare()
         case ["kernels", outputs, features]:
             print(json.dumps(kernels(int(outputs), int(features))))
+        case ["float32 kernel", outputs, features]:
+            print(float32_kernel(int(outputs), int(features)))
         case ["open", type]:
             print(json.dumps(open_model(type)))
-        case _:
+        case kinds:
             everything = [
                 Job("matrices"),
                 Job("tokens"),
+                Job("parts"),
+                Job("float32"),
                 *(Job("memory", type) for type in ("float32", *TYPES)),
             ]
-            run_jobs(__file__, everything, work, FACTS, workers=1)
+            wanted = [job for job in everything if not kinds or job.kind in kinds]
+            run_jobs(__file__, wanted, work, FACTS, workers=1)

@@ -10,12 +10,12 @@ from minicpm_lite.exercises.inference import quantization as check
 from minicpm_lite.inference.mixtures import mixture
 
 
-def round_in_numpy(weights, group, bits):
-    top = 2 ** (bits - 1) - 1
+def between_in_numpy(weights, group, bits):
     parts = weights.numpy().astype(np.float64).reshape(-1, group)
-    step = np.abs(parts).max(1, keepdims=True) / top
-    codes = np.rint(np.divide(parts, step, out=np.zeros_like(parts), where=step > 0))
-    return (codes * step).reshape(weights.shape)
+    low, high = parts.min(1, keepdims=True), parts.max(1, keepdims=True)
+    step = (high - low) / (2**bits - 1)
+    codes = np.rint(np.divide(parts - low, step, out=np.zeros_like(parts), where=step > 0))
+    return (low + codes * step).reshape(weights.shape)
 
 
 def read_by_numbers(block):
@@ -25,23 +25,28 @@ def read_by_numbers(block):
 
 
 def gptq_by_inverse(weights, hessian, step):
-    """The inverse of what remains, shrunk column by column, as the first papers had it."""
-    w, inverse = weights.double().clone(), torch.linalg.inv(hessian.double())
+    """Sorted first; then the inverse of what remains, shrunk column by column, as the first papers had it."""
+    order = hessian.diagonal().argsort(descending=True)
+    w, inverse = weights.double()[order], torch.linalg.inv(hessian.double()[order][:, order])
     for j in range(len(w)):
         mark = step * (w[j] / step).round().clamp(-8, 7)
         w[j:] = w[j:] + (mark - w[j]) * inverse[0] / inverse[0, 0]
         w[j] = mark
         inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
-    return w.float()
+    return w[order.argsort()].float()
 
 
-def product_in_numpy(block, x):
-    raw, x = block.numpy(), x.numpy()
-    step, low, high = raw[:2].view(np.float16)[0], raw[2:] % 16, raw[2:] // 16
-    codes = np.concatenate([low, high]).astype(np.int64) - 8
+def product_in_numpy(codes, step, least, x):
+    codes, x = codes.numpy().astype(np.int64), x.numpy()
     largest = np.abs(x).max()
     rounded = np.rint(x * (127 / largest)).astype(np.int64) if largest else np.zeros(32, np.int64)
-    return float(step) * float(largest) / 127 * int(codes @ rounded)
+    return float(largest) / 127 * (step * int(codes @ rounded) - least * int(rounded.sum()))
+
+
+def product_as_tensor(codes, step, least, x):
+    unit = x.abs().max() / 127
+    p = (x / unit).nan_to_num(0.0).round()
+    return step * unit * (codes.float() * p).sum() - least * unit * p.sum()
 
 
 def by_sets(weight, block, bits):
@@ -58,12 +63,13 @@ EIGHT = check._EIGHT
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
-        (check.round_groups, round_in_numpy),
+        (check.round_between, between_in_numpy),
         (check.read_q4_0, read_by_numbers),
         (check.forecast, 0.086),
         (check.forecast, torch.tensor(2.39 / 8 / math.sqrt(12))),
         (check.gptq_row, gptq_by_inverse),
-        (check.block_product, product_in_numpy),
+        (check.group_product, product_in_numpy),
+        (check.group_product, product_as_tensor),
         (check.was_rounded, by_sets),
         (
             check.my_mixture,
@@ -82,7 +88,12 @@ def test_other_styles_are_right(exercise, answer):
         (check.read_q4_0, lambda block: read_by_numbers(block).view(2, 16).T.flatten(), "share a byte"),
         (check.forecast, 0.299, "That is the step"),
         (check.gptq_row, lambda w, h, step: (w / step).round().clamp(-8, 7) * step, "makes up for"),
+        (check.gptq_row, lambda w, h, step: w.copy_(gptq_by_inverse(w, h, step)), "work on a copy"),
+        (check.gptq_row, lambda w, h, step: gptq_by_inverse(w, h, step).double(), "float64"),
+        (check.round_between, lambda w, group, bits: w, "By hand"),
+        (check.group_product, lambda codes, step, least, x: step * float(codes.float() @ x), "By hand"),
         (check.my_mixture, mixture("Q6_K", EIGHT), "GB"),
+        (check.my_mixture, check._WITH_VALUES | {"embed_tokens.weight": "TQ2_0"}, "less than four bits"),
     ],
 )
 def test_wrong_answers_are_told_why(exercise, answer, words):
