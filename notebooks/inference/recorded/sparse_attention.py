@@ -24,11 +24,12 @@ models, dense and sparse with 12 blocks, trained for 300 updates in the place of
 what was said of 60 updates is taken back if the model trained sparse then has as many right answers as the
 one trained on dense, both read sparse.
 A guess why it did not pay was that the model is blamed for answers that it could not know. The follow-up
-"masked" was added to test it: five seeds, trained sparse with 12 blocks for 60 updates as before, but an answer
-has no loss if the block of its flag is not read in the first layer, where this model looks flags up. Its rule,
-fixed before the runs: the blame did harm if this model, read sparse, has more right answers than the one that
-was trained so with the loss of all, by the whole interval, and to the text if its text loses less; it did all
-of the harm if then the answers are not fewer than those of the one trained on dense, read sparse.
+"masked" was added to test it: five seeds, trained sparse with 12 blocks for 60 updates as before, but an
+answer has no loss if the block of its flag is not read in the first layer, where this model looks flags up.
+Its rule, fixed before the runs: the blame did harm if this model, read sparse, has more right answers than
+the one that was trained so with the loss of all, by the whole interval, and to the text if its text loses
+less; it did all of the harm if then the answers are not fewer than those of the one trained on dense, read
+sparse.
 Power: if right answers differ by 3 points from seed to seed, differences from 5 points on can be told.
 """
 
