@@ -29,7 +29,7 @@ answer has no loss if the block of its flag is not read in the first layer, wher
 Its rule, fixed before the runs: the blame did harm if this model, read sparse, has more right answers than
 the one that was trained so with the loss of all, by the whole interval, and to the text if its text loses
 less; it did all of the harm if then the answers are not fewer than those of the one trained on dense, read
-sparse.
+sparse. (The fifth seed was not finished; the verdicts stand on four.)
 Power: if right answers differ by 3 points from seed to seed, differences from 5 points on can be told.
 """
 
