@@ -44,7 +44,6 @@ from sparse_smollm2 import (
     BLOCK,
     BUDGETS,
     CITIES,
-    EVERY,
     LENGTH,
     best_blocks,
     by_block,
@@ -67,6 +66,7 @@ from minicpm_lite.runtime import seed_everything
 from minicpm_lite.training.wsd import WSD
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EVERY = 256  # tokens of a stretch, of which the mean loss is kept
 TEXTS, PART = 24, 6  # of each kind; texts of one job
 SEEDS = (0, 1, 2, 3)
 UPDATES, BATCH, RATE = 60, 2, 1e-4  # of training; texts of an update

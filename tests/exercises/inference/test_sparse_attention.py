@@ -82,3 +82,37 @@ def control_by_python(own, config, generator):
 def test_other_styles(exercise, answer):
     verdict = exercise.judge(answer)
     assert verdict.state == "right", verdict.message
+
+
+def said(exercise, answer):
+    verdict = exercise.judge(answer)
+    assert verdict.state == "wrong"
+    return verdict.message
+
+
+def without_a_window(length, config):
+    return int(read_by_counting(length, config)) - (config.num_visible(length) < length)
+
+
+def added_before(query, key, size, stride):
+    """One softmax for the whole group."""
+    return shares_with_loops(query.sum(0, keepdim=True), key, size, stride)
+
+
+def divided_by_width(query, key, size, stride):
+    return shares_with_loops(query / query.shape[-1] ** 0.5, key, size, stride)
+
+
+def a_token_late(query, key, size, stride):
+    shares = shares_with_loops(query, key, size, stride)
+    return torch.cat([torch.zeros_like(shares[:1]), shares[:-1]])
+
+
+def test_messages_name_the_idea_that_is_missed():
+    assert "Yours leaves 8,190 for means" in said(check.numbers_read, without_a_window)
+    assert "are 12,288 vectors; yours is 6144" in said(
+        check.numbers_read, lambda length, config: config.num_visible(length)
+    )
+    assert "come to 1; 2 heads" in said(check.mended_shares, added_before)
+    assert "root of the keys' width" in said(check.mended_shares, divided_by_width)
+    assert "its last token is seen" in said(check.mended_shares, a_token_late)
