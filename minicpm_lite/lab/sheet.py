@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
+from ..config import require_positive_number
 from .drawing import Drawing
 from .paths import short
 from .places import Place, runs
@@ -28,17 +29,16 @@ _ASK = "Point at a number, tap it, or use Tab and the arrow keys: here stands wh
 _STYLE = (
     "<style>:is(.output,.jp-OutputArea,.jp-OutputArea-child,.jp-OutputArea-output):has(.lab-sheet)"
     "{overflow:visible!important}"
-    ".lab-sheet{display:flex;flex-wrap:wrap;gap:0 1.25rem;justify-content:center;margin:1rem 0;"
-    "text-align:left}"
-    ".lab-sheet>svg,.lab-sheet>img{flex:1 1 22rem;min-width:0;max-width:min(100%,28rem)!important;"
+    ".lab-sheet{margin:1rem 0;text-align:left}"
+    ".lab-sheet>div{display:flex;flex-wrap:wrap;gap:0 1.25rem;justify-content:center}"
+    ".lab-sheet :is(svg,img){flex:1 1 22rem;min-width:0;max-width:min(100%,28rem)!important;"
     "margin:0!important;height:auto}"
-    f".lab-sheet>aside{{flex:1 1 13rem;align-self:flex-start;position:sticky;top:30vh;bottom:0;"
+    f".lab-sheet aside{{flex:1 1 13rem;align-self:flex-start;position:sticky;top:30vh;bottom:0;"
     f"min-height:9rem;box-sizing:border-box;padding:.5rem 0;background:{GROUND};"
     "border-top:2px solid currentColor}"
     ".lab-sheet aside p{margin:0 0 .35rem;line-height:1.4}"
     ".lab-sheet .sum{font-variant-numeric:tabular-nums;font-weight:600;overflow-wrap:break-word}"
     ".lab-sheet aside button{width:2.75rem;height:2.75rem;font-size:1.1rem;margin-right:.25rem}"
-    ".lab-sheet>details{flex:1 1 100%}"
     ".lab-sheet .part{fill:var(--ground);fill-opacity:0;cursor:pointer;outline:none}"
     ".lab-sheet .way{fill:none;stroke-width:1.3;opacity:.6;pointer-events:none}"
     "@media screen{.lab-sheet .asked .part:not([data-look]){fill-opacity:.62}"
@@ -70,9 +70,10 @@ const way = make('path', {class: 'way', 'aria-hidden': true});
 const line = (from, to) => {
 if (from.bottom <= to.y) { const [x, tip, half] = [from.middle[0], to.middle[0], (from.bottom + to.y) / 2];
 return `M${x} ${from.bottom}C${x} ${half} ${tip} ${half} ${tip} ${to.y}`; }
-const right = from.right <= to.x;
-return `M${right ? from.right : from.x} ${from.middle[1]}L${right ? to.x : to.right} ${to.middle[1]}`; };
-let now = null, kept = false, timer = 0;
+const deep = Math.max(from.bottom, to.bottom) + 16;
+return `M${from.middle[0]} ${from.bottom}C${from.middle[0]} ${deep} ${to.middle[0]} ${deep} ` +
+`${to.middle[0]} ${to.bottom}`; };
+let now, kept = false, timer = 0;
 const ask = (part, moved) => {
 if (part === now) return;
 now = part; svg.classList.toggle('asked', Boolean(part));
@@ -120,7 +121,7 @@ if (event.pointerType === 'mouse' && !kept && !timer) { const part = under(event
 svg.addEventListener('click', event => {
 stop(); const part = under(event); kept = Boolean(part) && !(kept && part === now); ask(part);
 part?.mark.focus({preventScroll: true}); });
-svg.addEventListener('focusin', event => {
+sheet.addEventListener('focusin', event => {
 const part = parts.find(each => each.mark === event.target);
 if (part && event.target.matches(':focus-visible')) { stop(); kept = true; ask(part, true); } });
 svg.addEventListener('keydown', event => {
@@ -128,7 +129,7 @@ const here = now ?? parts[0], at = parts.indexOf(here), [x, y] = here.middle;
 const above = {ArrowUp: -1, ArrowDown: 1}[event.key], beside = {ArrowLeft: -1, ArrowRight: 1}[event.key];
 let next = beside ? parts[at + beside] : null;
 if (above) {
-const far = part => above * (part.middle[1] - y) + 2 * Math.abs(part.middle[0] - x);
+const far = part => 10 * above * (part.middle[1] - y) + Math.abs(part.middle[0] - x);
 next = parts.filter(part => above > 0 ? part.y >= here.bottom : part.bottom <= here.y)
 .reduce((best, part) => best && far(best) <= far(part) ? best : part, null); }
 if (event.key === 'Escape') { kept = false; ask(null); }
@@ -159,9 +160,14 @@ class Sheet:
         drawing: what is shown; it may be drawn on until the sheet is shown.
         start: name of the number that is asked first; without one, none is.
         seconds: how long the button ▶ shows each stop.
+
+    Raises:
+        ValueError: ``seconds`` is not above 0; or, when it is shown, it has no part, or none of the name
+            ``start``.
     """
 
     def __init__(self, drawing: Drawing, *, start: str = "", seconds: float = 4) -> None:
+        require_positive_number("seconds", seconds)
         self.drawing, self.start, self.seconds = drawing, start, seconds
         self.parts: dict[str, Part] = {}
 
@@ -203,6 +209,8 @@ class Sheet:
         return "\n".join([*lines, *(f"{name}: {part.sum}" for name, part in self.parts.items())])
 
     def _repr_html_(self) -> str:
+        if not self.parts:
+            raise ValueError("The sheet has no part; expected at least one number that answers.")
         numbers = {name: number for number, name in enumerate(self.parts)}
         if self.start and self.start not in numbers:
             raise ValueError(f"start is {self.start!r}; expected the name of a part.")
@@ -210,9 +218,9 @@ class Sheet:
         start = numbers.get(self.start, "")
         return (
             f'{THEME}{_STYLE}<div class="lab-piece lab-picture lab-sheet" {KEEP_KEYS} data-start="{start}" '
-            f'data-seconds="{self.seconds:g}">{image(self.drawing.svg(), self.drawing.alt)}'
+            f'data-seconds="{self.seconds:g}"><div>{image(self.drawing.svg(), self.drawing.alt)}'
             f'<aside data-ask="<p>{_ASK}</p>"><div role="status"><p>Run this cell to ask the numbers; '
-            f"all sums stand in the list below.</p></div>{self._buttons()}</aside>"
+            f"all sums stand in the list below.</p></div>{self._buttons()}</aside></div>"
             f"<details><summary {KEEP_KEYS}>All numbers as text</summary><ol>{items}</ol></details>"
             f"<script>{_SCRIPT}</script></div>"
         )
