@@ -39,8 +39,9 @@ _STYLE = (
     ".lab-sheet aside p{margin:0 0 .35rem;line-height:1.4}"
     ".lab-sheet .sum{font-variant-numeric:tabular-nums;font-weight:600;overflow-wrap:break-word}"
     ".lab-sheet aside button{width:2.75rem;height:2.75rem;font-size:1.1rem;margin-right:.25rem}"
+    ".lab-sheet aside>div:last-child:not([hidden]){display:flex;align-items:center}"
     ".lab-sheet .part{fill:var(--ground);fill-opacity:0;cursor:pointer;outline:none}"
-    ".lab-sheet .way{fill:none;stroke-width:1.3;opacity:.6;pointer-events:none}"
+    ".lab-sheet .way{fill:none;stroke-width:1.3;pointer-events:none}"
     "@media screen{.lab-sheet .asked .part:not([data-look]){fill-opacity:.62}"
     ".lab-sheet [data-look=now]{stroke:currentColor;stroke-width:2.6}"
     f".lab-sheet :is([data-look=of],.way){{stroke:{css_color('purple')}}}"
@@ -67,6 +68,7 @@ const mark = make('rect', {x, y, width, height, rx: 2, class: 'part', role: 'opt
 return {item, mark, x, y, right: x + width, bottom: y + height, middle: [x + width / 2, y + height / 2],
 of: item.dataset.of.split(' ').filter(Boolean).map(Number), stop: 'stop' in item.dataset}; });
 const way = make('path', {class: 'way', 'aria-hidden': true});
+svg.prepend(way);
 const line = (from, to) => {
 if (from.bottom <= to.y) { const [x, tip, half] = [from.middle[0], to.middle[0], (from.bottom + to.y) / 2];
 return `M${x} ${from.bottom}C${x} ${half} ${tip} ${half} ${tip} ${to.y}`; }
@@ -234,7 +236,7 @@ class Sheet:
             f'<button type="button" {KEEP_KEYS} aria-label="{name}">{sign}</button>'
             for sign, name in signs.items()
         )
-        return f"<div hidden>{buttons}<small>framed: made of; dashed: goes into</small></div>"
+        return f"<div hidden>{buttons}<small>framed: made of<br>dashed: goes into</small></div>"
 
 
 def _item(name: str, part: Part, numbers: dict[str, int]) -> str:
@@ -249,10 +251,12 @@ def _item(name: str, part: Part, numbers: dict[str, int]) -> str:
 
 
 def _html(text: str) -> str:
-    """A text with what stands below and above the line.
+    """A text with what stands below and above the line; a product stays in one line.
 
     >>> _html("e^{2} < 8")
     'e<sup>2</sup> &lt; 8'
     """
     tags = {"": "{}", "_": "<sub>{}</sub>", "^": "<sup>{}</sup>"}
-    return "".join(tags[where].format(escape(piece)) for piece, where in runs(text))
+    return "".join(
+        tags[where].format(escape(piece)) for piece, where in runs(text.replace(" × ", "\u00a0×\u00a0"))
+    )
