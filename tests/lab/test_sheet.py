@@ -34,7 +34,7 @@ def test_a_sheet_holds_all_sums_as_text():
         'data-at="40 50 60 24" data-of="0 1" data-stop',
     ]  # fmt: skip
     assert items[0][1] == '<p class="name">width</p><p class="sum">2</p><p>Given &lt;here&gt;.</p>'
-    assert "6 = 2 × 3<sup>1</sup>" in items[2][1]
+    assert "6 = 2\u00a0×\u00a03<sup>1</sup>" in items[2][1]
     assert 'data-start="2"' in page and 'alt="Two numbers and their product."' in page
     assert page == area(start="area")._repr_html_() and "http" not in page.replace("http://www.w3.org", "")
 
