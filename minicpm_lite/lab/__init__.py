@@ -6,9 +6,9 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `source`, `Drawing`, `Explorer`, `difference`, `Evidence` and `recorded_file`.
-The checks of its exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping and checking
-whole notebooks is ``python -m minicpm_lite.lab.press``.
+and then has `say`, `table`, `source`, `Drawing`, `Sheet`, `Explorer`, `difference`, `Evidence` and
+`recorded_file`. The checks of its exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping
+and checking whole notebooks is ``python -m minicpm_lite.lab.press``.
 
 Each piece leaves plain text beside what it shows, so that a stored output can be read and compared without a
 browser. What it shows works in a live kernel and in a static page, offline, in light and in dark.
@@ -25,10 +25,11 @@ from .explorer import Explorer
 from .machine import device
 from .paired import difference, power, smallest_effect
 from .plots import show_plots_as_svg
+from .sheet import Sheet
 from .style import use_book_style
 
 __all__ = [
-    "Drawing", "Evidence", "Explorer", "device", "difference", "power", "recorded_file", "say",
+    "Drawing", "Evidence", "Explorer", "Sheet", "device", "difference", "power", "recorded_file", "say",
     "smallest_effect", "source",
     "start", "table",
 ]  # fmt: skip

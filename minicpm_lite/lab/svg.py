@@ -18,7 +18,7 @@ ENLARGED = 1.45  # on a screen with room
 UNDESCRIBED = "A plot that is not described yet."  # until the press writes the description here
 
 # The page's ground, by the names that the book, JupyterLab, VS Code and Colab have for it.
-_GROUND = (
+GROUND = (
     "var(--fig-ground,var(--pst-color-background,var(--jp-layout-color0,var(--vscode-editor-background,"
     "var(--colab-primary-surface-color,#fff)))))"
 )
@@ -53,7 +53,7 @@ def document(width: float, height: float, body: str, scrolls: bool = False) -> s
         f"width='{shown:.0f}' height='{height * shown / width:.0f}' "
         "fill='currentColor' stroke-linejoin='round' "
         "font-family='system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif' "
-        f"style='display:block;margin:0 auto;{fluid}--ground:{_GROUND}'>{_PAPER}{body}</svg>"
+        f"style='display:block;margin:0 auto;{fluid}--ground:{GROUND}'>{_PAPER}{body}</svg>"
     )
 
 

@@ -33,6 +33,31 @@ def explorer(**more):
         return lab.Explorer(draw, [2, 3, 4], "Points", lambda count: f"A line of {count} points.", **more)
 
 
+def sheet(rows=3):
+    """Rows of numbers; each is the sum of the two above it."""
+    drawing = lab.Drawing("A triangle of sums.")
+    sheet = lab.Sheet(drawing, seconds=1)
+    for row in range(rows):
+        for column in range(rows - row):
+            above = [f"row {row - 1}, {column + way}" for way in (0, 1)] if row else []
+            place = drawing.box(20 + 54 * column + 27 * row, 10 + 40 * row, 48, 24, str(2**row))
+            sheet.part(
+                place, f"row {row}, {column}", f"{2**row} = sum {row}{column}", made_of=above, stop=not column
+            )
+    return sheet
+
+
+def looks(page):
+    """Which numbers are lit, by how."""
+    marks = page.locator("svg .part").evaluate_all(
+        "marks => marks.map(mark => [mark.dataset.look, mark.getAttribute('aria-label')])"
+    )
+    lit = {}
+    for look, name in marks:
+        lit.setdefault(look, []).append(name)
+    return {look: names for look, names in lit.items() if look}
+
+
 def test_a_drawing_stands_in_the_page_in_its_colours(page):
     page.set_content(PAGE.format(drawn()._repr_html_()))
     assert page.locator("img").count() == 0
@@ -101,3 +126,101 @@ def test_a_film_is_played_paused_and_begins_again(page):
     page.get_by_role("slider").press("ArrowLeft")  # whoever moves it takes over
     page.clock.run_for(5000)
     assert shown.text_content() == "2"
+
+
+def test_a_number_of_a_sheet_answers_the_pointer(page):
+    page.set_content(PAGE.format(sheet()._repr_html_()))
+    said = page.get_by_role("status")
+    assert said.inner_text().startswith("Point at a number") and looks(page) == {}
+    number = page.get_by_role("option", name="row 1, 0")
+    number.hover()
+    assert said.inner_text().split("\n")[0] == "row 1, 0" and "2 = sum 10" in said.inner_text()
+    assert looks(page) == {"now": ["row 1, 0"], "of": ["row 0, 0", "row 0, 1"], "into": ["row 2, 0"]}
+    assert number.get_attribute("aria-selected") == "true"
+    number.click()  # now it stays
+    page.get_by_role("option", name="row 0, 2").hover()
+    assert "2 = sum 10" in said.inner_text()
+    page.get_by_role("option", name="row 0, 2").click()
+    assert "1 = sum 02" in said.inner_text()
+    page.locator("svg").click(position={"x": 3, "y": 3})
+    assert looks(page) == {} and said.inner_text().startswith("Point at a number")
+
+
+def test_a_number_of_a_sheet_answers_the_keys(page):
+    page.set_content(PAGE.format("<button>before</button>" + sheet()._repr_html_()))
+    said = page.get_by_role("status")
+    page.get_by_text("before").focus()
+    for key, expected in (
+        ("Tab", "row 0, 0"), ("ArrowRight", "row 0, 1"), ("ArrowDown", "row 1, 0"), ("ArrowDown", "row 2, 0"),
+        ("ArrowUp", "row 1, 0"), ("ArrowLeft", "row 0, 2"), ("Enter", "row 0, 2"), ("Escape", "Point at"),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        assert said.inner_text().startswith(expected), key
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.textContent") == "before", "the sheet is one stop for Tab"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == looks(page)["now"][0]
+
+
+def test_the_buttons_of_a_sheet_lead_through_it(page):
+    page.clock.install()
+    page.set_content(PAGE.format(sheet()._repr_html_()))
+    said = page.get_by_role("status")
+    page.get_by_role("button", name="Play").click()
+    assert said.inner_text().startswith("row 0, 0")
+    page.clock.run_for(1100)
+    assert said.inner_text().startswith("row 1, 0")
+    page.get_by_role("button", name="Pause").click()
+    page.clock.run_for(5000)
+    assert said.inner_text().startswith("row 1, 0")
+    for name, expected in (
+        ("Back", "row 0, 0"),
+        ("Back", "row 0, 0"),
+        ("On", "row 1, 0"),
+        ("Play", "row 2, 0"),
+    ):
+        page.get_by_role("button", name=name, exact=True).click()
+        assert said.inner_text().startswith(expected), name
+    page.clock.run_for(1100)
+    page.get_by_role("button", name="Play").click()  # at the end: from the beginning
+    assert said.inner_text().startswith("row 0, 0")
+
+
+def test_a_thumb_need_not_be_exact_and_the_sum_stays_in_view(browser):
+    context = browser.new_context(viewport={"width": 390, "height": 320}, has_touch=True)
+    page = context.new_page()
+    # a box that scrolls, as a theme puts around outputs, would hold the sum back
+    shown = "<style>.output {{ overflow-x: auto }}</style><div class='output'>{}</div>"
+    page.set_content(
+        PAGE.format(shown.format(sheet(6)._repr_html_()) + "<p style='height: 2000px'>after</p>")
+    )
+    place = page.get_by_role("option", name="row 1, 1").bounding_box()
+    page.touchscreen.tap(place["x"] + 20, place["y"] + place["height"] + 4)
+    assert looks(page)["now"] == ["row 1, 1"]
+    height = "element => element.getBoundingClientRect().bottom"
+    assert page.locator("svg").evaluate(height) > page.locator("aside").evaluate("e => e.offsetTop")
+    said = page.get_by_role("status")
+    assert "2 = sum 11" in said.inner_text() and page.locator("aside").evaluate(height) <= 321
+    for _ in range(5):
+        page.get_by_role("button", name="On").tap()
+    page.wait_for_function("document.querySelector('[data-look=now]').getBoundingClientRect().bottom < 320")
+    now, said = (page.locator(each).evaluate("e => e.getBoundingClientRect().toJSON()")
+                 for each in ("[data-look=now]", "aside"))  # fmt: skip
+    assert now["top"] >= 0 and said["bottom"] <= 321 and page.evaluate("scrollX") == 0
+    context.close()
+
+
+def test_a_sheet_on_paper_and_without_scripts_is_whole(page):
+    page.set_content(PAGE.format(sheet()._repr_html_()))
+    page.get_by_role("option", name="row 1, 0").click()
+    page.emulate_media(media="print")
+    pale = "mark => getComputedStyle(mark).fillOpacity"
+    assert set(page.locator("svg .part").evaluate_all(f"marks => marks.map({pale})")) == {"0"}
+    assert not page.locator("aside").is_visible()
+    page.emulate_media(media="screen")
+    page.set_content(PAGE.format(sheet()._repr_html_().replace("<script>", "<script type='text/none'>")))
+    assert page.get_by_role("img", name="A triangle of sums.").count() == 1
+    assert "below" in page.get_by_role("status").inner_text() and not page.get_by_role("button").count()
+    page.get_by_text("All numbers as text").click()
+    assert page.locator("li").nth(3).inner_text().split() == ["row", "1,", "0", "2", "=", "sum", "10"]

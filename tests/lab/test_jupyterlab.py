@@ -32,6 +32,11 @@ LIVE = [
     'lab.Explorer(draw, [1, 2, 3], "Height", lambda height: f"A line that rises to {height}.")',
     "from minicpm_lite.lab.quiz import Quiz\n\n"
     'Quiz([("What does `2 * 3` give?", ["five", "six"], 1, "Two threes.")])',
+    'd = lab.Drawing("Two numbers of which one is made of the other.")\n'
+    "sheet = lab.Sheet(d)\n"
+    'sheet.part(d.box(4, 4, 60, 24, "2"), "given", "2")\n'
+    'sheet.part(d.box(4, 1500, 60, 24, "4"), "double", "4 = 2 × 2", made_of=["given"])\n'
+    "sheet",
 ]
 EXERCISE = """```{exercise-start} Twice
 :label: ex-twice
@@ -250,3 +255,13 @@ def test_a_quiz_tells_right_from_wrong(live):
     expect(quiz.get_by_role("status")).to_contain_text("Not this one")
     quiz.get_by_label("six").check()
     expect(quiz.get_by_role("status")).to_contain_text("Right. Two threes.")
+
+
+def test_a_number_of_a_sheet_answers_and_the_answer_stays_in_view(live):
+    sheet = output(live, 3)
+    sheet.get_by_role("option", name="given").click()
+    expect(sheet.get_by_role("status")).to_contain_text("given")
+    live.keyboard.press("ArrowDown")
+    expect(sheet.get_by_role("status")).to_contain_text("4 = 2 × 2")
+    expect(sheet.get_by_role("option", name="double")).to_be_in_viewport()
+    expect(sheet.get_by_role("status")).to_be_in_viewport()

@@ -16,6 +16,7 @@ from ...language.context import Context
 from ...language.decoder import Block, Decoder
 
 _TWO_NOUNS = {"is": 0.426, "are": 0.426}
+_WHERE_ENDS = -1.30  # the number of the lane after the block
 
 
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
@@ -196,23 +197,30 @@ def share_keys(answer):
 @exercise(
     "forecast",
     wrong=(
-        {"is": 0.956, "are": 0.001},
-        {"is": 0.001, "are": 0.956},
-        {"is": 0.5, "are": 0.5},
-        {"is": 0.15, "are": 0.85},
-        {"is": 0.05, "are": 0.05},
-        {"is": 0.45, "are": 0.41},
-        {"is": 0.436, "are": 0.416},
+        {"is": 0.956, "are": 0.001, "where": -1.3},
+        {"is": 0.001, "are": 0.956, "where": -1.3},
+        {"is": 0.5, "are": 0.5, "where": -1.3},
+        {"is": 0.15, "are": 0.85, "where": -1.3},
+        {"is": 0.05, "are": 0.05, "where": -1.3},
+        {"is": 0.45, "are": 0.41, "where": -1.3},
+        {"is": 0.436, "are": 0.416, "where": -1.3},
+        {"is": 0.42, "are": 0.42, "where": 0.0},
+        {"is": 0.42, "are": 0.42, "where": 0.14},
+        {"is": 0.42, "are": 0.42, "where": 3.6},
+        {"is": 0.42, "are": 0.42, "where": 0.1},
+        {"is": 0.42, "are": 0.42, "where": 1.3},
     ),
 )
 def forecast(answer):
     """Equal keys share the weight, opposite values cancel; *there* has the verb, too, and takes the rest."""
-    assert isinstance(answer, dict) and set(answer) == {"is", "are"}, (
-        'Expected a dictionary with two probabilities, {"is": ..., "are": ...}.'
+    assert isinstance(answer, dict) and set(answer) == {"is", "are", "where"}, (
+        "Expected a dictionary with two probabilities and the last number of the lane for where, "
+        '{"is": ..., "are": ..., "where": ...}.'
     )
-    assert ... not in answer.values(), "Put your two probabilities where the dots stand."
-    assert not any(isinstance(chance, str) for chance in answer.values()), "Give numbers, without quotes."
-    assert all(0 <= float(chance) <= 1 for chance in answer.values()), "Probabilities lie between 0 and 1."
+    assert ... not in answer.values(), "Put your three numbers where the dots stand."
+    assert not any(isinstance(number, str) for number in answer.values()), "Give numbers, without quotes."
+    chances = [answer[word] for word in _TWO_NOUNS]
+    assert all(0 <= float(chance) <= 1 for chance in chances), "Probabilities lie between 0 and 1."
     off = max(abs(answer[word] - chance) for word, chance in _TWO_NOUNS.items())
     assert not 0.005 < abs(answer["is"] - answer["are"]) < 0.03, (
         "That is nearly equal. If you expect that both are equally likely, give the same number twice."
@@ -220,6 +228,10 @@ def forecast(answer):
     assert abs(answer["is"] - answer["are"]) <= 0.005, (
         "One noun is singular and one plural. Both have the same key: what are their weights, and what is "
         "the sum of their values?"
+    )
+    assert abs(answer["where"] - _WHERE_ENDS) < 0.06, (
+        "The verbs are equal. But where ends elsewhere: with nothing in many, what does the norm leave of "
+        "where and of verb? The gate times that where, times 1.4, is taken away."
     )
     assert answer["is"] + answer["are"] < 0.99, (
         "They are equal, but a third word takes a part: which one has the verb number, too?"
