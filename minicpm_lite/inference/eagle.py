@@ -7,10 +7,10 @@
     guess of token t + 2 = W_out norm(g[t])                              over the most frequent tokens alone
     h[t + 1]  = g[t]                              behind the text, where there is no stream of the target yet
 
-    EagleHead(config, vocabulary)       the block; some two hundredths of a large target's weights
+    EagleHead(config, vocabulary)       the block; small beside its target
     EagleDraft(head, target, shape)     guesses with it
     eagle(target)                       what it is trained with, as an objective of the `Trainer`
-    agreement(head, target, ids)        how often it names the target's best token, guess by guess
+    agreement_by_step(head, target, ids)    how often it names the target's best token, guess by guess
 
 A small decoder has to find out anew what a text is about; the streams say it, and one block suffices.
 
@@ -50,7 +50,7 @@ from .drafts import Reading, require_ids
 from .guess_trees import Shape
 from .speculative import Drafting
 
-__all__ = ["EagleDraft", "EagleHead", "agreement", "eagle", "levels"]
+__all__ = ["EagleDraft", "EagleHead", "agreement_by_step", "eagle", "levels"]
 
 STEPS, DECAY = 7, 0.8  # of the training-time test; what a step weighs beside the one before
 
@@ -174,7 +174,7 @@ class _EagleReading(Reading):
         self.unread: list[Float[Tensor, "_unread features"]] = []  # of each row
 
     def see(self, streams: Sequence[Float[Tensor, "_read features"]]) -> None:
-        """Keep them until the tokens behind them are known; see `Watching`."""
+        """Keep them until the tokens behind them are known; see `StreamDrafting`."""
         self.unread = [
             torch.cat(each) for each in zip(self.unread or [s[:0] for s in streams], streams, strict=True)
         ]
@@ -308,7 +308,7 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
 
 
 @torch.no_grad()
-def agreement(
+def agreement_by_step(
     head: EagleHead, target: Decoder, ids: Int[Tensor, "batch window"], steps: int = STEPS
 ) -> list[float]:
     """How often the head's best token is the target's, at each guess if all before it were the text's."""

@@ -44,7 +44,7 @@ from ..language.sampling import Sampling, choose
 from ..language.scoring import evaluating
 from ..runtime import calm_threads
 from .paged import PagedContext, PagedText, PagePool
-from .speculative import Draft, Drafting, Guesses, Watching, verify
+from .speculative import Draft, Drafting, Guesses, StreamDrafting, verify
 
 __all__ = ["Answer", "Engine", "PagedExecutor", "Request"]
 
@@ -155,8 +155,9 @@ class Answer:
         tokens: what was written so far.
         state: "waiting", "reading" (its prompt), "writing", "done", "cancelled" or "failed".
         why: it failed.
-        submitted, first, last: when it came, and when its first and its latest token did; seconds of
-            ``time.perf_counter``.
+        submitted: when it came, in seconds of ``time.perf_counter``, as those below.
+        first: when its first token was chosen.
+        last: when its latest was.
     """
 
     request: Request
@@ -221,7 +222,7 @@ class Engine:
         self._jobs: list[_Job] = []
         if draft is not None:
             drafting = draft.begin(executor.model, executor.pool.room, Sampling(), None)
-            if isinstance(drafting, Watching) and drafting.after:
+            if isinstance(drafting, StreamDrafting) and drafting.after:
                 raise ValueError("The engine shows no streams to drafts; give one that reads tokens alone.")
 
     @property

@@ -54,8 +54,16 @@ from ..language.decoder import Decoder
 from ..language.generation import begin, generate
 from ..language.sampling import Sampling, choose, next_token_probabilities
 
-__all__ = ["Draft", "Drafting", "Guesses", "Stats", "Watching", "speculative_generate", "speculative_stream",
-           "verify"]  # fmt: skip
+__all__ = [
+    "Draft",
+    "Drafting",
+    "Guesses",
+    "Stats",
+    "StreamDrafting",
+    "speculative_generate",
+    "speculative_stream",
+    "verify",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +110,7 @@ class Drafting(Protocol):
 
 
 @runtime_checkable
-class Watching(Drafting, Protocol):
+class StreamDrafting(Drafting, Protocol):
     """A drafting that is shown what the target makes of the texts, as EAGLE's is."""
 
     @property
@@ -273,7 +281,7 @@ def speculative_stream(
     context, stops = reader.context, reader.stop_ids
     room = min(context.room, model.config.max_position_embeddings)
     drafting = draft.begin(model, room, sampling, generator)
-    after = drafting.after if isinstance(drafting, Watching) else ()
+    after = drafting.after if isinstance(drafting, StreamDrafting) else ()
     known = context.length
     with reader.reading():
         logits, streams = _read(model, ids[:, known:], context, after, last_only=True)

@@ -42,7 +42,7 @@ from ..config import require_positive_integer, require_positive_number, require_
 from ..language.decoder import Decoder
 from ..language.sampling import Sampling
 from .guess_trees import StaticTree
-from .speculative import Draft, Drafting, Guesses, Watching
+from .speculative import Draft, Drafting, Guesses, StreamDrafting
 
 __all__ = ["Adaptive", "Costs", "best_chain", "best_tree", "expected_length"]
 
@@ -253,11 +253,11 @@ class _Adapting:
 
     @property
     def after(self) -> tuple[int, ...]:
-        """What the draft that is asked wants to see; see `Watching`."""
-        return self.drafting.after if isinstance(self.drafting, Watching) else ()
+        """What the draft that is asked wants to see; see `StreamDrafting`."""
+        return self.drafting.after if isinstance(self.drafting, StreamDrafting) else ()
 
     def see(self, streams: Sequence[Float[Tensor, "_read features"]]) -> None:
-        """What the target makes of the texts; see `Watching`."""
+        """What the target makes of the texts; see `StreamDrafting`."""
         self.drafting.see(streams)
 
     def select(self, rows: Sequence[int]) -> None:

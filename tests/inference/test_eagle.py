@@ -7,7 +7,15 @@ from torch.testing import assert_close
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig
 from minicpm_lite.inference.drafts import rank_by_frequency
-from minicpm_lite.inference.eagle import EagleDraft, EagleHead, _guesses, _taught, agreement, eagle, levels
+from minicpm_lite.inference.eagle import (
+    EagleDraft,
+    EagleHead,
+    _guesses,
+    _taught,
+    agreement_by_step,
+    eagle,
+    levels,
+)
 from minicpm_lite.inference.guess_trees import Chain, DynamicTree, StaticTree
 from minicpm_lite.inference.speculative import Drafting, Stats, speculative_generate, speculative_stream
 from minicpm_lite.inference.speculative_costs import Adaptive, Costs
@@ -138,10 +146,10 @@ def test_it_learns_to_guess():
     target.eval()
     head = EagleHead(CONFIG, rank_by_frequency(text, 29)[:23])
     held_out = text[:200].view(4, 50)
-    before = agreement(head, target, held_out, 4)
+    before = agreement_by_step(head, target, held_out, 4)
     trainer = Trainer(head, text, WSD(0.01, 5, 60, 20), TrainerConfig(8, 24), eagle(target, steps=4))
     trainer.train(progress=False)
-    after = agreement(head, target, held_out, 4)
+    after = agreement_by_step(head, target, held_out, 4)
     assert max(before) < 0.5 and min(after) > 0.9
     assert trainer.losses[-1] < 0.3 * trainer.losses[0]
     _, stats = speculative_generate(target, EagleDraft(head, Chain(4)), text[None, :9], 40)
