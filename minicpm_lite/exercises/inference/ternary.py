@@ -556,7 +556,7 @@ quiz = Quiz(
             "than twice as fast. Why?",
             [
                 "Because the kernel multiplies, where it could add",
-                "Because unpacking costs about as much for each weight, and that is now what takes the time",
+                "Because the work on each weight stays about the same, and that is now what takes the time",
                 "Because the scales have to be read, too",
             ],
             1,
