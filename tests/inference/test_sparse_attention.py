@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sparse_models import CLOSE, LEVELS, MODEL, SMALL, configs, make_ids, make_model, make_qkv
 from torch.testing import assert_close
@@ -219,34 +219,39 @@ def goes_on_as_its_own_text(config, padding, moves) -> None:
     """Rows of a cache against texts alone, each kept as the list of its columns: None is no text."""
     model, cache = make_model(), SparseCache(150, config, padding)
     random = torch.Generator().manual_seed(0)
-    unread = [0] * 3 if padding is None else padding.tolist()
-    rows: list[list] = [[], [], []]
+    given = [0] * 3 if padding is None else padding.tolist()
+    rows, begins = [[], [], []], given  # where each row's text begins
 
     def fed(tokens):
         ids = torch.randint(50, (3, tokens), generator=random)
-        for row, pad, new in zip(rows, unread, ids.tolist(), strict=True):
-            row += [None if len(row) + place < pad else each for place, each in enumerate(new)]
+        for row, begin, new in zip(rows, begins, ids.tolist(), strict=True):
+            row += [None if len(row) + place < begin else each for place, each in enumerate(new)]
         return ids
 
     model(fed(30), cache)
     for kind, how in moves:
         if kind == "feed":
             model(fed(how), cache)
-        elif kind == "take" and cache.length > max(unread):
+        elif kind == "take" and cache.length > max(begins):
             guesses = torch.randint(50, (3, 3), generator=random)
             model(guesses, Tree(cache, [-1, 0, 1]))
             cache.take([[*range(taken)] for taken in how])
-            rows = [[None] * (max(how) - taken) + row + new[:taken]
+            begins = [max(how) - taken + begin for begin, taken in zip(begins, how, strict=True)]
+            free = max(min(begins) - min(given), 0)  # no column is padding of all
+            begins = [begin - free for begin in begins]
+            rows = [([None] * (max(how) - taken) + row + new[:taken])[free:]
                     for row, new, taken in zip(rows, guesses.tolist(), how, strict=True)]  # fmt: skip
-            empty = min(next(at for at, each in enumerate([*row, 0]) if each is not None) for row in rows)
-            rows = [row[max(empty - min(unread), 0) :] for row in rows]  # no column is padding of all
             assert cache.length == len(rows[0])
         elif kind == "back":
-            cache.truncate(max(0, cache.length - 3 * how))
-            rows = [row[: cache.length] for row in rows]
+            left = max(0, cache.length - 3 * how)
+            cache.truncate(left)
+            rows = [row[:left] for row in rows]
+            # A row of which nothing is left begins with what comes next, or where it was said to at first.
+            begins = [min(now, max(first, left)) if left else first
+                      for now, first in zip(begins, given, strict=True)]  # fmt: skip
         elif kind == "select":
             cache.select(how)
-            rows, unread = [rows[place] for place in how], [unread[place] for place in how]
+            rows, given, begins = ([of[place] for place in how] for of in (rows, given, begins))
     logits = model(fed(4), cache)
     for row, mine in zip(rows, logits, strict=True):
         text = [each for each in row if each is not None]
@@ -260,6 +265,7 @@ def goes_on_as_its_own_text(config, padding, moves) -> None:
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 2, 11])])
 @settings(max_examples=30, deadline=None)
 @given(moves=MOVES, name=st.sampled_from([*LEVELS]))
+@example(moves=[("feed", 2), ("take", [0, 0, 1]), ("back", 8)], name=next(iter(LEVELS)))
 @torch.no_grad()
 def test_after_any_moves_each_row_goes_on_as_its_own_text(padding, moves, name):
     goes_on_as_its_own_text(LEVELS[name], padding, moves)
