@@ -271,29 +271,25 @@ class PagedContext(Context):
         own = [row[length:] for row, length in zip(slots, lengths, strict=True)]
         self._own = torch.tensor(own, device=x.device).flatten()
         self._all = torch.tensor([row + row[:1] * (self.reach - len(row)) for row in slots], device=x.device)
-        depths = self._depths(new)
+        depths: list[int] = []
+        for parent in self._parents(new):
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
         self.mask = self._sight(lengths, new, x.device)
         return torch.tensor([[[length + depth for depth in depths]] for length in lengths], device=x.device)
 
-    def _depths(self, new: int) -> list[int]:
-        if self.parents is None:
-            return [*range(new)]
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        return depths
+    def _parents(self, new: int) -> Sequence[int]:
+        """Of each token of the call; text is a chain."""
+        return range(-1, new - 1) if self.parents is None else self.parents
 
     def _sight(
         self, lengths: list[int], new: int, device: torch.device
     ) -> Bool[Tensor, "*rows tokens keys"] | None:
         if len(lengths) == 1 and self.parents is None:  # no row is shorter than another
             return causal_mask(new, self.reach, device) if 1 < new < self.reach else None
-        among = torch.ones(new, new, dtype=torch.bool).tril()
-        if self.parents is not None:
-            among = torch.eye(new, dtype=torch.bool)
-            for place, parent in enumerate(self.parents):
-                if parent >= 0:
-                    among[place] |= among[parent]
+        among = torch.eye(new, dtype=torch.bool)
+        for place, parent in enumerate(self._parents(new)):
+            if parent >= 0:
+                among[place] |= among[parent]
         mask = torch.zeros(len(lengths), 1, new, self.reach, dtype=torch.bool)
         for row, length in enumerate(lengths):
             mask[row, :, :, :length] = True

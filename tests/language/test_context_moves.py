@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from histories import History
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -310,44 +311,17 @@ MOVES = st.lists(
 @example(moves=[("take", [0, 1, 0]), ("back", 1)])
 @torch.no_grad()
 def test_after_any_moves_each_row_goes_on_as_its_own_text(padding, moves):
-    """Rows of a cache against texts alone, each kept as the list of its columns: None is no text."""
-    model, cache, random = make_model(), KVCache(99, padding), torch.Generator().manual_seed(0)
-    given = [0] * 3 if padding is None else padding.tolist()
-    rows, begins = [[], [], []], given  # where each row's text begins
-
-    def fed(tokens):
-        ids = torch.randint(50, (3, tokens), generator=random)
-        for row, begin, new in zip(rows, begins, ids.tolist(), strict=True):
-            row += [None if len(row) + place < begin else each for place, each in enumerate(new)]
-        return ids
-
-    model(fed(3), cache)
+    """Rows of a cache against texts alone."""
+    model, cache = make_model(), KVCache(99, padding)
+    history = History(model, cache, padding)
+    history.feed(3)
     for kind, how in moves:
-        if kind == "feed":
-            model(fed(how), cache)
-        elif kind == "take" and cache.length > max(begins):
-            guesses = torch.randint(50, (3, 3), generator=random)
-            model(guesses, Tree(cache, [-1, 0, 1]))
-            cache.take([[*range(taken)] for taken in how])
-            begins = [max(how) - taken + begin for begin, taken in zip(begins, how, strict=True)]
-            free = max(min(begins) - min(given), 0)  # no column is padding of all
-            begins = [begin - free for begin in begins]
-            rows = [([None] * (max(how) - taken) + row + new[:taken])[free:]
-                    for row, new, taken in zip(rows, guesses.tolist(), how, strict=True)]  # fmt: skip
-            assert cache.length == len(rows[0])
-        elif kind == "back":
-            left = min(how, cache.length)
-            cache.truncate(left)
-            rows = [row[:left] for row in rows]
-            # A row of which nothing is left begins with what comes next, or where it was said to at first.
-            begins = [min(now, max(first, left)) if left else first
-                      for now, first in zip(begins, given, strict=True)]  # fmt: skip
-        elif kind == "select":
-            cache.select(how)
-            rows, given, begins = ([of[place] for place in how] for of in (rows, given, begins))
-    logits = model(fed(4), cache)
-    for row, mine in zip(rows, logits, strict=True):
-        text = [each for each in row if each is not None]
+        if kind == "back":
+            history.back(min(how, cache.length))
+        else:
+            getattr(history, kind)(how)
+    logits = history.feed(4)
+    for text, mine in zip(history.texts, logits, strict=True):
         assert_close(mine[-1], model(torch.tensor([text]))[0, -1], **CLOSE)
 
 

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
-from ternary import STEPS, Rewarmed
+from ternary import DECAY, STEPS, WARMUP, Rewarmed
 
 import minicpm_lite
 from minicpm_lite.data.corpora import load_corpus
@@ -42,7 +42,6 @@ from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
-WARMUP, DECAY = 20, 40
 WIDTHS, SEEDS, SHARES = (64, 32, 16), tuple(range(200, 216)), (20, 40)
 TUNING_SEED, FIRST_RATES = 100, (0.01, 0.02, 0.04)  # extended by factors of 2 while the best lies at the edge
 RATES = {
