@@ -61,6 +61,7 @@ CHANGED = (
     "scale of least error",
     "gradient of the scale",
     "gradient clipped",
+    "gradient clipped at 1.5",  # added later, under the same rule
     "no decay of weights",
 )
 OTHERS = ("distilled in the decay", "distilled throughout", "from behind a decay")
@@ -157,13 +158,21 @@ class GradientOfTheScale(TernaryLinear):
 
 
 class GradientClipped(TernaryLinear):
-    """Weights beyond the scale get no gradient, as the derivative of the clamp has it."""
+    """Weights beyond so many scales get no gradient.
+
+    A clamp in front of the rounding would cut at 1 scale. That of the equation stands behind it, and cuts
+    what is rounded to more than 1, which begins at 1.5 scales.
+    """
+
+    def __init__(self, linear: nn.Linear, edge: float) -> None:
+        super().__init__(linear)
+        self.edge = edge
 
     @property
     def weight(self) -> Tensor:
         latent = self.latent.detach()
         codes, scale = ternarize(latent)
-        inside = (latent.abs() <= scale).to(latent.dtype)
+        inside = (latent.abs() <= self.edge * scale).to(latent.dtype)
         return codes * scale + inside * (self.latent - latent)
 
 
@@ -376,7 +385,9 @@ def _prepared(job: Job) -> Trainer:
     elif job.arm == "gradient of the scale":
         rebuilt(run.model, GradientOfTheScale)
     elif job.arm == "gradient clipped":
-        rebuilt(run.model, GradientClipped)
+        rebuilt(run.model, GradientClipped, 1.0)
+    elif job.arm == "gradient clipped at 1.5":
+        rebuilt(run.model, GradientClipped, 1.5)
     elif job.arm == "no decay of weights":
         for group in run.optimizer.param_groups:
             group["weight_decay"] = 0.0
