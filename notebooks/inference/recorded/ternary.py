@@ -61,7 +61,6 @@ CHANGED = (
     "scale of least error",
     "gradient of the scale",
     "gradient clipped",
-    "gradient clipped at 1.5",  # added later, under the same rule
     "no decay of weights",
 )
 OTHERS = ("distilled in the decay", "distilled throughout", "from behind a decay")
@@ -158,21 +157,16 @@ class GradientOfTheScale(TernaryLinear):
 
 
 class GradientClipped(TernaryLinear):
-    """Weights beyond so many scales get no gradient.
+    """Weights beyond 1 scale get no gradient, as by a clamp in front of the rounding.
 
-    A clamp in front of the rounding would cut at 1 scale. That of the equation stands behind it, and cuts
-    what is rounded to more than 1, which begins at 1.5 scales.
+    That of the equation stands behind it, and cuts what is rounded to more than 1, beyond 1.5 scales.
     """
-
-    def __init__(self, linear: nn.Linear, edge: float) -> None:
-        super().__init__(linear)
-        self.edge = edge
 
     @property
     def weight(self) -> Tensor:
         latent = self.latent.detach()
         codes, scale = ternarize(latent)
-        inside = (latent.abs() <= self.edge * scale).to(latent.dtype)
+        inside = (latent.abs() <= scale).to(latent.dtype)
         return codes * scale + inside * (self.latent - latent)
 
 
@@ -385,9 +379,7 @@ def _prepared(job: Job) -> Trainer:
     elif job.arm == "gradient of the scale":
         rebuilt(run.model, GradientOfTheScale)
     elif job.arm == "gradient clipped":
-        rebuilt(run.model, GradientClipped, 1.0)
-    elif job.arm == "gradient clipped at 1.5":
-        rebuilt(run.model, GradientClipped, 1.5)
+        rebuilt(run.model, GradientClipped)
     elif job.arm == "no decay of weights":
         for group in run.optimizer.param_groups:
             group["weight_decay"] = 0.0

@@ -61,7 +61,7 @@ def shortest(work: Callable[[], object], rounds: int) -> float:
 
 
 def packed_model(kind: str) -> Decoder:
-    """A packed BitCPM4-0.5B of random weights; matrices of one shape have equal values, in bytes of their own."""
+    """A packed BitCPM4-0.5B of random weights; those of one shape are equal, in bytes of their own."""
     seed_everything(0)
     with torch.device("meta"):
         model = Decoder(MODEL)
