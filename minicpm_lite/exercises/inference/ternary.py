@@ -365,27 +365,40 @@ def _fresh(trainer, schedule, group):
     return tuple(Trainer(model, trainer.batches, schedule, trainer.config) for model in models)
 
 
+def _trained(trainer, schedule, group):
+    runs = _fork(trainer, schedule, group)
+    for run in runs:
+        run.train(progress=False)
+    return runs
+
+
 def _facts(answer, trunk, schedule, group):
     """What is so of the two runs, and of the trunk, before and after the two have learned a little."""
     before = copy.deepcopy(trunk.model.state_dict())
     runs = answer(trunk, schedule, group)
-    if not (isinstance(runs, tuple | list) and len(runs) == 2 and all(isinstance(r, Trainer) for r in runs)):
-        return {}
-    control, ternary = runs
+    if not (isinstance(runs, tuple | list) and len(runs) == 2):
+        return "no pair"
+    if not all(isinstance(run, Trainer) for run in runs):
+        return "models" if all(isinstance(run, Decoder) for run in runs) else "no pair"
     layers = [[part for part in run.model.modules() if isinstance(part, TernaryLinear)] for run in runs]
     facts = {
         "ternary": [bool(each) for each in layers],
+        "trunk ternary": any(isinstance(part, TernaryLinear) for part in trunk.model.modules()),
         "groups": [part.group for part in layers[1]],
-        "apart": control is not trunk and control.model is not trunk.model,
+        "one": runs[0].model is runs[1].model,
+        "trunk": [run.model is trunk.model for run in runs],
         "schedule": [run.schedule == schedule for run in runs],
         "steps": [run.step for run in runs],
     }
     for run in runs:
         run.train(run.step + 2, progress=False)
-    latents = {name.replace("latent", "weight"): p for name, p in ternary.model.named_parameters()}
+    after = [
+        {name.replace(".latent", ".weight"): p for name, p in model.state_dict().items()}
+        for model in (trunk.model, *(run.model for run in runs))
+    ]
     return facts | {
-        "trunk stays": all(torch.equal(before[name], p) for name, p in trunk.model.state_dict().items()),
-        "differ": any(not torch.equal(p, latents[name]) for name, p in control.model.named_parameters()),
+        "trunk stays": all(torch.equal(before[name], p) for name, p in after[0].items()),
+        "differ": any(not torch.equal(p, after[2][name]) for name, p in after[1].items()),
     }
 
 
@@ -402,6 +415,12 @@ def _facts(answer, trunk, schedule, group):
         lambda trainer, schedule, group: _fork(trainer, trainer.schedule, group),
         lambda trainer, schedule, group: (trainer, _fork(trainer, schedule, group)[1]),
         lambda trainer, schedule, group: _fork(trainer, schedule, "matrix"),
+        lambda trainer, schedule, group: (
+            make_ternary(trainer.model, group),
+            _fork(trainer, schedule, group),
+        )[1],
+        lambda trainer, schedule, group: tuple(run.model for run in _fork(trainer, schedule, group)),
+        _trained,
         _fresh,
     ),
 )
@@ -416,21 +435,38 @@ def fork(answer):
         trunk = Trainer(Decoder(config), text, WSD(0.01, 2, 20, 0), TrainerConfig(2, 8))
         trunk.train(steps, progress=False)
         got = answer(trunk, WSD(0.02, 0, 6 + steps, 2), group)
-        assert got, "Return two `Trainer`s as a pair: the control and the ternary one."
-        assert got["ternary"] == [False, True], (
-            "The first run stays in full precision, the second turns ternary."
+        assert got != "no pair", "Return two `Trainer`s as a pair: the control and the ternary one."
+        assert got != "models", "Return the two `Trainer`s themselves; their models alone cannot go on."
+        assert not got["trunk ternary"], (
+            "The trunk itself was turned ternary. Take branches first, and change the model of one of them."
         )
-        assert got["apart"], (
-            "The control is the trunk itself: to train it would train the trunk on. Take a branch of it."
+        assert not any(got["trunk"]), (
+            f"The {'second' if got['trunk'][1] else 'first'} run is the trunk itself: to train it would "
+            "train the trunk on. Take a branch of it."
         )
-        assert got["schedule"] == [True, True], (
-            "Both runs go on under the schedule that was given; else rates differ as well."
+        assert not got["one"], (
+            "Both runs have one model, so what turns the one ternary turns the other, too. Take two branches."
+        )
+        assert got["ternary"] != [True, False], "The order is: first the control, then the ternary run."
+        assert got["ternary"] != [True, True], "Both runs are ternary; the control stays in full precision."
+        assert got["ternary"] != [False, False], (
+            "Both runs are in full precision; the second must turn ternary."
+        )
+        assert all(got["schedule"]), (
+            f"The {'second' if got['schedule'][0] else 'first'} run does not go on under the schedule that "
+            "was given. Were the rates not the same, the two would differ in them as well."
+        )
+        assert max(got["steps"]) <= steps, (
+            f"The trunk is at step {steps}, and a run that came back at step {max(got['steps'])}: return the "
+            "two untrained."
         )
         assert got["steps"] == [steps, steps], (
-            f"The trunk is at step {steps}, and so are its branches: else they read other data, and begin "
-            "without the moments of Adam."
+            f"The trunk is at step {steps}, and its branches must be, too: a new `Trainer` begins at step 0, "
+            "reads other data, and has no moments of Adam."
         )
-        assert set(got["groups"]) == {group}, f"`group` is an argument: {group!r} here."
+        assert set(got["groups"]) == {group}, (
+            f"The layers have groups of {got['groups'][0]!r}; `group` is an argument, {group!r} here."
+        )
         assert got["trunk stays"], "Training the two changed the trunk: they must have weights of their own."
         assert got["differ"], "Both runs have learned the same: is the second one rounded?"
 

@@ -89,6 +89,19 @@ def fork_of_a_branch(trainer, schedule, group):
     return first, second
 
 
+def one_twice(trainer, schedule, group):
+    run = trainer.branch(schedule)
+    make_ternary(run.model, group)
+    return run, run
+
+
+def both_ternary(trainer, schedule, group):
+    runs = trainer.branch(schedule), trainer.branch(schedule)
+    for run in runs:
+        make_ternary(run.model, group)
+    return runs
+
+
 def scale_by_trying_each(weights):
     best = None
     sizes = sorted(weights.abs().tolist(), reverse=True)
@@ -178,6 +191,10 @@ def test_other_styles(exercise, answer):
         (check.codes_and_scales, scale_plus_the_least, "nothing is added"),
         (check.best_scale, scale_of_a_grid, "as one of a grid"),
         (check.fork, lambda trainer, schedule, group: copy.copy(trainer), "Return two `Trainer`s"),
+        (check.fork, one_twice, "one model"),
+        (check.fork, both_ternary, "Both runs are ternary"),
+        (check.fork, lambda *task: fork_in_a_list(*task)[::-1], "The order"),
+        (check.fork, lambda *task: [run.model for run in fork_in_a_list(*task)], "themselves"),
         (check.best_scale, lambda weights: weights.abs().mean(), "squared error"),
     ],
 )
