@@ -13,7 +13,7 @@ from ...lab.exercises import exercise
 from ...lab.mistakes import same
 from ...lab.quiz import Quiz
 from ...language.context import Context
-from ...language.decoder import Block, Decoder
+from ...language.decoder import Block
 
 _TWO_NOUNS = {"is": 0.426, "are": 0.426}
 _WHERE_ENDS = -1.30  # the number of the lane after the block
@@ -758,82 +758,6 @@ def _lane_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """The loss of each token but the first."""
     chances = torch.as_tensor(logits).log_softmax(dim=-1)[:-1]
     return -chances.gather(1, ids[1:, None]).squeeze(1)
-
-
-def _headless(
-    weights: Mapping[str, Tensor], config: ModelConfig, block: int, head: int, part: str = "o_proj",
-    dim: int = 1, width: int | None = None, copied: bool = True,
-) -> dict[str, Tensor]:  # fmt: skip
-    name, width = f"layers.{block}.self_attn.{part}.weight", width or config.head_dim
-    zeroed = weights[name].clone() if copied else weights[name]
-    zeroed.narrow(dim, head * width % zeroed.shape[dim], width).zero_()
-    return {**weights, name: zeroed}
-
-
-@torch.no_grad()
-def _said(config: ModelConfig, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    model = Decoder(config).eval()
-    model.load_state_dict(dict(weights))
-    return model(ids)
-
-
-@exercise(
-    "headless",
-    wrong=(
-        lambda weights, config, block, head: _headless(weights, config, block, head, dim=0, width=2),  # rows
-        lambda weights, config, block, head: _headless(weights, config, block, head, "q_proj", dim=0),
-        lambda weights, config, block, head: _headless(weights, config, block, head // 2, "v_proj", dim=0),
-        lambda weights, config, block, head: _headless(weights, config, block, head // 2, "k_proj", dim=0),
-        lambda weights, config, block, head: _headless(weights, config, block, (head + 1) % 4),
-        lambda weights, config, block, head: _headless(weights, config, 0, head),
-        lambda weights, config, block, head: _headless(
-            weights, config, block, head, width=config.hidden_size // config.num_attention_heads
-        ),
-        lambda weights, config, block, head: dict(weights),
-        lambda weights, config, block, head: _headless(weights, config, block, head, copied=False),
-    ),
-)
-def headless(answer):
-    """The columns of the output matrix are the head's own; all else is shared or does something else."""
-    base = ModelConfig(
-        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, vocab_size=16, scale_depth=1.4,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    for block, head in ((0, 0), (1, 3), (0, 2), (1, 1)):
-        config = replace(base, head_dim=4) if block else base
-        shapes = {name: weight.shape for name, weight in Decoder(config).state_dict().items()}
-        weights = {name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        before = {name: weight.clone() for name, weight in weights.items()}
-        ids = torch.randint(16, (1, 9), generator=generator)
-        got = answer(weights, config, block, head)
-        assert isinstance(got, Mapping) and got.keys() == before.keys(), (
-            "Return a dictionary with the names of the one that was given: all weights of the model."
-        )
-        assert all(torch.equal(weights[name], before[name]) for name in before), (
-            "The given tensors have changed. A new dictionary holds the same tensors, until you clone one."
-        )
-        mine = _said(config, got, ids)
-        for part, shared, says in (
-            (
-                "q_proj",
-                head,
-                "A head without a query takes the plain average and hands it over all the same.",
-            ),
-            ("v_proj", head // 2, "A value head is shared by two query heads here; yours takes out both."),
-            (
-                "k_proj",
-                head // 2,
-                "A key head is shared by two query heads here, and both still hand something over.",
-            ),
-        ):
-            wrong = _headless(before, config, block, shared, part, dim=0)
-            assert not same(mine, _said(config, wrong, ids), 1e-4), says
-        assert same(mine, _said(config, _headless(before, config, block, head), ids), 1e-4), (
-            f"Head {head} of block {block}, counted from 0, of heads {config.head_dim} wide: does it bring "
-            "nothing, and does everything else work as before? In the output "
-            "matrix columns belong to heads, and rows to numbers of the lane."
-        )
 
 
 @exercise(
