@@ -169,7 +169,7 @@ class Heads:
             f"<text class='title' x='{_LEFT}' y='{short(top - 2)}' font-size='13' font-weight='600'>"
             f"{self.names[self.start]}</text>"
         )
-        d.text(FULL_WIDTH - 4, top - 6, "shares in %", size=SMALLEST_TEXT, anchor="end", muted=True)
+        d.text(FULL_WIDTH - 4, top - 6, "weights in %", size=SMALLEST_TEXT, anchor="end", muted=True)
         for asks, token in enumerate(self.tokens):
             y = top + 4 + _ROW * asks
             d.text(_LEFT - 6, y + _ROW / 2, token, size=SMALLEST_TEXT, anchor="end")

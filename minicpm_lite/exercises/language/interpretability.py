@@ -67,7 +67,7 @@ def head_weights(answer):
         for mistake, says in _OF_WEIGHTS:
             if not same(_weights(query, key, **mistake), expected):
                 assert not same(got, _weights(query, key, **mistake)), says
-        assert not same(got, expected.mT), "Rows ask, columns are asked; yours are exchanged."
+        assert tokens == 1 or not same(got, expected.mT), "Rows ask, columns are asked; yours are exchanged."
         assert same(got, expected), (
             f"{heads} query heads on {kept} key heads, {tokens} tokens, heads {width} wide: scores are dot "
             "products, divided by the root of the width, masked, and made shares in each row."
