@@ -44,9 +44,9 @@ def previous_word_in_numpy(width, base):
     return [np.concatenate([first, second]), np.concatenate(ahead)]
 
 
-def mended_in_place(x, norm, attention, feed_forward, r):
-    x += r * attention(norm(x))
-    x += r * feed_forward(norm(x))
+def mended_in_steps(x, norm, attention, feed_forward, r):
+    for part in (attention, feed_forward):
+        x = torch.add(x, part(norm(x)), alpha=r)
     return x
 
 
@@ -94,8 +94,8 @@ def answer_loss_by_steps(logits, ids, start):
         (check.window_attention, window_attention),
         (check.share_keys, lambda key, heads: key[[h * len(key) // heads for h in range(heads)]]),
         (check.forecast, {"is": 0.425, "are": torch.tensor(0.427), "where": -1.3}),
-        (check.forecast, {"where": torch.tensor(-1.28), "is": 0.43, "are": 0.43}),
-        (check.mended_block, mended_in_place),
+        (check.forecast, {"where": torch.tensor(-1.305), "is": 0.43, "are": 0.43}),
+        (check.mended_block, mended_in_steps),
         (check.turn, turn_in_numpy),
         (check.turn, turn_in_place),
         (check.previous_word, previous_word_in_numpy),
