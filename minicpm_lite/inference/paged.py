@@ -32,13 +32,12 @@ from collections.abc import Sequence
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import ModelConfig, require_positive_integer
 from ..language.context import Context, causal_mask, dense_attention
-from ..language.rotary import scaled_angles
+from ..language.rotary import AngleTable
 
 __all__ = ["PagePool", "PagedContext", "PagedText"]
 
@@ -85,7 +84,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, and no text's; the oldest first
         self._serial = 0
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
-        self._angles: Tensor | None = None
+        self.angles = AngleTable(self.room)
         self._model: ref | None = None
 
     @property
@@ -196,14 +195,6 @@ class PagePool:
             self._model = ref(model)
         elif self._model() is not model:
             raise ValueError("The pages were filled by another model; use one pool for each model.")
-
-    def angles(self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at some positions, from a table that is computed once."""
-        if self._angles is None:
-            everywhere = torch.arange(self.room, device=positions.device)
-            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
-        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)
-        return cos, sin
 
     def layer(
         self, layer: int, new: Sequence[Shaped[Tensor, "rows _heads tokens _width"]]

@@ -42,7 +42,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .rotary import scaled_angles
+from .rotary import AngleTable, scaled_angles
 
 __all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention"]
 
@@ -190,7 +190,7 @@ class KVCache(Context):
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
         self._told = False  # whether the call that begins has brought its ids
         self._layers: dict[int, tuple[Tensor, ...]] = {}
-        self._angles: Tensor | None = None  # cosine and sine of every position there is room for
+        self._angles = AngleTable(room)
 
     def belong(self, model: nn.Module) -> None:
         """The model whose call begins.
@@ -268,7 +268,7 @@ class KVCache(Context):
         self._refuse_gradients(x)  # before a subclass turns what layers make of them into what it keeps
         if start == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
-            self._angles = None
+            self._angles = AngleTable(self.room)
             self._text = self._text if told else None
             self._rows = rows
         if self._text is not None and not told:
@@ -286,11 +286,7 @@ class KVCache(Context):
         self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]
     ) -> tuple[Float[Tensor, "*rows tokens head_dim"], Float[Tensor, "*rows tokens head_dim"]]:
         """Cosine and sine at some positions, from a table that is computed once."""
-        if self._angles is None:
-            everywhere = torch.arange(self.room, device=positions.device)
-            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
-        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)  # one look-up for both
-        return cos, sin
+        return self._angles(config, positions)
 
     def keep(
         self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
