@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import ModelConfig, require_positive_integer
-from ..language.context import Context, causal_mask, dense_attention
+from ..language.context import Context, causal_mask, dense_attention, lineage
 from ..language.rotary import AngleTable
 
 __all__ = ["PagePool", "PagedContext", "PagedText"]
@@ -262,25 +262,19 @@ class PagedContext(Context):
         own = [row[length:] for row, length in zip(slots, lengths, strict=True)]
         self._own = torch.tensor(own, device=x.device).flatten()
         self._all = torch.tensor([row + row[:1] * (self.reach - len(row)) for row in slots], device=x.device)
-        depths: list[int] = []
-        for parent in self._parents(new):
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        self.mask = self._sight(lengths, new, x.device)
+        if self.parents is None:  # text is a chain
+            depths, among = range(new), causal_mask(new, new, "cpu")
+        else:
+            depths, among = lineage(self.parents)
+        self.mask = self._sight(lengths, among, x.device)
         return torch.tensor([[[length + depth for depth in depths]] for length in lengths], device=x.device)
 
-    def _parents(self, new: int) -> Sequence[int]:
-        """Of each token of the call; text is a chain."""
-        return range(-1, new - 1) if self.parents is None else self.parents
-
     def _sight(
-        self, lengths: list[int], new: int, device: torch.device
+        self, lengths: list[int], among: Bool[Tensor, "tokens tokens"], device: torch.device
     ) -> Bool[Tensor, "*rows tokens keys"] | None:
+        new = len(among)
         if len(lengths) == 1 and self.parents is None:  # no row is shorter than another
             return causal_mask(new, self.reach, device) if 1 < new < self.reach else None
-        among = torch.eye(new, dtype=torch.bool)
-        for place, parent in enumerate(self._parents(new)):
-            if parent >= 0:
-                among[place] |= among[parent]
         mask = torch.zeros(len(lengths), 1, new, self.reach, dtype=torch.bool)
         for row, length in enumerate(lengths):
             mask[row, :, :, :length] = True

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .rotary import AngleTable, scaled_angles
 
-__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention"]
+__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention", "lineage"]
 
 _INT8_MAX = 127
 _SMALLEST_SCALE = 1e-30  # of a vector of zeros
@@ -464,6 +464,32 @@ class Int8Cache(KVCache):
         )
 
 
+def lineage(parents: Sequence[int]) -> tuple[list[int], Bool[Tensor, "guesses guesses"]]:
+    """Of guesses that branch: how many ancestors each has, and which of them it sees: these and itself.
+
+    Args:
+        parents: for each guess the place of an earlier one, -1 for one that follows the text.
+
+    Raises:
+        ValueError: a parent that does not come before its guess.
+
+    >>> lineage([-1, 0, 0])[0]  # two guesses for what follows the first one
+    [0, 1, 1]
+    """
+    depths: list[int] = []
+    sees: list[list[bool]] = []
+    for place, parent in enumerate(parents):
+        if not -1 <= parent < place:
+            raise ValueError(
+                f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
+                "for one that follows the text."
+            )
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+        sees.append([False] * len(parents) if parent < 0 else sees[parent].copy())
+        sees[place][place] = True
+    return depths, torch.tensor(sees)
+
+
 class Tree(Context):
     """Guesses that branch, fed through a cache at once: each sees the text, its ancestors and itself.
 
@@ -490,8 +516,6 @@ class Tree(Context):
 
     def __init__(self, cache: KVCache, parents: Iterable[SupportsIndex]) -> None:
         self.cache, self.parents = cache, ()
-        self.ancestors = torch.zeros(0, 0, dtype=torch.bool)
-        self.depths = torch.zeros(0, dtype=torch.long)
         self.grow(parents)
 
     def grow(self, parents: Iterable[SupportsIndex]) -> None:
@@ -506,19 +530,9 @@ class Tree(Context):
         parents = tuple(index(parent) for parent in parents)
         if not parents:
             raise ValueError("parents is empty; a tree has one guess at least.")
-        fed, depths = len(self.parents), self.depths.tolist()
-        ancestors = torch.eye(fed + len(parents), dtype=torch.bool)
-        ancestors[:fed, :fed] = self.ancestors
-        for place, parent in enumerate(parents, start=fed):
-            if not -1 <= parent < place:
-                raise ValueError(
-                    f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
-                    "for one that follows the text."
-                )
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-            if parent >= 0:
-                ancestors[place] |= ancestors[parent]
-        self.fed, self.parents, self.ancestors = fed, self.parents + parents, ancestors
+        whole = self.parents + parents
+        depths, self.ancestors = lineage(whole)
+        self.fed, self.parents = len(self.parents), whole
         self.depths, self.deepest = torch.tensor(depths), max(depths)
 
     def belong(self, model: nn.Module) -> None:
