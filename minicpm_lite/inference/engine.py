@@ -24,8 +24,9 @@ Choices, and the traps behind them:
   by smaller ones, or it might wait for ever.
 - Each request has a generator of its own, so what it draws does not depend on who is there beside it.
 - Scores that are no numbers end their own request, and no other.
-- Rounding differs between a call of one row and one of several, as everywhere; a tie to six digits may fall
-  the other way.
+- Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
+  the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
+  whole step: theirs are ties to two digits.
 """
 
 import time

@@ -35,7 +35,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..config import ModelConfig, SparseConfig
-from ..language.context import Context
+from ..language.context import Context, causal_mask
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating
 from ..runtime import calm_threads
@@ -217,22 +217,16 @@ class PagedExecutor:
     ) -> tuple[Float[Tensor, "rows scored vocab"], Float[Tensor, "rows places features"] | None]:
         ids = torch.tensor([*map(list, tokens)], device=self.device)
         self._context = self.pool.context(texts, parents)
+        self._context.read(ids)
         with evaluating(self.model) if self.model.training else nullcontext():
-            return self._run(ids, self._context, tuple(after), last_only)
+            *streams, x = self._states(self.model.embed(ids), self._context, tuple(after))
+            scores = self.model.logits(x[:, -1:] if last_only else x)
+        return scores, torch.cat(streams, dim=-1) if streams else None
 
-    def _run(
-        self, ids: Int[Tensor, "rows places"], context: PagedContext, after: tuple[int, ...], last_only: bool
-    ) -> tuple[Float[Tensor, "rows scored vocab"], Float[Tensor, "rows places features"] | None]:
-        context.read(ids)
-        return _computed(self.model, ids, context, after, last_only)
-
-
-def _computed(
-    model: Decoder, ids: Int[Tensor, "rows places"], context: Context, after: tuple[int, ...], last_only: bool
-) -> tuple[Float[Tensor, "rows scored vocab"], Float[Tensor, "rows places features"] | None]:
-    *streams, x = model.states(model.embed(ids), context, after)
-    scores = model.logits(x[:, -1:] if last_only else x)
-    return scores, torch.cat(streams, dim=-1) if streams else None
+    def _states(
+        self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
+    ) -> list[Float[Tensor, "rows places d"]]:
+        return self.model.states(x, context, after)
 
 
 class CompiledExecutor(PagedExecutor):
@@ -253,27 +247,37 @@ class CompiledExecutor(PagedExecutor):
         backend: str = "inductor",
     ) -> None:
         super().__init__(model, pages, page_size, room)
-        self._compiled = torch.compile(_computed, fullgraph=True, dynamic=True, backend=backend)
 
-    def _run(
-        self, ids: Int[Tensor, "rows places"], context: PagedContext, after: tuple[int, ...], last_only: bool
-    ) -> tuple[Float[Tensor, "rows scored vocab"], Float[Tensor, "rows places features"] | None]:
+        def everywhere(
+            x: Tensor, context: Context
+        ) -> list[Tensor]:  # so that code is made once for any `after`
+            return model.states(x, context, range(model.config.num_hidden_layers))
+
+        self._compiled = torch.compile(everywhere, fullgraph=True, dynamic=True, backend=backend)
+
+    def _states(
+        self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
+    ) -> list[Float[Tensor, "rows places d"]]:
         if not self.nbytes:  # the first call takes the memory
-            return super()._run(ids, context, after, last_only)
+            found = super()._states(x, context, after)
+            for layer in range(self.model.config.num_hidden_layers):
+                for whole in self.pool.layer(layer):
+                    torch._dynamo.mark_static(whole)  # its heads are no number that changes
+            return found
         context.belong(self.model)
-        context.read(ids)
-        found = self._compiled(self.model, ids, _Prepared(context, self.model.config, ids), after, last_only)
+        found = self._compiled(x, _Prepared(context, self.model.config, x))
         context.end()
-        return found
+        return [*(found[blocks] for blocks in after), found[-1]]
 
 
 class _Prepared(Context):
     """A call of a paged context whose books are kept outside: of all it knows, code sees tensors alone."""
 
-    def __init__(self, context: PagedContext, config: ModelConfig, ids: Int[Tensor, "rows places"]) -> None:
-        self.context = context
-        self.positions = context.prepare(*ids.shape, ids.device)
+    def __init__(self, context: PagedContext, config: ModelConfig, x: Float[Tensor, "rows tokens d"]) -> None:
+        self.context, self.positions = context, context.begin(x)
         self.rotary = context.angles(config, self.positions)
+        if x.shape[1] > 1 and (context.mask is None or context.mask.ndim == 2):  # one shape for all texts
+            context.mask = causal_mask(x.shape[1], context.reach, x.device)[None, None]
 
     def begin(self, x: Float[Tensor, "rows tokens d"]) -> Int[Tensor, "rows 1 tokens"]:
         return self.positions

@@ -255,10 +255,7 @@ class PagedContext(Context):
         Raises:
             ValueError: other rows than texts, no room for them in a text's pages, or guesses of no tree.
         """
-        return self.prepare(*x.shape[:2], x.device)
-
-    def prepare(self, rows: int, new: int, device: torch.device) -> Int[Tensor, "rows 1 tokens"]:
-        """Make ready for the next ``new`` tokens of each text, and give their positions; see `begin`."""
+        (rows, new), device = x.shape[:2], x.device
         counts = [new] * len(self.texts) if self.parents is None else [*map(len, self.parents)]
         if counts != [new] * rows:
             raise ValueError(
