@@ -26,7 +26,7 @@ Choices, and the traps behind them:
 - Scores that are no numbers end their own request, and no other.
 - Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
   the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
-  whole step: theirs are ties to two digits.
+  whole step, and each layer makes more of that: scores of SmolLM2-135M in Q4_0 differ by some tenths.
 """
 
 import time

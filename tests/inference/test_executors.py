@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from test_engine import model
 
 from minicpm_lite.config import ModelConfig
 from minicpm_lite.inference.engine import Engine, Request
@@ -16,6 +16,15 @@ from minicpm_lite.inference.packed import PackedEmbedding, quantize_model
 from minicpm_lite.language.decoder import Decoder
 
 ROOT = Path(__file__).parents[2]
+CONFIG = ModelConfig(
+    16, 24, 4, 2, 23, num_key_value_heads=1, max_position_embeddings=64, init_std=0.4, eos_token_id=(22,)
+)
+
+
+@cache
+def model() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(CONFIG).eval()
 
 
 @pytest.mark.parametrize("kind", [PagedExecutor, CompiledExecutor])
@@ -25,15 +34,15 @@ def test_what_an_engine_asks_for_is_there(kind):
 
 @torch.no_grad()
 def test_streams_are_those_of_the_decoder():
-    executor, ids = PagedExecutor(model("four blocks"), 8), [1, 2, 3, 4, 5]
+    executor, ids = PagedExecutor(model(), 8), [1, 2, 3, 4, 5]
     text = executor.open(ids, 12)
     scores, streams = executor.prefill(text, ids, (2, 1))
-    *wanted, last = model("four blocks").read(torch.tensor([ids]), after=(2, 1))
+    *wanted, last = model().read(torch.tensor([ids]), after=(2, 1))
     torch.testing.assert_close(streams, torch.cat(wanted, dim=-1)[0])
-    torch.testing.assert_close(scores, model("four blocks").logits(last)[0, -1])
+    torch.testing.assert_close(scores, model().logits(last)[0, -1])
     assert executor.decode([text], [6])[1] is None
     _, streams = executor.verify([text], [[7, 8, 9]], [[-1, 0, 0]], (3,))
-    *wanted, _ = model("four blocks").read(torch.tensor([[*ids, 6, 7, 9]]), after=(3,))
+    *wanted, _ = model().read(torch.tensor([[*ids, 6, 7, 9]]), after=(3,))
     torch.testing.assert_close(streams[0, [0, 2]], wanted[0][0, -2:])
     executor.accept([[0, 2]])
     assert text.tokens == [*ids, 6, 7, 9] and executor.spare(text) == 16 - 8

@@ -1,37 +1,41 @@
-"""An engine's stack, one part switched on after the other, and engines under load; 40 minutes on 2 cores.
+"""An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
 
-Run it with `python notebooks/inference/recorded/engine.py`, with nothing else running; or with "stack" or
-"load", which measures that alone, and a number behind it: so many jobs, of two minutes at most each. What was
-measured is not measured again. "load" needs the package xllamacpp.
+Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "stack" or "load", which does
+that alone, and a number behind it: so many jobs, of two minutes at most each. What was done is not done
+again. "stack" and "load" take times, so nothing else may run beside them. "load" needs xllamacpp.
 
 The model is SmolLM2-135M-Instruct with every matrix rounded to Q4_0, in float32 or packed, so all that is
-compared multiplies by the same weights. All is greedy, with two threads, and nothing ends a text early.
+compared multiplies by the same weights. All is greedy, and nothing ends a text early. A text stands behind
+256 or 2,048 tokens of Austen, whose last line asks for them again ("text with copying") or does not
+("prose"), and has 48 new tokens. The stages: PyTorch's linear layers; our kernels for float32; these with
+guesses looked up in the prompt; packed weights; these with sparse attention (24 blocks of 16 tokens); that
+with guesses; and packed weights with guesses.
 
-- "stack": one text at a time, behind 256 and behind 2,048 tokens of Austen, whose last line asks for them
-  again ("text with copying") or does not ("prose"); 48 new tokens. In turn: PyTorch's linear layers; our
-  kernels for float32; packed weights; with sparse attention (24 blocks of 16 tokens); with guesses looked up
-  in the prompt, `Adaptive`; and the last without sparse attention. Kept are the time to the first token, the
-  tokens a second behind it, the memory of weights and texts, and the tokens.
+- "identity": what each stage writes, each call that may guess guessing.
+- "stack": one text at a time, with two threads and guesses by `Adaptive`: the time to the first token, the
+  tokens a second behind it, the memory of weights and texts.
 - "load": 16 requests of 16 to 128 tokens that want 8 to 64, all at once, or one each second on average, at
-  times that are drawn; eight rows. Our engine with packed weights, with and without looked-up guesses;
+  times that are drawn; eight rows, two threads. Our engine with packed weights, with and without guesses;
   transformers with batches that stay (those that wait when the last batch is done, padded, written until the
   longest has enough), in float32; llama.cpp's server on a file of the same bytes. Kept are the tokens a
   second that were asked for, and the times from a request to its first and to its last token.
 
 The rule, fixed before the runs. A unit is a prompt (five of each length and kind), or a drawn set of requests
 (three: a quiet machine is rare, and what is expected are factors). A part of the stack makes faster, or
-slower, if the 95 % interval of the logarithm of the ratio to the stage before, unit by unit, leaves out 0;
-and so for engines under load. Expected: packed weights are at least 1.5 times as fast as our float32; guesses
-at least 1.3 times where text is copied, and never below 0.95; our engine writes at least 1.5 times as much as
-transformers when all come at once, and has the first token of most requests sooner. Sparse attention brings
-nothing at 256 tokens, of which it reads all but a few, and little at 2,048, where weights are most of what is
-read. What llama.cpp does is measured, and nothing is expected: one token at a time we had 45 % of its speed.
+slower, if the 95 % interval of the logarithm of the ratio to the stage without it, unit by unit, leaves out
+0; and so for engines under load. Expected: packed weights are at least 1.5 times as fast as our float32;
+guesses at least 1.3 times where text is copied, and never below 0.95; our engine writes at least 1.5 times as
+much as transformers when all come at once, and has the first token of most requests sooner. Sparse attention
+brings nothing at 256 tokens, of which it reads all but a few, and little at 2,048, where weights are most of
+what is read. What llama.cpp does is measured, and nothing is expected: one token at a time we had 45 % of its speed.
 
-Identity. Kernels write PyTorch's tokens, and guesses those of the stage before, unless there is a tie: where
-two answers part, the gap between the two best scores is at most twice the noise, by which the scores of the
-same text differ when it is read at once and when its last token is read alone. The noise of float32 is some
-1e-5. Packed weights round their inputs to 8 bits, where a last bit can become a whole step, so theirs may be
-a thousand times as large. How many tokens agree with float32, and with sparse attention, is said, no more.
+Identity. Kernels write PyTorch's tokens, and guesses those of the stage without them, unless there is a tie:
+where two answers part, the gap between the two best scores is at most twice the noise, by which the scores of
+the same text differ when it is read at once and when its last token is read alone. With float32 this tells
+something, since its noise is some 1e-5. Packed weights round their inputs to 8 bits, where a last bit can
+become a whole step, and 30 layers make more of that: on two prompts, tried before, their noise was 0.4, so
+many gaps are ties. How many of their tokens are those without guesses is said, no more; and so how many agree
+with float32, and with sparse attention.
 
 Power: the times of a stage differ by some 5 % between prompts on a quiet machine, so five tell ratios apart
 that differ by 10 %, and three by 15 %. That a guess costs 5 % is not told from that it costs nothing.
@@ -59,6 +63,7 @@ from minicpm_lite.inference.engine import Answer, Engine, Request
 from minicpm_lite.inference.executors import PagedExecutor
 from minicpm_lite.inference.llama_cpp import LlamaCpp
 from minicpm_lite.inference.packed import load_packed, quantize_model, save_packed, true_bits, unpack_model
+from minicpm_lite.inference.speculative import Draft
 from minicpm_lite.inference.speculative_costs import Adaptive, Costs
 from minicpm_lite.lab.recorded import load_results, run_jobs
 from minicpm_lite.language.context import KVCache, Tree
@@ -95,13 +100,15 @@ class Job:
 
     @property
     def name(self) -> str:
-        return "/".join(str(part) for part in (self.kind, self.of, self.length, self.number) if part != 0)
+        return "/".join(map(str, (self.kind, self.of, *([self.length] if self.length else []), self.number)))
 
 
 @torch.no_grad()
 def work(job: Job) -> dict:
-    torch.set_num_threads(THREADS)
     seed_everything(job.number)
+    if job.kind == "identity":
+        return identity(job)
+    torch.set_num_threads(THREADS)
     return stack(job) if job.kind == "stack" else load(job)
 
 
@@ -132,36 +139,63 @@ def kernels() -> Decoder:
 # ------------------------------------------------------------------------------------------- the stack
 
 
-def stages() -> dict[str, tuple[Callable[[], Decoder], dict, bool]]:
-    """The model, what its executor is told, and whether it guesses."""
-    sparse = {"sparse": SPARSE}
-    return {
-        "PyTorch": (plain, {}, False),
-        "kernels": (kernels, {}, False),
-        "packed": (packed, {}, False),
-        "packed, sparse": (packed, sparse, False),
-        "packed, sparse, guesses": (packed, sparse, True),
-        "packed, guesses": (packed, {}, True),
-    }
+@dataclass(frozen=True)
+class Stage:
+    """A model, whether its attention is sparse, whether it guesses; and the stage whose tokens it writes."""
+
+    model: Callable[[], Decoder]
+    sparse: bool = False
+    guesses: bool = False
+    same_as: str | None = None
+
+    def executor(self, pages: int) -> PagedExecutor:
+        return PagedExecutor(self.model(), pages, 16, sparse=SPARSE if self.sparse else None)
+
+
+STAGES = {
+    "PyTorch": Stage(plain),
+    "kernels": Stage(kernels, same_as="PyTorch"),
+    "kernels, guesses": Stage(kernels, guesses=True, same_as="kernels"),
+    "packed": Stage(packed),
+    "packed, sparse": Stage(packed, sparse=True),
+    "packed, sparse, guesses": Stage(packed, sparse=True, guesses=True, same_as="packed, sparse"),
+    "packed, guesses": Stage(packed, guesses=True, same_as="packed"),
+}
+
+
+def identity(job: Job) -> dict:
+    prompt, found = prompt_of(job), {}
+    for name, stage in STAGES.items():
+        draft = PromptLookup(GUESSES) if stage.guesses else None
+        answer = run_one(stage.executor(pages_of(prompt)), prompt, NEW, draft)
+        found[name] = {"tokens": answer.tokens}
+        if stage.same_as:
+            executors = [stage.executor(pages_of(prompt)) for _ in range(2)]
+            before = found[stage.same_as]["tokens"]
+            found[name]["part"] = where_they_part(*executors, prompt, before, answer.tokens)
+    return found
 
 
 def stack(job: Job) -> dict:
-    prompt = prompt_of(job)
-    found = {}
-    for name, (model, told, guesses) in stages().items():
-        draft = Adaptive(PromptLookup(GUESSES), costs(model(), job.length), GUESSES) if guesses else None
-        pages = -(-(len(prompt) + NEW) // 16)
-        run_one(PagedExecutor(model(), 8, 16, **told), prompt[:32], 8, draft)  # what is slow at first
-        found[name] = run_one(PagedExecutor(model(), pages, 16, **told), prompt, NEW, draft)
-        found[name]["weights"] = true_bits(model()).nbytes
-    for name, before in (("kernels", "PyTorch"), ("packed, guesses", "packed"),
-                         ("packed, sparse, guesses", "packed, sparse")):  # fmt: skip
-        model, told, _ = stages()[before]
-        executors = (PagedExecutor(model(), pages, 16, **told) for _ in range(2))
-        found[name]["part"] = where_they_part(
-            *executors, prompt, found[before]["tokens"], found[name]["tokens"]
-        )
+    prompt, found = prompt_of(job), {}
+    for name, stage in STAGES.items():
+        model, draft = stage.model(), None
+        if stage.guesses:
+            draft = Adaptive(PromptLookup(GUESSES), costs(model, job.length), GUESSES)
+        run_one(stage.executor(8), prompt[:32], 8, draft)  # what is slow at first
+        executor = stage.executor(pages_of(prompt))
+        answer = run_one(executor, prompt, NEW, draft)
+        found[name] = {
+            "first": answer.first - answer.submitted,
+            "a second": (NEW - 1) / (answer.last - answer.first),
+            "texts": executor.nbytes,
+            "weights": true_bits(model).nbytes,
+        }
     return found
+
+
+def pages_of(prompt: list[int]) -> int:
+    return -(-(len(prompt) + NEW) // 16)
 
 
 def prompt_of(job: Job) -> list[int]:
@@ -193,16 +227,11 @@ def costs(model: Decoder, length: int) -> Costs:
     return Costs(tuple(seconds), 0.0)
 
 
-def run_one(executor: PagedExecutor, prompt: list[int], new: int, draft: Adaptive | None) -> dict:
+def run_one(executor: PagedExecutor, prompt: list[int], new: int, draft: Draft | None) -> Answer:
     engine = Engine(executor, rows=1, draft=draft)
     answer = engine.submit(Request(tuple(prompt), new, stop_ids=()))
     engine.run()
-    return {
-        "first": answer.first - answer.submitted,
-        "a second": (len(answer.tokens) - 1) / (answer.last - answer.first),
-        "texts": executor.nbytes,
-        "tokens": answer.tokens,
-    }
+    return answer
 
 
 def where_they_part(
@@ -344,12 +373,13 @@ def twin() -> transformers.PreTrainedModel:
 if __name__ == "__main__":
     kinds = ("text with copying", "prose")
     jobs = [
-        Job("stack", kind, number, length)
-        for number in range(PROMPTS)
+        Job(kind, text, number, length)
+        for kind in ("identity", "stack")
         for length in LENGTHS
-        for kind in kinds
+        for number in range(PROMPTS)
+        for text in kinds
     ] + [Job("load", arrivals, number) for number in range(SETS) for arrivals in EVERY]
-    wanted = sys.argv[1:2] or ["stack", "load"]
+    wanted = sys.argv[1:2] or ["identity", "stack", "load"]
     if "load" in wanted:
         require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="compare with llama.cpp")
     done = load_results(__file__)["runs"]
