@@ -260,15 +260,28 @@ def _taught(head: EagleHead, target: Decoder, ids: Int[Tensor, "batch window"]) 
     return _Taught(torch.cat(streams, dim=-1), embedded, kept.softmax(-1), named)
 
 
-def _guesses(head: EagleHead, taught: _Taught, steps: int) -> list[Float[Tensor, "batch _places kept"]]:
-    """The scores of each step; that of step k at place t is about the token t + 2 + k."""
+def _guesses(
+    head: EagleHead, taught: _Taught, steps: int
+) -> list[
+    tuple[
+        Float[Tensor, "batch _places kept"],
+        Float[Tensor, "batch _places kept"],
+        Bool[Tensor, "batch _places"],
+    ]
+]:
+    """The scores of each step, and what the target says there: its law, and whether its best token is named.
+
+    Those of step k at place t are about the token t + 2 + k, so they stand beside the law behind t + 1 + k.
+    """
     hidden, context, found = head.fuse(taught.streams[:, :-1]), _Unrolled(), []
     for step in range(steps):
         embedded = taught.embedded[:, 1 + step :]
         places = embedded.shape[1]  # those behind which there are so many tokens
         embedded = F.pad(embedded, (0, 0, 0, hidden.shape[1] - places))
         hidden = head(hidden, embedded, context)
-        found.append(head.logits(hidden[:, :places]))
+        found.append(
+            (head.logits(hidden[:, :places]), taught.law[:, 1 + step :], taught.named[:, 1 + step :])
+        )
     return found
 
 
@@ -294,9 +307,7 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         taught, counted = _taught(head, target, readable(window)), predicted(window)
         total = 0.0
-        for step, scores in enumerate(_guesses(head, taught, steps)):
-            # scores at place t are about what the target says at t + 1 + step, of the token behind that
-            law, named = taught.law[:, 1 + step :], taught.named[:, 1 + step :]
+        for step, (scores, law, named) in enumerate(_guesses(head, taught, steps)):
             surprise = -(law * scores.log_softmax(-1)).sum(-1)
             last = counted[:, 1 + step :]  # of the token t + 2 + step, which the window may not hold
             told = named[:, : last.shape[1]] & last
@@ -315,8 +326,6 @@ def agreement_by_step(
     taught = _taught(head, target, ids)
     with evaluating(head):
         found = _guesses(head, taught, steps)
-    shares = []
-    for step, scores in enumerate(found):
-        law, named = taught.law[:, 1 + step :], taught.named[:, 1 + step :]
-        shares.append((named & (scores.argmax(-1) == law.argmax(-1))).float().mean().item())
-    return shares
+    return [
+        (named & (scores.argmax(-1) == law.argmax(-1))).float().mean().item() for scores, law, named in found
+    ]

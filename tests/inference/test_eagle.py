@@ -75,7 +75,7 @@ def test_the_training_time_test_is_what_is_done_in_use(start):
     unrolled = _guesses(head, _taught(head, target, ids), steps)
     text = ids[0].tolist()
     wanted = naive(head, target, text[:start], text[start : start + steps - 1])
-    for step, scores in enumerate(unrolled):
+    for step, (scores, _, _) in enumerate(unrolled):
         assert_close(scores[0, start - 2], wanted[step], atol=1e-5, rtol=1e-5)
 
 
