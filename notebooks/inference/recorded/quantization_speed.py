@@ -2,15 +2,14 @@
 
 Run it with `python notebooks/inference/recorded/quantization_speed.py prepare`, which packs the model into a
 folder of temporary files (3 minutes), and then without `prepare`, which measures; or with "matrices",
-"tokens", "parts", "float32" or "memory", which measures that alone. What is compared is measured in one run,
+"tokens", "parts" or "memory", which measures that alone. What is compared is measured in one run,
 in turns, with two threads:
 
-- one row times one matrix: PyTorch's ways, and the kernels in three builds (any processor, AVX2, this one);
+- one row times one matrix: PyTorch's ways, and the kernels in three builds (any processor, AVX2, this one),
+  measured anew when the float32 kernel had been mended for processors without AVX-512;
 - a token written by SmolLM2-135M, for each type, beside llama.cpp with a file of the same bytes, if the
   package xllamacpp can be imported (it is named in the environment variable LLAMA_CPP_SITE otherwise);
 - where the time of such a token goes: each part is timed where it stands, and the fastest of 400 counts;
-- one row times the second matrix in float32 once more, since the kernel was mended for what has no AVX-512:
-  the fastest of 100, on a machine that was busy;
 - what the process of a model takes in memory, each in a process of its own.
 
 The rule, fixed before the run: Q4_0 writes at least 2.5 times as many tokens a second as PyTorch in float32,
@@ -82,7 +81,6 @@ def work(job: Job) -> dict:
             "matrices": matrices,
             "tokens": tokens,
             "parts": parts,
-            "float32": float32,
             "memory": lambda: memory(job.of),
         }[job.kind]()
 
@@ -240,24 +238,6 @@ def parts() -> dict:
     }
 
 
-def float32() -> dict:
-    """Milliseconds of one row with float32 weights, the fastest of many: PyTorch's, and three builds."""
-    outputs, features = MATRICES["a matrix of an 8B"]
-    weight, x = torch.randn(outputs, features), torch.randn(1, features)
-    found = {"torch float32": 1000 * min(timed(lambda: F.linear(x, weight)) for _ in range(OFTEN // 4))}
-    for build, flags in BUILDS.items():
-        environment = os.environ | {"CXXFLAGS": flags, "OMP_NUM_THREADS": str(THREADS)}
-        command = [sys.executable, __file__, "float32 kernel", str(outputs), str(features)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        found[build] = float(run.stdout)
-    return found
-
-
-def float32_kernel(outputs: int, features: int) -> float:
-    weight, x = torch.randn(outputs, features), torch.randn(1, features)
-    return 1000 * min(timed(lambda: linear(x, weight, "F32")) for _ in range(OFTEN // 4))
-
-
 def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -370,8 +350,6 @@ if __name__ == "__main__":
             prepare()
         case ["kernels", outputs, features]:
             print(json.dumps(kernels(int(outputs), int(features))))
-        case ["float32 kernel", outputs, features]:
-            print(float32_kernel(int(outputs), int(features)))
         case ["open", type]:
             print(json.dumps(open_model(type)))
         case kinds:
@@ -379,7 +357,6 @@ if __name__ == "__main__":
                 Job("matrices"),
                 Job("tokens"),
                 Job("parts"),
-                Job("float32"),
                 *(Job("memory", type) for type in ("float32", *TYPES)),
             ]
             wanted = [job for job in everything if not kinds or job.kind in kinds]
