@@ -320,8 +320,8 @@ def forecast(answer):
     )
     for pool in (58, 60, 62, 63):
         assert not near(8 / pool) and not near(_right(8 / pool)), (
-            f"That is eight of {pool} blocks. 1,000 tokens have 63, the last one half full, and the four forced "
-            "ones cannot be drawn again."
+            f"That is eight of {pool} blocks. 1,000 tokens have 63, the last one half full, and the four "
+            "forced ones cannot be drawn again."
         )
     assert not near(12 / 63) and not near(_right(12 / 63)), (
         "Twelve blocks are read, but four of them are forced, and the flag is in none of these: eight are "
