@@ -1,4 +1,4 @@
-"""The recorded runs of the chapter on sparse attention with models of our own, about an hour.
+"""The recorded runs of the chapter on sparse attention with models of our own, two hours on one core.
 
 Run them with `python notebooks/inference/recorded/sparse_attention.py`.
 

@@ -259,9 +259,6 @@ def work(job: Job) -> dict:
 
 
 if __name__ == "__main__":
-    jobs = [
-        Job(text, length, kind)
-        for kind in ("answer", "shares")
-        for text, length in (*((text, LENGTH) for text in range(5)), (0, 8192))
-    ]
+    jobs = [Job(text) for text in range(5)] + [Job(0, 8192)]
+    jobs += [Job(text, kind="shares") for text in range(5)]
     run_jobs(__file__, jobs, work, FACTS, workers=1)
