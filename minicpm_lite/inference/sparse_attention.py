@@ -36,7 +36,7 @@ Choices, and the traps behind them:
   as large. It is so for all heads alike, and the order of blocks hardly changes.
 - ``coarse_topk`` is ours, not the paper's: coarse means (128 tokens, stride 64) choose where fine ones are
   read, since at 128K the fine means are two fifths of all that a step reads. Twice ``topk`` of them keep most
-  of the choice; with as few as ``topk`` some blocks have no score, and the first of the text stand in for them.
+  of the choice; with as few as ``topk`` some blocks have no score, and the first of the text stand in.
 """
 
 import math
