@@ -324,11 +324,11 @@ def windows_to_make(answer):
     for lengths, size, stride, why in cases:
         got = answer(list(lengths), size, stride)
         assert got is not None and not isinstance(got, int | str), "Expected a list of starts."
-        expected = _to_make(lengths, size, stride)
-        assert not expected or [stride * int(x) for x in got] != expected, (
-            f"Those are the windows' numbers, {list(got)}; their starts, in tokens, are asked for: {expected}."
+        expected, mine = _to_make(lengths, size, stride), [int(x) for x in got]
+        assert mine == expected or [stride * x for x in mine] != expected, (
+            f"Those are the windows' numbers, {mine}; asked for are their starts, in tokens: {expected}."
         )
-        assert [int(x) for x in got] == expected, f"{why} Lengths {lengths}: expected {expected}."
+        assert mine == expected, f"{why} Lengths {lengths}: expected {expected}."
 
 
 _READ = 8 / (63 - 4)
