@@ -133,10 +133,33 @@ def _ternary(latent, least=1e-5):
     return (latent / scale).round().clamp(-1, 1) * scale
 
 
+def codes_cut_off(weight, group):
+    grouped = weight.unflatten(1, (-1, group))
+    scale = grouped.abs().mean(2, keepdim=True).clamp(min=1e-5)
+    return (grouped / scale).int().clamp(-1, 1).flatten(1), scale[..., 0]
+
+
 def scale_plus_the_least(weight, group):
     grouped = weight.unflatten(1, (-1, group))
     scale = grouped.abs().mean(2, keepdim=True) + 1e-5
     return (grouped / scale).round().clamp(-1, 1).flatten(1), scale[..., 0]
+
+
+def weight_as_it_was_with(scale_of, rounding):
+    def weight(latent):
+        kept = latent.detach()
+        scale = scale_of(kept)
+        return rounding(kept / scale).clamp(-1, 1) * scale + (latent - kept)
+
+    return weight
+
+
+def of_rows(latent):
+    return latent.abs().mean(1, keepdim=True).clamp(min=1e-5)
+
+
+def of_the_matrix(latent):
+    return latent.abs().mean()
 
 
 def scale_of_a_grid(weights):
@@ -174,10 +197,24 @@ def test_other_styles(exercise, answer):
     [
         (check.codes_and_scales, codes_of_repeated_scales, "a loop"),
         (check.read_byte, lambda byte: [0] * 4, "five codes"),
+        (check.read_byte, lambda byte: [code + 1 for code in byte_by_its_number(byte)], "the digits"),
+        (
+            check.codes_and_scales,
+            codes_cut_off,
+            "cut w / scale off",
+        ),
         (check.forecast_zeros, 25, "not per cent"),
+        (check.mended_weight, weight_as_it_was_with(of_the_matrix, torch.round), "The scale is the mean of"),
+        (check.mended_weight, weight_as_it_was_with(of_rows, torch.trunc), "The quotient is cut off"),
+        (check.mended_weight, weight_as_it_was_with(of_the_matrix, torch.trunc), "Two faults"),
+        (
+            check.ternary_megabytes,
+            lambda *task: megabytes_matrix_by_matrix(*task) * 1e6 / 2**20,
+            "2^20",
+        ),
         (
             check.mended_weight,
-            lambda latent: latent.detach().sign(),
+            lambda latent: 2 * of_rows(latent.detach()) * latent.detach().sign(),
             "The wrong weights are 0",
         ),
         (
