@@ -998,7 +998,8 @@ def answer_loss(answer):
 
 def _updated(
     table: Tensor, ids: Tensor, rate: float, *, average: bool = True, uphill: bool = False,
-    lost: bool = False, shift: int = 1, dim: int = 1, right: float = 1.0, of_all: bool = False, last: bool = False,
+    lost: bool = False, shift: int = 1, dim: int = 1, right: float = 1.0, of_all: bool = False,
+    last: bool = False,
 ) -> Tensor:  # fmt: skip
     rows, answers = (ids[:-1], ids[1:]) if shift else (ids, ids)
     if last:  # the last token asks as well, for the first
@@ -1053,8 +1054,8 @@ def one_update(answer):
     assert not same(got, [[-0.75, math.log(3) + 0.75], [0.0, 0.0]]), _STEP_MISTAKES[0][1]
     assert same(got, right), (
         "Two words, a text of two tokens, 0 and 0, and a rate of 1. Row 0 gave a quarter to word 0, which "
-        "came, and three quarters to word 1. So p − y is (−0.75, 0.75), and the row moves against that; row 1 was "
-        "not asked."
+        "came, and three quarters to word 1. So p − y is (−0.75, 0.75), and the row moves against it; row 1 "
+        "was not asked."
     )
     generator = torch.Generator().manual_seed(0)
     for vocabulary, text, rate in (
