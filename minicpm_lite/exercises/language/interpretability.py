@@ -47,6 +47,11 @@ _OF_WEIGHTS = (  # mistakes, and what is said of each
     "head weights",
     wrong=(
         *(lambda query, key, mistake=mistake: _weights(query, key, **mistake) for mistake, _ in _OF_WEIGHTS),
+        lambda query, key: (
+            (query @ key.repeat_interleave(len(query) // len(key), dim=0).mT / query.shape[-1] ** 0.5)
+            .tril()
+            .softmax(dim=-1)
+        ),
         lambda query, key: _weights(query, key).mT,
         lambda query, key: _weights(query, key).mean(dim=0),
         lambda query, key: _weights(query, key).log(),
@@ -68,6 +73,9 @@ def head_weights(answer):
             if not same(_weights(query, key, **mistake), expected):
                 assert not same(got, _weights(query, key, **mistake)), says
         assert tokens == 1 or not same(got, expected.mT), "Rows ask, columns are asked; yours are exchanged."
+        assert not torch.as_tensor(got).triu(1).any(), (
+            "Yours gives weight to later tokens. A hidden score is -∞ before the softmax, not 0."
+        )
         assert same(got, expected), (
             f"{heads} query heads on {kept} key heads, {tokens} tokens, heads {width} wide: scores are dot "
             "products, divided by the root of the width, masked, and made shares in each row."
@@ -249,7 +257,10 @@ def averaged(answer):
         given = small.clone()
         got = answer(given, head, 1)
         assert same(given, small), "The given tensor has changed. Clone it first."
-        assert not same(got, small), "Yours leaves everything as it was."
+        assert not same(got, small), (
+            "With heads one number wide yours leaves everything as it was. The mean runs over texts and "
+            "tokens, not over the head's own numbers."
+        )
         own = got[..., head] if isinstance(got, Tensor) and got.shape == small.shape else None
         assert own is None or not same(own, torch.zeros(2, 2)), "Yours brings nothing. Its *mean* stays."
         assert own is None or not same(own, small[..., head].mean(1, keepdim=True).expand(2, 2)), (
