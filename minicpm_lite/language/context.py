@@ -268,7 +268,7 @@ class KVCache(Context):
         self._refuse_gradients(x)  # before a subclass turns what layers make of them into what it keeps
         if start == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
-            self._angles = AngleTable(self.room)
+            self._angles.clear()
             self._text = self._text if told else None
             self._rows = rows
         if self._text is not None and not told:

@@ -93,6 +93,10 @@ class AngleTable:
         self.length = length
         self._table: Tensor | None = None
 
+    def clear(self) -> None:
+        """Forget them: another model is asked for next."""
+        self._table = None
+
     def __call__(
         self, config: ModelConfig, positions: Int[Tensor, "*batch tokens"]
     ) -> tuple[Float[Tensor, "*batch tokens head_dim"], Float[Tensor, "*batch tokens head_dim"]]:

@@ -132,3 +132,18 @@ def update_by_counts(table, ids, rate):
 def test_other_styles(exercise, answer):
     verdict = exercise.judge(answer)
     assert verdict.state == "right", verdict.message
+
+
+def test_a_table_with_dots_is_unfinished():
+    verdict = check.forecast.judge({"is": 0.43, "are": 0.43, "where": ...})
+    assert verdict.state == "unfinished"
+
+
+def test_a_banned_class_is_found_wherever_it_was_called():
+    loss = torch.nn.CrossEntropyLoss()
+
+    def answer(logits, ids, start):
+        first = max(start, 1)
+        return loss(torch.as_tensor(logits)[first - 1 : -1], ids[first:])
+
+    assert "CrossEntropyLoss" in check.answer_loss.judge(answer).message
