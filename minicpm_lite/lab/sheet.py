@@ -99,7 +99,10 @@ let top = Math.min(own.top, ...of.map(each => each.top));
 const {bottom} = own;
 if (bottom - top > end - start) top = own.top;
 const by = bottom > end ? bottom - end : top < start ? top - start : 0;
-if (by) scrollBy({top: by, behavior:
+let page = svg.parentElement;  /* what scrolls here: a notebook's own box, or the window */
+while (page && !(page.scrollHeight > page.clientHeight &&
+/auto|scroll/.test(getComputedStyle(page).overflowY))) page = page.parentElement;
+if (by) (page ?? window).scrollBy({top: by, behavior:
 matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'}); };
 const under = event => {
 const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
