@@ -157,10 +157,7 @@ class GradientOfTheScale(TernaryLinear):
 
 
 class GradientClipped(TernaryLinear):
-    """Weights beyond 1 scale get no gradient, as by a clamp in front of the rounding.
-
-    That of the equation stands behind it, and cuts what is rounded to more than 1, beyond 1.5 scales.
-    """
+    """Weights beyond the scale get no gradient, as the derivative of the clamp has it."""
 
     @property
     def weight(self) -> Tensor:
