@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SITE := _build/html/index.html
 MAKEFLAGS += --jobs=2  # the code is tested while the book is built
+unexport PYTHONDONTWRITEBYTECODE  # set in many containers; hundreds of processes would compile what they import
 
 .PHONY: book browser test code check lab run student bench clean
 

@@ -148,7 +148,7 @@ def choose_blocks(
         config: how they are chosen.
     """
     per_block = config.block_size // config.kernel_stride
-    # windows that begin before a block and reach it
+    # windows from the block before
     overlap = config.kernel_size // config.kernel_stride - 1
     shares = shares[..., : blocks * per_block]
     missing = blocks * per_block - shares.shape[-1]
@@ -166,7 +166,8 @@ def choose_blocks(
     most = min(config.num_blocks, blocks)
     least = score.topk(most).values[..., -1:]
     above, equal = score > least, score == least
-    room = most - above.sum(-1, keepdim=True)  # of equal blocks the earlier
+    # of equal blocks the earlier
+    room = most - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1) <= room))
     return (chosen | (at < config.all_visible)) & (block <= own)
 

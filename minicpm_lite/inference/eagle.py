@@ -11,6 +11,9 @@
     EagleDraft(head, target, shape)     guesses with it
     eagle(target)                       what it is trained with, as an objective of the `Trainer`
     agreement_by_step(head, target, ids)    how often it names the target's best token, guess by guess
+    share_output(head, target)          the target's own output layer, cut to the head's tokens and frozen
+    save_eagle(file, head, ranking)     such a head without that layer, which its target has
+    load_eagle(file, target, kept)      the same head, guessing so many of the most frequent tokens
 
 A small decoder has to find out anew what a text is about; the streams say it, and one block suffices.
 
@@ -29,10 +32,14 @@ Choices, and the traps behind them:
   nothing can be guessed, and nothing is learned.
 - What a step weighs falls by 0.8: later guesses matter where the earlier ones were right.
 - The target and its embeddings stay as they are. The head holds no embeddings.
+- A head of EAGLE-3 has an output layer of its own. With the target's (`share_output`), as EAGLE-2 has it,
+  there is half as much to train and to keep, and how many tokens are guessed can be chosen afterwards, as
+  FR-Spec does.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,19 +47,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..config import ModelConfig, require_positive_integer
-from ..language.context import Context, causal_mask, dense_attention
+from ..language.context import Context, causal_mask
 from ..language.decoder import Decoder
 from ..language.layers import Attention, FeedForward, RMSNorm
 from ..language.sampling import Sampling
 from ..language.scoring import evaluating, predicted, readable
+from ..training.checkpoint import load_checkpoint, save_checkpoint
 from ..training.objective import Objective
 from .drafts import Reading, require_ids
 from .guess_trees import Shape
 from .speculative import Drafting
 
-__all__ = ["EagleDraft", "EagleHead", "agreement_by_step", "eagle", "levels"]
+__all__ = ["EagleDraft", "EagleHead", "agreement_by_step", "eagle", "levels", "load_eagle", "save_eagle",
+           "share_output"]  # fmt: skip
 
 STEPS, DECAY = 7, 0.8  # of the training-time test; what a step weighs beside the one before
+_FORMAT, _OUTPUT, _RANKING = "minicpm_lite.eagle", "lm_head.weight", "ranking"  # of a file
 
 
 def levels(blocks: int) -> tuple[int, int, int]:
@@ -184,7 +194,7 @@ class _EagleReading(Reading):
         inputs = []
         for row, stream in zip(new, streams, strict=True):
             ids = torch.tensor([row[len(row) - len(stream) :]], device=self.device)  # each behind its stream
-            hidden = self.model.fuse(stream.to(self.model.fuse.weight))
+            hidden = self.model.fuse(stream.to(self.model.norm.weight))
             inputs.append(torch.cat([self.target.embed(ids)[0].to(hidden), hidden], dim=-1))
         return inputs
 
@@ -223,10 +233,17 @@ class _Unrolled(Context):
         return tuple(torch.cat(each, dim=2) for each in zip(*self.kept, strict=True))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens = query.shape[2]
-        text = causal_mask(tokens, tokens, query.device)
-        own = torch.eye(tokens, dtype=torch.bool, device=query.device)
-        return dense_attention(query, key, value, torch.cat([text, *[own] * self.step], dim=1))
+        # Beside the text a token sees one key of each step, so the scores of all others are not made.
+        batch, heads, tokens, width = query.shape
+        query = query.unflatten(1, (key.shape[1], -1))  # (batch, kv_heads, group, tokens, head_dim)
+        key, value = (each[:, :, None].unflatten(3, (-1, tokens)) for each in (key, value))  # by step
+        text = query @ key[:, :, :, 0].mT
+        text = text.masked_fill(~causal_mask(tokens, tokens, query.device), -torch.inf)
+        own = (query[:, :, :, None] * key[:, :, :, 1:]).sum(-1).movedim(3, -1)  # (…, tokens, steps)
+        shares = (torch.cat([text, own], dim=-1).float() / width**0.5).softmax(-1).to(value)
+        found = shares[..., :tokens] @ value[:, :, :, 0]
+        found = found + (shares[..., tokens:].movedim(-1, 3)[..., None] * value[:, :, :, 1:]).sum(3)
+        return found.reshape(batch, heads, tokens, -1)
 
     def end(self) -> None:
         self.step += 1
@@ -260,15 +277,28 @@ def _taught(head: EagleHead, target: Decoder, ids: Int[Tensor, "batch window"]) 
     return _Taught(torch.cat(streams, dim=-1), embedded, kept.softmax(-1), named)
 
 
-def _guesses(head: EagleHead, taught: _Taught, steps: int) -> list[Float[Tensor, "batch _places kept"]]:
-    """The scores of each step; that of step k at place t is about the token t + 2 + k."""
+def _guesses(
+    head: EagleHead, taught: _Taught, steps: int
+) -> list[
+    tuple[
+        Float[Tensor, "batch _places kept"],
+        Float[Tensor, "batch _places kept"],
+        Bool[Tensor, "batch _places"],
+    ]
+]:
+    """The scores of each step, and what the target says there: its law, and whether its best token is named.
+
+    Those of step k at place t are about the token t + 2 + k, so they stand beside the law behind t + 1 + k.
+    """
     hidden, context, found = head.fuse(taught.streams[:, :-1]), _Unrolled(), []
     for step in range(steps):
         embedded = taught.embedded[:, 1 + step :]
         places = embedded.shape[1]  # those behind which there are so many tokens
         embedded = F.pad(embedded, (0, 0, 0, hidden.shape[1] - places))
         hidden = head(hidden, embedded, context)
-        found.append(head.logits(hidden[:, :places]))
+        found.append(
+            (head.logits(hidden[:, :places]), taught.law[:, 1 + step :], taught.named[:, 1 + step :])
+        )
     return found
 
 
@@ -294,9 +324,7 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         taught, counted = _taught(head, target, readable(window)), predicted(window)
         total = 0.0
-        for step, scores in enumerate(_guesses(head, taught, steps)):
-            # scores at place t are about what the target says at t + 1 + step, of the token behind that
-            law, named = taught.law[:, 1 + step :], taught.named[:, 1 + step :]
+        for step, (scores, law, named) in enumerate(_guesses(head, taught, steps)):
             surprise = -(law * scores.log_softmax(-1)).sum(-1)
             last = counted[:, 1 + step :]  # of the token t + 2 + step, which the window may not hold
             told = named[:, : last.shape[1]] & last
@@ -315,8 +343,63 @@ def agreement_by_step(
     taught = _taught(head, target, ids)
     with evaluating(head):
         found = _guesses(head, taught, steps)
-    shares = []
-    for step, scores in enumerate(found):
-        law, named = taught.law[:, 1 + step :], taught.named[:, 1 + step :]
-        shares.append((named & (scores.argmax(-1) == law.argmax(-1))).float().mean().item())
-    return shares
+    return [
+        (named & (scores.argmax(-1) == law.argmax(-1))).float().mean().item() for scores, law, named in found
+    ]
+
+
+def share_output(head: EagleHead, target: Decoder) -> None:
+    """Put the target's output layer, cut to the head's tokens, into the place of the head's; it is frozen."""
+    table = target.tables[-1].detach()
+    head.lm_head.weight = nn.Parameter(table[head.vocabulary].to(head.norm.weight), requires_grad=False)
+
+
+def save_eagle(file: str | Path, head: EagleHead, ranking: Int[Tensor, " vocab"]) -> None:
+    """Write a head that shares its target's output layer, in bfloat16 and without that layer.
+
+    Args:
+        file: to write, as `save_checkpoint` does.
+        head: it guesses the first tokens of the ranking.
+        ranking: all ids of the target, as `rank_by_frequency` has them.
+
+    Raises:
+        ValueError: the head guesses others.
+        OSError: it cannot be written.
+    """
+    kept = len(head.vocabulary)
+    if not torch.equal(head.vocabulary.cpu(), ranking[:kept].cpu().long()):
+        raise ValueError(f"The head guesses {kept} tokens that are not the first {kept} of the ranking.")
+    weights = {name: weight.bfloat16() for name, weight in head.named_parameters() if name != _OUTPUT}
+    save_checkpoint(file, weights | {_RANKING: ranking.int()}, {"format": _FORMAT, "kept": kept})
+
+
+def load_eagle(file: str | Path, target: Decoder, kept: int | None = None) -> EagleHead:
+    """A head of `save_eagle` for its target, in float32.
+
+    Args:
+        file: what was written.
+        target: the decoder that the head was trained for; packed or not.
+        kept: how many of the most frequent tokens it guesses; left out, as many as in training.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else or a head of another shape, or more tokens are
+            asked for than there are.
+    """
+    weights, facts = load_checkpoint(file)
+    if facts.get("format") != _FORMAT:
+        raise ValueError(f"{file} is a checkpoint, and of no head; save_eagle writes such.")
+    ranking = weights.pop(_RANKING).long()
+    kept = facts["kept"] if kept is None else kept
+    if len(ranking) != target.config.vocab_size or not 1 <= kept <= len(ranking):
+        raise ValueError(
+            f"The head in {file} ranks {len(ranking)} tokens, of which {kept} are asked for, and the target "
+            f"has {target.config.vocab_size}. Give the target it was trained for, and a number up to that."
+        )
+    head = EagleHead(target.config, ranking[:kept])
+    share_output(head, target)
+    own = {name: head.get_parameter(name).shape for name, _ in head.named_parameters() if name != _OUTPUT}
+    if {name: weight.shape for name, weight in weights.items()} != own:
+        raise ValueError(f"The head in {file} is of another shape than one for this target.")
+    head.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
+    return head.requires_grad_(False).eval()

@@ -1,6 +1,6 @@
 """An engine: many requests at once, each of which gets exactly the text that it gets alone.
 
-    engine = Engine(PagedExecutor(model, pages=256))
+    engine = Engine(PagedExecutor(model, pages=256))       see `minicpm_lite.inference.executors`
     answer = engine.submit(Request(prompt, max_new_tokens=100))
     engine.run()                    or engine.step() again and again, with requests that come between
     answer.tokens
@@ -24,13 +24,14 @@ Choices, and the traps behind them:
   by smaller ones, or it might wait for ever.
 - Each request has a generator of its own, so what it draws does not depend on who is there beside it.
 - Scores that are no numbers end their own request, and no other.
-- Rounding differs between a call of one row and one of several, as everywhere; a tie to six digits may fall
-  the other way.
+- Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
+  the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
+  whole step, and each layer makes more of that: scores of SmolLM2-135M in Q4_0 differ by some tenths.
 """
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -38,91 +39,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import require_positive_integer
-from ..language.decoder import Decoder
 from ..language.generation import resolve_stop_ids
 from ..language.sampling import Sampling, choose
-from ..language.scoring import evaluating
-from ..runtime import calm_threads
-from .paged import PagedContext, PagedText, PagePool
+from .executors import Executor
 from .speculative import Draft, Drafting, Guesses, StreamDrafting, verify
 
-__all__ = ["Answer", "Engine", "PagedExecutor", "Request"]
-
-
-class PagedExecutor:
-    """Runs a decoder of this library, as it is, compiled or with packed weights, on a pool of pages.
-
-    Args:
-        model: the decoder.
-        pages, page_size: of the pool.
-        room: the most tokens of one text; left out, what the model was made for or the pool holds.
-    """
-
-    def __init__(self, model: Decoder, pages: int, page_size: int = 16, room: int | None = None) -> None:
-        self.model = model
-        most = min(model.config.max_position_embeddings, pages * page_size)
-        self.pool = PagePool(pages, page_size, most if room is None else room)
-        self._context: PagedContext | None = None
-        calm_threads()
-
-    def require(self, prompt: Sequence[int], most: int) -> None:
-        """Refuse a text that can never be run.
-
-        Raises:
-            ValueError: there will never be room for ``most`` tokens, or the model lacks some of the prompt.
-        """
-        size = self.model.config.vocab_size
-        if not prompt or not all(isinstance(each, int) and 0 <= each < size for each in prompt):
-            raise ValueError(
-                f"The prompt holds {len(prompt)} tokens; expected one at least, and ids from 0 to {size - 1}."
-            )
-        self.pool.require_room(most)
-
-    def open(self, prompt: Sequence[int], most: int) -> PagedText | None:
-        """Room for a text that begins so and has ``most`` tokens at most; None while there is too little."""
-        return self.pool.open(prompt, most)
-
-    def close(self, text: PagedText) -> None:
-        """The room comes back."""
-        self.pool.close(text)
-
-    def prefill(self, text: PagedText, tokens: Sequence[int]) -> Float[Tensor, " vocab"]:
-        """Read on in a prompt, and give the scores behind it."""
-        return self._read([text], [tokens], last_only=True)[0, -1]
-
-    def decode(self, texts: Sequence[PagedText], tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        """Read the newest token of each text, and give the scores behind it."""
-        return self._read(texts, [[each] for each in tokens])[:, -1]
-
-    def verify(
-        self, texts: Sequence[PagedText], tokens: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "rows places vocab"]:
-        """Read the newest token of each text and its guesses, and give the scores behind each of them."""
-        return self._read(texts, tokens, parents=range(-1, len(tokens[0]) - 1))
-
-    def accept(self, counts: Sequence[int]) -> None:
-        """Of each row that was verified last, so many tokens became text."""
-        self._context.take([range(count) for count in counts])
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the texts take, in bytes."""
-        return self.pool.nbytes
-
-    @torch.no_grad()
-    def _read(
-        self,
-        texts: Sequence[PagedText],
-        tokens: Sequence[Sequence[int]],
-        parents: Sequence[int] | None = None,
-        last_only: bool = False,
-    ) -> Float[Tensor, "rows places vocab"]:
-        ids = torch.tensor([*map(list, tokens)], device=self.model.embed_tokens.weight.device)
-        self._context = PagedContext(self.pool, texts, parents)
-        if not self.model.training:
-            return self.model(ids, self._context, last_only)
-        with evaluating(self.model):
-            return self.model(ids, self._context, last_only)
+__all__ = ["Answer", "Engine", "Request"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +101,7 @@ class _Job:
     """A request at work."""
 
     answer: Answer
-    text: PagedText
+    text: Sized
     stop_ids: tuple[int, ...]
     generator: torch.Generator
     drafting: Drafting | None
@@ -206,24 +128,22 @@ class Engine:
         executor: runs the model.
         rows: requests at work at once, at most.
         piece: tokens of a prompt that are read in one step, at most.
-        draft: guesses for each request; chains alone. Left out, none.
+        draft: guesses for each request; left out, none.
 
     Raises:
         ValueError: rows or a piece that are not positive, or a draft that does not fit the model.
     """
 
     def __init__(
-        self, executor: PagedExecutor, rows: int = 8, piece: int = 256, draft: Draft | None = None
+        self, executor: Executor, rows: int = 8, piece: int = 256, draft: Draft | None = None
     ) -> None:
         require_positive_integer("rows", rows)
         require_positive_integer("piece", piece)
         self.executor, self.rows, self.piece, self.draft = executor, rows, piece, draft
         self._waiting: OrderedDict[str, deque[Answer]] = OrderedDict()  # by user, the next one first
         self._jobs: list[_Job] = []
-        if draft is not None:
-            drafting = draft.begin(executor.model, executor.pool.room, Sampling(), None)
-            if isinstance(drafting, StreamDrafting) and drafting.after:
-                raise ValueError("The engine shows no streams to drafts; give one that reads tokens alone.")
+        drafting = None if draft is None else draft.begin(executor.model, executor.room, Sampling(), None)
+        self._after = drafting.after if isinstance(drafting, StreamDrafting) else ()
 
     @property
     def idle(self) -> bool:
@@ -300,10 +220,10 @@ class Engine:
             if not queue:
                 del self._waiting[user]
             model = self.executor.model
-            generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(request.seed)
+            generator = torch.Generator(self.executor.device).manual_seed(request.seed)
             drafting = None
             if self.draft is not None:
-                drafting = self.draft.begin(model, self.executor.pool.room, request.sampling, generator)
+                drafting = self.draft.begin(model, self.executor.room, request.sampling, generator)
             answer.state = "reading"
             self._jobs.append(
                 _Job(answer, text, resolve_stop_ids(model, request.stop_ids), generator, drafting)
@@ -313,7 +233,9 @@ class Engine:
         """Read a piece of a prompt; behind its end the first token is chosen."""
         prompt, start = job.answer.request.prompt, len(job.text)
         piece = prompt[start : start + self.piece]
-        scores = self.executor.prefill(job.text, piece)
+        scores, streams = self.executor.prefill(job.text, piece, self._after)
+        if self._after:
+            job.drafting.see([streams])
         if start + len(piece) == len(prompt):
             job.answer.state = "writing"
             self._write(job, scores)
@@ -322,26 +244,28 @@ class Engine:
         """The next tokens of all whose prompts are read."""
         newest = [job.answer.tokens[-1] for job in jobs]
         guesses = self._guess(jobs) if self.draft is not None else []
-        longest = max((each.tokens.shape[1] for each in guesses), default=0)
-        texts = [job.text for job in jobs]
-        if not longest:
-            for job, scores in zip(jobs, self.executor.decode(texts, newest), strict=True):
-                self._write(job, scores)
-            return
-        chains = [each.tokens[0].tolist() for each in guesses]
-        tokens = [
-            [token, *chain, *[0] * (longest - len(chain))]
-            for token, chain in zip(newest, chains, strict=True)
-        ]
-        counts = []
-        for job, guess, scores in zip(jobs, guesses, self.executor.verify(texts, tokens), strict=True):
-            counts.append(self._accept(job, guess, scores))
-        self.executor.accept(counts)
+        most, texts = max((len(each.parents) for each in guesses), default=0), [job.text for job in jobs]
+        if most:
+            tokens, parents = [], []  # the newest token, its guesses, and what fills up a smaller tree
+            for token, each in zip(newest, guesses, strict=True):
+                fill = [0] * (most - len(each.parents))
+                tokens.append([token, *each.tokens[0].tolist(), *fill])
+                parents.append([-1, *(parent + 1 for parent in each.parents), *fill])
+            scores, streams = self.executor.verify(texts, tokens, parents, self._after)
+            paths = [self._accept(*row) for row in zip(jobs, guesses, scores, strict=True)]
+            self.executor.accept(paths)
+        else:
+            scores, streams = self.executor.decode(texts, newest, self._after)
+            for job, each in zip(jobs, scores, strict=True):
+                self._write(job, each)
+            paths = [[0]] * len(jobs)
+        if self._after:
+            for job, path, stream in zip(jobs, paths, streams, strict=True):
+                job.drafting.see([stream[path]])
 
     def _guess(self, jobs: list[_Job]) -> list[Guesses]:
-        """A chain for each, none longer than the one with the least room can check."""
-        size = self.executor.pool.page_size
-        most = min(len(job.text.pages) * size - len(job.text) for job in jobs) - 1
+        """A tree for each, none larger than the one with the least room can check."""
+        most = min(self.executor.spare(job.text) for job in jobs) - 1
         if most < 1:
             return []
         return [
@@ -360,18 +284,19 @@ class Engine:
         token = choose(scores[None], sampling, seen, None, job.generator)
         self._add(job, [int(token)])
 
-    def _accept(self, job: _Job, guesses: Guesses, scores: Float[Tensor, "places vocab"]) -> int:
-        """Check the guesses of a request, and say how many tokens of its row became text."""
-        if not scores[: guesses.tokens.shape[1] + 1].isfinite().all():
+    def _accept(self, job: _Job, guesses: Guesses, scores: Float[Tensor, "places vocab"]) -> list[int]:
+        """Check the guesses of a request, and say which tokens of its row became text."""
+        if not scores[: len(guesses.parents) + 1].isfinite().all():
             self._fail(job)
-            return 0
+            return []
         sampling, seen = job.answer.request.sampling, None
         if sampling.repetition_penalty != 1:
             seen = torch.tensor(job.whole, device=scores.device)
         drawn_from = None if guesses.drawn_from is None else guesses.drawn_from[0].to(scores)
         tokens = guesses.tokens[0].to(scores.device)
         path, token = verify(scores, tokens, guesses.parents, drawn_from, sampling, seen, job.generator)
-        return self._add(job, [*tokens[path].tolist(), token])
+        written = self._add(job, [*tokens[path].tolist(), token])
+        return [0, *(guess + 1 for guess in path)][:written]  # its newest token is not read
 
     @staticmethod
     def _fail(job: _Job) -> None:

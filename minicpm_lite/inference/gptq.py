@@ -25,9 +25,9 @@ Choices, and the traps behind them:
   text and 0.76% on another in a middle layer; rounded to nearest, 0.62% and 0.63%. Narrower layers gained on
   both.
 - What the sum holds little of is not kept. Of SmolLM2-135M the first token, on which all later ones rest, is
-  small where keys and values are made. So GPTQ lost 0.25 nats a token on another text, no less than rounding
-  to nearest with 0.24, and P-GPTQ, which leaves it out, 0.41; with keys and values to nearest and the rest by
-  GPTQ it was 0.16 (Q4_0, 8,192 tokens of web text).
+  small where keys and values are made, so GPTQ on all matrices loses more there than rounding to nearest, and
+  P-GPTQ, which leaves that token out, more still; with keys and values to nearest GPTQ gains. (The chapter on
+  quantisation has the figures, matrix by matrix.)
 - A column that the text never used has no say: its weights are rounded, and its errors move nothing.
 - An expert that no token of the text visits is rounded to nearest.
 """

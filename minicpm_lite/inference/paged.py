@@ -32,13 +32,12 @@ from collections.abc import Sequence
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import ModelConfig, require_positive_integer
-from ..language.context import Context, causal_mask, dense_attention
-from ..language.rotary import scaled_angles
+from ..language.context import Context, causal_mask, dense_attention, lineage
+from ..language.rotary import AngleTable
 
 __all__ = ["PagePool", "PagedContext", "PagedText"]
 
@@ -85,7 +84,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, and no text's; the oldest first
         self._serial = 0
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
-        self._angles: Tensor | None = None
+        self.angles = AngleTable(self.room)
         self._model: ref | None = None
 
     @property
@@ -164,6 +163,10 @@ class PagePool:
                     self._free.append(page)
         text.pages = []
 
+    def spare(self, text: PagedText) -> int:
+        """How many tokens there is room for behind a text."""
+        return len(text.pages) * self.page_size - len(text)
+
     def extend(self, text: PagedText, tokens: Sequence[int]) -> None:
         """These tokens were read, and are text; pages that they fill are known from now on."""
         text.tokens += tokens
@@ -197,22 +200,20 @@ class PagePool:
         elif self._model() is not model:
             raise ValueError("The pages were filled by another model; use one pool for each model.")
 
-    def angles(self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at some positions, from a table that is computed once."""
-        if self._angles is None:
-            everywhere = torch.arange(self.room, device=positions.device)
-            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
-        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)
-        return cos, sin
-
     def layer(
-        self, layer: int, new: Sequence[Shaped[Tensor, "rows _heads tokens _width"]]
+        self, layer: int, new: Sequence[Shaped[Tensor, "rows _heads tokens _width"]] = ()
     ) -> tuple[Tensor, ...]:
         """The memory of a layer, as wide as what it makes; taken at its first use."""
         if layer not in self._layers:
             slots = self.pages * self.page_size
             self._layers[layer] = tuple(each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new)
         return self._layers[layer]
+
+    def context(
+        self, texts: Sequence[PagedText], parents: Sequence[Sequence[int]] | None = None
+    ) -> "PagedContext":
+        """A call that brings the next tokens of some texts; see `PagedContext`."""
+        return PagedContext(self, texts, parents)
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """What stands in some slots stands in others from now on."""
@@ -224,19 +225,21 @@ class PagePool:
 class PagedContext(Context):
     """A call brings the next tokens of some texts of a pool, as many of each; they become text.
 
-    With ``parents`` they are guesses, a tree of one shape for all; then `take` says which become text.
+    With ``parents`` they are guesses, a tree for each text; then `take` says which become text.
 
     Args:
         pool: holds the texts.
         texts: whose tokens come, one of a row each.
-        parents: for each guess the place of the one before it, -1 for one that follows the text.
+        parents: of each text, for each guess the place of the one before it, -1 for one that follows the
+            text.
     """
 
     def __init__(
-        self, pool: PagePool, texts: Sequence[PagedText], parents: Sequence[int] | None = None
+        self, pool: PagePool, texts: Sequence[PagedText], parents: Sequence[Sequence[int]] | None = None
     ) -> None:
         self.pool, self.texts, self.parents = pool, list(texts), parents
         self._ids: list[list[int]] = []
+        self.among: Tensor | None = None  # which of its guesses each guess sees, (rows, tokens, tokens)
 
     def belong(self, model: nn.Module) -> None:
         """The model whose call begins, which must be that of the pool."""
@@ -250,51 +253,55 @@ class PagedContext(Context):
         """The positions of the tokens of the call.
 
         Raises:
-            ValueError: other rows than texts, or no room for them in a text's pages.
+            ValueError: other rows than texts, no room for them in a text's pages, or guesses of no tree.
         """
-        rows, new = x.shape[:2]
-        if rows != len(self.texts) or self.parents is not None and len(self.parents) != new:
+        (rows, new), device = x.shape[:2], x.device
+        counts = [new] * len(self.texts) if self.parents is None else [*map(len, self.parents)]
+        if counts != [new] * rows:
             raise ValueError(
                 f"{rows} rows of {new} tokens came; expected {len(self.texts)} texts"
-                + ("." if self.parents is None else f" with {len(self.parents)} guesses each.")
+                + ("." if self.parents is None else f" with {counts} guesses.")
             )
-        lengths, size = [len(text) for text in self.texts], self.pool.page_size
-        for text, length in zip(self.texts, lengths, strict=True):
-            if length + new > len(text.pages) * size:
+        pool = self.pool
+        for text in self.texts:
+            if new > pool.spare(text):
                 raise ValueError(
-                    f"A text has {len(text.pages)} pages of {size} tokens and would need room for "
-                    f"{length + new}."
+                    f"A text has {len(text.pages)} pages of {pool.page_size} tokens and would need room for "
+                    f"{len(text) + new}."
                 )
-        self.reach = max(lengths) + new
-        ends = [length + new for length in lengths]
-        slots = [self.pool.slots(text, 0, end) for text, end in zip(self.texts, ends, strict=True)]
-        own = [row[length:] for row, length in zip(slots, lengths, strict=True)]
-        self._own = torch.tensor(own, device=x.device).flatten()
-        self._all = torch.tensor([row + row[:1] * (self.reach - len(row)) for row in slots], device=x.device)
-        depths: list[int] = []
-        for parent in self._parents(new):
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        self.mask = self._sight(lengths, new, x.device)
-        return torch.tensor([[[length + depth for depth in depths]] for length in lengths], device=x.device)
+        self.lengths = torch.tensor([[len(text)] for text in self.texts], device=device)
+        self.reach = max(map(len, self.texts)) + new
+        self._all = self._slots(new)
+        steps = torch.arange(new, device=device)
+        self._own = self._all.gather(1, self.lengths + steps).flatten()
+        if self.parents is None:
+            positions = self.lengths + steps
+            self.mask = self._sight(positions)
+        else:
+            depths, among = zip(*map(lineage, self.parents), strict=True)
+            positions = self.lengths + torch.tensor(depths, device=device)
+            text = torch.arange(self.reach, device=device) < self.lengths[:, None]  # (rows, 1, reach)
+            places = (self.lengths + steps)[:, None].expand(-1, new, -1)
+            self.among = torch.stack(among).to(device)
+            self.mask = text.expand(-1, new, -1).scatter(2, places, self.among)[:, None]
+        return positions[:, None]
 
-    def _parents(self, new: int) -> Sequence[int]:
-        """Of each token of the call; text is a chain."""
-        return range(-1, new - 1) if self.parents is None else self.parents
+    def _slots(self, new: int) -> Int[Tensor, "rows reach"]:
+        """Where the texts stand, with the new tokens; behind its end a row has its own first slot."""
+        size, device = self.pool.page_size, self.lengths.device
+        most = self.pool.needed(self.reach)
+        tables = [(text.pages + text.pages[:1] * most)[:most] for text in self.texts]
+        places = torch.arange(self.reach, device=device)
+        table = torch.tensor(tables, device=device)  # of pages, (rows, most)
+        slots = (table[..., None] * size + torch.arange(size, device=device)).flatten(1)[:, : self.reach]
+        return torch.where(places < self.lengths + new, slots, slots[:, :1])
 
-    def _sight(
-        self, lengths: list[int], new: int, device: torch.device
-    ) -> Bool[Tensor, "*rows tokens keys"] | None:
-        if len(lengths) == 1 and self.parents is None:  # no row is shorter than another
-            return causal_mask(new, self.reach, device) if 1 < new < self.reach else None
-        among = torch.eye(new, dtype=torch.bool)
-        for place, parent in enumerate(self._parents(new)):
-            if parent >= 0:
-                among[place] |= among[parent]
-        mask = torch.zeros(len(lengths), 1, new, self.reach, dtype=torch.bool)
-        for row, length in enumerate(lengths):
-            mask[row, :, :, :length] = True
-            mask[row, 0, :, length : length + new] = among
-        return mask.to(device)
+    def _sight(self, positions: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "*rows tokens keys"] | None:
+        """Which keys tokens see that go on in their texts, or None for all up to themselves."""
+        rows, new = positions.shape
+        if rows == 1:  # no row is shorter than another
+            return causal_mask(new, self.reach, positions.device) if 1 < new < self.reach else None
+        return torch.arange(self.reach, device=positions.device) <= positions[:, None, :, None]
 
     def angles(self, config: ModelConfig, positions: Int[Tensor, "rows 1 tokens"]) -> tuple[Tensor, Tensor]:
         """Cosine and sine at the positions that `begin` gave."""
@@ -304,11 +311,17 @@ class PagedContext(Context):
         self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]
     ) -> tuple[Shaped[Tensor, "rows _heads keys _width"], ...]:
         """Store what a layer makes of the new tokens, and return it behind what it made of those before."""
-        found = []
+        self.store(layer, *new)
+        return self.gather(layer)
+
+    def store(self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]) -> None:
+        """Store what a layer makes of the new tokens."""
         for whole, each in zip(self.pool.layer(layer, new), new, strict=True):
             whole[self._own] = each.transpose(1, 2).flatten(0, 1)
-            found.append(whole[self._all].transpose(1, 2))
-        return tuple(found)
+
+    def gather(self, layer: int) -> tuple[Shaped[Tensor, "rows _heads keys _width"], ...]:
+        """What a layer made of the texts, copied together."""
+        return tuple(whole[self._all].transpose(1, 2) for whole in self.pool.layer(layer))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each token takes from those of its own text that it sees."""

@@ -35,8 +35,8 @@ Choices, and the traps behind them:
 - With ``approximate_lse`` the shares do not sum to 1: a sum over a quarter of the windows is about a quarter
   as large. It is so for all heads alike, and the order of blocks hardly changes.
 - ``coarse_topk`` is ours, not the paper's: coarse means (128 tokens, stride 64) choose where fine ones are
-  read, since at 128K the fine means are two fifths of all that a step reads. Twice ``topk`` of them suffice;
-  with as few as ``topk`` some blocks are left without a score, and the first of the text take their place.
+  read, since at 128K the fine means are two fifths of all that a step reads. Twice ``topk`` of them keep most
+  of the choice; with as few as ``topk`` some blocks have no score, and the first of the text stand in.
 """
 
 import math
@@ -72,7 +72,7 @@ __all__ = [
     "sparse_attention",
 ]
 
-_TILE = 64  # queries that are looked at together
+TILE = 64  # queries that are looked at together
 
 
 def attend_blocks(
@@ -95,31 +95,63 @@ def attend_blocks(
         block_size: tokens of a block.
         ancestors: where the queries are guesses, which of each other they see; the newest keys are theirs.
     """
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    text = keys - (0 if ancestors is None else queries)
+    text = key.shape[2] - (0 if ancestors is None else query.shape[2])
+    ends = torch.full_like(starts, text)
+    column, seen = chosen_columns(chosen, at, starts, ends, block_size, ancestors)
+    out = attend_columns(query, *(_columns(each, column).type_as(query) for each in (key, value)), seen)
+    return out.masked_fill((at < 0)[:, None, :, None], 0) if ancestors is None else out
+
+
+def chosen_columns(
+    chosen: Bool[Tensor, "batch kv_heads queries blocks"],
+    at: Int[Tensor, "rows queries"],
+    starts: Int[Tensor, " rows"],
+    ends: Int[Tensor, " rows"],
+    block_size: int,
+    ancestors: Bool[Tensor, "_rows queries queries"] | None = None,
+) -> tuple[
+    Int[Tensor, "batch kv_heads tokens"],
+    Bool[Tensor, "batch kv_heads queries tokens"],
+]:
+    """The tokens of all chosen blocks, and which of them each query sees.
+
+    Args:
+        chosen, at, starts, block_size, ancestors: as of `attend_blocks`.
+        ends: the column behind a row's text, where its guesses stand.
+    """
+    batch, kv_heads, queries, _ = chosen.shape
     wanted = chosen.any(2)  # (batch, kv_heads, blocks)
     most = int(wanted.sum(-1).max())
     block = wanted.byte().sort(dim=-1, descending=True, stable=True).indices[..., :most]
     place = (block[..., None] * block_size + torch.arange(block_size, device=at.device)).flatten(2)
     seen = chosen.gather(3, block[:, :, None].expand(-1, -1, queries, -1)).repeat_interleave(block_size, -1)
-    last = torch.minimum(at, (text - 1 - starts)[:, None])  # of the text before it, (rows, queries)
+    last = torch.minimum(at, (ends - 1 - starts)[:, None])  # of the text before it, (rows, queries)
     seen &= place[:, :, None] <= last[:, None, :, None]  # (batch, kv_heads, queries, tokens)
-    column = (place + starts[:, None, None]).clamp(max=max(text - 1, 0))
+    column = torch.minimum(place + starts[:, None, None], (ends - 1).clamp(min=0)[:, None, None])
     if ancestors is not None:
         own = at[:, None, None].div(block_size, rounding_mode="floor").expand(batch, kv_heads, queries, -1)
         seen = torch.cat([seen, chosen.gather(3, own) & ancestors[:, None]], dim=-1)
-        column = torch.cat(
-            [column, torch.arange(text, keys, device=at.device).expand(*column.shape[:2], -1)], -1
-        )
-    group, tokens = heads // kv_heads, column.shape[-1]
+        guesses = ends[:, None] + torch.arange(queries, device=at.device)  # (rows, queries)
+        column = torch.cat([column, guesses[:, None].expand(batch, kv_heads, -1)], dim=-1)
+    return column, seen
+
+
+def attend_columns(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch_kv_heads tokens head_dim"],
+    value: Float[Tensor, "batch_kv_heads tokens head_dim"],
+    seen: Bool[Tensor, "batch kv_heads queries tokens"],
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """Softmax attention to tokens that were copied together, those of each key-value head its own."""
+    batch, kv_heads, queries, tokens = seen.shape
+    heads, head_dim = query.shape[1], query.shape[-1]
+    group = heads // kv_heads
     out = dense_attention(  # a key-value head and its group as a row of the batch, the group as queries
         query.reshape(batch * kv_heads, 1, group * queries, head_dim),
-        *(_columns(each, column).type_as(query)[:, None] for each in (key, value)),
+        *(each[:, None] for each in (key, value)),
         seen.reshape(-1, 1, 1, queries, tokens).expand(-1, -1, group, -1, -1).flatten(2, 3),
     )
-    out = out.reshape(batch, heads, queries, -1)
-    return out.masked_fill((at < 0)[:, None, :, None], 0) if ancestors is None else out
+    return out.reshape(batch, heads, queries, -1)
 
 
 def _columns(
@@ -178,8 +210,8 @@ def attend_tiles(
         seen = (each[:, :, :end].type_as(query) for each in (key, value))
         out.append(dense_attention(query[:, :, :dense], *seen, mask))
     training = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
-    for first in range(dense, queries, _TILE):
-        tile = slice(first, min(first + _TILE, queries))
+    for first in range(dense, queries, TILE):
+        tile = slice(first, min(first + TILE, queries))
         end, places = keys - queries + tile.stop, at[:, tile]
         with torch.no_grad():
             last = int(places.max())
@@ -311,7 +343,7 @@ class SparseContext(Context):
         Raises:
             ValueError: it has latent attention.
         """
-        _refuse_latent_attention(model)
+        refuse_latent_attention(model)
 
     def attend(
         self,
@@ -357,7 +389,7 @@ class SparseCache(KVCache):
         Raises:
             ValueError: it has latent attention, or another model has filled the cache.
         """
-        _refuse_latent_attention(model)
+        refuse_latent_attention(model)
         super().belong(model)
 
     def prepare(self, x: Float[Tensor, "batch tokens d"], behind: int = 0) -> None:
@@ -440,7 +472,7 @@ class SparseCache(KVCache):
         return super().nbytes + sum(level.nbytes for means in self._means.values() for level in means)
 
 
-def _refuse_latent_attention(model: nn.Module) -> None:
+def refuse_latent_attention(model: nn.Module) -> None:
     if model.config.latent_attention:
         raise ValueError(
             "The model has latent attention, whose heads share no keys to choose blocks by; sparse attention "

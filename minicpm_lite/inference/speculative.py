@@ -49,7 +49,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..language.context import Context, KVCache, Tree
+from ..language.context import KVCache, Tree
 from ..language.decoder import Decoder
 from ..language.generation import begin, generate
 from ..language.sampling import Sampling, choose, next_token_probabilities
@@ -284,8 +284,8 @@ def speculative_stream(
     after = drafting.after if isinstance(drafting, StreamDrafting) else ()
     known = context.length
     with reader.reading():
-        logits, streams = _read(model, ids[:, known:], context, after, last_only=True)
-    logits = logits.squeeze(1)
+        *streams, x = model.read(ids[:, known:], context, after)
+        logits = model.logits(x[:, -1:]).squeeze(1)
     reader.require_finite(logits)
     copies = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
     if samples > 1:
@@ -300,11 +300,9 @@ def speculative_stream(
     for row, token in zip(rows, first.tolist(), strict=True):
         row.write([token])
     if after:
+        seen = torch.cat(streams, dim=-1)
         drafting.see(
-            [
-                streams[row, max(start - known, 0) :]
-                for row, start in zip(copies.tolist(), starts, strict=True)
-            ]
+            [seen[row, max(start - known, 0) :] for row, start in zip(copies.tolist(), starts, strict=True)]
         )
 
     active, given = rows, 0  # the rows that the cache holds; the steps that were yielded
@@ -333,7 +331,8 @@ def speculative_stream(
         tokens = torch.cat([newest, guesses.tokens.cpu()], dim=1).to(ids.device)
         with reader.reading():
             tree = Tree(context, [-1, *(parent + 1 for parent in guesses.parents)])
-            logits, streams = _read(model, tokens, tree, after)
+            *streams, x = model.read(tokens, tree, after)
+            logits = model.logits(x)
         reader.require_finite(logits)
         paths = []
         for place, row in enumerate(active):
@@ -349,7 +348,8 @@ def speculative_stream(
             stats.accepted += min(len(path), new)
             stats.lengths.append(new)
         if after:
-            drafting.see([streams[place, path] for place, path in enumerate(paths)])
+            made = torch.cat(streams, dim=-1)
+            drafting.see([made[place, path] for place, path in enumerate(paths)])
         if not all(row.done for row in active):  # what has stopped would only take room
             paths = [[] if row.done else path for row, path in zip(active, paths, strict=True)]
         context.take(paths)
@@ -358,21 +358,6 @@ def speculative_stream(
         stats.proposed += guesses.tokens.numel()
         stats.draft_seconds += drafted - began
         stats.target_seconds += time.perf_counter() - drafted
-
-
-def _read(
-    model: Decoder,
-    ids: Int[Tensor, "batch tokens"],
-    context: Context,
-    after: tuple[int, ...],
-    last_only: bool = False,
-) -> tuple[Float[Tensor, "batch logits vocab"], Float[Tensor, "batch tokens features"] | None]:
-    """The scores, as of the model itself, and its residual stream after some blocks, one behind the other."""
-    if not after:
-        return model(ids, context, last_only), None
-    context.read(ids)
-    *streams, x = model.states(model.embed(ids), context, after)
-    return model.logits(x[:, -1:] if last_only else x), torch.cat(streams, dim=-1)
 
 
 class _Row:

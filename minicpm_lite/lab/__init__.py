@@ -6,7 +6,7 @@ A chapter begins with::
 
     lab.start(library="0.2", seed=0)
 
-and then has `say`, `table`, `source`, `Drawing`, `Sheet`, `Explorer`, `difference`, `Evidence` and
+and then has `say`, `table`, `source`, `Drawing`, `Sheet`, `Explorer`, `Heads`, `difference`, `Evidence` and
 `recorded_file`. The checks of its exercises and its quiz stand in `minicpm_lite.exercises`. Running, stamping
 and checking whole notebooks is ``python -m minicpm_lite.lab.press``.
 
@@ -22,6 +22,7 @@ from .display import say, source, table
 from .drawing import Drawing
 from .evidence import Evidence
 from .explorer import Explorer
+from .heads import Heads
 from .machine import device
 from .paired import difference, power, smallest_effect
 from .plots import show_plots_as_svg
@@ -29,9 +30,8 @@ from .sheet import Sheet
 from .style import use_book_style
 
 __all__ = [
-    "Drawing", "Evidence", "Explorer", "Sheet", "device", "difference", "power", "recorded_file", "say",
-    "smallest_effect", "source",
-    "start", "table",
+    "Drawing", "Evidence", "Explorer", "Heads", "Sheet", "device", "difference", "power", "recorded_file",
+    "say", "smallest_effect", "source", "start", "table",
 ]  # fmt: skip
 
 

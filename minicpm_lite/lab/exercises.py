@@ -233,6 +233,8 @@ def _no_exit() -> Iterator[None]:
 
 
 def _has_blank(answer: object) -> bool:
+    if isinstance(answer, Mapping):
+        answer = [*answer.values()]
     parts = answer if isinstance(answer, tuple | list) else [answer]
     return any(part is ... for part in parts)
 
@@ -275,6 +277,7 @@ def _used(answer: Callable) -> set[str]:
         if isinstance(part, type):
             called = [each for each in called if each not in own]  # a method may have any name
         found |= {getattr(each, "__name__", "") for each in called}  # whatever it is called here
+        found |= {type(each).__name__ for each in beside}  # a class that was called elsewhere
         todo += own
     return found
 

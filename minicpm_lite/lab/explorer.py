@@ -42,7 +42,7 @@ svg.setAttribute('aria-label', frame.alt); output.textContent = frame.text;
 slider.setAttribute('aria-valuetext', frame.text + '. ' + frame.alt); };
 let timer = 0;
 const stop = () => { clearTimeout(timer); timer = 0;
-if (button) { button.textContent = '▶'; button.setAttribute('aria-label', 'Play'); } };
+button?.setAttribute('aria-label', 'Play'); };
 const wait = () => { timer = setTimeout(next, 1000 * JSON.parse(button.dataset.seconds)[slider.value]); };
 const next = () => { if (+slider.value === +slider.max || !figure.isConnected) return stop();
 slider.value = +slider.value + 1; show(); wait(); };
@@ -50,7 +50,7 @@ if (button) { button.hidden = false; button.addEventListener('click', () => {
 if (timer) return stop();
 if (+slider.value === +slider.max) { slider.value = 0; show(); }
 wait();
-button.textContent = '⏸'; button.setAttribute('aria-label', 'Pause'); }); }
+button.setAttribute('aria-label', 'Pause'); }); }
 slider.addEventListener('input', () => { stop(); show(); }); show();
 figure.querySelector('small').hidden = true;
 })()"""
@@ -131,8 +131,8 @@ class Explorer:
         seconds = json.dumps(self.seconds, separators=(",", ":"))
         look = "width:2.75rem;height:2.75rem;font-size:1.1rem;cursor:pointer"
         return (
-            f'<button type="button" hidden {KEEP_KEYS} aria-label="Play" data-seconds="{seconds}" '
-            f'style="{look}">▶</button>'
+            f'<button type="button" hidden {KEEP_KEYS} class="lab-play" aria-label="Play" '
+            f'data-seconds="{seconds}" style="{look}"></button>'
         )
 
     def widget(self) -> ipywidgets.Widget:

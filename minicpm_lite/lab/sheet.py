@@ -42,11 +42,14 @@ _STYLE = (
     ".lab-sheet aside>div:last-child:not([hidden]){display:flex;align-items:center}"
     ".lab-sheet .part{fill:var(--ground);fill-opacity:0;cursor:pointer;outline:none}"
     ".lab-sheet .way{fill:none;stroke-width:1.3;pointer-events:none}"
-    "@media screen{.lab-sheet .asked .part:not([data-look]){fill-opacity:.62}"
+    "@media screen{.lab-sheet .asked .part:not([data-look]){fill-opacity:.12}"
     ".lab-sheet [data-look=now]{stroke:currentColor;stroke-width:2.6}"
     f".lab-sheet :is([data-look=of],.way){{stroke:{css_color('purple')}}}"
-    ".lab-sheet [data-look=of]{stroke-width:2}"
+    f".lab-sheet [data-look=of]{{stroke-width:2;fill:{css_color('purple')};fill-opacity:.12}}"
     f".lab-sheet [data-look=into]{{stroke:{css_color('orange')};stroke-width:1.6;stroke-dasharray:3 2.5}}}}"
+    "@media(max-width:40rem){.lab-sheet aside{min-height:0;padding:.25rem 0;font-size:.85rem}"
+    ".lab-sheet aside p{margin:0 0 .15rem;line-height:1.25}.lab-sheet aside small{display:none}"
+    ".lab-sheet aside button{height:2.25rem}}"
     "@media print{.lab-sheet :is(.way,aside){display:none}}</style>"
 )
 _SCRIPT = (
@@ -88,10 +91,18 @@ if (part) each.mark.setAttribute('tabindex', look === 'now' ? 0 : -1); }
 way.setAttribute('d', part ? part.of.map(place => line(parts[place], part)).join('') : '');
 panel.firstElementChild.innerHTML = part ? part.item.innerHTML : panel.dataset.ask;
 if (!moved || !part) return;
-const box = part.mark.getBoundingClientRect();
-const end = panel.getBoundingClientRect().left < svg.getBoundingClientRect().right ?
-panel.offsetHeight : 0;
-if (box.top < 80 || box.bottom > innerHeight - end) part.mark.scrollIntoView({block: 'center', behavior:
+const end = innerHeight - (panel.getBoundingClientRect().left < svg.getBoundingClientRect().right ?
+panel.offsetHeight : 0) - 8, start = 88;
+const at = each => each.mark.getBoundingClientRect();
+const own = at(part), of = part.of.map(place => at(parts[place]));
+let top = Math.min(own.top, ...of.map(each => each.top));
+const {bottom} = own;
+if (bottom - top > end - start) top = own.top;
+const by = bottom > end ? bottom - end : top < start ? top - start : 0;
+let page = svg.parentElement;  /* what scrolls here: a notebook's own box, or the window */
+while (page && !(page.scrollHeight > page.clientHeight &&
+/auto|scroll/.test(getComputedStyle(page).overflowY))) page = page.parentElement;
+if (by) (page ?? window).scrollBy({top: by, behavior:
 matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'}); };
 const under = event => {
 const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
@@ -101,7 +112,7 @@ const near = parts.reduce((best, part) => far(part) < far(best) ? part : best);
 return far(near) < (event.pointerType === 'mouse' ? 1 : 12) ? near : null; };
 const stops = parts.filter(part => part.stop), [back, play, on] = panel.querySelectorAll('button');
 const stop = () => { clearTimeout(timer); timer = 0;
-if (play) { play.textContent = '▶'; play.setAttribute('aria-label', 'Play'); } };
+play?.setAttribute('aria-label', 'Play'); };
 const go = by => {
 const at = parts.indexOf(now), next = by > 0 ? stops.find(part => parts.indexOf(part) > at) :
 stops.findLast(part => parts.indexOf(part) < at);
@@ -117,11 +128,12 @@ on.addEventListener('click', () => { stop(); go(1); });
 play.addEventListener('click', () => {
 if (timer) return stop();
 if (!stops.some(part => parts.indexOf(part) > parts.indexOf(now))) ask(null);
-play.textContent = '⏸'; play.setAttribute('aria-label', 'Pause'); walk(); }); }
+play.setAttribute('aria-label', 'Pause'); walk(); }); }
 svg.addEventListener('pointermove', event => {
 if (event.pointerType === 'mouse' && !kept && !timer) { const part = under(event); if (part) ask(part); } });
 svg.addEventListener('click', event => {
-stop(); const part = under(event); kept = Boolean(part) && !(kept && part === now); ask(part);
+stop(); const part = under(event); kept = Boolean(part) && !(kept && part === now);
+ask(part, event.pointerType === 'touch');
 part?.mark.focus({preventScroll: true}); });
 sheet.addEventListener('focusin', event => {
 const part = parts.find(each => each.mark === event.target);
@@ -161,7 +173,7 @@ class Sheet:
     Args:
         drawing: what is shown; it may be drawn on until the sheet is shown.
         start: name of the number that is asked first; without one, none is.
-        seconds: how long the button ▶ shows each stop.
+        seconds: how long each stop is shown when the way through the sheet is played.
 
     Raises:
         ValueError: ``seconds`` is not above 0; or, when it is shown, it has no part, or none of the name
@@ -229,12 +241,11 @@ class Sheet:
 
     def _buttons(self) -> str:
         """The way through the stops, and what the frames say."""
-        signs = (
-            {"‹": "Back", "▶": "Play", "›": "On"} if any(part.stop for part in self.parts.values()) else {}
-        )
+        signs = [("Back", "‹", "lab-back"), ("Play", "", "lab-play"), ("On", "›", "lab-on")]
+        signs *= any(part.stop for part in self.parts.values())
         buttons = "".join(
-            f'<button type="button" {KEEP_KEYS} aria-label="{name}">{sign}</button>'
-            for sign, name in signs.items()
+            f'<button type="button" {KEEP_KEYS} class="{look}" aria-label="{name}">{sign}</button>'
+            for name, sign, look in signs
         )
         return f"<div hidden>{buttons}<small>framed: made of<br>dashed: goes into</small></div>"
 

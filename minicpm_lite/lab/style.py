@@ -24,12 +24,16 @@ INK = "#1f2328"  # text and axes; in a picture it becomes the colour of the text
 
 # The text takes the page's own colour, and tints are half transparent, so one rule serves light and dark. The
 # book's theme puts a light mat under HTML outputs in dark mode, for outputs of fixed colours; ours need none.
-# An explorer's picture and its slider fit on one screen.
+# An explorer's picture and its slider fit on one screen. The signs for playing and pausing are drawn, because
+# not every font has them.
 # jupyterlab-myst takes the triangle from everything that folds: hints and the answers of a quiz get it back.
 THEME = (
     "<style>html[data-theme=dark] .bd-content div.cell_output .text_html:has(.lab-piece)"
     "{background-color:transparent!important;color:inherit!important;padding:0!important}"
     "figure.lab-piece>svg{max-height:calc(100vh - 9rem)}"
+    ".lab-play::before{content:'';display:inline-block;width:.8em;height:.8em;background:currentColor;"
+    "clip-path:polygon(15% 0,100% 50%,15% 100%)}.lab-play[aria-label=Pause]::before{clip-path:"
+    "polygon(10% 0,40% 0,40% 100%,10% 100%,10% 0,60% 0,90% 0,90% 100%,60% 100%,60% 0)}"
     ".jp-Notebook :is(.hint,.lab-piece details)>summary{list-style:revert}</style>"
 )
 

@@ -42,9 +42,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .rotary import scaled_angles
+from .rotary import AngleTable, scaled_angles
 
-__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention"]
+__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention", "lineage"]
 
 _INT8_MAX = 127
 _SMALLEST_SCALE = 1e-30  # of a vector of zeros
@@ -190,7 +190,7 @@ class KVCache(Context):
         self._text: Tensor | None = None  # ids, (batch, room); -1 where other features were read
         self._told = False  # whether the call that begins has brought its ids
         self._layers: dict[int, tuple[Tensor, ...]] = {}
-        self._angles: Tensor | None = None  # cosine and sine of every position there is room for
+        self._angles = AngleTable(room)
 
     def belong(self, model: nn.Module) -> None:
         """The model whose call begins.
@@ -268,7 +268,7 @@ class KVCache(Context):
         self._refuse_gradients(x)  # before a subclass turns what layers make of them into what it keeps
         if start == 0:  # what a failed call or another model may have left is dropped
             self._layers.clear()
-            self._angles = None
+            self._angles.clear()
             self._text = self._text if told else None
             self._rows = rows
         if self._text is not None and not told:
@@ -286,11 +286,7 @@ class KVCache(Context):
         self, config: ModelConfig, positions: Int[Tensor, "*rows tokens"]
     ) -> tuple[Float[Tensor, "*rows tokens head_dim"], Float[Tensor, "*rows tokens head_dim"]]:
         """Cosine and sine at some positions, from a table that is computed once."""
-        if self._angles is None:
-            everywhere = torch.arange(self.room, device=positions.device)
-            self._angles = torch.cat(scaled_angles(config, everywhere, self.room), dim=-1)
-        cos, sin = F.embedding(positions, self._angles).chunk(2, dim=-1)  # one look-up for both
-        return cos, sin
+        return self._angles(config, positions)
 
     def keep(
         self, layer: int, *new: Shaped[Tensor, "batch _heads tokens _width"]
@@ -468,6 +464,32 @@ class Int8Cache(KVCache):
         )
 
 
+def lineage(parents: Sequence[int]) -> tuple[list[int], Bool[Tensor, "guesses guesses"]]:
+    """Of guesses that branch: how many ancestors each has, and which of them it sees: these and itself.
+
+    Args:
+        parents: for each guess the place of an earlier one, -1 for one that follows the text.
+
+    Raises:
+        ValueError: a parent that does not come before its guess.
+
+    >>> lineage([-1, 0, 0])[0]  # two guesses for what follows the first one
+    [0, 1, 1]
+    """
+    depths: list[int] = []
+    sees: list[list[bool]] = []
+    for place, parent in enumerate(parents):
+        if not -1 <= parent < place:
+            raise ValueError(
+                f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
+                "for one that follows the text."
+            )
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+        sees.append([False] * len(parents) if parent < 0 else sees[parent].copy())
+        sees[place][place] = True
+    return depths, torch.tensor(sees)
+
+
 class Tree(Context):
     """Guesses that branch, fed through a cache at once: each sees the text, its ancestors and itself.
 
@@ -494,8 +516,6 @@ class Tree(Context):
 
     def __init__(self, cache: KVCache, parents: Iterable[SupportsIndex]) -> None:
         self.cache, self.parents = cache, ()
-        self.ancestors = torch.zeros(0, 0, dtype=torch.bool)
-        self.depths = torch.zeros(0, dtype=torch.long)
         self.grow(parents)
 
     def grow(self, parents: Iterable[SupportsIndex]) -> None:
@@ -510,19 +530,9 @@ class Tree(Context):
         parents = tuple(index(parent) for parent in parents)
         if not parents:
             raise ValueError("parents is empty; a tree has one guess at least.")
-        fed, depths = len(self.parents), self.depths.tolist()
-        ancestors = torch.eye(fed + len(parents), dtype=torch.bool)
-        ancestors[:fed, :fed] = self.ancestors
-        for place, parent in enumerate(parents, start=fed):
-            if not -1 <= parent < place:
-                raise ValueError(
-                    f"The parent of guess {place} is {parent}; expected the place of an earlier guess, or -1 "
-                    "for one that follows the text."
-                )
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-            if parent >= 0:
-                ancestors[place] |= ancestors[parent]
-        self.fed, self.parents, self.ancestors = fed, self.parents + parents, ancestors
+        whole = self.parents + parents
+        depths, self.ancestors = lineage(whole)
+        self.fed, self.parents = len(self.parents), whole
         self.depths, self.deepest = torch.tensor(depths), max(depths)
 
     def belong(self, model: nn.Module) -> None:

@@ -105,10 +105,20 @@ class Decoder(nn.Module):
             ValueError: no token or something else, as `embed` says; more tokens than the context has room for
                 or the model was made for; or a cache that another model has filled.
         """
+        x = self.read(ids, context)[-1]
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def read(
+        self, ids: Int[Tensor, "batch tokens"], context: Context | None = None, after: Iterable[int] = ()
+    ) -> list[Float[Tensor, "batch tokens d"]]:
+        """The residual streams of tokens, as `states` gives them; the context is told which tokens they are.
+
+        Raises:
+            ValueError: as `embed` and `states`.
+        """
         context, x = Context() if context is None else context, self.embed(ids)
         context.read(ids)
-        x = self.states(x, context)[-1]
-        return self.logits(x[:, -1:] if last_only else x)
+        return self.states(x, context, after)
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
         """What enters the first block for each token.

@@ -27,12 +27,13 @@ Choices, and the traps behind them:
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import ModelConfig, RopeScaling
 
-__all__ = ["apply_rotary", "ntk_theta", "rotary_angles", "rotary_frequencies", "scaled_angles",
+__all__ = ["AngleTable", "apply_rotary", "ntk_theta", "rotary_angles", "rotary_frequencies", "scaled_angles",
            "scaled_frequencies"]  # fmt: skip
 
 
@@ -79,6 +80,32 @@ def scaled_angles(
     frequencies, magnitude = scaled_frequencies(config, length)
     cos, sin = rotary_angles(positions, frequencies.to(positions.device))
     return cos * magnitude, sin * magnitude
+
+
+class AngleTable:
+    """`scaled_angles` of every position of a text, computed at the first question.
+
+    Args:
+        length: tokens of the text, which decides some frequencies.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._table: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget them: another model is asked for next."""
+        self._table = None
+
+    def __call__(
+        self, config: ModelConfig, positions: Int[Tensor, "*batch tokens"]
+    ) -> tuple[Float[Tensor, "*batch tokens head_dim"], Float[Tensor, "*batch tokens head_dim"]]:
+        """Cosine and sine for `apply_rotary` at some positions."""
+        if self._table is None:
+            everywhere = torch.arange(self.length, device=positions.device)
+            self._table = torch.cat(scaled_angles(config, everywhere, self.length), dim=-1)
+        cos, sin = F.embedding(positions, self._table).chunk(2, dim=-1)  # one look-up for both
+        return cos, sin
 
 
 def scaled_frequencies(config: ModelConfig, length: int) -> tuple[Float[Tensor, " half"], float]:

@@ -47,6 +47,13 @@ def sheet(rows=3):
     return sheet
 
 
+def heads():
+    """Two blocks of two heads on four tokens; each head looks one token further back than the one before."""
+    back = [[[float(asked == max(asks - far, 0)) for asked in range(4)] for asks in range(4)]
+            for far in range(4)]  # fmt: skip
+    return lab.Heads(["the", "cats", "over", "there"], [back[:2], back[2:]], "Four heads.")
+
+
 def looks(page):
     """Which numbers are lit, by how."""
     marks = page.locator("svg .part").evaluate_all(
@@ -224,3 +231,28 @@ def test_a_sheet_on_paper_and_without_scripts_is_whole(page):
     assert "below" in page.get_by_role("status").inner_text() and not page.get_by_role("button").count()
     page.get_by_text("All numbers as text").click()
     assert page.locator("li").nth(3).inner_text().split() == ["row", "1,", "0", "2", "=", "sum", "10"]
+
+
+def test_heads_answer_pointer_and_keys(page):
+    page.set_content(PAGE.format(heads()._repr_html_()))
+    said = page.get_by_role("status")
+    assert said.inner_text() == "Block 1, head 1: “there” looks at “there” (100 %)."
+    page.get_by_role("radio", name="block 1, head 2").click()
+    assert said.inner_text() == "Block 1, head 2: “there” looks at “over” (100 %)."
+    page.keyboard.press("ArrowDown")
+    assert said.inner_text() == "Block 2, head 2: “there” looks at “the” (100 %)."
+    page.get_by_role("radio", name="over").click()
+    page.keyboard.press("ArrowLeft")
+    assert said.inner_text() == "Block 2, head 2: “cats” looks at “the” (100 %)."
+    chosen = page.locator("[aria-checked=true]").evaluate_all(
+        "all => all.map(e => e.getAttribute('aria-label'))"
+    )
+    assert chosen == ["block 2, head 2", "cats"]
+    assert page.locator("[tabindex='0']").count() == 2, "a stop for Tab in each group"
+
+
+def test_heads_without_scripts_are_a_picture_and_a_list(page):
+    page.set_content(PAGE.format(heads()._repr_html_().replace("<script>", "<script type='text/none'>")))
+    assert page.get_by_role("img", name="Four heads.").count() == 1
+    page.get_by_text("as text").click()
+    assert page.locator("li").nth(1).inner_text().endswith("there → over 100 %")

@@ -15,8 +15,13 @@ from minicpm_lite.inference.eagle import (
     agreement_by_step,
     eagle,
     levels,
+    load_eagle,
+    save_eagle,
+    share_output,
 )
 from minicpm_lite.inference.guess_trees import Chain, DynamicTree, StaticTree
+from minicpm_lite.inference.packed import put_packed
+from minicpm_lite.inference.quantization import quantize
 from minicpm_lite.inference.speculative import Drafting, Stats, speculative_generate, speculative_stream
 from minicpm_lite.inference.speculative_costs import Adaptive, Costs
 from minicpm_lite.language.context import KVCache
@@ -24,6 +29,7 @@ from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate, pad_left
 from minicpm_lite.language.sampling import Sampling
 from minicpm_lite.language.scoring import context_only
+from minicpm_lite.training.checkpoint import save_checkpoint
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -33,6 +39,7 @@ CONFIG = ModelConfig(
     eos_token_id=(28,),
 )  # fmt: skip
 KEPT = torch.tensor([28, 3, 1, 4, 0, 5, 9, 2, 6, 8, 7, 20, 11])
+RANKING = torch.cat([KEPT, torch.tensor([i for i in range(29) if i not in KEPT.tolist()])])
 
 
 def pair(kept=KEPT, seed=0) -> tuple[EagleHead, Decoder]:
@@ -75,7 +82,7 @@ def test_the_training_time_test_is_what_is_done_in_use(start):
     unrolled = _guesses(head, _taught(head, target, ids), steps)
     text = ids[0].tolist()
     wanted = naive(head, target, text[:start], text[start : start + steps - 1])
-    for step, scores in enumerate(unrolled):
+    for step, (scores, _, _) in enumerate(unrolled):
         assert_close(scores[0, start - 2], wanted[step], atol=1e-5, rtol=1e-5)
 
 
@@ -211,3 +218,50 @@ def test_a_head_is_a_draft_like_others():
         speculative_stream(target, torch.tensor([[1, 2]]), 5, draft=EagleDraft(head, Chain(2)), stats=stats)
     )
     assert len(steps) == 5 and stats.calls
+
+
+def test_a_head_with_the_targets_output_layer_is_kept_without_it(tmp_path):
+    head, target = pair(RANKING[:13])
+    share_output(head, target)
+    assert torch.equal(head.lm_head.weight, target.tables[-1][head.vocabulary])
+    assert not head.lm_head.weight.requires_grad
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.copy_(weight.bfloat16())  # so that nothing is lost
+    share_output(head, target)
+    file = tmp_path / "head.safetensors"
+    save_eagle(file, head, RANKING)
+    same = load_eagle(file, target)
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(same.state_dict()[name], tensor), name
+    more = load_eagle(file, target, kept=29)
+    hidden = torch.randn(1, 5, 32)
+    assert_close(more.logits(hidden)[..., :13], head.logits(hidden))
+    assert torch.equal(more.vocabulary, RANKING)
+    ids = torch.tensor([[5, 6, 7, 8, 1]])
+    wanted = generate(target, ids, 20)
+    packed = load_eagle(file, target)
+    for name, weight in [*packed.named_parameters()]:
+        if weight.ndim == 2:
+            put_packed(packed, name, quantize(weight, "Q8_0"))
+    for guessing in (same, more, packed):
+        found, stats = speculative_generate(target, EagleDraft(guessing, Chain(3)), ids, 20)
+        assert torch.equal(found, wanted) and stats.proposed
+
+
+def test_files_of_heads_that_do_not_fit_are_refused(tmp_path):
+    head, target = pair(RANKING[:13])
+    file = tmp_path / "head.safetensors"
+    with pytest.raises(ValueError, match="13 tokens that are not the first 13 of the ranking"):
+        save_eagle(file, head, RANKING.flip(0))
+    save_eagle(file, head, RANKING)
+    for kept in (0, 30):
+        with pytest.raises(ValueError, match=f"ranks 29 tokens, of which {kept} are asked for"):
+            load_eagle(file, target, kept)
+    with pytest.raises(ValueError, match="and the target has 31"):
+        load_eagle(file, Decoder(ModelConfig(**vars(CONFIG) | {"vocab_size": 31})))
+    with pytest.raises(ValueError, match="of another shape"):
+        load_eagle(file, Decoder(ModelConfig(**vars(CONFIG) | {"intermediate_size": 96})))
+    save_checkpoint(file, {}, {})
+    with pytest.raises(ValueError, match="of no head"):
+        load_eagle(file, target)

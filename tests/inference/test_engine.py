@@ -1,6 +1,7 @@
 """Each request gets the text that it gets alone, whatever comes and goes beside it, and all pages come back."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig, RopeScaling
 from minicpm_lite.inference import engine
-from minicpm_lite.inference.drafts import DecoderDraft, PromptLookup
+from minicpm_lite.inference.drafts import DecoderDraft, PromptLookup, Reading
 from minicpm_lite.inference.eagle import EagleDraft, EagleHead
-from minicpm_lite.inference.engine import Engine, PagedExecutor, Request
-from minicpm_lite.inference.guess_trees import Chain
+from minicpm_lite.inference.engine import Engine, Request
+from minicpm_lite.inference.executors import PagedExecutor
+from minicpm_lite.inference.guess_trees import Chain, DynamicTree
 from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.inference.paged import PagePool
+from minicpm_lite.inference.speculative import speculative_stream
+from minicpm_lite.inference.speculative_costs import Adaptive, Costs
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
@@ -28,6 +32,7 @@ KINDS = {
     "latent": ModelConfig(**vars(BASE) | {
         "num_key_value_heads": 2, "head_dim": 8, "latent_attention": LatentAttentionConfig(8, 8, 4, 4, 8)}),
     "experts": ModelConfig(**vars(BASE) | {"mixture": MixtureConfig(4, 2)}),
+    "four blocks": ModelConfig(**vars(BASE) | {"num_hidden_layers": 4}),
     "dynamic": ModelConfig(**vars(BASE) | {"rope_scaling": RopeScaling("dynamic", 16, 2.0)}),
 }  # fmt: skip
 
@@ -104,23 +109,67 @@ def check_schedule(seed: int, draft=None) -> tuple[int, int]:
 
 @pytest.mark.slow  # a thousand schedules
 @pytest.mark.parametrize("part", range(4))
-def test_whatever_comes_and_goes_each_request_gets_its_own_text(part):
+def test_whatever_comes_and_goes_each_request_gets_its_own_text(part, request):
+    if part:  # shapes, whose checks take four times as long as the schedules, are those of the first part
+        request.getfixturevalue("unchecked")
     counts = [check_schedule(seed) for seed in range(250 * part, 250 * (part + 1))]
     served, cancelled = map(sum, zip(*counts, strict=True))
     assert served > 600 and cancelled > 40
 
 
+@cache
+def head() -> EagleHead:
+    torch.manual_seed(1)
+    found = EagleHead(KINDS["four blocks"], torch.arange(20))
+    for weight in found.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.2)
+    return found
+
+
 @pytest.mark.parametrize(
-    "draft", [PromptLookup(guesses=3), DecoderDraft(model("grouped"), Chain(3))], ids=["lookup", "decoder"]
+    ("kind", "draft"),
+    [
+        ("grouped", lambda: PromptLookup(guesses=3)),
+        ("grouped", lambda: DecoderDraft(model("grouped"), Chain(3))),
+        ("grouped", lambda: DecoderDraft(model("grouped"), DynamicTree(2, 2, 4))),
+        ("four blocks", lambda: EagleDraft(head(), Chain(3))),
+        ("four blocks", lambda: EagleDraft(head(), DynamicTree(3, 2, 6))),
+        ("four blocks", lambda: Adaptive(EagleDraft(head(), Chain(2)), Costs((1.0, 1.1), 0.1), most=2)),
+    ],
+    ids=["lookup", "decoder", "tree", "eagle", "eagle's tree", "adaptive"],
 )
-def test_guesses_change_no_text(draft):
+def test_guesses_change_no_text(kind, draft):
     """Greedy ones token for token; drawn ones follow the same law and other luck."""
     greedy = [Request(r.prompt, r.max_new_tokens, user=r.user) for r in POOL[:20]]
-    serving = Engine(PagedExecutor(model(), 40, 4, 40), rows=4, piece=5, draft=draft)
+    serving = Engine(PagedExecutor(model(kind), 40, 4, 40), rows=4, piece=5, draft=draft())
     answers = [serving.submit(request) for request in [*greedy, *POOL[:4]]]
     serving.run()
-    assert [answer.tokens for answer in answers[:20]] == [alone(request, room=40) for request in greedy]
+    assert [answer.tokens for answer in answers[:20]] == [alone(request, kind, 40) for request in greedy]
     assert all(answer.state == "done" for answer in answers)
+
+
+@pytest.mark.parametrize("piece", [1, 4, 64])
+def test_eagle_guesses_in_the_engine_what_it_guesses_alone(piece, monkeypatch):
+    guessed, propose = [], Reading.propose
+
+    def noting(self, new, most):
+        guesses = propose(self, new, most)
+        guessed.append(guesses.tokens.tolist())
+        return guesses
+
+    monkeypatch.setattr(Reading, "propose", noting)
+    target, draft, request = model("four blocks"), EagleDraft(head(), Chain(3)), Request((1, 2, 3, 4, 5), 20)
+    ids, cache = torch.tensor([request.prompt]), KVCache(40)
+    steps = speculative_stream(target, ids, 20, stop_ids=(), context=cache, draft=draft)
+    written = torch.stack([*steps], dim=1)[0].tolist()
+    guessed_alone = [*guessed]
+    guessed.clear()
+    serving = Engine(PagedExecutor(target, 40, 4, 40), piece=piece, draft=draft)
+    answer = serving.submit(replace(request, stop_ids=()))
+    serving.run()
+    assert answer.tokens == written
+    assert guessed[:12] == guessed_alone[:12], "Near the end the engine asks for no more than is left."
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +196,7 @@ def test_a_beginning_is_read_once():
     executor = PagedExecutor(model(), 32, 4, 40)
     serving, read = Engine(executor, rows=4), []
     prefill = executor.prefill
-    executor.prefill = lambda text, tokens: read.append(len(tokens)) or prefill(text, tokens)
+    executor.prefill = lambda text, tokens, after: read.append(len(tokens)) or prefill(text, tokens, after)
     for tail in (7, 8, 7):
         serving.submit(Request((*prompt[:20], tail), 2))
         serving.run()
@@ -203,10 +252,10 @@ def test_scores_that_are_no_numbers_end_one_request_alone():
     executor = PagedExecutor(model(), 40, 4, 40)
     serving, decode = Engine(executor, rows=3), executor.decode
 
-    def broken(texts, tokens):
-        scores = decode(texts, tokens)
+    def broken(texts, tokens, after):
+        scores, streams = decode(texts, tokens, after)
         scores[1] = torch.nan
-        return scores
+        return scores, streams
 
     answers = [serving.submit(request) for request in (Request((n, 2), 5, stop_ids=()) for n in range(3))]
     for _ in range(3):
@@ -239,9 +288,6 @@ def test_refusals():
             Engine(executor, **settings)
     with pytest.raises(ValueError, match="The draft has 29 token ids and the target has 23"):
         Engine(executor, draft=DecoderDraft(Decoder(ModelConfig(16, 24, 2, 2, 29)), Chain(2)))
-    four = Decoder(ModelConfig(16, 24, 4, 2, 23))
-    with pytest.raises(ValueError, match="shows no streams to drafts"):
-        Engine(PagedExecutor(four, 8), draft=EagleDraft(EagleHead(four.config, torch.tensor([1])), Chain(2)))
 
 
 def pages_are_kept(patch):

@@ -26,8 +26,10 @@ def test_refusals():
         model(torch.tensor([[1] * 7]), PagedContext(pool, [text]))
     with pytest.raises(ValueError, match="2 rows of 1 tokens came; expected 1 texts"):
         model(torch.tensor([[1], [2]]), PagedContext(pool, [text]))
-    with pytest.raises(ValueError, match="1 rows of 3 tokens came; expected 1 texts with 2 guesses each"):
-        model(torch.tensor([[1, 2, 3]]), PagedContext(pool, [text], [-1, 0]))
+    with pytest.raises(ValueError, match=r"1 rows of 3 tokens came; expected 1 texts with \[2\] guesses"):
+        model(torch.tensor([[1, 2, 3]]), PagedContext(pool, [text], [[-1, 0]]))
+    with pytest.raises(ValueError, match="The parent of guess 1 is 1; expected the place of an earlier"):
+        model(torch.tensor([[1, 2]]), PagedContext(pool, [text], [[-1, 1]]))
     with pytest.raises(ValueError, match="filled by another model"):
         make_model(1)(torch.tensor([[1]]), PagedContext(pool, [text]))
     with pytest.raises(ValueError, match="A text of 17 tokens does not fit: there are 4 pages of 4 tokens"):
@@ -87,11 +89,12 @@ def test_guesses_that_branch_are_what_they_are_in_a_cache():
         model(torch.tensor([prompt]), cache)
         texts.append(text)
         caches.append(cache)
-    guesses, parents, paths = torch.tensor([[3, 4, 5, 6], [7, 1, 2, 0]]), [-1, 0, 0, 2], [[0, 2, 3], [0]]
-    context = PagedContext(pool, texts, parents)
+    guesses, paths = torch.tensor([[3, 4, 5, 6], [7, 1, 2, 0]]), [[0, 2, 3], [1]]
+    trees = [[-1, 0, 0, 2], [-1, -1, 0, 1]]
+    context = PagedContext(pool, texts, trees)
     scores = model(guesses, context)
     for row, (cache, path) in enumerate(zip(caches, paths, strict=True)):
-        assert_close(scores[row], model(guesses[row : row + 1], Tree(cache, parents))[0])
+        assert_close(scores[row], model(guesses[row : row + 1], Tree(cache, trees[row]))[0])
         cache.take(path)
     context.take(paths)
     after = model(torch.tensor([[2], [3]]), PagedContext(pool, texts))

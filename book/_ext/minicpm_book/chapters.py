@@ -2,7 +2,7 @@
 
 An executed notebook carries what its run cost in ``metadata.minicpm_lite`` (seconds, peak_memory_mb, device),
 and each of its claims as an output of the type below. Its summary is the paragraph below its title, and the
-time for reading follows from its words and lines. All are read from the file; nothing is executed.
+time for reading follows from its words, lines and pictures. All are read from the file; nothing is executed.
 """
 
 import json
@@ -61,25 +61,31 @@ class Chapter:
 
 
 def reading_minutes(cells: list[dict]) -> int:
-    """How long a chapter takes to read without its exercises, to the next five: open words and lines of code.
+    """How long a chapter takes to read without its exercises, to the next five.
+
+    Counted are the words and the lines of code that stand open on the page, and a minute for each picture.
 
     >>> text = {"cell_type": "markdown", "metadata": {}, "source": "word " * 2_000}
     >>> code = {"cell_type": "code", "metadata": {}, "source": "x = 1\\n" * 100}
     >>> folded = {"cell_type": "code", "metadata": {"tags": ["solution"]}, "source": "x = 1\\n" * 400}
     >>> asked = {"cell_type": "markdown", "metadata": {}, "source": "```{exercise-start} " + "word " * 2_000}
+    >>> drawn = {"cell_type": "code", "metadata": {"mystnb": {"figure": {}}}, "source": ""}
     >>> reading_minutes([text]), reading_minutes([text, code]), reading_minutes([text, folded, asked])
     (10, 15, 10)
+    >>> reading_minutes([text, *[drawn] * 10])
+    20
     """
-    words = lines = 0
+    words = lines = pictures = 0
     for cell in cells:
         source = "".join(cell["source"])
+        pictures += "figure" in cell["metadata"].get("mystnb", {})
         if is_exercise(cell) or not FOLDED.isdisjoint(cell["metadata"].get("tags", [])):
             continue
         if cell["cell_type"] == "markdown":
             words += len(source.split())
         else:
             lines += sum(1 for line in source.splitlines() if line.strip())
-    return max(5, 5 * round((words / WORDS_A_MINUTE + lines / LINES_A_MINUTE) / 5))
+    return max(5, 5 * round((words / WORDS_A_MINUTE + lines / LINES_A_MINUTE + pictures) / 5))
 
 
 def is_exercise(cell: dict) -> bool:

@@ -128,6 +128,10 @@ def codes_and_scales(answer):
         assert set(codes.flatten().tolist()) <= {-1.0, 0.0, 1.0}, (
             f"{hint} Codes are -1, 0 or 1, and nothing else: neither larger, nor times the scale."
         )
+        assert not same(codes, _codes(before.double(), group, cut=1.0)[0]) or same(codes, expected), (
+            f"{hint} You cut w / scale off towards 0; a code is the whole number *nearest* to it, so "
+            "that all beyond half a scale becomes 1 or -1."
+        )
         assert same(codes, expected), f"{hint} A code is the whole number nearest to w / scale."
 
 
@@ -178,7 +182,7 @@ def _byte(codes):
     ),
 )
 def read_byte(answer):
-    """Times 3, and what stands above 256 is the next digit: five trits of a byte without a division."""
+    """Five trits of a byte. By times 3, a shift and a mask for each, a processor needs no division for it."""
     for codes in (
         (0, 0, 0, 0, 0), (-1, -1, -1, -1, -1), (1, 1, 1, 1, 1), (1, -1, 0, 1, 0), (-1, 0, 1, 0, -1),
         (0, 1, -1, -1, 1), (-1, -1, -1, -1, 1), (1, -1, -1, -1, -1),
@@ -187,6 +191,9 @@ def read_byte(answer):
         assert len(got) == 5, f"A byte holds five codes; {len(got)} came."
         assert not same(list(got)[::-1], list(codes)) or codes == codes[::-1], (
             "The codes come in the reverse order: the first is the digit that counts 81."
+        )
+        assert not same(list(got), [code + 1 for code in codes]), (
+            "These are the digits, from 0 to 2. A code is the digit less 1."
         )
         assert same(list(got), list(codes)), (
             f"The byte {_byte(codes)} holds {list(codes)}, and not {[int(code) for code in got]}. It is "
@@ -208,10 +215,10 @@ def _layer(latent):
 
 
 def _spoiled(latent, what):
-    scale = latent.abs().mean(dim=None if what == "matrix" else 1, keepdim=True)
+    scale = latent.abs().mean(dim=None if "matrix" in what else 1, keepdim=True)
     scale = scale if what == "no least" else scale.clamp(min=_LEAST)
     codes = latent / scale
-    codes = (codes.trunc() if what == "truncated" else codes.round()).clamp(-1, 1)
+    codes = (codes.trunc() if "truncated" in what else codes.round()).clamp(-1, 1)
     if what == "no scale":
         return latent + (codes - latent).detach()
     if what == "no gradient":
@@ -229,6 +236,18 @@ def _spoiled(latent, what):
     return (codes * scale).detach() + (latent - latent.detach())
 
 
+_FAULTS = {  # what each makes of the values, and what is said of it
+    "matrix": "The scale is the mean of the whole matrix: a row of large weights silences the others. Each "
+    "row has the mean of its own sizes.",
+    "truncated": "The quotient is cut off towards 0, so that the dead zone ends at a whole scale. It ends at "
+    "half of one: round to the nearest.",
+    "truncated, matrix": "Two faults are left: the scale is the mean of the whole matrix and not of each "
+    "row, and the quotient is cut off towards 0 instead of rounded.",
+    "no scale": "These are the codes. A ternary weight is its code times the scale.",
+    "not rounded": "The latent weights came back as they are: what cancels must not cancel the codes.",
+}
+
+
 def _there_and_back(answer, latent, arriving):
     """The result, and the gradient that reaches the latent weights if this one arrives at the result."""
     result = answer(latent)
@@ -244,8 +263,8 @@ def _there_and_back(answer, latent, arriving):
     wrong=tuple(
         lambda latent, what=what: _spoiled(latent, what)
         for what in (
-            "matrix", "truncated", "no scale", "no gradient", "scale learns", "twice", "nothing detached",
-            "not rounded", "one sum", "no least",
+            "matrix", "truncated", "truncated, matrix", "no scale", "no gradient", "scale learns", "twice",
+            "nothing detached", "not rounded", "one sum", "no least",
         )
     ),
 )  # fmt: skip
@@ -265,6 +284,9 @@ def mended_weight(answer):
         assert not got.isnan().any(), (
             "A row of zeros became a row of NaN: 0 / 0. The first equation has a least scale."
         )
+        for what, hint in _FAULTS.items():
+            spoiled = _spoiled(latent, what).detach()
+            assert not same(got, spoiled, 2e-3) or same(got, expected, 2e-3), hint
         for row in got:
             assert len((row / row.abs().amax().clamp(min=1e-9)).round(decimals=3).unique()) <= 3, (
                 "A row of the result has more than three values."
@@ -332,6 +354,7 @@ _CASES = (
             config, group, bits, tables=config.vocab_size * config.hidden_size
         ),
         lambda config, group, bits: 8 * _megabytes(config, group, bits),
+        lambda config, group, bits: _megabytes(config, group, bits) * 1e6 / 2**20,
         lambda config, group, bits: _megabytes(config, 256, bits),
     ),
 )
@@ -340,6 +363,9 @@ def ternary_megabytes(answer):
     for config, group, table_bits in _CASES:
         got, expected = float(answer(config, group, table_bits)), _megabytes(config, group, table_bits)
         assert not same(got, 8 * expected, 1e-3), "That is in megabits: eight bits are a byte."
+        assert not same(got, expected * 1e6 / 2**20, 1e-4), (
+            "That is in units of 2^20 bytes (MiB); a megabyte is a million bytes here."
+        )
         assert same(got, expected, 1e-4), (
             f"Width {config.hidden_size}, {config.num_hidden_layers} blocks, groups of {group}, tables of "
             f"{table_bits:g} bits: {expected:.3f} MB, and not {got:.3f}. Count the scales (16 bits a "
@@ -365,27 +391,40 @@ def _fresh(trainer, schedule, group):
     return tuple(Trainer(model, trainer.batches, schedule, trainer.config) for model in models)
 
 
+def _trained(trainer, schedule, group):
+    runs = _fork(trainer, schedule, group)
+    for run in runs:
+        run.train(progress=False)
+    return runs
+
+
 def _facts(answer, trunk, schedule, group):
     """What is so of the two runs, and of the trunk, before and after the two have learned a little."""
     before = copy.deepcopy(trunk.model.state_dict())
     runs = answer(trunk, schedule, group)
-    if not (isinstance(runs, tuple | list) and len(runs) == 2 and all(isinstance(r, Trainer) for r in runs)):
-        return {}
-    control, ternary = runs
+    if not (isinstance(runs, tuple | list) and len(runs) == 2):
+        return "no pair"
+    if not all(isinstance(run, Trainer) for run in runs):
+        return "models" if all(isinstance(run, Decoder) for run in runs) else "no pair"
     layers = [[part for part in run.model.modules() if isinstance(part, TernaryLinear)] for run in runs]
     facts = {
         "ternary": [bool(each) for each in layers],
+        "trunk ternary": any(isinstance(part, TernaryLinear) for part in trunk.model.modules()),
         "groups": [part.group for part in layers[1]],
-        "apart": control is not trunk and control.model is not trunk.model,
+        "one": runs[0].model is runs[1].model,
+        "trunk": [run.model is trunk.model for run in runs],
         "schedule": [run.schedule == schedule for run in runs],
         "steps": [run.step for run in runs],
     }
     for run in runs:
         run.train(run.step + 2, progress=False)
-    latents = {name.replace("latent", "weight"): p for name, p in ternary.model.named_parameters()}
+    after = [
+        {name.replace(".latent", ".weight"): p for name, p in model.state_dict().items()}
+        for model in (trunk.model, *(run.model for run in runs))
+    ]
     return facts | {
-        "trunk stays": all(torch.equal(before[name], p) for name, p in trunk.model.state_dict().items()),
-        "differ": any(not torch.equal(p, latents[name]) for name, p in control.model.named_parameters()),
+        "trunk stays": all(torch.equal(before[name], p) for name, p in after[0].items()),
+        "differ": any(not torch.equal(p, after[2][name]) for name, p in after[1].items()),
     }
 
 
@@ -402,6 +441,12 @@ def _facts(answer, trunk, schedule, group):
         lambda trainer, schedule, group: _fork(trainer, trainer.schedule, group),
         lambda trainer, schedule, group: (trainer, _fork(trainer, schedule, group)[1]),
         lambda trainer, schedule, group: _fork(trainer, schedule, "matrix"),
+        lambda trainer, schedule, group: (
+            make_ternary(trainer.model, group),
+            _fork(trainer, schedule, group),
+        )[1],
+        lambda trainer, schedule, group: tuple(run.model for run in _fork(trainer, schedule, group)),
+        _trained,
         _fresh,
     ),
 )
@@ -416,21 +461,38 @@ def fork(answer):
         trunk = Trainer(Decoder(config), text, WSD(0.01, 2, 20, 0), TrainerConfig(2, 8))
         trunk.train(steps, progress=False)
         got = answer(trunk, WSD(0.02, 0, 6 + steps, 2), group)
-        assert got, "Return two `Trainer`s as a pair: the control and the ternary one."
-        assert got["ternary"] == [False, True], (
-            "The first run stays in full precision, the second turns ternary."
+        assert got != "no pair", "Return two `Trainer`s as a pair: the control and the ternary one."
+        assert got != "models", "Return the two `Trainer`s themselves; their models alone cannot go on."
+        assert not got["trunk ternary"], (
+            "The trunk itself was turned ternary. Take branches first, and change the model of one of them."
         )
-        assert got["apart"], (
-            "The control is the trunk itself: to train it would train the trunk on. Take a branch of it."
+        assert not any(got["trunk"]), (
+            f"The {'second' if got['trunk'][1] else 'first'} run is the trunk itself: to train it would "
+            "train the trunk on. Take a branch of it."
         )
-        assert got["schedule"] == [True, True], (
-            "Both runs go on under the schedule that was given; else rates differ as well."
+        assert not got["one"], (
+            "Both runs have one model, so what turns the one ternary turns the other, too. Take two branches."
+        )
+        assert got["ternary"] != [True, False], "The order is: first the control, then the ternary run."
+        assert got["ternary"] != [True, True], "Both runs are ternary; the control stays in full precision."
+        assert got["ternary"] != [False, False], (
+            "Both runs are in full precision; the second must turn ternary."
+        )
+        assert all(got["schedule"]), (
+            f"The {'second' if got['schedule'][0] else 'first'} run does not go on under the schedule that "
+            "was given. Were the rates not the same, the two would differ in them as well."
+        )
+        assert max(got["steps"]) <= steps, (
+            f"The trunk is at step {steps}, and a run that came back at step {max(got['steps'])}: return the "
+            "two untrained."
         )
         assert got["steps"] == [steps, steps], (
-            f"The trunk is at step {steps}, and so are its branches: else they read other data, and begin "
-            "without the moments of Adam."
+            f"The trunk is at step {steps}, and its branches must be, too: a new `Trainer` begins at step 0, "
+            "reads other data, and has no moments of Adam."
         )
-        assert set(got["groups"]) == {group}, f"`group` is an argument: {group!r} here."
+        assert set(got["groups"]) == {group}, (
+            f"The layers have groups of {got['groups'][0]!r}; `group` is an argument, {group!r} here."
+        )
         assert got["trunk stays"], "Training the two changed the trunk: they must have weights of their own."
         assert got["differ"], "Both runs have learned the same: is the second one rounded?"
 
@@ -499,15 +561,16 @@ def best_scale(answer):
         weights = weights.double()
         got = float(answer(weights.clone()))
         least, mine = _error(weights, _least(weights)), _error(weights, abs(got))
-        shown = ", ".join(f"{value:g}" for value in weights[:6].tolist()) if len(weights) < 10 else "many"
+        few = ", ".join(f"{value:g}" for value in weights.tolist())
+        shown = f"the weights {few}" if len(weights) < 10 else f"a row of {len(weights)} random weights"
         assert got > 0, "A scale is above 0."
         assert not (mine <= least * (1 + 1e-3) and abs(got / float(_least(weights)) - 1) > 1e-5), (
-            f"For the weights {shown} your scale is near the best, {got:.5g}, and not the best, "
+            f"For {shown} your scale is near the best, {got:.5g}, and not the best, "
             f"{float(_least(weights)):.5g}, as one of a grid would be. For given codes the best scale is the "
             "mean size of the weights whose code is not 0; so there are only as many candidates as weights."
         )
         assert mine <= least * (1 + 1e-4) + 1e-9, (
-            f"For the weights {shown} the squared error is {mine:.4f} with your scale, {got:.4f}; "
+            f"For {shown} the squared error is {mine:.4f} with your scale, {got:.4f}; "
             f"{least:.4f} can be had. Suppose that k weights get a code that is not 0: which k should "
             "that be, and "
             "which scale is then the best?"
@@ -560,7 +623,7 @@ quiz = Quiz(
                 "Because the scales have to be read, too",
             ],
             1,
-            "In the cache, where bytes cost nothing, the gain was the same: the arithmetic of a weight "
+            "In the cache, where bytes cost little, the gain was about the same: the work on a weight "
             "decides.",
         ),
         (

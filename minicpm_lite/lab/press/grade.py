@@ -354,8 +354,15 @@ def _is_left_out(statement: ast.stmt) -> bool:
 
 
 def _free(task: Task) -> set[str]:
-    """The names that an answer reads and that are no names of its functions' own."""
-    return {name for text in (task.source, task.answer, task.helpers) for name in _read(text)}
+    """The names that an answer reads, but for those that its own lines have made before."""
+    names, made = set(), set()
+    for statement in ast.parse("\n".join([task.helpers, task.source, task.answer])).body:
+        if isinstance(statement, _DEFINITIONS):  # a function is called when it has its name
+            made |= _bound(statement)
+        names |= _read(ast.unparse(statement)) - made
+        if isinstance(statement, (*_IMPORTS, ast.Assign)):
+            made |= _bound(statement)
+    return names
 
 
 def _read(source: str) -> set[str]:

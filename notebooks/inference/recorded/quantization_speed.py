@@ -2,15 +2,15 @@
 
 Run it with `python notebooks/inference/recorded/quantization_speed.py prepare`, which packs the model into a
 folder of temporary files (3 minutes), and then without `prepare`, which measures; or with "matrices",
-"tokens", "parts", "float32" or "memory", which measures that alone. What is compared is measured in one run,
+"tokens", "parts", "builds" or "memory", which measures that alone. What is compared is measured in one run,
 in turns, with two threads:
 
 - one row times one matrix: PyTorch's ways, and the kernels in three builds (any processor, AVX2, this one);
 - a token written by SmolLM2-135M, for each type, beside llama.cpp with a file of the same bytes, if the
   package xllamacpp can be imported (it is named in the environment variable LLAMA_CPP_SITE otherwise);
 - where the time of such a token goes: each part is timed where it stands, and the fastest of 400 counts;
-- one row times the second matrix in float32 once more, since the kernel was mended for what has no AVX-512:
-  the fastest of 100, on a machine that was busy;
+- one row times the second matrix once more, every type in every build side by side, since the float32 kernel
+  was mended for what has no AVX-512: the fastest of 400 each, in turns, on a machine that was busier;
 - what the process of a model takes in memory, each in a process of its own.
 
 The rule, fixed before the run: Q4_0 writes at least 2.5 times as many tokens a second as PyTorch in float32,
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -50,6 +51,8 @@ from minicpm_lite.pretrained.checkpoints import load_pretrained
 
 FOLDER = Path(tempfile.gettempdir()) / "minicpm_lite_packed"
 SAME_BYTES = FOLDER / "Q4_0 in all.gguf"  # for llama.cpp
+MATRIX = FOLDER / "matrix.pt"  # of an 8B, in each type of the ladder
+LADDER = ("Q8_0", "Q6_K", "Q4_K", "Q4_0")
 TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "INT8", "INT4_G64", "Q4_0 in all")
 MATRICES = {"SmolLM2's table": (49_152, 576), "a matrix of an 8B": (4_096, 4_096)}
 BUILDS = {
@@ -82,7 +85,7 @@ def work(job: Job) -> dict:
             "matrices": matrices,
             "tokens": tokens,
             "parts": parts,
-            "float32": float32,
+            "builds": builds,
             "memory": lambda: memory(job.of),
         }[job.kind]()
 
@@ -240,22 +243,35 @@ def parts() -> dict:
     }
 
 
-def float32() -> dict:
-    """Milliseconds of one row with float32 weights, the fastest of many: PyTorch's, and three builds."""
-    outputs, features = MATRICES["a matrix of an 8B"]
-    weight, x = torch.randn(outputs, features), torch.randn(1, features)
-    found = {"torch float32": 1000 * min(timed(lambda: F.linear(x, weight)) for _ in range(OFTEN // 4))}
+def builds() -> dict:
+    """Milliseconds of one row times a matrix, each type in each build, and PyTorch's: the fastest of many."""
+    if not MATRIX.exists():
+        pack_matrix()
+    weight = torch.load(MATRIX)["F32"]
+    x = torch.randn(1, weight.shape[1])
+    found = {"torch float32": 1000 * min(timed(lambda: F.linear(x, weight)) for _ in range(OFTEN))}
     for build, flags in BUILDS.items():
         environment = os.environ | {"CXXFLAGS": flags, "OMP_NUM_THREADS": str(THREADS)}
-        command = [sys.executable, __file__, "float32 kernel", str(outputs), str(features)]
+        command = [sys.executable, __file__, "one build"]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        found[build] = float(run.stdout)
+        found |= {f"{type}, {build}": milliseconds for type, milliseconds in json.loads(run.stdout).items()}
     return found
 
 
-def float32_kernel(outputs: int, features: int) -> float:
-    weight, x = torch.randn(outputs, features), torch.randn(1, features)
-    return 1000 * min(timed(lambda: linear(x, weight, "F32")) for _ in range(OFTEN // 4))
+def one_build() -> dict[str, float]:
+    stored = torch.load(MATRIX)
+    x, fastest = torch.randn(1, stored["F32"].shape[1]), dict.fromkeys(stored, math.inf)
+    works = {type: partial(linear, x, weight, type) for type, weight in stored.items()}
+    for _ in range(OFTEN):
+        for type, each in works.items():
+            fastest[type] = min(fastest[type], 1000 * timed(each))
+    return fastest
+
+
+def pack_matrix() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    weight = torch.randn(MATRICES["a matrix of an 8B"], generator=torch.Generator().manual_seed(0))
+    torch.save({"F32": weight} | {type: quantize(weight, type).data for type in LADDER}, MATRIX)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -331,8 +347,8 @@ def resident() -> float:
 
 
 def prepare() -> None:
-    """Pack the model in every type, for us and for llama.cpp."""
-    FOLDER.mkdir(exist_ok=True)
+    """Pack the model in every type, for us and for llama.cpp; and one matrix."""
+    pack_matrix()
     for type in TYPES:
         file = FOLDER / f"{type}.safetensors"
         if not file.exists():
@@ -370,8 +386,8 @@ if __name__ == "__main__":
             prepare()
         case ["kernels", outputs, features]:
             print(json.dumps(kernels(int(outputs), int(features))))
-        case ["float32 kernel", outputs, features]:
-            print(float32_kernel(int(outputs), int(features)))
+        case ["one build"]:
+            print(json.dumps(one_build()))
         case ["open", type]:
             print(json.dumps(open_model(type)))
         case kinds:
@@ -379,7 +395,7 @@ if __name__ == "__main__":
                 Job("matrices"),
                 Job("tokens"),
                 Job("parts"),
-                Job("float32"),
+                Job("builds"),
                 *(Job("memory", type) for type in ("float32", *TYPES)),
             ]
             wanted = [job for job in everything if not kinds or job.kind in kinds]

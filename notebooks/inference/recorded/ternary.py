@@ -157,7 +157,10 @@ class GradientOfTheScale(TernaryLinear):
 
 
 class GradientClipped(TernaryLinear):
-    """Weights beyond the scale get no gradient, as the derivative of the clamp has it."""
+    """Weights beyond 1 scale get no gradient, as by a clamp in front of the rounding.
+
+    That of the equation stands behind it, and cuts what is rounded to more than 1, beyond 1.5 scales.
+    """
 
     @property
     def weight(self) -> Tensor:

@@ -49,6 +49,34 @@ def product_as_tensor(codes, step, least, x):
     return step * unit * (codes.float() * p).sum() - least * unit * p.sum()
 
 
+def read_in_bytes(block):
+    step = block[:2].view(torch.float16).float()
+    return step * (torch.cat([block[2:] & 15, block[2:] >> 4]) - 8)
+
+
+def gptq_by_factor(weights, hessian, step, ends=(-8, 7), both=True, back=True):
+    order = hessian.diagonal().argsort(descending=True)
+    w, h = weights.double()[order], hessian.double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order] if both else h), upper=True)
+    for j in range(len(w)):
+        mark = (w[j] / step).round().clamp(*ends) * step
+        w[j:] += (mark - w[j]) * factor[j, j:] / factor[j, j]
+    found = w.clone()
+    if back:
+        found[order] = w
+    return found.to(weights.dtype)
+
+
+def product_in_bytes(codes, step, least, x):
+    unit = float(x.abs().max()) / 127
+    p = (x / (unit or 1)).round().to(torch.int8)
+    return unit * (step * int((codes.to(torch.int8) * p).sum()) - least * int(p.sum()))
+
+
+def mean_count(weight, block):
+    return np.mean([len(set(part)) for row in weight.tolist() for part in _parts(row, block)])
+
+
 def by_sets(weight, block, bits):
     return all(len(set(part)) <= 2**bits for row in weight.tolist() for part in _parts(row, block))
 
@@ -87,11 +115,36 @@ def test_other_styles_are_right(exercise, answer):
     [
         (check.read_q4_0, lambda block: read_by_numbers(block).view(2, 16).T.flatten(), "share a byte"),
         (check.forecast, 0.299, "That is the step"),
+        (check.read_q4_0, read_in_bytes, "3 - 8 is 251"),
         (check.gptq_row, lambda w, h, step: (w / step).round().clamp(-8, 7) * step, "makes up for"),
+        (check.gptq_row, lambda w, h, step: gptq_by_factor(w, h, step, ends=(-99, 99)), "Codes end at"),
+        (check.gptq_row, lambda w, h, step: check._gptq_row(w, h, step, sign=1), "the sign the wrong way"),
+        (check.gptq_row, lambda w, h, step: gptq_by_factor(w, check._damped(h), step), "No damping"),
+        (check.gptq_row, check._by_raw_inverse, "in the factor U"),
+        (check.gptq_row, check._sorted_twice, "sorted twice"),
+        (check.forecast, 0.299 / 2, "half the step"),
+        (check.forecast, 0.299**2 / 12, "Asked is its root"),
+        (check.forecast, 0.299 / 4, "mean size"),
+        (check.forecast, 0.17, "The hints say more"),
+        (check.was_rounded, lambda w, block, bits: check._was_rounded(w, block, bits, spare=1), "Seventeen"),
+        (
+            check.was_rounded,
+            lambda w, block, bits: check._was_rounded((w / 1e-3).round(), block, bits),
+            "tolerance",
+        ),
+        (check.gptq_row, lambda w, h, step: gptq_by_factor(w, h, step, both=False), "Sort both"),
+        (check.gptq_row, lambda w, h, step: gptq_by_factor(w, h, step, back=False), "place order[i]"),
         (check.gptq_row, lambda w, h, step: w.copy_(gptq_by_inverse(w, h, step)), "work on a copy"),
         (check.gptq_row, lambda w, h, step: gptq_by_inverse(w, h, step).double(), "float64"),
         (check.round_between, lambda w, group, bits: w, "By hand"),
         (check.group_product, lambda codes, step, least, x: step * float(codes.float() @ x), "By hand"),
+        (check.group_product, product_in_bytes, "has no room"),
+        (check.was_rounded, lambda w, block, bits: mean_count(w, block) <= 2**bits, "neither a mean"),
+        (
+            check.was_rounded,
+            lambda w, block, bits: by_sets(w.reshape(-1, block)[:100], block, bits),
+            "hundred",
+        ),
         (check.my_mixture, mixture("Q6_K", EIGHT), "GB"),
         (check.my_mixture, check._WITH_VALUES | {"embed_tokens.weight": "TQ2_0"}, "less than four bits"),
     ],

@@ -43,10 +43,10 @@ def shares_with_loops(query, key, size, stride):
     return out
 
 
-def starts_by_ends(kept, length, size, stride):
-    """A tuple of those whose end lies behind what was there."""
-    old = kept[-1] if len(kept) else 0
-    return tuple(s for s in range(0, length, stride) if old < s + size <= length)
+def starts_by_ends(lengths, size, stride):
+    """A tuple of those whose end lies behind what was never cut off."""
+    now = lengths[-1]
+    return tuple(s for s in range(0, now, stride) if min(lengths) < s + size <= now)
 
 
 def control_by_drawing(own, config, generator):
@@ -108,11 +108,40 @@ def a_token_late(query, key, size, stride):
     return torch.cat([torch.zeros_like(shares[:1]), shares[:-1]])
 
 
+def keys_without_values(length, config):
+    return int(read_by_counting(length, config)) - config.num_visible(length)
+
+
+def chosen_by_mean(shares, seen, config):
+    blocks, per = -(-seen // config.block_size), config.block_size // config.kernel_stride
+    over = config.kernel_size // config.kernel_stride - 1
+    score = [
+        float(torch.as_tensor(shares[max(0, per * b - over) : per * b + per]).mean()) for b in range(blocks)
+    ]
+    forced = {*range(config.init_blocks), *range(max(0, blocks - config.local_blocks), blocks)}
+    others = sorted(set(range(blocks)) - forced, key=lambda b: -score[b])
+    return forced | set(others[: max(0, config.num_blocks - len(forced))])
+
+
+def chosen_with_next(shares, seen, config):
+    """The own block is taken for `seen // block_size`."""
+    return blocks_by_token(shares, seen + (seen % config.block_size == 0), config)
+
+
 def test_messages_name_the_idea_that_is_missed():
     assert "Yours leaves 8,190 for means" in said(check.numbers_read, without_a_window)
     assert "are 12,288 vectors; yours is 6144" in said(
         check.numbers_read, lambda length, config: config.num_visible(length)
     )
+    assert "not their values" in said(check.numbers_read, keys_without_values)
+    assert "the *mean*" in said(check.chosen_blocks, chosen_by_mean)
+    assert "still empty" in said(check.chosen_blocks, chosen_with_next)
     assert "come to 1; 2 heads" in said(check.mended_shares, added_before)
     assert "root of the keys' width" in said(check.mended_shares, divided_by_width)
     assert "its last token is seen" in said(check.mended_shares, a_token_late)
+    assert "guesses, and one guess in ten" in said(check.forecast, 8 / 59)
+    assert "eight of 63 blocks" in said(check.forecast, 8 / 63)
+    assert "four of them are forced" in said(check.forecast, 12 / 63)
+    too_many = SparseConfig(kernel_size=16, kernel_stride=8, window_size=2048, topk=16)
+    assert "reads 22,527 vectors. The release reads 20,479" in said(check.my_settings, too_many)
+    assert "rounded down, is 22,526." in said(check.my_settings, too_many)

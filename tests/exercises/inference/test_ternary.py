@@ -89,6 +89,19 @@ def fork_of_a_branch(trainer, schedule, group):
     return first, second
 
 
+def one_twice(trainer, schedule, group):
+    run = trainer.branch(schedule)
+    make_ternary(run.model, group)
+    return run, run
+
+
+def both_ternary(trainer, schedule, group):
+    runs = trainer.branch(schedule), trainer.branch(schedule)
+    for run in runs:
+        make_ternary(run.model, group)
+    return runs
+
+
 def scale_by_trying_each(weights):
     best = None
     sizes = sorted(weights.abs().tolist(), reverse=True)
@@ -120,10 +133,33 @@ def _ternary(latent, least=1e-5):
     return (latent / scale).round().clamp(-1, 1) * scale
 
 
+def codes_cut_off(weight, group):
+    grouped = weight.unflatten(1, (-1, group))
+    scale = grouped.abs().mean(2, keepdim=True).clamp(min=1e-5)
+    return (grouped / scale).int().clamp(-1, 1).flatten(1), scale[..., 0]
+
+
 def scale_plus_the_least(weight, group):
     grouped = weight.unflatten(1, (-1, group))
     scale = grouped.abs().mean(2, keepdim=True) + 1e-5
     return (grouped / scale).round().clamp(-1, 1).flatten(1), scale[..., 0]
+
+
+def weight_as_it_was_with(scale_of, rounding):
+    def weight(latent):
+        kept = latent.detach()
+        scale = scale_of(kept)
+        return rounding(kept / scale).clamp(-1, 1) * scale + (latent - kept)
+
+    return weight
+
+
+def of_rows(latent):
+    return latent.abs().mean(1, keepdim=True).clamp(min=1e-5)
+
+
+def of_the_matrix(latent):
+    return latent.abs().mean()
 
 
 def scale_of_a_grid(weights):
@@ -161,10 +197,24 @@ def test_other_styles(exercise, answer):
     [
         (check.codes_and_scales, codes_of_repeated_scales, "a loop"),
         (check.read_byte, lambda byte: [0] * 4, "five codes"),
+        (check.read_byte, lambda byte: [code + 1 for code in byte_by_its_number(byte)], "the digits"),
+        (
+            check.codes_and_scales,
+            codes_cut_off,
+            "cut w / scale off",
+        ),
         (check.forecast_zeros, 25, "not per cent"),
+        (check.mended_weight, weight_as_it_was_with(of_the_matrix, torch.round), "The scale is the mean of"),
+        (check.mended_weight, weight_as_it_was_with(of_rows, torch.trunc), "The quotient is cut off"),
+        (check.mended_weight, weight_as_it_was_with(of_the_matrix, torch.trunc), "Two faults"),
+        (
+            check.ternary_megabytes,
+            lambda *task: megabytes_matrix_by_matrix(*task) * 1e6 / 2**20,
+            "2^20",
+        ),
         (
             check.mended_weight,
-            lambda latent: latent.detach().sign(),
+            lambda latent: 2 * of_rows(latent.detach()) * latent.detach().sign(),
             "The wrong weights are 0",
         ),
         (
@@ -178,6 +228,10 @@ def test_other_styles(exercise, answer):
         (check.codes_and_scales, scale_plus_the_least, "nothing is added"),
         (check.best_scale, scale_of_a_grid, "as one of a grid"),
         (check.fork, lambda trainer, schedule, group: copy.copy(trainer), "Return two `Trainer`s"),
+        (check.fork, one_twice, "one model"),
+        (check.fork, both_ternary, "Both runs are ternary"),
+        (check.fork, lambda *task: fork_in_a_list(*task)[::-1], "The order"),
+        (check.fork, lambda *task: [run.model for run in fork_in_a_list(*task)], "themselves"),
         (check.best_scale, lambda weights: weights.abs().mean(), "squared error"),
     ],
 )

@@ -23,7 +23,7 @@ from spellings import SPELLINGS
 from minicpm_lite.lab.press import grade as grade_module
 from minicpm_lite.lab.press import sandbox
 from minicpm_lite.lab.press.__main__ import main
-from minicpm_lite.lab.press.grade import Grade, _harmless, grade, table, write_csv
+from minicpm_lite.lab.press.grade import Grade, Task, _free, _harmless, grade, table, write_csv
 from minicpm_lite.lab.press.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[3]
@@ -472,6 +472,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "There is no notebook and no folder at nowhere" in capsys.readouterr().err
     assert main(["grade", "in", "--csv", "in"]) == 2, "before anything is graded"
     assert "--csv is in, a folder; give the name of a file" in capsys.readouterr().err
+
+
+def test_what_an_answer_makes_itself_is_not_asked_of_the_chapter():
+    """A chapter that has a loop over ``block`` is not run for an answer that defines ``block``."""
+    source = "x = x + one\nx[0] = two\ndef block(n):\n    return n * block(x) * y\nimport z\nz += y"
+    assert _free(Task("block", "block(z)", source, helpers="def y(): pass")) == {"x", "one", "two"}
 
 
 def test_the_example_holds():

@@ -1,0 +1,294 @@
+"""What runs a model for the engine: it reads prompts, writes, checks guesses, and keeps texts in memory.
+
+    Executor                            what an engine asks for
+    PagedExecutor(model, pages=256)     a decoder of this library, on pages
+    CompiledExecutor(model, pages=256)  the same as code that torch.compile makes of it
+
+    text = executor.open(prompt, most)                            room for it; None while there is too little
+    scores, streams = executor.prefill(text, tokens)              read on in its prompt
+    scores, streams = executor.decode(texts, newest)              read the newest token of some texts
+    scores, streams = executor.verify(texts, tokens, parents)     and guesses behind it; ``accept`` comes next
+    executor.close(text)
+
+What the model is decides the rest: a `Decoder` as it is; `fast_decoding` of it, whose kernels read weights
+once for all rows; one with packed weights (`quantize_model`). ``sparse`` lets queries choose what they attend
+to. An engine, and all that it promises, is the same above each of them.
+
+Choices, and the traps behind them:
+
+- llama.cpp is no executor here. Its package xllamacpp runs whole requests, and lets nobody read a token or
+  check a guess; see `minicpm_lite.inference.llama_cpp`, which is compared with an engine, not put into one.
+- Streams are what drafts such as EAGLE's read, and are made only where somebody asks for them.
+- Code is made for shapes. It is made once for any number of rows, tokens and keys above one, and anew where
+  one of the first two is one; each time takes as long as some hundred steps. What a list of pages says must
+  not enter it, or it would be made in every step: so the books are kept before and behind the code.
+- Sparse attention is not compiled. Which blocks are chosen decides how much is read, and code that waits for
+  that in each layer is no faster.
+"""
+
+from collections.abc import Sequence, Sized
+from contextlib import nullcontext
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from ..config import ModelConfig, SparseConfig
+from ..language.context import Context, causal_mask
+from ..language.decoder import Decoder
+from ..language.scoring import evaluating
+from ..runtime import calm_threads
+from .paged import PagedContext, PagedText, PagePool
+from .sparse_pages import SparsePagePool
+
+__all__ = ["CompiledExecutor", "Executor", "PagedExecutor"]
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """What an engine asks for."""
+
+    @property
+    def model(self) -> Decoder:
+        """Whose texts are written; drafts are made for it."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores are."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """The most tokens of one text."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the texts take, in bytes."""
+        ...
+
+    def require(self, prompt: Sequence[int], most: int) -> None:
+        """Refuse a text that can never be run.
+
+        Raises:
+            ValueError: there will never be room for ``most`` tokens, or the model lacks some of the prompt.
+        """
+        ...
+
+    def open(self, prompt: Sequence[int], most: int) -> Sized | None:
+        """Room for a text that begins so and has ``most`` tokens at most; None while there is too little.
+
+        Its length is how many tokens were read; of its beginning, some may have been read for others.
+        """
+        ...
+
+    def spare(self, text: Sized) -> int:
+        """How many tokens there is room for behind a text."""
+        ...
+
+    def close(self, text: Sized) -> None:
+        """The room comes back."""
+        ...
+
+    def prefill(
+        self, text: Sized, tokens: Sequence[int], after: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, " vocab"], Float[Tensor, "tokens features"] | None]:
+        """Read on in a prompt.
+
+        Returns:
+            The scores behind it, and for each token the residual stream after some blocks, one behind the
+            other; None where none are named.
+        """
+        ...
+
+    def decode(
+        self, texts: Sequence[Sized], tokens: Sequence[int], after: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1 features"] | None]:
+        """Read the newest token of each text; scores and streams as of `prefill`."""
+        ...
+
+    def verify(
+        self,
+        texts: Sequence[Sized],
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]],
+        after: Sequence[int] = (),
+    ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
+        """Read the newest token of each text and guesses behind it, a tree for each; `accept` comes next."""
+        ...
+
+    def accept(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of each row that was verified last, these places became text, each the child of the one before."""
+        ...
+
+
+class PagedExecutor:
+    """Runs a decoder on a pool of pages.
+
+    Args:
+        model: the decoder.
+        pages, page_size: of the pool.
+        room: the most tokens of one text; left out, what the model was made for or the pool holds.
+        sparse: how queries choose blocks to attend to; left out, they attend to all.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: int,
+        page_size: int = 16,
+        room: int | None = None,
+        sparse: SparseConfig | None = None,
+    ) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        most = min(model.config.max_position_embeddings, pages * page_size)
+        self.room = most if room is None else room
+        if sparse is None:
+            self.pool = PagePool(pages, page_size, self.room)
+        else:
+            self.pool = SparsePagePool(sparse, pages, page_size, self.room)
+        self._context: PagedContext | None = None
+        calm_threads()
+
+    def require(self, prompt: Sequence[int], most: int) -> None:
+        """Refuse a text that can never be run; see `Executor`."""
+        size = self.model.config.vocab_size
+        if not prompt or not all(isinstance(each, int) and 0 <= each < size for each in prompt):
+            raise ValueError(
+                f"The prompt holds {len(prompt)} tokens; expected one at least, and ids from 0 to {size - 1}."
+            )
+        self.pool.require_room(most)
+
+    def open(self, prompt: Sequence[int], most: int) -> PagedText | None:
+        """Room for a text; see `Executor`."""
+        return self.pool.open(prompt, most)
+
+    def spare(self, text: PagedText) -> int:
+        """How many tokens there is room for behind a text."""
+        return self.pool.spare(text)
+
+    def close(self, text: PagedText) -> None:
+        """The room comes back."""
+        self.pool.close(text)
+
+    def prefill(
+        self, text: PagedText, tokens: Sequence[int], after: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, " vocab"], Float[Tensor, "tokens features"] | None]:
+        """Read on in a prompt; see `Executor`."""
+        scores, streams = self._read([text], [tokens], None, after, last_only=True)
+        return scores[0, -1], None if streams is None else streams[0]
+
+    def decode(
+        self, texts: Sequence[PagedText], tokens: Sequence[int], after: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1 features"] | None]:
+        """Read the newest token of each text; see `Executor`."""
+        scores, streams = self._read(texts, [[each] for each in tokens], None, after)
+        return scores[:, -1], streams
+
+    def verify(
+        self,
+        texts: Sequence[PagedText],
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]],
+        after: Sequence[int] = (),
+    ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
+        """Read the newest token of each text and guesses behind it; see `Executor`."""
+        return self._read(texts, tokens, parents, after)
+
+    def accept(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of each row that was verified last, these places became text."""
+        self._context.take(paths)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the texts take, in bytes."""
+        return self.pool.nbytes
+
+    @torch.no_grad()
+    def _read(
+        self,
+        texts: Sequence[PagedText],
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]] | None,
+        after: Sequence[int],
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "rows scored vocab"], Float[Tensor, "rows places features"] | None]:
+        ids = torch.tensor([*map(list, tokens)], device=self.device)
+        self._context = self.pool.context(texts, parents)
+        self._context.read(ids)
+        with evaluating(self.model) if self.model.training else nullcontext():
+            *streams, x = self._states(self.model.embed(ids), self._context, tuple(after))
+            scores = self.model.logits(x[:, -1:] if last_only else x)
+        return scores, torch.cat(streams, dim=-1) if streams else None
+
+    def _states(
+        self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
+    ) -> list[Float[Tensor, "rows places d"]]:
+        return self.model.states(x, context, after)
+
+
+class CompiledExecutor(PagedExecutor):
+    """A `PagedExecutor` whose decoder is compiled, in the first calls of each kind.
+
+    Args:
+        model: the decoder.
+        pages, page_size, room: as of `PagedExecutor`.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: int,
+        page_size: int = 16,
+        room: int | None = None,
+        backend: str = "inductor",
+    ) -> None:
+        super().__init__(model, pages, page_size, room)
+
+        def everywhere(
+            x: Tensor, context: Context
+        ) -> list[Tensor]:  # so that code is made once for any `after`
+            return model.states(x, context, range(model.config.num_hidden_layers))
+
+        self._compiled = torch.compile(everywhere, fullgraph=True, dynamic=True, backend=backend)
+
+    def _states(
+        self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
+    ) -> list[Float[Tensor, "rows places d"]]:
+        if not self.nbytes:  # the first call takes the memory
+            found = super()._states(x, context, after)
+            for layer in range(self.model.config.num_hidden_layers):
+                for whole in self.pool.layer(layer):
+                    torch._dynamo.mark_static(whole)  # its heads are no number that changes
+            return found
+        context.belong(self.model)
+        found = self._compiled(x, _Prepared(context, self.model.config, x))
+        context.end()
+        return [*(found[blocks] for blocks in after), found[-1]]
+
+
+class _Prepared(Context):
+    """A call of a paged context whose books are kept outside: of all it knows, code sees tensors alone."""
+
+    def __init__(self, context: PagedContext, config: ModelConfig, x: Float[Tensor, "rows tokens d"]) -> None:
+        self.context, self.positions = context, context.begin(x)
+        self.rotary = context.angles(config, self.positions)
+        if x.shape[1] > 1 and (context.mask is None or context.mask.ndim == 2):  # one shape for all texts
+            context.mask = causal_mask(x.shape[1], context.reach, x.device)[None, None]
+
+    def begin(self, x: Float[Tensor, "rows tokens d"]) -> Int[Tensor, "rows 1 tokens"]:
+        return self.positions
+
+    def angles(self, config: ModelConfig, positions: Int[Tensor, "rows 1 tokens"]) -> tuple[Tensor, Tensor]:
+        return self.rotary
+
+    def keep(
+        self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]
+    ) -> tuple[Shaped[Tensor, "rows _heads _keys _width"], ...]:
+        return self.context.keep(layer, *new)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.context.attend(layer, query, key, value)

@@ -1,0 +1,146 @@
+"""llama.cpp's server with an engine's requests, to be compared with an engine.
+
+    server = LlamaCpp("model.gguf", rows=4, room=512)
+    answer = server.submit(Request(prompt, max_new_tokens=100))
+    server.run()
+    answer.tokens
+
+The package xllamacpp holds the whole server of llama.cpp, which batches requests continuously as an `Engine`
+does. It has no call that reads a token or checks a guess, and a server's answers hold no scores of a whole
+vocabulary. So it can be no `Executor`; what can be compared are whole requests: their tokens, and when they
+came.
+
+Choices, and the traps behind them:
+
+- Prompts and answers are token ids, in a file of our own weights: so nothing depends on a tokenizer.
+- The token that ends a text is not told, so an answer that ended by itself has one token less than ours.
+- Left alone, llama.cpp draws by other rules: no token below a smallest probability, repetitions counted in
+  the last 64 tokens. Both are set to what `Sampling` says. What is drawn is drawn by its own luck.
+- With few rows it multiplies in other order than with many, as all do; a tie may fall the other way.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request as Post
+from urllib.request import urlopen
+
+from ..config import require_positive_integer
+from ..language.sampling import Sampling
+from ..optional import require
+from .engine import Answer, Request
+
+__all__ = ["LlamaCpp"]
+
+
+class LlamaCpp:
+    """The server of llama.cpp, in this process.
+
+    Args:
+        file: a GGUF file.
+        rows: requests at work at once, at most.
+        room: the most tokens of one text.
+        threads: of the processor; left out, as many as there are cores.
+
+    Raises:
+        ImportError: the package xllamacpp is missing.
+        FileNotFoundError: there is no such file.
+        ValueError: rows, room or threads that are not positive.
+    """
+
+    def __init__(self, file: str | Path, rows: int = 8, room: int = 512, threads: int | None = None) -> None:
+        threads = (os.cpu_count() or 1) if threads is None else threads
+        for name, value in (("rows", rows), ("room", room), ("threads", threads)):
+            require_positive_integer(name, value)
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"There is no file {file}; give a model in GGUF.")
+        xllamacpp = require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="run llama.cpp")
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(file)
+        settings.n_parallel, settings.n_ctx, settings.warmup = rows, rows * room, True
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        self.room = room
+        self._server = xllamacpp.Server(settings)
+        self._threads: list[Thread] = []
+
+    def submit(self, request: Request) -> Answer:
+        """Give it a request; it begins at once, or when a row is free.
+
+        Raises:
+            ValueError: there is no room for the text, or it should end with ids of its own, which the server
+                cannot be told.
+        """
+        most = len(request.prompt) + request.max_new_tokens
+        if most > self.room:
+            raise ValueError(f"A text of {most} tokens does not fit: there is room for {self.room}.")
+        if request.stop_ids:
+            raise ValueError(
+                f"stop_ids is {request.stop_ids}; llama.cpp takes None, for those of the file, or ()."
+            )
+        answer = Answer(request, submitted=time.perf_counter())
+        self._threads.append(Thread(target=self._serve, args=(answer,), daemon=True))
+        self._threads[-1].start()
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """Write no more of it; what was written stays. Nothing happens to what is over."""
+        if not answer.over:
+            answer.state = "cancelled"
+
+    def run(self) -> None:
+        """Wait until nothing is left to do."""
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _serve(self, answer: Answer) -> None:
+        asked = json.dumps(_asked(answer.request)).encode()
+        address = f"{self._server.listening_address}/completion"
+        post = Post(address, asked, {"Content-Type": "application/json"})
+        try:
+            with urlopen(post) as lines:
+                for line in lines:
+                    if answer.over:  # who leaves, ends it
+                        return
+                    if line.startswith(b"data: "):
+                        _hear(answer, json.loads(line.removeprefix(b"data: ")))
+        except HTTPError as error:
+            answer.state, answer.why = "failed", error.read().decode()
+        except OSError as error:
+            answer.state, answer.why = "failed", str(error)
+        if not answer.over:
+            answer.state, answer.why = "failed", "llama.cpp ended it without a word."
+
+
+def _asked(request: Request) -> dict[str, object]:
+    """A request in the words of llama.cpp's server."""
+    sampling: Sampling = request.sampling
+    return {
+        "prompt": list(request.prompt),
+        "n_predict": request.max_new_tokens,
+        "stream": True,
+        "return_tokens": True,
+        "ignore_eos": request.stop_ids == (),
+        "seed": request.seed,
+        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+        "min_p": 0.0,
+        "repeat_penalty": sampling.repetition_penalty,
+        "repeat_last_n": len(request.prompt) + request.max_new_tokens,
+    }
+
+
+def _hear(answer: Answer, told: dict) -> None:
+    """Take what the server says in one line."""
+    if tokens := told.get("tokens"):
+        answer.state = "writing"
+        answer.tokens += tokens
+        answer.last = time.perf_counter()
+        answer.first = answer.first or answer.last
+    if told.get("stop"):
+        answer.state = "done"

@@ -1,0 +1,392 @@
+"""An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
+
+Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "stack" or "load", which does
+that alone, and a number behind it: so many jobs, of two minutes at most each. What was done is not done
+again. "stack" and "load" take times, so nothing else may run beside them. "load" needs xllamacpp.
+
+The model is SmolLM2-135M-Instruct with every matrix rounded to Q4_0, in float32 or packed, so all that is
+compared multiplies by the same weights. All is greedy, and nothing ends a text early. A text stands behind
+256 or 2,048 tokens of Austen, whose last line asks for them again ("text with copying") or does not
+("prose"), and has 48 new tokens. The stages: PyTorch's linear layers; our kernels for float32; these with
+guesses looked up in the prompt; packed weights; these with sparse attention (24 blocks of 16 tokens); that
+with guesses; and packed weights with guesses.
+
+- "identity": what each stage writes, each call that may guess guessing.
+- "stack": one text at a time, with two threads and guesses by `Adaptive`: the time to the first token, the
+  tokens a second behind it, the memory of weights and texts.
+- "load": 16 requests of 16 to 128 tokens that want 8 to 64, all at once, or one each second on average, at
+  times that are drawn; eight rows, two threads. Our engine with packed weights, with and without guesses;
+  transformers with batches that stay (those that wait when the last batch is done, padded, written until the
+  longest has enough), in float32; llama.cpp's server on a file of the same bytes. Kept are the tokens a
+  second that were asked for, and the times from a request to its first and to its last token.
+
+The rule, fixed before the runs. A unit is a prompt (five of each length and kind), or a drawn set of requests
+(three: a quiet machine is rare, and what is expected are factors). A part of the stack makes faster, or
+slower, if the 95 % interval of the logarithm of the ratio to the stage without it, unit by unit, leaves out
+0; and so for engines under load. Expected: packed weights are at least 1.5 times as fast as our float32;
+guesses at least 1.3 times where text is copied, and never below 0.95; our engine writes at least 1.5 times as
+much as transformers when all come at once, and has the first token of most requests sooner. Sparse attention
+brings nothing at 256 tokens, of which it reads all but a few, and little at 2,048, where weights are most of
+what is read. What llama.cpp does is measured, and nothing is expected: one token at a time we had 45 % of its
+speed.
+
+Identity. Kernels write PyTorch's tokens, and guesses those of the stage without them, unless there is a tie:
+where two answers part, the gap between the two best scores is at most twice the noise, by which the scores of
+the same text differ when it is read at once and when its last token is read alone. With float32 this tells
+something, since its noise is some 1e-5. Packed weights round their inputs to 8 bits, where a last bit can
+become a whole step, and 30 layers make more of that: on two prompts, tried before, their noise was 0.4, so
+many gaps are ties. How many of their tokens are those without guesses is said, no more; and so how many agree
+with float32, and with sparse attention.
+
+Noted after the first ten runs of "identity": behind 256 tokens the 24 blocks are all that there are, so
+sparse attention is told apart behind 2,048 alone. And at one place the noise of packed weights is either that
+of float32 or some tenths, so that answers part at a gap above it proves no fault.
+
+Power: the times of a stage differ by some 5 % between prompts on a quiet machine, so five tell ratios apart
+that differ by 10 %, and three by 15 %. That a guess costs 5 % is not told from that it costs nothing.
+"""
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import transformers
+from quantization_speed import FOLDER, SAME_BYTES, write_gguf
+
+from minicpm_lite.config import SparseConfig
+from minicpm_lite.data.assets import load_austen
+from minicpm_lite.data.packages import smollm2_file
+from minicpm_lite.inference.drafts import PromptLookup
+from minicpm_lite.inference.engine import Answer, Engine, Request
+from minicpm_lite.inference.executors import PagedExecutor
+from minicpm_lite.inference.llama_cpp import LlamaCpp
+from minicpm_lite.inference.packed import load_packed, quantize_model, save_packed, true_bits, unpack_model
+from minicpm_lite.inference.speculative import Draft
+from minicpm_lite.inference.speculative_costs import Adaptive, Costs
+from minicpm_lite.lab.recorded import load_results, run_jobs
+from minicpm_lite.language.context import KVCache, Tree
+from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.fast_decoding import fast_decoding
+from minicpm_lite.optional import require
+from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer, save_pretrained
+from minicpm_lite.runtime import seed_everything
+
+THREADS, ROWS = 2, 8
+LENGTHS, PROMPTS, NEW = (256, 2048), 5, 48
+SPARSE = SparseConfig(
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=128, topk=16, init_blocks=1, dense_len=0
+)
+GUESSES = 6
+REQUESTS, SETS = 16, 3
+EVERY = {"at once": 0.0, "one a second": 1.0}  # seconds between requests, on average
+ENGINES = ("engine", "engine with guesses", "transformers", "llama.cpp")
+FACTS = {
+    "model": "SmolLM2-135M-Instruct, every matrix Q4_0", "threads": THREADS, "rows": ROWS,
+    "lengths": LENGTHS, "new": NEW, "sparse": vars(SPARSE), "guesses": GUESSES, "requests": REQUESTS,
+}  # fmt: skip
+ASK = "\nRepeat the text above from its first word on:\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A text for the stack, or a set of requests; `name` is its key in the results."""
+
+    kind: str
+    of: str
+    number: int
+    length: int = 0
+
+    @property
+    def name(self) -> str:
+        return "/".join(map(str, (self.kind, self.of, *([self.length] if self.length else []), self.number)))
+
+
+@torch.no_grad()
+def work(job: Job) -> dict:
+    seed_everything(job.number)
+    if job.kind == "identity":
+        return identity(job)
+    torch.set_num_threads(THREADS)
+    return stack(job) if job.kind == "stack" else load(job)
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+
+@cache
+def packed() -> Decoder:
+    FOLDER.mkdir(exist_ok=True)
+    file = FOLDER / "Q4_0 in all.safetensors"
+    if not file.exists():
+        model = load_pretrained(smollm2_file())
+        types = {name: "Q4_0" for name, weight in model.named_parameters() if weight.ndim == 2}
+        save_packed(quantize_model(model, types), file)
+    return load_packed(file)
+
+
+@cache
+def plain() -> Decoder:
+    return unpack_model(packed()).requires_grad_(False)
+
+
+@cache
+def kernels() -> Decoder:
+    return fast_decoding(plain())
+
+
+# ------------------------------------------------------------------------------------------- the stack
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model, whether its attention is sparse, whether it guesses; and the stage whose tokens it writes."""
+
+    model: Callable[[], Decoder]
+    sparse: bool = False
+    guesses: bool = False
+    same_as: str | None = None
+
+    def executor(self, pages: int) -> PagedExecutor:
+        return PagedExecutor(self.model(), pages, 16, sparse=SPARSE if self.sparse else None)
+
+
+STAGES = {
+    "PyTorch": Stage(plain),
+    "kernels": Stage(kernels, same_as="PyTorch"),
+    "kernels, guesses": Stage(kernels, guesses=True, same_as="kernels"),
+    "packed": Stage(packed),
+    "packed, sparse": Stage(packed, sparse=True),
+    "packed, sparse, guesses": Stage(packed, sparse=True, guesses=True, same_as="packed, sparse"),
+    "packed, guesses": Stage(packed, guesses=True, same_as="packed"),
+}
+
+
+def identity(job: Job) -> dict:
+    prompt, found = prompt_of(job), {}
+    for name, stage in STAGES.items():
+        draft = PromptLookup(GUESSES) if stage.guesses else None
+        answer = run_one(stage.executor(pages_of(prompt)), prompt, NEW, draft)
+        found[name] = {"tokens": answer.tokens}
+        if stage.same_as:
+            executors = [stage.executor(pages_of(prompt)) for _ in range(2)]
+            before = found[stage.same_as]["tokens"]
+            found[name]["part"] = where_they_part(*executors, prompt, before, answer.tokens)
+    return found
+
+
+def stack(job: Job) -> dict:
+    prompt, found = prompt_of(job), {}
+    for name, stage in STAGES.items():
+        model, draft = stage.model(), None
+        if stage.guesses:
+            draft = Adaptive(PromptLookup(GUESSES), costs(model, job.length), GUESSES)
+        run_one(stage.executor(8), prompt[:32], 8, draft)  # what is slow at first
+        executor = stage.executor(pages_of(prompt))
+        answer = run_one(executor, prompt, NEW, draft)
+        found[name] = {
+            "first": answer.first - answer.submitted,
+            "a second": (NEW - 1) / (answer.last - answer.first),
+            "texts": executor.nbytes,
+            "weights": true_bits(model).nbytes,
+        }
+    return found
+
+
+def pages_of(prompt: list[int]) -> int:
+    return -(-(len(prompt) + NEW) // 16)
+
+
+def prompt_of(job: Job) -> list[int]:
+    """A piece of Austen, and what is asked behind it; or the piece alone."""
+    text = load_austen()
+    piece = len(text) // (PROMPTS + 1) * (job.number + 1)
+    asked = ids_of(ASK) if job.of == "text with copying" else []
+    return ids_of(text[piece : piece + 8 * job.length])[: job.length - len(asked)] + asked
+
+
+def ids_of(text: str) -> list[int]:
+    return load_tokenizer(smollm2_file()).encode(text, add_special_tokens=False).ids
+
+
+def costs(model: Decoder, length: int) -> Costs:
+    """What calls of one to seven tokens take behind a text; a lookup takes next to nothing."""
+    cache = KVCache(length + GUESSES + 1)
+    ids = torch.randint(model.config.vocab_size, (1, length))
+    for piece in ids.split(256, dim=1):
+        model(piece, cache, last_only=True)
+    seconds = []
+    for tokens in range(1, GUESSES + 2):
+        tree, taken = Tree(cache, range(-1, tokens - 1)), []
+        for _ in range(4):
+            start = time.perf_counter()
+            model(ids[:, :tokens], tree)
+            taken.append(time.perf_counter() - start)
+        seconds.append(median(taken[1:]))
+    return Costs(tuple(seconds), 0.0)
+
+
+def run_one(executor: PagedExecutor, prompt: list[int], new: int, draft: Draft | None) -> Answer:
+    engine = Engine(executor, rows=1, draft=draft)
+    answer = engine.submit(Request(tuple(prompt), new, stop_ids=()))
+    engine.run()
+    return answer
+
+
+def where_they_part(
+    one: PagedExecutor, other: PagedExecutor, prompt: list[int], wanted: list[int], found: list[int]
+) -> dict | None:
+    """How near a tie is where two answers part; None if they do not."""
+    places = [place for place, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]]
+    if not places:
+        return None
+    ids = [*prompt, *wanted[: places[0]]]
+    at_once, _ = one.prefill(one.open(ids, len(ids)), ids)
+    text = other.open(ids, len(ids))
+    other.prefill(text, ids[:-1])
+    alone, _ = other.prefill(text, ids[-1:])
+    best, second = at_once.topk(2).values.tolist()
+    noise = (at_once - alone).abs().max().item()
+    return {"place": places[0], "gap": best - second, "noise": noise}
+
+
+# ------------------------------------------------------------------------------------------- load
+
+
+def load(job: Job) -> dict:
+    luck = random.Random(job.number)
+    ids = ids_of(load_austen()[200_000:300_000])
+    asked, at = [], 0.0
+    for _ in range(REQUESTS):
+        begin, length = luck.randrange(len(ids) - 128), luck.randint(16, 128)
+        asked.append((at, Request(tuple(ids[begin : begin + length]), luck.randint(8, 64), stop_ids=())))
+        at += luck.expovariate(1 / EVERY[job.of]) if EVERY[job.of] else 0.0
+    serve = {
+        "engine": partial(by_engine, None),
+        "engine with guesses": lambda asked: by_engine(
+            Adaptive(PromptLookup(GUESSES), costs(packed(), 128), GUESSES), asked
+        ),
+        "transformers": by_transformers,
+        "llama.cpp": by_llama_cpp,
+    }
+    found = {}
+    for name in ENGINES[job.number % len(ENGINES) :] + ENGINES[: job.number % len(ENGINES)]:
+        found[name] = measured(serve[name](asked))
+    return found
+
+
+def measured(answers: list[Answer]) -> dict:
+    tokens = sum(len(answer.tokens) for answer in answers)
+    seconds = max(answer.last for answer in answers) - min(answer.submitted for answer in answers)
+    first = [answer.first - answer.submitted for answer in answers]
+    whole = [answer.last - answer.submitted for answer in answers]
+    return {
+        "a second": tokens / seconds,
+        "first": {"median": median(first), "of 95 %": quantiles(first, n=20)[-1]},
+        "whole": {"median": median(whole), "of 95 %": quantiles(whole, n=20)[-1]},
+        "tokens": [answer.tokens for answer in answers],
+    }
+
+
+def by_engine(draft: Adaptive | None, asked: list[tuple[float, Request]]) -> list[Answer]:
+    model = packed()
+    warm = Engine(PagedExecutor(model, 64))
+    warm.submit(Request((1, 2, 3), 4, stop_ids=()))
+    warm.run()
+    engine, answers, start = Engine(PagedExecutor(model, 256), ROWS, draft=draft), [], time.perf_counter()
+    while len(answers) < len(asked) or not engine.idle:
+        while len(answers) < len(asked) and asked[len(answers)][0] <= time.perf_counter() - start:
+            answers.append(engine.submit(asked[len(answers)][1]))
+        if engine.idle:
+            time.sleep(0.001)
+        else:
+            engine.step()
+    return answers
+
+
+def by_llama_cpp(asked: list[tuple[float, Request]]) -> list[Answer]:
+    if not SAME_BYTES.exists():
+        packed()
+        write_gguf()
+    server, answers = LlamaCpp(SAME_BYTES, ROWS, 256, THREADS), []
+    server.submit(Request((1, 2, 3), 4, stop_ids=()))
+    server.run()
+    start = time.perf_counter()
+    for due, request in asked:
+        time.sleep(max(0.0, start + due - time.perf_counter()))
+        answers.append(server.submit(request))
+    server.run()
+    return answers
+
+
+class _Watching(transformers.StoppingCriteria):
+    """Notes when each step of a batch is over, and ends when each of its requests has enough."""
+
+    def __init__(self, answers: list[Answer], begin: int) -> None:
+        self.answers, self.begin = answers, begin
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        now, written = time.perf_counter(), ids[:, self.begin :].tolist()
+        for answer, row in zip(self.answers, written, strict=True):
+            if len(row) <= answer.request.max_new_tokens:
+                answer.tokens, answer.last = row, now
+                answer.first = answer.first or now
+        enough = all(len(written[0]) >= answer.request.max_new_tokens for answer in self.answers)
+        return torch.full((len(ids),), enough)
+
+
+def by_transformers(asked: list[tuple[float, Request]]) -> list[Answer]:
+    """Those that wait, up to the rows, as one batch; and again when it is done."""
+    model = twin()
+    model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False)
+    answers, start = [], time.perf_counter()
+    while len(answers) < len(asked):
+        due = [r for at, r in asked[len(answers) :] if at <= time.perf_counter() - start][:ROWS]
+        if not due:
+            time.sleep(0.001)
+            continue
+        batch = [
+            Answer(request, submitted=start + asked[len(answers) + place][0])
+            for place, request in enumerate(due)
+        ]
+        longest = max(len(request.prompt) for request in due)
+        ids = torch.tensor([[0] * (longest - len(r.prompt)) + [*r.prompt] for r in due])
+        mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in due])
+        model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=max(r.max_new_tokens for r in due),
+            stopping_criteria=[_Watching(batch, longest)],
+        )  # fmt: skip
+        answers += batch
+    return answers
+
+
+@cache
+def twin() -> transformers.PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(plain(), Path(folder) / "twin", model_type="llama")
+        found = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/twin", dtype=torch.float32).eval()
+    found.generation_config.eos_token_id = None
+    return found
+
+
+if __name__ == "__main__":
+    kinds = ("text with copying", "prose")
+    jobs = [
+        Job(kind, text, number, length)
+        for kind in ("identity", "stack")
+        for length in LENGTHS
+        for number in range(PROMPTS)
+        for text in kinds
+    ] + [Job("load", arrivals, number) for number in range(SETS) for arrivals in EVERY]
+    wanted = sys.argv[1:2] or ["identity", "stack", "load"]
+    if "load" in wanted:
+        require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="compare with llama.cpp")
+    done = load_results(__file__)["runs"]
+    todo = [job for job in jobs if job.kind in wanted and job.name not in done]
+    run_jobs(__file__, todo[: int(sys.argv[2])] if sys.argv[2:] else todo, work, FACTS, workers=1)

@@ -1,0 +1,72 @@
+"""Executors: what an engine may ask of each, compiled code too, and what is refused."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from minicpm_lite.config import ModelConfig
+from minicpm_lite.inference.engine import Engine, Request
+from minicpm_lite.inference.executors import CompiledExecutor, Executor, PagedExecutor
+from minicpm_lite.inference.packed import PackedEmbedding, quantize_model
+from minicpm_lite.language.decoder import Decoder
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ModelConfig(
+    16, 24, 4, 2, 23, num_key_value_heads=1, max_position_embeddings=64, init_std=0.4, eos_token_id=(22,)
+)
+
+
+@cache
+def model() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(CONFIG).eval()
+
+
+@pytest.mark.parametrize("kind", [PagedExecutor, CompiledExecutor])
+def test_what_an_engine_asks_for_is_there(kind):
+    assert isinstance(kind(model(), 8), Executor)
+
+
+@torch.no_grad()
+def test_streams_are_those_of_the_decoder():
+    executor, ids = PagedExecutor(model(), 8), [1, 2, 3, 4, 5]
+    text = executor.open(ids, 12)
+    scores, streams = executor.prefill(text, ids, (2, 1))
+    *wanted, last = model().read(torch.tensor([ids]), after=(2, 1))
+    torch.testing.assert_close(streams, torch.cat(wanted, dim=-1)[0])
+    torch.testing.assert_close(scores, model().logits(last)[0, -1])
+    assert executor.decode([text], [6])[1] is None
+    _, streams = executor.verify([text], [[7, 8, 9]], [[-1, 0, 0]], (3,))
+    *wanted, _ = model().read(torch.tensor([[*ids, 6, 7, 9]]), after=(3,))
+    torch.testing.assert_close(streams[0, [0, 2]], wanted[0][0, -2:])
+    executor.accept([[0, 2]])
+    assert text.tokens == [*ids, 6, 7, 9] and executor.spare(text) == 16 - 8
+
+
+def test_packed_tables_are_not_unpacked_in_each_step(monkeypatch):
+    """Where a model is, its weights tell; those of a packed table are unpacked for whoever asks."""
+    torch.manual_seed(0)
+    packed = quantize_model(Decoder(ModelConfig(32, 64, 2, 2, 23, init_std=0.3)).eval(), "Q8_0")
+    monkeypatch.setattr(PackedEmbedding, "weight", property(lambda table: pytest.fail("It was unpacked.")))
+    serving = Engine(PagedExecutor(packed, 8))
+    answer = serving.submit(Request((1, 2, 3), 4, stop_ids=()))
+    serving.run()
+    assert answer.state == "done"
+
+
+@pytest.mark.slow  # compiles in a process of its own
+def test_compiled_code_writes_the_same_texts_and_is_made_a_few_times():
+    script = Path(__file__).with_name("compiled_engine.py")
+    run = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("is served") == 2
