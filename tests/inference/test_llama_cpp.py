@@ -1,5 +1,6 @@
 """llama.cpp's server is asked as it wants to be asked, and answers become ours; its package may be missing."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -32,7 +33,8 @@ class _Answers(BaseHTTPRequestHandler):
             self._say({"tokens": [], "stop": True})
 
     def _say(self, told):
-        self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
+        with contextlib.suppress(BrokenPipeError):  # a request that was cancelled hears no more
+            self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
 
     def log_message(self, *given):
         pass
