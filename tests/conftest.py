@@ -101,13 +101,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what took longest, by file."""
-    spent = Counter()
+    """Print what took longest, by folder and by file."""
+    spent, folders = Counter(), Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
-            spent[report.nodeid.split("::")[0]] += getattr(report, "duration", 0)
+            file, taken = report.nodeid.split("::")[0], getattr(report, "duration", 0)
+            spent[file] += taken
+            folders[file.rpartition("/")[0]] += taken
     if spent.total() > 60:
         terminalreporter.section("where the time goes")
-        for file, taken in spent.most_common(15):
-            terminalreporter.line(f"{taken:6.0f} s  {file}")
+        for place, taken in [*folders.most_common(), *spent.most_common(15)]:
+            terminalreporter.line(f"{taken:6.0f} s  {place}")
         terminalreporter.line(f"{spent.total():6.0f} s  in all, on all workers together")
