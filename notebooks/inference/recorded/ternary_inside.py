@@ -5,19 +5,17 @@ Run them with `python notebooks/inference/recorded/ternary_inside.py`.
 The finished models of `ternary.py`, made again: five seeds in full precision and ternary from the first
 update, at their best rates. Each model in full precision is rounded to the codes of absmean, with scales of
 three kinds: absmean; the one that gives the rounded row the length of the row; and the one that fits these
-codes best (least squares). Each ternary model is read as if its latent weights were the model: as they are,
-and with each row brought to the length of the ternary row behind it. In both, latent weights over their scale
-are counted in bins of 0.05 every 50 updates. SmolLM2-135M is rounded in four ways that were left out before:
-by its largest weight, with the two other scales, and by GPTQ on 4,096 other tokens of the text. Of the first
-seed, the models write after the same words.
+codes best (least squares). Each ternary model is read as if its latent weights were the model. In both,
+latent weights over their scale are counted in bins of 0.05 every 50 updates. SmolLM2-135M is rounded in
+three ways that were left out before: by its largest weight, and with the two other scales. Of the first seed,
+the models write after the same words.
 
 The rules, fixed before the run, differences seed by seed with 95 % intervals:
 
 - Absmean fails in rounding by its scale, and not by its codes, if the same codes with the length given back
   come within 0.1 nats of the scale of least error, or below, by the whole interval.
 - Latent weights are no model if their loss, minus that of the ternary weights behind them, lies above 0 by
-  the whole interval. That is a matter of their length, and not of where they point, if with the length of the
-  ternary rows they come within 0.1 nats of these, by the whole interval. (Added before the second run.)
+  the whole interval.
 - Latent weights gather at the thresholds if at the end the share of them within 0.05 of a threshold (0.45 to
   0.55 of the scale, of either sign) is larger in the ternary model than in full precision, by the whole
   interval; they avoid them if it is smaller.
@@ -49,7 +47,7 @@ from torch import Tensor
 from minicpm_lite.data.assets import load_austen
 from minicpm_lite.data.corpora import load_corpus
 from minicpm_lite.data.packages import smollm2_file
-from minicpm_lite.inference.calibration import Statistics, walk_blocks
+from minicpm_lite.inference.calibration import walk_blocks
 from minicpm_lite.inference.ternary import ternarize
 from minicpm_lite.lab.recorded import run_jobs
 from minicpm_lite.language.decoder import Decoder
@@ -92,12 +90,6 @@ def fitted(weight: Tensor) -> Tensor:
     """The codes of absmean, with the scale that fits them best."""
     codes = ternarize(weight)[0].float()
     return codes * (weight * codes).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True).clamp(min=1)
-
-
-def long_as_ternary(weight: Tensor) -> Tensor:
-    """Latent weights, each row as long as the ternary one behind it."""
-    length = absmean(weight).norm(dim=1, keepdim=True)
-    return weight * length / weight.norm(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 def largest(weight: Tensor) -> Tensor:
@@ -197,8 +189,6 @@ def ternary(job: Part) -> dict:
     weights = {name.replace(".latent", ".weight"): each for name, each in run.model.state_dict().items()}
     read.load_state_dict(weights)
     found |= {"loss": held_out(run.model, run), "latent": held_out(read, run)}
-    with torch.no_grad():
-        found["latent of ternary length"] = held_out(changed(read, long_as_ternary), run)
     if job.seed == SEEDS[0]:
         found["text"] = text_of(run.model)
     return found
@@ -215,19 +205,7 @@ def smollm2(job: Part) -> dict:
         for name, weight in kept.items():
             model.get_parameter(name).copy_(way(weight))
         losses[way.__name__.replace("_", " ")] = token_losses(model, ids).mean(1).tolist()
-    for name, weight in kept.items():
-        model.get_parameter(name).copy_(weight)
-    text = torch.tensor(tokenizer.encode(load_austen()[100_000:200_000]).ids)[:4096].view(16, 256)
-    walk_blocks(model, text, _gptq_exact)
-    losses["GPTQ"] = token_losses(model, ids).mean(1).tolist()
     return {"losses": losses}
-
-
-def _gptq_exact(index: int, block: torch.nn.Module, statistics: dict[str, Statistics]) -> None:
-    """GPTQ in float64, as a Hessian of few tokens needs it; matrices of one input share theirs."""
-    for seen in {id(seen): seen for seen in statistics.values()}.values():
-        seen.hessian = seen.hessian.double()
-    _gptq(index, block, statistics)
 
 
 def work(job: Part) -> dict:
