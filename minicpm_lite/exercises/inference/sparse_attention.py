@@ -354,7 +354,7 @@ def forecast(answer):
         return abs(given - value) < 0.001
 
     assert not near(_READ), (
-        "8/59 is how probable it is that the flag's block is read. If it is not, the model guesses, and one "
+        "8/59 is how probable it is that the fact's block is read. If it is not, the model guesses, and one "
         "guess in ten is right."
     )
     for pool in (58, 60, 62, 63):
@@ -363,7 +363,7 @@ def forecast(answer):
             "forced ones cannot be drawn again."
         )
     assert not near(12 / 63) and not near(_right(12 / 63)), (
-        "Twelve blocks are read, but four of them are forced, and the flag is in none of these: eight are "
+        "Twelve blocks are read, but four of them are forced, and the fact is in none of these: eight are "
         "drawn."
     )
     assert near(_right(_READ)), (
