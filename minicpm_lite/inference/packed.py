@@ -19,7 +19,7 @@ Choices, and the traps behind them:
   gives one, whose weights are rounded and take as much room as ever.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from reprlib import repr as shown
@@ -100,6 +100,16 @@ class PackedLinear(_Packed):
         parts = [Quantized(self.type, rows) for rows in self.packed.split(_ROWS_AT_ONCE)]
         return torch.cat([F.linear(x, dequantize(part).to(x.dtype)) for part in parts], dim=-1)
 
+    @staticmethod
+    def side_by_side(
+        x: Float[Tensor, "*batch columns"], layers: Sequence["PackedLinear"]
+    ) -> tuple[Float[Tensor, "*batch _rows"], ...]:
+        """What each of some packed layers makes of one input."""
+        type = layers[0].type
+        if torch.is_grad_enabled() or type not in kernels.FORMATS or any(one.type != type for one in layers):
+            return tuple(layer(x) for layer in layers)
+        return kernels.linears(x, [layer.packed for layer in layers], type)
+
 
 class PackedEmbedding(_Packed):
     """A table of packed rows, of which those that are asked for are unpacked."""
@@ -109,7 +119,10 @@ class PackedEmbedding(_Packed):
         self.num_embeddings, self.embedding_dim = quantized.shape
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch columns"]:
-        return dequantize(Quantized(self.type, self.packed[ids]))
+        rows = self.packed[ids]
+        if self.type in kernels.FORMATS:
+            return kernels.dequantize(rows, self.type)
+        return dequantize(Quantized(self.type, rows))
 
 
 def resolve_types(model: Decoder, types: str | Mapping[str, str]) -> dict[str, str]:

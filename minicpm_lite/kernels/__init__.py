@@ -1,9 +1,10 @@
 """Linear layers for a few rows at a time, as decoding has them: the weights are read once, packed or not.
 
-    linear(x, weight, "F32")       x W^T for float32 weights
-    linear(x, packed, "Q4_0")      the same for packed weights, which stay packed
-    dequantize(packed, "Q4_0")     the weights that the bytes stand for
-    reference(x, packed, "Q4_0")   what `linear` computes, in PyTorch: dequantise, then multiply
+    linear(x, weight, "F32")              x W^T for float32 weights
+    linear(x, packed, "Q4_0")             the same for packed weights, which stay packed
+    linears(x, [packed, other], "Q4_0")   the same for several, in one call
+    dequantize(packed, "Q4_0")            the weights that the bytes stand for
+    reference(x, packed, "Q4_0")          what `linear` computes, in PyTorch: dequantise, then multiply
 
 PyTorch's own layer is made for many rows, and reads the weights several times for 2 to 16. The kernels are
 C++ (``linear.cpp``, which says how), compiled at first use. Where they cannot be, one warning says why, and
@@ -18,6 +19,7 @@ and by what float32 rounds. A row with NaN or an infinite number comes out as Na
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from torch import Tensor
 from .build import built
 from .formats import FORMATS, Format, find_format
 
-__all__ = ["FORMATS", "Format", "dequantize", "find_format", "linear", "reference"]
+__all__ = ["FORMATS", "Format", "dequantize", "find_format", "linear", "linears", "reference"]
 
 # Of float32; somewhere between 30 and 130 rows, as the processor is, PyTorch's layer catches up. With packed
 # weights it never does: they must be unpacked for it.
@@ -54,13 +56,29 @@ def linear(
     >>> linear(torch.ones(1, 3), torch.tensor([[1.0, 2.0, 3.0]]), "F32")
     tensor([[6.]])
     """
-    format = _checked(x, weight, type)
-    few = type != "F32" or x.numel() <= _MOST_ROWS * weight.shape[1]
-    if not (few and weight.is_cpu and built("linear")):
-        return _by_torch(x, weight, format)
-    if x.dtype != torch.float32:
-        return torch.ops.minicpm_lite.linear(x.float(), weight, format.number).to(x.dtype)
-    return torch.ops.minicpm_lite.linear(x, weight, format.number)
+    return linears(x, [weight], type)[0]
+
+
+def linears(
+    x: Float[Tensor, "*batch features"], weights: Sequence[Shaped[Tensor, "_outputs row"]], type: str
+) -> tuple[Float[Tensor, "*batch _outputs"], ...]:
+    """Multiply by several matrices of one type, as `linear` by each, bit for bit.
+
+    A decoder's small matrices take little longer than what a call takes beside: its way from Python, rounding
+    x, waking the threads. Here all that is done once.
+
+    Raises:
+        ValueError: what `linear` refuses.
+    """
+    format = _checked(x, weights, type)
+    few = type != "F32" or x.numel() <= _MOST_ROWS * x.shape[-1]
+    if not (few and x.is_cpu and built("linear")):
+        return tuple(_by_torch(x, weight, format) for weight in weights)
+    if x.dtype == torch.float32:
+        y = torch.ops.minicpm_lite.linear(x, weights, format.number)
+    else:
+        y = torch.ops.minicpm_lite.linear(x.float(), weights, format.number).to(x.dtype)
+    return (y,) if len(weights) == 1 else y.split_with_sizes([weight.shape[0] for weight in weights], -1)
 
 
 def reference(
@@ -71,7 +89,7 @@ def reference(
     Raises:
         ValueError: what `linear` refuses.
     """
-    return _by_torch(x, weight, _checked(x, weight, type))
+    return _by_torch(x, weight, _checked(x, [weight], type))
 
 
 def dequantize(weight: Shaped[Tensor, "*outputs row"], type: str) -> Float[Tensor, "*outputs features"]:
@@ -120,24 +138,27 @@ def _features(weight: Tensor, format: Format) -> int:
     return row // format.nbytes * format.block if packed else row
 
 
-def _checked(x: Tensor, weight: Tensor, type: str) -> Format:
+def _checked(x: Tensor, weights: Sequence[Tensor], type: str) -> Format:
     """The format of the weights.
 
     Raises:
         ValueError: what `linear` refuses.
     """
     format = find_format(type)
-    features = _features(weight, format)
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != features:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected two dimensions of "
-            f"weight, and (..., {features}) of x, as many as a row of weight holds in {type}."
-        )
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"x is {x.dtype}; expected float32, float16 or bfloat16. Convert it: x.float().")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device} and weight on {weight.device}; expected both on one device.")
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    for weight in weights:
+        features = _features(weight, format)
+        if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected two dimensions of "
+                f"weight, and (..., {features}) of x, as many as a row of weight holds in {type}."
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"x is on {x.device} and weight on {weight.device}; expected both on one device."
+            )
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         raise ValueError(
             f"A gradient would be asked for through a linear layer of {type}, which has none. Compute under "
             "torch.no_grad(); to train, use torch.nn.functional.linear and float weights."

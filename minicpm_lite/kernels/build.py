@@ -32,7 +32,9 @@ __all__ = ["built"]
 
 _FAKES = {  # what torch.compile needs to know of each operator of a source: the shape that comes out
     "linear": {
-        "linear": lambda x, weight, type: x.new_empty((*x.shape[:-1], weight.shape[0])),
+        "linear": lambda x, weights, type: x.new_empty(
+            (*x.shape[:-1], sum(each.shape[0] for each in weights))
+        ),
         "dequantize": lambda weight, type, features: weight.new_empty(
             (weight.shape[0], features), dtype=torch.float32
         ),

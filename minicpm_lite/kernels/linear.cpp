@@ -4,7 +4,9 @@
 //   packed    a group of 32 weights is  w = scale * value - min  with small whole values; 32 numbers of x are
 //             rounded to  x = step * q  with q from -127 to 127. What a group adds is then
 //             y += scale * step * (sum of value * q)  -  min * step * (sum of q)
-//             whose sums are of whole numbers, exact, and 32 products of bytes are two or three instructions.
+//             whose sums are of whole numbers, exact, and 32 products of bytes are one or three instructions.
+//             Some formats store each value too large by an excess. No value is mended for that: the sum
+//             begins at  -excess * (sum of q),  which is the same for all rows of W.
 //
 // A call with few rows waits for memory: its time is that of reading W. Three things follow.
 // - Each row of W meets all rows of x while it is at hand.
@@ -27,6 +29,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifndef MINICPM_LITE_PORTABLE
@@ -129,31 +132,38 @@ inline void keep([[maybe_unused]] WideFloats& vector) {
 #endif
 }
 
-// 32 products in 8 sums: lane i adds bytes 4i to 4i + 3. Values may be -128 to 127, q -127 to 127.
-inline Ints dot(Bytes values, Bytes q) {
+// 8 sums and 32 products: lane i adds bytes 4i to 4i + 3. Values may be -128 to 127 if they are signed, else
+// 0 to 127; q -127 to 127.
+template <bool SIGNED>
+inline Ints dot(Ints sums, Bytes values, Bytes q) {
 #if defined(AVX2)
-  // The instruction wants one side without signs: those of the values move over to q.
-  __m256i sizes = _mm256_abs_epi8((__m256i)values), signed_q = _mm256_sign_epi8((__m256i)q, (__m256i)values);
+  __m256i sizes = (__m256i)values, signed_q = (__m256i)q;
+  if constexpr (SIGNED) {  // the instruction wants one side without signs: those of the values move over to q
+    signed_q = _mm256_sign_epi8(signed_q, sizes);
+    sizes = _mm256_abs_epi8(sizes);
+  }
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return (Ints)_mm256_dpbusd_epi32(_mm256_setzero_si256(), sizes, signed_q);
+  return (Ints)_mm256_dpbusd_epi32((__m256i)sums, sizes, signed_q);
 #elif defined(__AVXVNNI__)
-  return (Ints)_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), sizes, signed_q);
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, sizes, signed_q);
 #else
   // A pair of products stays below 2 * 128 * 127 and so fits in 16 bits; with q = -128 it would not.
-  return (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(sizes, signed_q), _mm256_set1_epi16(1));
+  return sums + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(sizes, signed_q), _mm256_set1_epi16(1));
 #endif
 #elif defined(NEON)
   int8x16_t v[2], x[2];
   std::memcpy(v, &values, 32);
   std::memcpy(x, &q, 32);
-  int32x4_t sums[2] = {vdotq_s32(vdupq_n_s32(0), v[0], x[0]), vdotq_s32(vdupq_n_s32(0), v[1], x[1])};
-  return load<Ints>(sums);
+  int32x4_t s[2];
+  std::memcpy(s, &sums, 32);
+  int32x4_t found[2] = {vdotq_s32(s[0], v[0], x[0]), vdotq_s32(s[1], v[1], x[1])};
+  return load<Ints>(found);
 #else
   using Shorts = int16_t __attribute__((vector_size(64)));
   using Pairs = int32_t __attribute__((vector_size(64)));
   Shorts products = __builtin_convertvector(values, Shorts) * __builtin_convertvector(q, Shorts);
   Pairs pairs = (((Pairs)products << 16) >> 16) + ((Pairs)products >> 16);  // the low one and the high one
-  return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14) +
+  return sums + __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14) +
          __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
 }
@@ -173,6 +183,15 @@ inline float half(const uint8_t* from) {
 #endif
 }
 
+// The same in all lanes.
+inline Floats halves(const uint8_t* from) {
+#if defined(AVX2)
+  return (Floats)_mm256_cvtph_ps(_mm_set1_epi16(load<int16_t>(from)));
+#else
+  return all_lanes(half(from));
+#endif
+}
+
 inline float sum_of(Floats lanes) {
   using Four = float __attribute__((vector_size(16)));
   Four sums =
@@ -186,10 +205,10 @@ inline float sum_of(WideFloats lanes) {
 
 // ---------------------------------------------------------------------------------------------- formats
 //
-// Of each: how many weights and bytes a block has, and the i-th group of 32 weights in it.
+// Of each: how many weights and bytes a block has, the excess of its values, and the i-th group of 32 in it.
 
 struct F32 {
-  static constexpr int weights = 1, bytes = 4;
+  static constexpr int weights = 1, bytes = 4, excess = 0;
 };
 
 struct Group {
@@ -199,8 +218,8 @@ struct Group {
 };
 
 struct Q8_0 {  // a scale, 32 bytes
-  static constexpr int weights = 32, bytes = 34;
-  static Group group(const uint8_t* block, int) { return {load<Bytes>(block + 2), all_lanes(half(block))}; }
+  static constexpr int weights = 32, bytes = 34, excess = 0;
+  static Group group(const uint8_t* block, int) { return {load<Bytes>(block + 2), halves(block)}; }
 };
 
 // Of 16 bytes the low halves are weights 0 to 15, the high ones 16 to 31.
@@ -211,15 +230,13 @@ inline Unsigned nibbles(const uint8_t* from) {
                                  19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-struct Q4_0 {  // a scale, 16 bytes; each weight 8 too large
-  static constexpr int weights = 32, bytes = 18;
-  static Group group(const uint8_t* block, int) {
-    return {(Bytes)nibbles(block + 2) - 8, all_lanes(half(block))};
-  }
+struct Q4_0 {  // a scale, 16 bytes
+  static constexpr int weights = 32, bytes = 18, excess = 8;
+  static Group group(const uint8_t* block, int) { return {(Bytes)nibbles(block + 2), halves(block)}; }
 };
 
-struct Q5_0 {  // a scale, the fifth bit of each weight, 16 bytes; each weight 16 too large
-  static constexpr int weights = 32, bytes = 22;
+struct Q5_0 {  // a scale, the fifth bit of each weight, 16 bytes
+  static constexpr int weights = 32, bytes = 22, excess = 16;
   static Group group(const uint8_t* block, int) {
     using Words = uint32_t __attribute__((vector_size(32)));
     Unsigned fifths = (Unsigned)(Words{} + load<uint32_t>(block + 2));  // the four bytes, eight times
@@ -229,7 +246,7 @@ struct Q5_0 {  // a scale, the fifth bit of each weight, 16 bytes; each weight 1
     Unsigned own_bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128,
                         1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     Bytes fifth = ((eight_each & own_bit) != 0) & 16;
-    return {((Bytes)nibbles(block + 6) | fifth) - 16, all_lanes(half(block))};
+    return {(Bytes)nibbles(block + 6) | fifth, halves(block)};
   }
 };
 
@@ -243,7 +260,7 @@ inline Group scaled(const uint8_t* block, int i, Unsigned values) {
 }
 
 struct Q4_K {  // scales and mins, 4 times 32 bytes: low halves are one group, high ones the next
-  static constexpr int weights = 256, bytes = 144;
+  static constexpr int weights = 256, bytes = 144, excess = 0;
   static Group group(const uint8_t* block, int i) {
     Unsigned packed = load<Unsigned>(block + 16 + i / 2 * 32);
     return scaled(block, i, i % 2 ? packed >> 4 : packed & 15);
@@ -251,15 +268,15 @@ struct Q4_K {  // scales and mins, 4 times 32 bytes: low halves are one group, h
 };
 
 struct Q5_K {  // scales and mins, 32 bytes whose i-th bits are the fifth ones of group i, then as Q4_K
-  static constexpr int weights = 256, bytes = 176;
+  static constexpr int weights = 256, bytes = 176, excess = 0;
   static Group group(const uint8_t* block, int i) {
     Unsigned packed = load<Unsigned>(block + 48 + i / 2 * 32), fifth = load<Unsigned>(block + 16) >> i & 1;
     return scaled(block, i, (i % 2 ? packed >> 4 : packed & 15) | fifth << 4);
   }
 };
 
-struct Q6_K {  // low 4 bits, high 2 bits, 16 scales of 8 bits, what scales them; weights are 32 too large
-  static constexpr int weights = 256, bytes = 210;
+struct Q6_K {  // low 4 bits, high 2 bits, 16 scales of 8 bits, what scales them
+  static constexpr int weights = 256, bytes = 210, excess = 32;
   static Group group(const uint8_t* block, int i) {
     int quarter = i % 4;  // of one half of the block, which has 64 bytes of low bits and 32 of high bits
     Unsigned low = load<Unsigned>(block + i / 4 * 64 + quarter % 2 * 32);
@@ -267,20 +284,22 @@ struct Q6_K {  // low 4 bits, high 2 bits, 16 scales of 8 bits, what scales them
     Unsigned values = (quarter < 2 ? low & 15 : low >> 4) | high << 4;
     const int8_t* scales = (const int8_t*)block + 192 + 2 * i;
     float first = half(block + 208) * scales[0], second = half(block + 208) * scales[1];
-    return {(Bytes)values - 32, Floats{first, first, first, first, second, second, second, second}};
+    return {(Bytes)values, Floats{first, first, first, first, second, second, second, second}};
   }
 };
 
-struct TQ2_0 {  // twice 32 bytes, whose lowest two bits are weights 0 to 31, ...; each 1 too large; a scale
-  static constexpr int weights = 256, bytes = 66;
+struct TQ2_0 {  // twice 32 bytes, whose lowest two bits are weights 0 to 31, ...; a scale
+  static constexpr int weights = 256, bytes = 66, excess = 1;
   static Group group(const uint8_t* block, int i) {
     Unsigned values = load<Unsigned>(block + i / 4 * 32) >> 2 * (i % 4) & 3;
-    return {(Bytes)values - 1, all_lanes(half(block + 64))};
+    return {(Bytes)values, halves(block + 64)};
   }
 };
 
 template <class Format>
 constexpr bool has_min = std::is_same_v<Format, Q4_K> || std::is_same_v<Format, Q5_K>;
+template <class Format>
+constexpr bool is_signed = std::is_same_v<Format, Q8_0>;
 
 // ---------------------------------------------------------------------------------------------- rows of x
 //
@@ -291,7 +310,7 @@ struct ExactRows {
   static constexpr int64_t most = 4;
   std::vector<WideFloats> values;
 
-  ExactRows(const float* x, int64_t rows, int64_t places, int64_t features)
+  ExactRows(const float* x, int64_t rows, int64_t places, int64_t features, int)
       : values((features + 15) / 16 * places) {
     for (int64_t row = 0; row < rows; row++)
       for (int64_t i = 0; i < features; i++)
@@ -302,28 +321,31 @@ struct ExactRows {
 struct RoundedRows {
   static constexpr int64_t most = 8;
   std::vector<Bytes> q;
+  std::vector<Ints> start;       // of the sums of products: -excess * (sum of q)
   std::vector<float> step, sum;  // sum: step * (sum of q)
 
-  RoundedRows(const float* x, int64_t rows, int64_t places, int64_t features)
-      : q(features / 32 * places), step(features / 32 * places), sum(features / 32 * places) {
+  RoundedRows(const float* x, int64_t rows, int64_t places, int64_t features, int excess)
+      : q(features / 32 * places), start(q.size()), step(q.size()), sum(q.size()) {
     for (int64_t row = 0; row < rows; row++)
       for (int64_t group = 0; group < features / 32; group++)
-        round(x + row * features + group * 32, group * places + row);
+        round(x + row * features + group * 32, group * places + row, excess);
   }
 
-  void round(const float* x, int64_t place) {
+  void round(const float* x, int64_t place, int excess) {
     int32_t largest = 0;  // sizes compare like their bits, and NaN comes out above infinity
     for (int i = 0; i < 32; i++) largest = std::max(largest, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
     float peak = std::bit_cast<float>(largest);
     bool finite = largest < 0x7f800000;
     float inverse = peak > 0x1p-119f ? 127 / peak : 0;  // of less it would overflow
-    int total = 0;
-    for (int i = 0; i < 32; i++) {
-      int rounded = finite ? (int)std::rint(x[i] * inverse) : 0;
-      q[place][i] = rounded;
-      total += rounded;
-    }
+    int8_t rounded[32] = {};
+    if (finite)
+      for (int i = 0; i < 32; i++) rounded[i] = (int)std::rint(x[i] * inverse);
+    q[place] = load<Bytes>(rounded);
+    Ints sums = dot<false>(Ints{}, Bytes{} + 1, q[place]);
+    start[place] = -excess * sums;
     step[place] = finite ? peak / 127 : NAN;  // what is no number must not get lost: it makes the output none
+    int32_t total = 0;
+    for (int lane = 0; lane < 8; lane++) total += sums[lane];
     sum[place] = step[place] * total;
   }
 };
@@ -341,15 +363,18 @@ void multiply(const uint8_t* weights, int64_t row_bytes, const RoundedRows& x, f
   Floats sums[PLACES] = {};
   float mins[PLACES] = {};
   const Bytes* q = x.q.data();
+  const Ints* start = x.start.data();
   const float *step = x.step.data(), *sum = x.sum.data();
   for (const uint8_t* block = weights; block < weights + row_bytes; block += Format::bytes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < Format::weights / 32; i++, q += PLACES, step += PLACES, sum += PLACES) {
+    for (int i = 0; i < Format::weights / 32;
+         i++, q += PLACES, start += PLACES, step += PLACES, sum += PLACES) {
       if (i % 2 == 0) __builtin_prefetch(block + i * Format::bytes * 32 / Format::weights + AHEAD);
       Group group = Format::group(block, i);
 #pragma GCC unroll 8
       for (int row = 0; row < PLACES; row++) {
-        Floats products = __builtin_convertvector(dot(group.values, q[row]), Floats);
+        Ints whole = dot<is_signed<Format>>(Format::excess ? start[row] : Ints{}, group.values, q[row]);
+        Floats products = __builtin_convertvector(whole, Floats);
         sums[row] = add_product(sums[row], products, group.scale * step[row]);
         if (has_min<Format>) mins[row] = add_product(mins[row], group.min, sum[row]);
       }
@@ -412,10 +437,16 @@ void multiply_next(const uint8_t* weights, int64_t outputs, int64_t features, co
 
 // ---------------------------------------------------------------------------------------------- operators
 
-// y (rows, outputs) = x (rows, features) times weight (outputs, features), shared out among torch's threads.
+struct Matrix {
+  const uint8_t* weights;
+  int64_t outputs;
+};
+
+// y (rows, outputs) = x (rows, features) times all matrices (outputs, features), shared out among torch's
+// threads as if they were one.
 template <class Format>
-void multiply_all(const float* x, int64_t rows, const uint8_t* weight, int64_t outputs, int64_t features,
-                  float* y) {
+void multiply_all(const float* x, int64_t rows, const std::vector<Matrix>& matrices, int64_t outputs,
+                  int64_t features, float* y) {
   using Rows = RowsFor<Format>;
   struct Tile {
     int64_t first, rows, places;
@@ -424,24 +455,30 @@ void multiply_all(const float* x, int64_t rows, const uint8_t* weight, int64_t o
   std::vector<Tile> tiles;
   for (int64_t first = 0; first < rows; first += Rows::most) {
     int64_t here = std::min(Rows::most, rows - first), places = std::bit_ceil((uint64_t)here);
-    tiles.push_back({first, here, places, Rows(x + first * features, here, places, features)});
+    Rows rows_here(x + first * features, here, places, features, Format::excess);
+    tiles.push_back({first, here, places, std::move(rows_here)});
   }
   int64_t row_bytes = features / Format::weights * Format::bytes;
-  int64_t worth_a_thread = 1 + 32768 / (features + 1);
+  int64_t worth_a_thread = 1 + 65536 / (row_bytes + 1);  // what is multiplied while a thread wakes up
   torch::stable::parallel_for(0, outputs, worth_a_thread, [&](int64_t begin, int64_t end) {
     float found[NEXT * Rows::most];
-    for (int64_t output = begin; output < end; output += NEXT) {
-      int64_t next = std::min(NEXT, end - output);
-      for (const Tile& tile : tiles) {
-        auto multiply = tile.places == 1   ? multiply_next<Format, 1>
-                        : tile.places == 2 ? multiply_next<Format, 2>
-                        : tile.places == 4 ? multiply_next<Format, 4>
-                                           : multiply_next<Format, Rows::most>;
-        multiply(weight + output * row_bytes, next, features, tile.x, found);
-        for (int64_t i = 0; i < next; i++)
-          for (int64_t row = 0; row < tile.rows; row++)
-            y[(tile.first + row) * outputs + output + i] = found[i * tile.places + row];
+    int64_t before = 0;  // outputs of the matrices before
+    for (const Matrix& matrix : matrices) {
+      int64_t last = std::min(end - before, matrix.outputs);
+      for (int64_t output = std::max(begin - before, (int64_t)0); output < last; output += NEXT) {
+        int64_t next = std::min(NEXT, last - output);
+        for (const Tile& tile : tiles) {
+          auto multiply = tile.places == 1   ? multiply_next<Format, 1>
+                          : tile.places == 2 ? multiply_next<Format, 2>
+                          : tile.places == 4 ? multiply_next<Format, 4>
+                                             : multiply_next<Format, Rows::most>;
+          multiply(matrix.weights + output * row_bytes, next, features, tile.x, found);
+          for (int64_t i = 0; i < next; i++)
+            for (int64_t row = 0; row < tile.rows; row++)
+              y[(tile.first + row) * outputs + before + output + i] = found[i * tile.places + row];
+        }
       }
+      before += matrix.outputs;
     }
   });
 }
@@ -453,7 +490,8 @@ void dequantize_all(const uint8_t* packed, int64_t blocks, float* weights) {
       for (int i = 0; i < Format::weights / 32; i++) {
         Group group = Format::group(packed + block * Format::bytes, i);
         float* out = weights + block * Format::weights + i * 32;
-        for (int j = 0; j < 32; j++) out[j] = group.scale[j / 4] * group.values[j] - group.min;
+        for (int j = 0; j < 32; j++)
+          out[j] = group.scale[j / 4] * (group.values[j] - Format::excess) - group.min;
       }
   });
 }
@@ -477,20 +515,26 @@ void with_format(int64_t type, Run run) {
 
 constexpr int64_t IN_CACHE = 128;  // rows at once; with more, those that wait would leave the cache
 
-Tensor linear(Tensor x, Tensor weight, int64_t type) {
+// What each weight gives stands behind what the one before it gives.
+Tensor linear(Tensor x, std::vector<Tensor> weights, int64_t type) {
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
+  std::vector<Matrix> matrices;
+  int64_t outputs = 0, rows = 1;
+  for (Tensor& weight : weights) {
+    if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
+    matrices.push_back({(const uint8_t*)weight.const_data_ptr(), weight.size(0)});
+    outputs += weight.size(0);
+  }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  int64_t features = shape.back(), outputs = weight.size(0), rows = 1;
+  int64_t features = shape.back();
   shape.back() = outputs;
   for (size_t i = 0; i + 1 < shape.size(); i++) rows *= shape[i];
   Tensor y = torch::stable::new_empty(x, shape);
   const float* from = (const float*)x.const_data_ptr();
-  const uint8_t* weights = (const uint8_t*)weight.const_data_ptr();
   float* to = (float*)y.mutable_data_ptr();
   with_format(type, [&]<class Format>(Format) {
     for (int64_t first = 0; first < rows; first += IN_CACHE)
-      multiply_all<Format>(from + first * features, std::min(IN_CACHE, rows - first), weights, outputs,
+      multiply_all<Format>(from + first * features, std::min(IN_CACHE, rows - first), matrices, outputs,
                            features, to + first * outputs);
   });
   return y;
@@ -513,7 +557,7 @@ Tensor dequantize(Tensor weight, int64_t type, int64_t features) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(minicpm_lite, library) {
-  library.def("linear(Tensor x, Tensor weight, int type) -> Tensor");
+  library.def("linear(Tensor x, Tensor[] weights, int type) -> Tensor");
   library.def("dequantize(Tensor weight, int type, int features) -> Tensor");
 }
 

@@ -17,6 +17,7 @@ Choices, and the traps behind them:
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,15 @@ class FewRowsLinear(nn.Linear):
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return F.linear(x, self.weight)
         return kernels.linear(x, self.weight, "F32")
+
+    @staticmethod
+    def side_by_side(
+        x: Float[Tensor, "*batch d"], layers: Sequence["FewRowsLinear"]
+    ) -> tuple[Float[Tensor, "*batch _outputs"], ...]:
+        """What each of some such layers makes of one input."""
+        if torch.is_grad_enabled():
+            return tuple(layer(x) for layer in layers)
+        return kernels.linears(x, [layer.weight for layer in layers], "F32")
 
 
 def fast_decoding(model: Decoder) -> Decoder:

@@ -25,7 +25,7 @@ from ..config import ModelConfig
 from .context import Context
 from .rotary import apply_rotary
 
-__all__ = ["Attention", "FeedForward", "RMSNorm", "replace_linears"]
+__all__ = ["Attention", "FeedForward", "RMSNorm", "replace_linears", "side_by_side"]
 
 
 class RMSNorm(nn.Module):
@@ -64,9 +64,10 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch tokens width"], rotary: tuple[Tensor, Tensor], context: Context
     ) -> Float[Tensor, "batch tokens d"]:
         by_head = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_proj(x).reshape(by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
-        key = self.k_proj(x).reshape(by_head).transpose(1, 2)  # (batch, kv_heads, tokens, head_dim)
-        value = self.v_proj(x).reshape(by_head).transpose(1, 2)
+        query, key, value = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
+        query = query.reshape(by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        key = key.reshape(by_head).transpose(1, 2)  # (batch, kv_heads, tokens, head_dim)
+        value = value.reshape(by_head).transpose(1, 2)
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         key, value = context.keep(self.layer, key, value)  # (batch, kv_heads, keys, head_dim)
         out = context.attend(self.layer, query, key, value)  # (batch, heads, tokens, head_dim)
@@ -83,7 +84,22 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = side_by_side(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def side_by_side(
+    x: Float[Tensor, "*batch d"], *linears: nn.Module
+) -> tuple[Float[Tensor, "*batch _outputs"], ...]:
+    """What each of several linear layers makes of one input.
+
+    Layers of one class that has a static method of this name, from an input and layers to what they make of
+    it, are given to that: with few rows one call is cheaper than several. Hooks on them are not called then.
+    """
+    kind = type(linears[0])
+    if hasattr(kind, "side_by_side") and all(type(linear) is kind for linear in linears):
+        return kind.side_by_side(x, linears)
+    return tuple(linear(x) for linear in linears)
 
 
 def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> list[str]:

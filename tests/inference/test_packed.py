@@ -35,7 +35,7 @@ from minicpm_lite.training.checkpoint import load_checkpoint, save_checkpoint
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """Inputs that are not rounded to 8 bits, so that the numbers are those of the weights alone."""
-    monkeypatch.setattr(kernels, "linear", kernels.reference)
+    monkeypatch.setattr(kernels, "built", lambda source: False)
 
 
 KINDS = ["Q4_K_M", "Q8_0", "Q4_0", "TQ2_0", "INT8", "INT4_G32"]
@@ -98,6 +98,32 @@ def test_kernels_that_round_inputs_to_8_bits_change_little(family, types, monkey
     monkeypatch.undo()
     found = model(ids)
     assert 0 < (found - expected).norm() < 0.03 * expected.norm()
+
+
+def attentions(model):
+    return [block.self_attn for block in model.layers]
+
+
+@pytest.mark.parametrize("types", ["Q4_K_M", "Q4_0", "TQ1_0"])
+@torch.no_grad()
+def test_layers_of_one_input_are_multiplied_in_one_call_if_their_type_is_one(types, monkeypatch):
+    monkeypatch.undo()
+    model, calls, linears = packed_model("grouped", types), [], kernels.linears
+    monkeypatch.setattr(kernels, "linears", lambda x, w, type: calls.append(len(w)) or linears(x, w, type))
+    ids = make_ids(model.config)
+    together = model(ids)
+    kinds = [{part.type for part in (at.q_proj, at.k_proj, at.v_proj)} for at in attentions(model)]
+    assert calls.count(3) == sum(len(each) == 1 and each <= kernels.FORMATS.keys() for each in kinds)
+    assert (3 in calls) == (types != "TQ1_0")
+    monkeypatch.delattr(PackedLinear, "side_by_side")
+    assert torch.equal(model(ids), together)
+
+
+@pytest.mark.parametrize("type", sorted(kernels.FORMATS.keys() - {"F32"}))
+def test_rows_of_a_table_are_those_of_the_matrix(type, monkeypatch):
+    monkeypatch.undo()  # unpacked by the kernels
+    table, ids = PackedEmbedding(quantize(torch.randn(9, 256), type)), torch.tensor([[3, 8], [0, 3]])
+    assert torch.equal(table(ids), table.weight[ids])
 
 
 def test_types_are_chosen_by_name():

@@ -15,7 +15,7 @@ from packed import PACKED, VALUES, by_gguf, make_packed, mins_of, packed_weights
 from torch.testing import assert_close
 
 from minicpm_lite import kernels
-from minicpm_lite.kernels import FORMATS, linear, reference
+from minicpm_lite.kernels import FORMATS, linear, linears, reference
 from minicpm_lite.kernels.build import built
 
 TYPES = list(FORMATS)
@@ -232,6 +232,24 @@ def test_the_number_of_threads_changes_no_bit(type):
     assert all(torch.equal(each, found[0]) for each in found)
 
 
+@pytest.mark.parametrize("type", TYPES)
+def test_several_matrices_give_the_bits_that_each_gives(type):
+    weights = [make_weight(type, outputs, seed=outputs) for outputs in (5, 2049, 1, 3, 18)]
+    weights[3] = weights[3][:0]
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):  # among whom the matrices are shared out as if they were one
+            torch.set_num_threads(number)
+            for rows in (1, 2, 3, 8, 9, 40):
+                x = make_x(rows, weights[0], type)
+                for some in (weights, weights[:1], weights[3:]):
+                    found = linears(x, some, type)
+                    assert len(found) == len(some)
+                    assert all(torch.equal(y, linear(x, w, type)) for y, w in zip(found, some, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("type", TYPES)
 def test_what_is_no_number_does_not_get_lost(type, bad):
@@ -286,6 +304,8 @@ def test_so_may_the_weights(type):
     assert torch.equal(linear(x, weight.T.contiguous().T, type), expected)
     odd = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape).copy_(weight)
     assert torch.equal(linear(x, odd, type), expected)
+    mixed = linears(x, [weight[::2], odd, weight.T.contiguous().T], type)
+    assert torch.equal(torch.cat(mixed, -1), torch.cat([expected[:, ::2], expected, expected], -1))
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -307,6 +327,10 @@ def test_x_in_16_bits_is_computed_in_float32(type, dtype):
         x = make_x(rows, weight, type).to(dtype)
         assert torch.equal(linear(x, weight, type), linear(x.float(), weight, type).to(dtype))
         assert linear(x, weight, type).dtype == dtype
+        assert torch.equal(
+            torch.cat(linears(x, [weight, weight[:2]], type), -1)[..., :7],
+            torch.cat([linear(x, weight, type), linear(x, weight[:2], type)], -1),
+        )
 
 
 def test_many_rows_of_float32_are_left_to_pytorch():
@@ -349,6 +373,18 @@ def test_what_does_not_fit_is_refused(compute, x, weight, type, sentence):
         compute(x, weight, type)
 
 
+def test_several_are_refused_for_each_of_them():
+    x = torch.zeros(1, 32)
+    with pytest.raises(ValueError, match=r"weight \(4, 36\); expected .* \(..., 64\) of x"):
+        linears(x, [W, torch.zeros(4, 36, dtype=torch.uint8)], "Q4_0")
+    with pytest.raises(ValueError, match="weight is torch.float32 .*; Q4_0 expects bytes"):
+        linears(x, [W, W.float()], "Q4_0")
+    with pytest.raises(ValueError, match="x is on cpu and weight on meta; expected both on one device"):
+        linears(x, [W, W.to("meta")], "Q4_0")
+    with pytest.raises(ValueError, match="A gradient would be asked for"):
+        linears(x, [torch.zeros(2, 32), torch.zeros(2, 32, requires_grad=True)], "F32")
+
+
 def test_without_gradients_parameters_are_multiplied():
     x, weight = torch.randn(2, 3, requires_grad=True), torch.nn.Parameter(torch.randn(4, 3))
     with torch.no_grad():
@@ -368,25 +404,28 @@ def test_the_operator_keeps_what_it_says(type):
     weight = make_weight(type, 5)
     x, number = make_x(3, weight, type), FORMATS[type].number
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.minicpm_lite.linear, (x, weight, number), test_utils=checks)
-    torch.library.opcheck(torch.ops.minicpm_lite.linear, (x[0], weight, number), test_utils=checks)
+    torch.library.opcheck(torch.ops.minicpm_lite.linear, (x, [weight], number), test_utils=checks)
+    torch.library.opcheck(torch.ops.minicpm_lite.linear, (x[0], [weight, weight], number), test_utils=checks)
     if type != "F32":
         arguments = (weight, number, x.shape[1])
         torch.library.opcheck(torch.ops.minicpm_lite.dequantize, arguments, test_utils=checks)
-    shape = torch.ops.minicpm_lite.linear(x.to("meta").view(1, 3, -1), weight.to("meta"), number)
-    assert (shape.shape, shape.device.type, shape.dtype) == ((1, 3, 5), "meta", torch.float32)
+    shape = torch.ops.minicpm_lite.linear(x.to("meta").view(1, 3, -1), [weight.to("meta")] * 2, number)
+    assert (shape.shape, shape.device.type, shape.dtype) == ((1, 3, 10), "meta", torch.float32)
 
 
 @pytest.mark.parametrize("type", TYPES)
 def test_it_compiles_to_one_graph(type):
     torch._dynamo.reset()  # it counts how often one function was compiled
     weight = make_weight(type, 5)
-    compiled = torch.compile(
-        lambda x: linear(torch.relu(x), weight, type) * 2, fullgraph=True, backend="aot_eager"
-    )
+
+    def together(x):
+        first, second = linears(torch.relu(x), [weight, weight[:2]], type)
+        return linear(torch.relu(x), weight, type) * 2, first + 1, second
+
+    compiled = torch.compile(together, fullgraph=True, backend="aot_eager")
     for rows in (1, 2, 3, 5, 40):
         x = make_x(rows, weight, type)
-        assert torch.equal(compiled(x), linear(torch.relu(x), weight, type) * 2)
+        assert all(map(torch.equal, compiled(x), together(x)))
 
 
 @pytest.mark.slow  # a process of its own, which compiles C++ code of torch's

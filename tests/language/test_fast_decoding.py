@@ -21,10 +21,13 @@ CLOSE = dict(atol=1e-5, rtol=1e-4)
 @pytest.fixture
 def multiplied(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the matrices that the kernels multiply, as they do."""
-    found, linear = [], kernels.linear
-    monkeypatch.setattr(
-        kernels, "linear", lambda x, w, type: found.append(tuple(w.shape)) or linear(x, w, type)
-    )
+    found, linears = [], kernels.linears
+
+    def noted(x, weights, type):
+        found.extend(tuple(weight.shape) for weight in weights)
+        return linears(x, weights, type)
+
+    monkeypatch.setattr(kernels, "linears", noted)
     return found
 
 
@@ -44,6 +47,32 @@ def test_the_copy_computes_the_same_with_every_matrix_by_the_kernels(name, multi
         else:
             assert sorted(multiplied) == sorted(expected)
     assert not any(type(layer) is nn.Linear for layer in fast.modules())
+
+
+@torch.no_grad()
+def test_layers_of_one_input_are_multiplied_in_one_call(monkeypatch):
+    fast, ids, calls, linears = (
+        fast_decoding(make_model(GROUPED)),
+        make_ids(GROUPED)[:, :5],
+        [],
+        kernels.linears,
+    )
+    monkeypatch.setattr(kernels, "linears", lambda x, w, type: calls.append(len(w)) or linears(x, w, type))
+    together = fast(ids)
+    assert calls == [3, 1, 2, 1] * GROUPED.num_hidden_layers + [1]  # q, k, v; o; gate, up; down
+    monkeypatch.delattr(FewRowsLinear, "side_by_side")
+    calls.clear()
+    assert torch.equal(fast(ids), together) and set(calls) == {1}
+
+
+@torch.no_grad()
+def test_layers_of_two_classes_are_multiplied_one_by_one():
+    fast, ids = fast_decoding(make_model(GROUPED)), make_ids(GROUPED)[:, :5]
+    expected = fast(ids)
+    for block in fast.layers:
+        block.self_attn.k_proj, plain = nn.Linear(1, 1, bias=False), block.self_attn.k_proj
+        block.self_attn.k_proj.weight = plain.weight
+    assert_close(fast(ids), expected, **CLOSE)
 
 
 def test_weights_are_shared_and_the_model_stays_plain():
