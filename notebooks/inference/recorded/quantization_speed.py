@@ -6,8 +6,9 @@ folder of temporary files (3 minutes), and then without `prepare`, which measure
 in turns, with two threads:
 
 - one row times one matrix: PyTorch's ways, and the kernels in three builds (any processor, AVX2, this one);
-- a token written by SmolLM2-135M, for each type, beside llama.cpp with a file of the same bytes, if the
-  package xllamacpp can be imported (it is named in the environment variable LLAMA_CPP_SITE otherwise);
+- a token written by SmolLM2-135M, for each type, two of them compiled, too, beside llama.cpp with a file of
+  the same bytes, if the package xllamacpp can be imported (it is named in the environment variable
+  LLAMA_CPP_SITE otherwise);
 - where the time of such a token goes: each part is timed where it stands, and the fastest of 400 counts;
 - one row times the second matrix once more, every type in every build side by side, since the float32 kernel
   was mended for what has no AVX-512: the fastest of 400 each, in turns, on a machine that was busier;
@@ -163,6 +164,7 @@ def tokens() -> dict:
     plain = load_pretrained(smollm2_file()).eval()
     models = {"torch float32": plain, "F32": fast_decoding(plain)}
     models |= {type: load_packed(FOLDER / f"{type}.safetensors") for type in TYPES}
+    models |= {f"{name}, compiled": torch.compile(models[name]) for name in ("torch float32", "Q4_0 in all")}
     seconds = take_turns(ROUNDS, {name: writer(model) for name, model in models.items()})
     found = {name: TOKENS / each for name, each in seconds.items()}
     beside = llama_cpp()
