@@ -1,4 +1,4 @@
-"""The recorded runs of the decoder chapter, about 15 minutes on 2 cores.
+"""The recorded runs of the chapters on the decoder and on how it learns, about 15 minutes on 2 cores.
 
 Run them with `python notebooks/language/recorded/decoder.py`.
 
@@ -6,7 +6,7 @@ Two workers with one thread each train on Austen:
 
 - three shapes with equal parameters without embeddings, from deep and thin to shallow and wide. The peak
   learning rate of each shape is tuned on a seed of its own; then three seeds are compared;
-- the model `lite-1m` for longer. Its weights go to `decoder.safetensors`, for this chapter and later ones.
+- the model `lite-1m` for longer. Its weights go to `decoder.safetensors`, for these chapters and later ones.
 
 At the end one worker alone measures the speed of each shape. Results go to `decoder.json` beside this file
 after each job; a run that is stopped goes on where it was.

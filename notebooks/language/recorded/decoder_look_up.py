@@ -1,4 +1,4 @@
-"""The recorded runs of the decoder chapter on heads: how often is the look-up found?
+"""The recorded runs of the chapter on learning, with more and fewer heads: how often is the look-up found?
 
 Run them with `python notebooks/language/recorded/decoder_look_up.py`: three minutes on 2 cores.
 
