@@ -77,15 +77,12 @@ class Executor(Protocol):
         """
         ...
 
-    def open(self, prompt: Sequence[int], most: int) -> Sized | None:
+    def open(self, prompt: Sequence[int], most: int, share: bool = True) -> Sized | None:
         """Room for a text that begins so and has ``most`` tokens at most; None while there is too little.
 
-        Its length is how many tokens were read; of its beginning, some may have been read for others.
+        Its length is how many tokens were read; of its beginning, some may have been read for others, if it
+        may ``share`` them.
         """
-        ...
-
-    def spare(self, text: Sized) -> int:
-        """How many tokens there is room for behind a text."""
         ...
 
     def close(self, text: Sized) -> None:
@@ -116,7 +113,10 @@ class Executor(Protocol):
         parents: Sequence[Sequence[int]],
         after: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
-        """Read the newest token of each text and guesses behind it, a tree for each; `accept` comes next."""
+        """Read the newest token of each text and guesses behind it, a tree for each; `accept` comes next.
+
+        Trees may be of different size; of a smaller one, the places behind it say nothing.
+        """
         ...
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
@@ -161,13 +161,9 @@ class PagedExecutor:
             )
         self.pool.require_room(most)
 
-    def open(self, prompt: Sequence[int], most: int) -> PagedText | None:
+    def open(self, prompt: Sequence[int], most: int, share: bool = True) -> PagedText | None:
         """Room for a text; see `Executor`."""
-        return self.pool.open(prompt, most)
-
-    def spare(self, text: PagedText) -> int:
-        """How many tokens there is room for behind a text."""
-        return self.pool.spare(text)
+        return self.pool.open(prompt, most, share)
 
     def close(self, text: PagedText) -> None:
         """The room comes back."""
@@ -195,7 +191,9 @@ class PagedExecutor:
         after: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
         """Read the newest token of each text and guesses behind it; see `Executor`."""
-        return self._read(texts, tokens, parents, after)
+        most = max(map(len, tokens))
+        filled = [[*row, *[row[-1]] * (most - len(row))] for row in tokens]
+        return self._read(texts, filled, parents, after)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Of each row that was verified last, these places became text."""
