@@ -121,6 +121,23 @@ def test_a_text_that_outgrows_the_draft_is_written_on_without_guesses():
     assert stats.proposed == 0
 
 
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_rows_that_leave_a_draft_of_shorter_context(leaves, unchecked):
+    """The columns of a row that has left count for the draft until no row needs them."""
+    model, short = make_model(WRITER, 1), make_model(replace(WRITER, max_position_embeddings=32), 2)
+    ids, padding = pad_left(
+        [row[:size].tolist() for row, size in zip(make_ids(WRITER), (12, 5), strict=True)]
+    )
+    plain = generate(model, ids, 40, stop_ids=(), padding=padding)[:, 12:]
+    for step in range(2, 14, 3):
+        stop = [int(plain[leaves, step])]
+        wanted = generate(model, ids, 40, stop_ids=stop, padding=padding)
+        found, _ = speculative_generate(
+            model, DecoderDraft(short, Chain(3)), ids, 40, stop_ids=stop, padding=padding
+        )
+        assert torch.equal(found, wanted)
+
+
 def test_a_draft_in_training_mode_guesses_as_one_that_is_not():
     model, ids = make_model(WRITER), make_ids(WRITER, 1, 6)
     draft = DecoderDraft(near(model).train(), Chain(3))
