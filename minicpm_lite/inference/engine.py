@@ -22,10 +22,10 @@ Choices, and the traps behind them:
 - What a request cannot have is refused at the door, before it takes anything.
 - First come, first served within a user, and users in turn. A request that waits for pages is not overtaken
   by smaller ones, or it might wait for ever.
-- Each request has a generator of its own, and its guesses have the room of its own text. So what it draws does
-  not depend on who is there beside it, with a draft neither. Where a draft is shown what the model made of a
-  text, one that is drawn is read whole, also where pages hold its beginning: a draft that had seen less would
-  guess otherwise, and other guesses draw otherwise.
+- Each request has a generator of its own, and its guesses have the room of its own text. So what it draws
+  does not depend on who is there beside it, with a draft neither. Where a draft is shown what the model made
+  of a text, one that is drawn is read whole, also where pages hold its beginning: a draft that had seen less
+  would guess otherwise, and other guesses draw otherwise.
 - Scores that are no numbers end their own request, and no other.
 - Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
   the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
@@ -43,7 +43,8 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 from ..language.generation import resolve_stop_ids
-from ..language.sampling import Sampling, choose
+from ..language.sampling import Sampling, choose, require_sampling
+from ..runtime import require_seed
 from .executors import Executor
 from .speculative import Draft, Drafting, Guesses, StreamDrafting, verify
 
@@ -158,9 +159,13 @@ class Engine:
 
         Raises:
             ValueError: a prompt without tokens or with some that the model lacks, a text for which there can
-                never be room, or stop ids that are none.
+                never be room, stop ids, sampling or a seed that are none, or a user without a name.
         """
         require_positive_integer("max_new_tokens", request.max_new_tokens)
+        require_sampling(request.sampling)
+        require_seed(request.seed)
+        if not isinstance(request.user, str):
+            raise ValueError(f"user is {request.user!r}; expected a name, by which users are served in turn.")
         resolve_stop_ids(self.executor.model, request.stop_ids)
         self.executor.require(request.prompt, self._most(request))
         answer = Answer(request, submitted=time.perf_counter())

@@ -55,7 +55,7 @@ class PagedText:
 
     def __init__(self, pages: list[int], tokens: list[int]) -> None:
         self.pages, self.tokens, self.shared = pages, tokens, len(tokens)
-        self.serials: list[int] = []  # of its pages that are known
+        self.serials: list[int] = []  # of what stands before its first page, and of its pages that are known
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -84,7 +84,8 @@ class PagePool:
         self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # by serial before and tokens: the page
         self._names: dict[int, tuple[tuple[int, tuple[int, ...]], int]] = {}  # of known pages: key and serial
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, and no text's; the oldest first
-        self._serial = 0
+        self._serial = 1
+        self._root = 0  # stands before all texts that the present model reads
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
         self.angles = AngleTable(self.room)
         self._model: ref | None = None
@@ -124,14 +125,13 @@ class PagePool:
             ValueError: as `require_room`.
         """
         self.require_room(most)
-        shared, serials, before = [], [], -1
+        shared, serials = [], [self._root]
         for start in range(0, len(tokens) - self.page_size if share else 0, self.page_size):
-            page = self._known.get((before, tuple(tokens[start : start + self.page_size])))
+            page = self._known.get((serials[-1], tuple(tokens[start : start + self.page_size])))
             if page is None:
                 break
-            before = self._names[page][1]
             shared.append(page)
-            serials.append(before)
+            serials.append(self._names[page][1])
         wanted = self.needed(most) - len(shared)
         if wanted > self.unused - sum(page in self._idle for page in shared):
             return None
@@ -165,6 +165,12 @@ class PagePool:
                     self._free.append(page)
         text.pages = []
 
+    def forget(self) -> None:
+        """The model has changed: what was read so far counts for no text that is opened from now on."""
+        self._root = self._serial
+        self._serial += 1
+        self.angles.clear()
+
     def spare(self, text: PagedText) -> int:
         """How many tokens there is room for behind a text."""
         return len(text.pages) * self.page_size - len(text)
@@ -172,13 +178,10 @@ class PagePool:
     def extend(self, text: PagedText, tokens: Sequence[int]) -> None:
         """These tokens were read, and are text; pages that they fill are known from now on."""
         text.tokens += tokens
-        while (len(text.serials) + 1) * self.page_size <= len(text):
-            place = len(text.serials)
+        while len(text.serials) * self.page_size <= len(text):
+            place = len(text.serials) - 1
             start = place * self.page_size
-            key = (
-                text.serials[-1] if place else -1,
-                tuple(text.tokens[start : start + self.page_size]),
-            )
+            key = (text.serials[-1], tuple(text.tokens[start : start + self.page_size]))
             if key in self._known:  # another text has read the same meanwhile; this one keeps its own page
                 text.serials.append(self._names[self._known[key]][1])
                 continue

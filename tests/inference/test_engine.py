@@ -250,6 +250,34 @@ def test_a_beginning_is_read_once():
     assert read[-1] == 21 and answer.tokens == alone(other, room=40)
 
 
+def test_what_another_model_made_of_a_beginning_is_not_read_on():
+    """Trained, given other weights or another config: the next text is read whole; one at work goes on."""
+    torch.manual_seed(3)
+    own = Decoder(KINDS["dynamic"]).eval()
+    serving, request = Engine(PagedExecutor(own, 40, 4, 40)), Request((*range(20), 7), 8, stop_ids=())
+
+    def train():
+        with torch.no_grad():
+            for weight in own.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+
+    def other_frequencies():
+        own.config = replace(own.config, rope_theta=100.0)
+
+    texts = set()
+    for change in (lambda: None, train, lambda: own.load_state_dict(model().state_dict()), other_frequencies):
+        at_work = serving.submit(Request(tuple(range(10)), 20, stop_ids=()))
+        serving.step()
+        change()
+        for _ in range(2):  # the second one reads what the first has left
+            answer = serving.submit(request)
+            serving.run()
+            wanted = generate(own, torch.tensor([request.prompt]), 8, stop_ids=(), context=KVCache(40))
+            assert answer.tokens == wanted[0, 21:].tolist() and at_work.state == "done"
+        texts.add(tuple(answer.tokens))
+    assert len(texts) >= 3 and serving.executor.pool.unused == 40
+
+
 def test_what_was_kept_goes_when_its_room_is_needed():
     executor = PagedExecutor(model(), 8, 4, 32)
     serving = Engine(executor)
@@ -311,7 +339,7 @@ def test_scores_that_are_no_numbers_end_one_request_alone():
     assert "finite numbers" in answers[1].why and executor.pool.unused == 40
 
 
-def test_refusals():
+def test_refusals(unchecked):
     executor = PagedExecutor(model(), 8, 4)
     serving = Engine(executor)
     for request, why in (
@@ -320,6 +348,13 @@ def test_refusals():
         (Request((1, 2), 40), "A text of 41 tokens does not fit: there are 8 pages of 4 tokens"),
         (Request((1, 2), 0), "max_new_tokens"),
         (Request((1, 2), 5, stop_ids=(99,)), "stop_ids"),
+        (Request((1, 2), 5, None), "sampling is None; expected how to choose"),
+        (Request((1, 2), 5, 0.8), "sampling is 0.8; expected how to choose"),
+        *(
+            (Request((1, 2), 5, seed=seed), "seed is .*; expected a whole number from 0")
+            for seed in ("a", None, 1.5, -1, 1 << 70)
+        ),
+        (Request((1, 2), 5, user=["a"]), "user is .*; expected a name"),
     ):
         with pytest.raises(ValueError, match=why):
             serving.submit(request)

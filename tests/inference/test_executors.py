@@ -48,6 +48,15 @@ def test_streams_are_those_of_the_decoder():
     assert text.tokens == [*ids, 6, 7, 9]
 
 
+@pytest.mark.parametrize(
+    ("room", "why"),
+    [(65, "room is 65, and the model was made to read 64 tokens"), (0, "room"), ("a", "room")],
+)
+def test_room_beyond_the_model_is_refused(room, why, unchecked):
+    with pytest.raises(ValueError, match=why):
+        PagedExecutor(model(), 32, room=room)
+
+
 def test_packed_tables_are_not_unpacked_in_each_step(monkeypatch):
     """Where a model is, its weights tell; those of a packed table are unpacked for whoever asks."""
     torch.manual_seed(0)
