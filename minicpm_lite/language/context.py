@@ -465,7 +465,7 @@ class Int8Cache(KVCache):
         )
 
 
-def appearance(model: nn.Module) -> tuple[ModelConfig, list[list[float]]]:
+def appearance(model: nn.Module) -> tuple[ModelConfig, list[list[float | int]]]:
     """The config and a few numbers of each weight, by which whoever keeps what a model made sees its changes.
 
     Training changes nearly all weights, and so does loading others; an adapter has weights of its own. All
