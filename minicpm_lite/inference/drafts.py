@@ -341,9 +341,19 @@ def rank_by_frequency(
         vocab_size: how many ids there are.
         first: ids that stand before all others, as those that end texts, which corpora have seldom.
 
+    Raises:
+        ValueError: ids that the vocabulary lacks.
+
     >>> rank_by_frequency(torch.tensor([3, 1, 3, 1, 1, 2]), vocab_size=5, first=[4])
     tensor([4, 1, 3, 2, 0])
     """
+    first = list(first)
+    for name, ids in (("tokens", tokens), ("first", torch.tensor(first))):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary has 0 to "
+                f"{vocab_size - 1}. Was the corpus cut into tokens with another one?"
+            )
     counts = torch.bincount(tokens, minlength=vocab_size)
-    counts[list(first)] = len(tokens) + 1
+    counts[first] = len(tokens) + 1
     return counts.sort(descending=True, stable=True).indices

@@ -193,6 +193,15 @@ def test_a_ranking_counts():
     assert rank_by_frequency(tokens, 11, first=[10, 4]).tolist()[:4] == [4, 10, 5, 2]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "first", "why"),
+    [([1, 11], [], "tokens holds ids from 1 to 11"), ([1], [3, -1], "first holds ids from -1 to 3")],
+)
+def test_a_ranking_of_ids_that_a_vocabulary_lacks_is_refused(tokens, first, why):
+    with pytest.raises(ValueError, match=f"{why}, and the vocabulary has 0 to 10"):
+        rank_by_frequency(torch.tensor(tokens), 11, first)
+
+
 @pytest.mark.parametrize("vocabulary", [[], [3, 3], [300], [-1]])
 def test_an_impossible_vocabulary_gets_a_sentence(vocabulary):
     ids = torch.tensor(vocabulary, dtype=torch.long)
