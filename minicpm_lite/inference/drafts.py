@@ -13,7 +13,7 @@ Choices, and the traps behind them:
 - What a draft does decides how fast a text is written, and never what is written.
 - A draft model reads the accepted tokens anew, in the call that reads the newest token, and drops what it
   made of its guesses. It must make that call anyway, and rows of different luck cost nothing more.
-- A text that outgrows a draft model is written on without guesses.
+- A text that outgrows a draft model is written on without guesses, and so are those beside it in a batch.
 - FR-Spec is a smaller vocabulary of the *draft*. The target keeps all of its own, so what it writes stays the
   same; a token that is not among the frequent ones is never guessed. The embedding table stays whole.
 - A lookup takes the latest occurrence, and where that runs into the end of the text goes on with its own
@@ -175,6 +175,7 @@ class Reading:
         self.spare = self.shape.reads + 2  # columns for guesses, or for new tokens of rows that are behind
         self.room = min(room + self.spare, config.max_position_embeddings)
         self.lengths: list[int] = []  # of what was read
+        self.outgrown = False  # a text has left no room; what comes then is not read
         self.context: KVCache | None = None
 
     def inputs_of_texts(self, new: Sequence[Sequence[int]]) -> list[Float[Tensor, "_new width"]]:
@@ -202,8 +203,11 @@ class Reading:
         with torch.no_grad(), evaluating(self.model) if self._training else nullcontext():
             inputs = self.inputs_of_texts(new)
             lengths = self.lengths or [0] * len(new)
+            # columns that were of rows which have left
+            empty = 0 if self.context is None else self.context.length - max(lengths)
             self.lengths = [length + len(row) for length, row in zip(lengths, inputs, strict=True)]
-            if max(self.lengths) + self.spare > self.room:
+            self.outgrown |= max(self.lengths) + empty + self.spare > self.room
+            if self.outgrown:
                 return Guesses.none(len(new))
             guesses = self._grow(self._catch_up(inputs) if self.context else self._prefill(inputs), most)
         if self.vocabulary is None:
@@ -260,6 +264,7 @@ class Reading:
         self.lengths = [self.lengths[row] for row in rows] if self.lengths else []
         if self.context is not None:
             self.context.select(rows)
+            self.context.take([])  # which drops columns that are padding of all rows that stay
 
 
 class _DecoderReading(Reading):
@@ -336,9 +341,19 @@ def rank_by_frequency(
         vocab_size: how many ids there are.
         first: ids that stand before all others, as those that end texts, which corpora have seldom.
 
+    Raises:
+        ValueError: ids that the vocabulary lacks.
+
     >>> rank_by_frequency(torch.tensor([3, 1, 3, 1, 1, 2]), vocab_size=5, first=[4])
     tensor([4, 1, 3, 2, 0])
     """
+    first = list(first)
+    for name, ids in (("tokens", tokens), ("first", torch.tensor(first))):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary has 0 to "
+                f"{vocab_size - 1}. Was the corpus cut into tokens with another one?"
+            )
     counts = torch.bincount(tokens, minlength=vocab_size)
-    counts[list(first)] = len(tokens) + 1
+    counts[first] = len(tokens) + 1
     return counts.sort(descending=True, stable=True).indices

@@ -45,15 +45,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ..config import ModelConfig, require_positive_integer
+from ..config import ModelConfig, require_positive_integer, require_positive_number
 from ..language.context import Context, causal_mask
 from ..language.decoder import Decoder
 from ..language.layers import Attention, FeedForward, RMSNorm
 from ..language.sampling import Sampling
 from ..language.scoring import evaluating, predicted, readable
 from ..training.checkpoint import load_checkpoint, save_checkpoint
-from ..training.objective import Objective
+from ..training.objective import Objective, name_of
 from .drafts import Reading, require_ids
 from .guess_trees import Shape
 from .speculative import Drafting
@@ -87,6 +88,9 @@ class EagleHead(nn.Module):
         vocabulary: the ids that it guesses, as the first that `rank_by_frequency` names; released heads store
             how far they are from 0, 1, 2, … instead.
 
+    Attributes:
+        shares_output: its output layer is a part of the target's, see `share_output`.
+
     Raises:
         ValueError: no id, one that the target lacks, or one that comes twice; latent attention or experts.
     """
@@ -105,6 +109,7 @@ class EagleHead(nn.Module):
         self.norm = RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, len(vocabulary), bias=False)
         self.register_buffer("vocabulary", vocabulary.long())
+        self.shares_output = False
 
     def forward(
         self,
@@ -271,10 +276,11 @@ def _taught(head: EagleHead, target: Decoder, ids: Int[Tensor, "batch window"]) 
     with evaluating(target):
         embedded = target.embed(ids)
         *streams, last = target.states(embedded, after=levels(target.config.num_hidden_layers))
-        logits = target.logits(last)
+        logits = target.logits(last).float()
     kept = logits[..., head.vocabulary]
     named = kept.amax(-1) == logits.amax(-1)
-    return _Taught(torch.cat(streams, dim=-1), embedded, kept.softmax(-1), named)
+    mine = head.norm.weight.dtype  # in training it may be shorter than the target's
+    return _Taught(torch.cat(streams, dim=-1).to(mine), embedded.to(mine), kept.softmax(-1), named)
 
 
 def _guesses(
@@ -312,16 +318,23 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
     Args:
         target: the decoder; it stays as it is.
         steps: guesses, one from the other.
-        decay: what a step weighs beside the one before.
+        decay: what a step weighs beside the one before; with 0 the first step alone counts.
 
     Raises:
-        ValueError: no step.
+        ValueError: no step, or a decay that is none; in training, a head that is cut over processes.
     """
     require_positive_integer("steps", steps)
+    if decay != 0:
+        require_positive_number("decay", decay)
 
     def loss(
         head: EagleHead, window: Int[Tensor, "batch window"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        if isinstance(head.norm.weight, DTensor):
+            raise ValueError(
+                "The head is cut over processes (Layout(sharded=True)), and its parts are asked one by one. "
+                "It is small: give Layout(), which keeps it whole."
+            )
         taught, counted = _taught(head, target, readable(window)), predicted(window)
         total = 0.0
         for step, (scores, law, named) in enumerate(_guesses(head, taught, steps)):
@@ -332,14 +345,25 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
         mean = total / counted.sum().clamp(min=1)
         return mean, mean.detach()
 
-    return Objective(f"EAGLE-3, {steps} steps", loss, lambda window: int(predicted(window).sum()))
+    name = f"EAGLE-3, {steps} steps, each {decay:g} of the one before, from target {name_of(target)}"
+    return Objective(name, loss, lambda window: int(predicted(window).sum()))
 
 
 @torch.no_grad()
 def agreement_by_step(
     head: EagleHead, target: Decoder, ids: Int[Tensor, "batch window"], steps: int = STEPS
 ) -> list[float]:
-    """How often the head's best token is the target's, at each guess if all before it were the text's."""
+    """How often the head's best token is the target's, at each guess if all before it were the text's.
+
+    Raises:
+        ValueError: windows too short for so many guesses.
+    """
+    require_positive_integer("steps", steps)
+    if ids.shape[1] <= steps:
+        raise ValueError(
+            f"The windows have {ids.shape[1]} tokens and steps is {steps}; a window needs more tokens than "
+            "steps, the first to guess from and one for each guess."
+        )
     taught = _taught(head, target, ids)
     with evaluating(head):
         found = _guesses(head, taught, steps)
@@ -352,6 +376,7 @@ def share_output(head: EagleHead, target: Decoder) -> None:
     """Put the target's output layer, cut to the head's tokens, into the place of the head's; it is frozen."""
     table = target.tables[-1].detach()
     head.lm_head.weight = nn.Parameter(table[head.vocabulary].to(head.norm.weight), requires_grad=False)
+    head.shares_output = True
 
 
 def save_eagle(file: str | Path, head: EagleHead, ranking: Int[Tensor, " vocab"]) -> None:
@@ -363,9 +388,14 @@ def save_eagle(file: str | Path, head: EagleHead, ranking: Int[Tensor, " vocab"]
         ranking: all ids of the target, as `rank_by_frequency` has them.
 
     Raises:
-        ValueError: the head guesses others.
+        ValueError: the head guesses others, or has an output layer of its own.
         OSError: it cannot be written.
     """
+    if not head.shares_output:
+        raise ValueError(
+            "The head has an output layer of its own, which such a file leaves out. Let it share its "
+            "target's before it is trained (share_output), or keep its state_dict."
+        )
     kept = len(head.vocabulary)
     if not torch.equal(head.vocabulary.cpu(), ranking[:kept].cpu().long()):
         raise ValueError(f"The head guesses {kept} tokens that are not the first {kept} of the ranking.")

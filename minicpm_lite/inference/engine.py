@@ -22,7 +22,10 @@ Choices, and the traps behind them:
 - What a request cannot have is refused at the door, before it takes anything.
 - First come, first served within a user, and users in turn. A request that waits for pages is not overtaken
   by smaller ones, or it might wait for ever.
-- Each request has a generator of its own, so what it draws does not depend on who is there beside it.
+- Each request has a generator of its own, and its guesses have the room of its own text. So what it draws
+  does not depend on who is there beside it, with a draft neither. Where a draft is shown what the model made
+  of a text, one that is drawn is read whole, also where pages hold its beginning: a draft that had seen less
+  would guess otherwise, and other guesses draw otherwise.
 - Scores that are no numbers end their own request, and no other.
 - Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
   the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
@@ -40,7 +43,8 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 from ..language.generation import resolve_stop_ids
-from ..language.sampling import Sampling, choose
+from ..language.sampling import Sampling, choose, require_sampling
+from ..runtime import require_seed
 from .executors import Executor
 from .speculative import Draft, Drafting, Guesses, StreamDrafting, verify
 
@@ -155,9 +159,13 @@ class Engine:
 
         Raises:
             ValueError: a prompt without tokens or with some that the model lacks, a text for which there can
-                never be room, or stop ids that are none.
+                never be room, stop ids, sampling or a seed that are none, or a user without a name.
         """
         require_positive_integer("max_new_tokens", request.max_new_tokens)
+        require_sampling(request.sampling)
+        require_seed(request.seed)
+        if not isinstance(request.user, str):
+            raise ValueError(f"user is {request.user!r}; expected a name, by which users are served in turn.")
         resolve_stop_ids(self.executor.model, request.stop_ids)
         self.executor.require(request.prompt, self._most(request))
         answer = Answer(request, submitted=time.perf_counter())
@@ -212,7 +220,8 @@ class Engine:
             user = next(iter(self._waiting))
             queue = self._waiting[user]
             request = queue[0].request
-            text = self.executor.open(request.prompt, self._most(request))
+            share = not self._after or request.sampling.temperature == 0
+            text = self.executor.open(request.prompt, self._most(request), share)
             if text is None:
                 return
             answer = queue.popleft()
@@ -243,14 +252,10 @@ class Engine:
     def _write_on(self, jobs: list[_Job]) -> None:
         """The next tokens of all whose prompts are read."""
         newest = [job.answer.tokens[-1] for job in jobs]
-        guesses = self._guess(jobs) if self.draft is not None else []
-        most, texts = max((len(each.parents) for each in guesses), default=0), [job.text for job in jobs]
-        if most:
-            tokens, parents = [], []  # the newest token, its guesses, and what fills up a smaller tree
-            for token, each in zip(newest, guesses, strict=True):
-                fill = [0] * (most - len(each.parents))
-                tokens.append([token, *each.tokens[0].tolist(), *fill])
-                parents.append([-1, *(parent + 1 for parent in each.parents), *fill])
+        guesses, texts = self._guess(jobs) if self.draft is not None else [], [job.text for job in jobs]
+        if any(each.parents for each in guesses):
+            tokens = [[token, *each.tokens[0].tolist()] for token, each in zip(newest, guesses, strict=True)]
+            parents = [[-1, *(parent + 1 for parent in each.parents)] for each in guesses]
             scores, streams = self.executor.verify(texts, tokens, parents, self._after)
             paths = [self._accept(*row) for row in zip(jobs, guesses, scores, strict=True)]
             self.executor.accept(paths)
@@ -264,12 +269,9 @@ class Engine:
                 job.drafting.see([stream[path]])
 
     def _guess(self, jobs: list[_Job]) -> list[Guesses]:
-        """A tree for each, none larger than the one with the least room can check."""
-        most = min(self.executor.spare(job.text) for job in jobs) - 1
-        if most < 1:
-            return []
+        """A tree for each; none for a last token, behind which there is no room."""
         return [
-            job.drafting.propose([job.hear()], min(most, job.left - 1)) if job.left > 1 else Guesses.none(1)
+            job.drafting.propose([job.hear()], job.left - 1) if job.left > 1 else Guesses.none(1)
             for job in jobs
         ]
 

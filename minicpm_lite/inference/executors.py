@@ -18,6 +18,9 @@ Choices, and the traps behind them:
 
 - llama.cpp is no executor here. Its package xllamacpp runs whole requests, and lets nobody read a token or
   check a guess; see `minicpm_lite.inference.llama_cpp`, which is compared with an engine, not put into one.
+- What pages hold was made by a model as it was then. Where it has another config or other weights when a text
+  is opened, none of them counts as read for that text; texts that are at work go on with what the old one
+  made, as with any cache. A change that `appearance` misses asks for a new executor.
 - Streams are what drafts such as EAGLE's read, and are made only where somebody asks for them.
 - Code is made for shapes. It is made once for any number of rows, tokens and keys above one, and anew where
   one of the first two is one; each time takes as long as some hundred steps. What a list of pages says must
@@ -34,8 +37,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..config import ModelConfig, SparseConfig
-from ..language.context import Context, causal_mask
+from ..config import ModelConfig, SparseConfig, require_positive_integer
+from ..language.context import Context, appearance, causal_mask
 from ..language.decoder import Decoder
 from ..language.scoring import evaluating
 from ..runtime import calm_threads
@@ -77,15 +80,12 @@ class Executor(Protocol):
         """
         ...
 
-    def open(self, prompt: Sequence[int], most: int) -> Sized | None:
+    def open(self, prompt: Sequence[int], most: int, share: bool = True) -> Sized | None:
         """Room for a text that begins so and has ``most`` tokens at most; None while there is too little.
 
-        Its length is how many tokens were read; of its beginning, some may have been read for others.
+        Its length is how many tokens were read; of its beginning, some may have been read for others, if it
+        may ``share`` them.
         """
-        ...
-
-    def spare(self, text: Sized) -> int:
-        """How many tokens there is room for behind a text."""
         ...
 
     def close(self, text: Sized) -> None:
@@ -116,7 +116,10 @@ class Executor(Protocol):
         parents: Sequence[Sequence[int]],
         after: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
-        """Read the newest token of each text and guesses behind it, a tree for each; `accept` comes next."""
+        """Read the newest token of each text and guesses behind it, a tree for each; `accept` comes next.
+
+        Trees may be of different size; of a smaller one, the places behind it say nothing.
+        """
         ...
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
@@ -132,6 +135,9 @@ class PagedExecutor:
         pages, page_size: of the pool.
         room: the most tokens of one text; left out, what the model was made for or the pool holds.
         sparse: how queries choose blocks to attend to; left out, they attend to all.
+
+    Raises:
+        ValueError: more room than the model was made for, or as of the pool.
     """
 
     def __init__(
@@ -143,13 +149,21 @@ class PagedExecutor:
         sparse: SparseConfig | None = None,
     ) -> None:
         self.model, self.device = model, next(model.parameters()).device
-        most = min(model.config.max_position_embeddings, pages * page_size)
-        self.room = most if room is None else room
+        most = model.config.max_position_embeddings
+        if room is not None:
+            require_positive_integer("room", room)
+            if room > most:
+                raise ValueError(
+                    f"room is {room}, and the model was made to read {most} tokens "
+                    "(max_position_embeddings). Give no more than that, or leave room out."
+                )
+        self.room = min(most, pages * page_size) if room is None else room
         if sparse is None:
             self.pool = PagePool(pages, page_size, self.room)
         else:
             self.pool = SparsePagePool(sparse, pages, page_size, self.room)
         self._context: PagedContext | None = None
+        self._read_by: tuple | None = None  # the model, as it read what the pages hold
         calm_threads()
 
     def require(self, prompt: Sequence[int], most: int) -> None:
@@ -161,13 +175,12 @@ class PagedExecutor:
             )
         self.pool.require_room(most)
 
-    def open(self, prompt: Sequence[int], most: int) -> PagedText | None:
+    def open(self, prompt: Sequence[int], most: int, share: bool = True) -> PagedText | None:
         """Room for a text; see `Executor`."""
-        return self.pool.open(prompt, most)
-
-    def spare(self, text: PagedText) -> int:
-        """How many tokens there is room for behind a text."""
-        return self.pool.spare(text)
+        if (reads_now := appearance(self.model)) != self._read_by:
+            self.pool.forget()
+            self._read_by = reads_now
+        return self.pool.open(prompt, most, share)
 
     def close(self, text: PagedText) -> None:
         """The room comes back."""
@@ -195,7 +208,9 @@ class PagedExecutor:
         after: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
         """Read the newest token of each text and guesses behind it; see `Executor`."""
-        return self._read(texts, tokens, parents, after)
+        most = max(map(len, tokens))
+        filled = [[*row, *[row[-1]] * (most - len(row))] for row in tokens]
+        return self._read(texts, filled, parents, after)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Of each row that was verified last, these places became text."""

@@ -14,7 +14,7 @@ Choices, and the traps behind them:
 - The tied table is packed once, and stands in two places: `PackedEmbedding` unpacks the rows that are asked
   for, and an output layer, `PackedLinear`, multiplies by all of it. Both hold the same tensor.
 - What is left, norms and routers, is frozen: else each call would want gradients through packed weights, and
-  there are none.
+  there are none. A model that shares its weights, as `fast_decoding` makes one, is frozen alone.
 - A packed model is no plain decoder, and what asks for one (`save_pretrained`) refuses it. `unpack_model`
   gives one, whose weights are rounded and take as much room as ever.
 """
@@ -40,6 +40,7 @@ from .quantization import Quantized, block_format, dequantize, quantize
 __all__ = [
     "PackedEmbedding",
     "PackedLinear",
+    "freeze",
     "load_packed",
     "put_packed",
     "quantize_model",
@@ -169,7 +170,18 @@ def quantize_model(model: Decoder, types: str | Mapping[str, str]) -> Decoder:
             put_packed(model, name, quantize(model.get_parameter(name), type))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return model.requires_grad_(False).eval()
+    return freeze(model).eval()
+
+
+def freeze(model: Decoder) -> Decoder:
+    """Let a model take no gradients, and nobody else who holds the same parameters."""
+    frozen = {}  # a tied table stays one
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight not in frozen:
+                frozen[weight] = nn.Parameter(weight.detach(), requires_grad=False)
+            setattr(module, name, frozen[weight])
+    return model
 
 
 def put_packed(model: nn.Module, name: str, quantized: Quantized) -> None:
@@ -191,7 +203,10 @@ def put_packed(model: nn.Module, name: str, quantized: Quantized) -> None:
 
 @torch.no_grad()
 def unpack_model(model: Decoder) -> Decoder:
-    """A plain decoder in float32 that computes what a packed one does; the packed one stays."""
+    """A plain decoder in float32 of the weights that a packed one stands for; the packed one stays.
+
+    It computes what these weights say, and the packed one nearly the same: kernels round inputs to 8 bits.
+    """
     plain = Decoder(model.config)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
     weights = dict(model.named_parameters()) | {
@@ -220,12 +235,26 @@ def save_packed(model: Decoder, file: str | Path) -> None:
     """Write a packed decoder as one safetensors file with checksums, which is whole or not there.
 
     Raises:
+        ValueError: it was changed inside in other ways, so that `load_packed` could not make it again.
         OSError: it cannot be written.
     """
     types = {name: module.type for name, module in model.named_modules() if isinstance(module, _Packed)}
     tensors = model.state_dict()
-    if model.config.tie_word_embeddings and types.pop("lm_head", None):
-        del tensors["lm_head.packed"]
+    if model.config.tie_word_embeddings:  # what computes the scores is the table
+        kind = "packed" if types.pop("lm_head", None) else "weight"
+        output, table = (tensors.get(f"{name}.{kind}") for name in ("lm_head", "embed_tokens"))
+        if output is not None and table is not None and torch.equal(output, table):
+            del tensors[f"lm_head.{kind}"]
+    with torch.device("meta"):
+        plain = {name: weight.shape for name, weight in Decoder(model.config).named_parameters()}
+    held = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".packed")}
+    wanted = {name: shape for name, shape in plain.items() if name.removesuffix(".weight") not in types}
+    if other := sorted(name for name in held | wanted if held.get(name) != wanted.get(name)):
+        raise ValueError(
+            f"The model was changed inside, not by packing alone: {other[0]} is not what a decoder of its "
+            "config has there. Pack ternary layers (pack_ternary), merge adapters, and give the model whose "
+            "vocabulary is whole."
+        )
     save_checkpoint(file, tensors, {"format": _FORMAT, "config": asdict(model.config), "types": types})
 
 

@@ -21,7 +21,9 @@ Choices, and the traps behind them:
   is shared is read and never written, so no page is copied.
 - A page is known by its tokens *and* by the page before it: keys depend on all that stands before. Page
   numbers are used again, so pages are told apart by a number that is not.
-- Guesses are stored behind the text and make no page known before they are taken.
+- Guesses are stored behind the text and make no page known before they are taken. Texts may have different
+  numbers of them: what fills up the fewer is written into a slot that nobody reads, for a text whose pages
+  are full has no room for it.
 - Attention gets the keys of a call copied together, as long as its longest text. That is the cost of pages
   without a kernel that reads them where they are. What fills up the shorter rows is their own: no number of
   another text, which may be none, gets near.
@@ -53,7 +55,7 @@ class PagedText:
 
     def __init__(self, pages: list[int], tokens: list[int]) -> None:
         self.pages, self.tokens, self.shared = pages, tokens, len(tokens)
-        self.serials: list[int] = []  # of its pages that are known
+        self.serials: list[int] = []  # of what stands before its first page, and of its pages that are known
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -82,7 +84,8 @@ class PagePool:
         self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # by serial before and tokens: the page
         self._names: dict[int, tuple[tuple[int, tuple[int, ...]], int]] = {}  # of known pages: key and serial
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, and no text's; the oldest first
-        self._serial = 0
+        self._serial = 1
+        self._root = 0  # stands before all texts that the present model reads
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
         self.angles = AngleTable(self.room)
         self._model: ref | None = None
@@ -113,23 +116,22 @@ class PagePool:
                 f"tokens, and a text has {self.room} at most."
             )
 
-    def open(self, tokens: Sequence[int], most: int) -> PagedText | None:
+    def open(self, tokens: Sequence[int], most: int, share: bool = True) -> PagedText | None:
         """Pages for a text that begins so and will have ``most`` tokens at most; None if too few are unused.
 
-        Of its beginning, what the pool still holds counts as read.
+        Of its beginning, what the pool still holds counts as read, if it may ``share`` pages.
 
         Raises:
             ValueError: as `require_room`.
         """
         self.require_room(most)
-        shared, serials, before = [], [], -1
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            page = self._known.get((before, tuple(tokens[start : start + self.page_size])))
+        shared, serials = [], [self._root]
+        for start in range(0, len(tokens) - self.page_size if share else 0, self.page_size):
+            page = self._known.get((serials[-1], tuple(tokens[start : start + self.page_size])))
             if page is None:
                 break
-            before = self._names[page][1]
             shared.append(page)
-            serials.append(before)
+            serials.append(self._names[page][1])
         wanted = self.needed(most) - len(shared)
         if wanted > self.unused - sum(page in self._idle for page in shared):
             return None
@@ -163,6 +165,12 @@ class PagePool:
                     self._free.append(page)
         text.pages = []
 
+    def forget(self) -> None:
+        """The model has changed: what was read so far counts for no text that is opened from now on."""
+        self._root = self._serial
+        self._serial += 1
+        self.angles.clear()
+
     def spare(self, text: PagedText) -> int:
         """How many tokens there is room for behind a text."""
         return len(text.pages) * self.page_size - len(text)
@@ -170,13 +178,10 @@ class PagePool:
     def extend(self, text: PagedText, tokens: Sequence[int]) -> None:
         """These tokens were read, and are text; pages that they fill are known from now on."""
         text.tokens += tokens
-        while (len(text.serials) + 1) * self.page_size <= len(text):
-            place = len(text.serials)
+        while len(text.serials) * self.page_size <= len(text):
+            place = len(text.serials) - 1
             start = place * self.page_size
-            key = (
-                text.serials[-1] if place else -1,
-                tuple(text.tokens[start : start + self.page_size]),
-            )
+            key = (text.serials[-1], tuple(text.tokens[start : start + self.page_size]))
             if key in self._known:  # another text has read the same meanwhile; this one keeps its own page
                 text.serials.append(self._names[self._known[key]][1])
                 continue
@@ -206,7 +211,9 @@ class PagePool:
         """The memory of a layer, as wide as what it makes; taken at its first use."""
         if layer not in self._layers:
             slots = self.pages * self.page_size
-            self._layers[layer] = tuple(each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new)
+            self._layers[layer] = tuple(  # the last slot takes what nobody reads
+                each.new_zeros(slots + 1, each.shape[1], each.shape[3]) for each in new
+            )
         return self._layers[layer]
 
     def context(
@@ -231,7 +238,7 @@ class PagedContext(Context):
         pool: holds the texts.
         texts: whose tokens come, one of a row each.
         parents: of each text, for each guess the place of the one before it, -1 for one that follows the
-            text.
+            text. Of a text with fewer guesses than others the call brings any ids behind them.
     """
 
     def __init__(
@@ -257,44 +264,49 @@ class PagedContext(Context):
         """
         (rows, new), device = x.shape[:2], x.device
         counts = [new] * len(self.texts) if self.parents is None else [*map(len, self.parents)]
-        if counts != [new] * rows:
+        if len(counts) != rows or max(counts) != new:
             raise ValueError(
                 f"{rows} rows of {new} tokens came; expected {len(self.texts)} texts"
                 + ("." if self.parents is None else f" with {counts} guesses.")
             )
         pool = self.pool
-        for text in self.texts:
-            if new > pool.spare(text):
+        for text, count in zip(self.texts, counts, strict=True):
+            if count > pool.spare(text):
                 raise ValueError(
                     f"A text has {len(text.pages)} pages of {pool.page_size} tokens and would need room for "
-                    f"{len(text) + new}."
+                    f"{len(text) + count}."
                 )
         self.lengths = torch.tensor([[len(text)] for text in self.texts], device=device)
-        self.reach = max(map(len, self.texts)) + new
-        self._all = self._slots(new)
+        ends = self.lengths + torch.tensor(counts, device=device)[:, None]
+        self.reach, self._longest = int(ends.max()), max(map(len, self.texts))
+        self._all = self._slots(ends, self._longest + new)
         steps = torch.arange(new, device=device)
-        self._own = self._all.gather(1, self.lengths + steps).flatten()
+        own = self.lengths + steps
+        nobodys = pool.pages * pool.page_size  # the slot that no text reads
+        self._own = torch.where(own < ends, self._all.gather(1, own), nobodys).flatten()
         if self.parents is None:
             positions = self.lengths + steps
             self.mask = self._sight(positions)
         else:
-            depths, among = zip(*map(lineage, self.parents), strict=True)
+            filled = [[*parents, *[-1] * (new - len(parents))] for parents in self.parents]
+            depths, among = zip(*map(lineage, filled), strict=True)
             positions = self.lengths + torch.tensor(depths, device=device)
-            text = torch.arange(self.reach, device=device) < self.lengths[:, None]  # (rows, 1, reach)
+            columns = torch.arange(self._all.shape[1], device=device)
+            text = columns < self.lengths[:, None]  # (rows, 1, columns)
             places = (self.lengths + steps)[:, None].expand(-1, new, -1)
             self.among = torch.stack(among).to(device)
             self.mask = text.expand(-1, new, -1).scatter(2, places, self.among)[:, None]
         return positions[:, None]
 
-    def _slots(self, new: int) -> Int[Tensor, "rows reach"]:
+    def _slots(self, ends: Int[Tensor, "rows 1"], columns: int) -> Int[Tensor, "rows columns"]:
         """Where the texts stand, with the new tokens; behind its end a row has its own first slot."""
         size, device = self.pool.page_size, self.lengths.device
-        most = self.pool.needed(self.reach)
+        most = self.pool.needed(columns)
         tables = [(text.pages + text.pages[:1] * most)[:most] for text in self.texts]
-        places = torch.arange(self.reach, device=device)
+        places = torch.arange(columns, device=device)
         table = torch.tensor(tables, device=device)  # of pages, (rows, most)
-        slots = (table[..., None] * size + torch.arange(size, device=device)).flatten(1)[:, : self.reach]
-        return torch.where(places < self.lengths + new, slots, slots[:, :1])
+        slots = (table[..., None] * size + torch.arange(size, device=device)).flatten(1)[:, :columns]
+        return torch.where(places < ends, slots, slots[:, :1])
 
     def _sight(self, positions: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "*rows tokens keys"] | None:
         """Which keys tokens see that go on in their texts, or None for all up to themselves."""
@@ -335,8 +347,8 @@ class PagedContext(Context):
 
     def take(self, paths: Sequence[Sequence[int]]) -> None:
         """Of the guesses of each row these become text, each the child of the one before."""
-        for text, ids, path in zip(self.texts, self._ids, paths, strict=True):
+        for text, ids, parents, path in zip(self.texts, self._ids, self.parents, paths, strict=True):
             length = len(text)
-            slots = self.pool.slots(text, length, length + len(ids))
+            slots = self.pool.slots(text, length, length + len(parents))
             self.pool.move([slots[place] for place in path], slots[: len(path)])
             self.pool.extend(text, [ids[place] for place in path])

@@ -127,7 +127,7 @@ class SparsePagedContext(PagedContext):
         self._all_visible = bool((self._at < self.pool.config.all_visible).all())
         guesses = self.parents is not None
         self._ends = self.lengths[:, 0] + (0 if guesses else x.shape[1])  # of what is text
-        text = self.reach - (x.shape[1] if guesses else 0)
+        text = self._longest + (0 if guesses else x.shape[1])
         self._windows = [
             self._all[:, size - 1 : text : stride] // stride for size, stride in levels(self.pool.config)
         ]

@@ -26,6 +26,8 @@ Choices, and the traps behind them:
 - p is what plain generation draws from: behind penalty, temperature, top-k and top-p, and a penalty counts
   the guesses that were accepted on the way.
 - q is a whole distribution, not the draft's probability of the guess alone: without it there is no residual.
+- Each guess that is asked draws once, also where p is at least q: a ratio that is 1 but for rounding would
+  else draw or not, and all that comes after would have other luck.
 - The residual is divided by its sum, and a later guess of the same place meets the residual, not p.
 - The token behind the last accepted guess is drawn from the law at *that* guess. Behind a refused one it
   comes from the residual. Either way a call writes one token at least.
@@ -209,7 +211,7 @@ def verify(
         law = next_token_probabilities(logits[None, place + 1], sampling, before)[0]
         for guess in (guess for guess, parent in enumerate(parents) if parent == place):
             drawn = None if drawn_from is None else drawn_from[guess]
-            if _accepts(law, int(tokens[guess]), drawn, generator):
+            if _accepts(law, int(tokens[guess]), drawn, sampling, generator):
                 path.append(guess)
                 break
             law = _residual(law, int(tokens[guess]), drawn)
@@ -221,11 +223,13 @@ def _accepts(
     law: Float[Tensor, " vocab"],
     token: int,
     drawn_from: Float[Tensor, " vocab"] | None,
+    sampling: Sampling,
     generator: torch.Generator | None,
 ) -> bool:
     ratio = law[token] if drawn_from is None else law[token] / drawn_from[token]
-    if ratio <= 0 or ratio >= 1:  # nothing is left to chance
+    if sampling.temperature == 0:  # it is the best token, or not
         return bool(ratio > 0)
+    ratio = ratio.clamp(max=1)  # where nothing is left to chance, too, something is drawn
     return bool(torch.multinomial(torch.stack([1 - ratio, ratio]), 1, generator=generator))
 
 

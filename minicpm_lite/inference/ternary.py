@@ -19,7 +19,11 @@ Choices, and the traps behind them:
 
 - The scale is not left out: without it a layer would have another size than the one it started from. Nor is
   the threshold a constant of the matrix's largest weight; it is half the mean of the group.
-- The scale is rounded to float16 while training, as it will be stored. So packing changes no bit.
+- The scale is rounded to float16 while training, as it will be stored. So packing changes no bit of the
+  weights. What a packed layer computes is another matter: `kernels.linear` rounds its inputs to 8 bits for
+  TQ2_0, as for all that it knows; TQ1_0, which it does not know, is unpacked and computes as before.
+- With ``precision="bfloat16"`` training sees the latent weights rounded. What is packed is made of the whole
+  ones: one code in some thousands differs, and the scale by up to 0.3 %.
 - TQ1_0 and TQ2_0 hold one scale for 256 weights of a row. A group of a row, of a whole matrix, or of a
   multiple of 256 columns fits them without loss; groups of 32 or 64, with which models train a little better,
   do not.
@@ -38,7 +42,7 @@ from torch import Tensor, nn
 
 from ..language.decoder import Decoder
 from ..language.layers import replace_linears
-from .packed import put_packed
+from .packed import freeze, put_packed
 from .quantization import dequantize, quantize
 
 __all__ = ["TernaryLinear", "make_ternary", "pack_ternary", "ternarize", "ternary_product"]
@@ -106,12 +110,20 @@ class TernaryLinear(nn.Module):
         linear: whose weights it takes over; without a bias.
         group: as in `ternarize`.
 
+    Raises:
+        ValueError: it is no plain linear layer, has a bias, or rows that do not divide into such groups.
+
     Attributes:
         latent: what is trained.
     """
 
     def __init__(self, linear: nn.Linear, group: Group = "row") -> None:
         super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"The layer is a {type(linear).__name__} already; a ternary one takes over the weights of a "
+                "plain linear layer. Make a model ternary once, and before it is packed."
+            )
         if linear.bias is not None:
             raise ValueError("The linear layer has a bias; the decoder's have none, and none is read here.")
         ternarize(linear.weight[:1].detach(), group)  # which refuses a group that does not fit
@@ -140,7 +152,7 @@ def make_ternary(model: Decoder, group: Group = "row") -> Decoder:
     was.
 
     Raises:
-        ValueError: a layer whose rows do not divide into such groups.
+        ValueError: a layer that is ternary or packed already, or whose rows do not divide into such groups.
     """
 
     def change(name: str, linear: nn.Module) -> nn.Module:
@@ -153,9 +165,10 @@ def make_ternary(model: Decoder, group: Group = "row") -> Decoder:
 
 @torch.no_grad()
 def pack_ternary(model: Decoder, type: Literal["TQ1_0", "TQ2_0"] = "TQ2_0") -> Decoder:
-    """Pack the ternary layers of a decoder, in the model itself; not a bit of what it computes changes.
+    """Pack the ternary layers of a decoder, in the model itself; not a bit of their weights changes.
 
-    Tables, output layer and norms stay as they are; `quantize_model` packs tables.
+    Scores change a little with TQ2_0, whose kernel rounds its inputs to 8 bits, and not with TQ1_0. Tables,
+    output layer and norms stay as they are; `quantize_model` packs tables.
 
     Raises:
         ValueError: a layer that the type cannot hold exactly: groups within a block of 256 that have several
@@ -173,4 +186,4 @@ def pack_ternary(model: Decoder, type: Literal["TQ1_0", "TQ2_0"] = "TQ2_0") -> D
                 'with groups that are a multiple of 256, "row" or "matrix".'
             )
         put_packed(model, f"{name}.weight", packed)
-    return model.requires_grad_(False).eval()
+    return freeze(model).eval()

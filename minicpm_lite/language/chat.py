@@ -36,13 +36,11 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import chain
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from ..config import ModelConfig
-from .context import KVCache
+from .context import KVCache, appearance
 from .decoder import Decoder
 from .generation import Stream, stream
 from .sampling import Sampling
@@ -130,7 +128,7 @@ class Chat:
                 f"{self._cache.room}{'' if more else ', which is all that the model was made for'}. Ask for "
                 f"fewer new tokens, or begin a chat {'with more room' if more else 'anew'}."
             )
-        if (reads_now := _sample(self.model)) != self._read_by:
+        if (reads_now := appearance(self.model)) != self._read_by:
             self._cache.truncate(0)  # what another model made of the past
             self._read_by = reads_now
         known = _common_length(self._fed[: self._cache.length], prompt)
@@ -183,17 +181,6 @@ class Chat:
         ):
             return self._ids + ids[rest:]
         return ids
-
-
-def _sample(model: Decoder) -> tuple[ModelConfig, list[list[float]]]:
-    """The config and a few numbers of each weight; to look at all of them would take as long as a token.
-
-    Training changes nearly all, and so does loading others; an adapter has weights of its own.
-    """
-    weights = chain(model.parameters(), model.buffers())
-    # of a weight that is cut over processes, the part that is here
-    here = (getattr(weight, "to_local", weight.detach)() for weight in weights)
-    return model.config, [weight.flatten()[:8].tolist() for weight in here]
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:

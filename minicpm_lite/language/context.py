@@ -31,7 +31,7 @@ Choices, and the traps behind them:
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import index
 from typing import SupportsIndex
 from weakref import ref
@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .rotary import AngleTable, scaled_angles
 
-__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention", "lineage"]
+__all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention", "appearance",
+           "lineage"]  # fmt: skip
 
 _INT8_MAX = 127
 _SMALLEST_SCALE = 1e-30  # of a vector of zeros
@@ -462,6 +463,18 @@ class Int8Cache(KVCache):
             (codes * scale).to(each.dtype)
             for codes, scale, each in zip(kept[::2], kept[1::2], new, strict=True)
         )
+
+
+def appearance(model: nn.Module) -> tuple[ModelConfig, list[list[float | int]]]:
+    """The config and a few numbers of each weight, by which whoever keeps what a model made sees its changes.
+
+    Training changes nearly all weights, and so does loading others; an adapter has weights of its own. All
+    numbers would take as long as a token.
+    """
+    weights = chain(model.parameters(), model.buffers())
+    # of a weight that is cut over processes, the part that is here
+    here = (getattr(weight, "to_local", weight.detach)() for weight in weights)
+    return model.config, [weight.flatten()[:8].tolist() for weight in here]
 
 
 def lineage(parents: Sequence[int]) -> tuple[list[int], Bool[Tensor, "guesses guesses"]]:

@@ -32,7 +32,7 @@ from ..config import require_positive_integer
 from ..runtime import calm_threads
 from .context import KVCache
 from .decoder import Decoder
-from .sampling import Sampling, choose
+from .sampling import Sampling, choose, require_sampling
 from .scoring import evaluating
 
 __all__ = ["Reader", "Stream", "begin", "generate", "pad_left", "resolve_stop_ids", "stream"]
@@ -104,8 +104,7 @@ def begin(
     """
     require_positive_integer("max_new_tokens", max_new_tokens)
     require_positive_integer("samples", samples)
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is {sampling!r}; expected how to choose, e.g. Sampling(temperature=0.7).")
+    require_sampling(sampling)
     stop_ids = resolve_stop_ids(model, stop_ids)
     _refuse_impossible_prompt(model, ids, max_new_tokens, padding)
     if padding is not None and not padding.any():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 
-__all__ = ["Sampling", "choose", "next_token_probabilities"]
+__all__ = ["Sampling", "choose", "next_token_probabilities", "require_sampling"]
 
 _SMALLEST = 1e-5  # what scores are divided by: below, a quotient may exceed the numbers that there are
 
@@ -57,6 +57,16 @@ class Sampling:
                 f"repetition_penalty is {self.repetition_penalty!r}; expected 1 (none) or another number "
                 f"from {_SMALLEST} on."
             )
+
+
+def require_sampling(sampling: object) -> None:
+    """Refuse what does not say how tokens are chosen; wherever it is given.
+
+    Raises:
+        ValueError: a sentence that says what was given.
+    """
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {sampling!r}; expected how to choose, e.g. Sampling(temperature=0.7).")
 
 
 def _is_divisor(value: object) -> bool:

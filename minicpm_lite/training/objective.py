@@ -26,7 +26,7 @@ from ..language.upcycling import balance_loss
 from .batches import Batch
 from .state import weight_checksums
 
-__all__ = ["Objective", "distillation", "next_token", "within_documents"]
+__all__ = ["Objective", "distillation", "name_of", "next_token", "within_documents"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
         losses = torch.where(counted, share * divergence + (1 - share) * surprise, 0)
         return _balanced(model, losses.sum() / counted.sum().clamp(min=1))
 
-    checksums = json.dumps(weight_checksums(teacher), sort_keys=True)
-    name = f"distillation, {share:g} from teacher {zlib.crc32(checksums.encode()):08x}"
-    return Objective(name, loss, _predicted_tokens)
+    return Objective(f"distillation, {share:g} from teacher {name_of(teacher)}", loss, _predicted_tokens)
+
+
+def name_of(model: nn.Module) -> str:
+    """A model's weights in eight letters, by which an objective that asks it is told from one of another."""
+    checksums = json.dumps(weight_checksums(model), sort_keys=True)
+    return f"{zlib.crc32(checksums.encode()):08x}"

@@ -121,6 +121,23 @@ def test_a_text_that_outgrows_the_draft_is_written_on_without_guesses():
     assert stats.proposed == 0
 
 
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_rows_that_leave_a_draft_of_shorter_context(leaves, unchecked):
+    """The columns of a row that has left count for the draft until no row needs them."""
+    model, short = make_model(WRITER, 1), make_model(replace(WRITER, max_position_embeddings=32), 2)
+    ids, padding = pad_left(
+        [row[:size].tolist() for row, size in zip(make_ids(WRITER), (12, 5), strict=True)]
+    )
+    plain = generate(model, ids, 40, stop_ids=(), padding=padding)[:, 12:]
+    for step in range(2, 14, 3):
+        stop = [int(plain[leaves, step])]
+        wanted = generate(model, ids, 40, stop_ids=stop, padding=padding)
+        found, _ = speculative_generate(
+            model, DecoderDraft(short, Chain(3)), ids, 40, stop_ids=stop, padding=padding
+        )
+        assert torch.equal(found, wanted)
+
+
 def test_a_draft_in_training_mode_guesses_as_one_that_is_not():
     model, ids = make_model(WRITER), make_ids(WRITER, 1, 6)
     draft = DecoderDraft(near(model).train(), Chain(3))
@@ -174,6 +191,15 @@ def test_a_ranking_counts():
     tokens = torch.tensor([5, 5, 5, 2, 2, 0, 9])
     assert rank_by_frequency(tokens, 11).tolist() == [5, 2, 0, 9, 1, 3, 4, 6, 7, 8, 10]
     assert rank_by_frequency(tokens, 11, first=[10, 4]).tolist()[:4] == [4, 10, 5, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "first", "why"),
+    [([1, 11], [], "tokens holds ids from 1 to 11"), ([1], [3, -1], "first holds ids from -1 to 3")],
+)
+def test_a_ranking_of_ids_that_a_vocabulary_lacks_is_refused(tokens, first, why):
+    with pytest.raises(ValueError, match=f"{why}, and the vocabulary has 0 to 10"):
+        rank_by_frequency(torch.tensor(tokens), 11, first)
 
 
 @pytest.mark.parametrize("vocabulary", [[], [3, 3], [300], [-1]])

@@ -30,7 +30,8 @@ from minicpm_lite.language.generation import generate, pad_left
 from minicpm_lite.language.sampling import Sampling
 from minicpm_lite.language.scoring import context_only
 from minicpm_lite.training.checkpoint import save_checkpoint
-from minicpm_lite.training.settings import TrainerConfig
+from minicpm_lite.training.processes import processes
+from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
@@ -207,6 +208,52 @@ def test_refusals():
             EagleHead(config, KEPT)
     with pytest.raises(ValueError, match="steps"):
         eagle(target, steps=0)
+    for decay in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="decay"):
+            eagle(target, decay=decay)
+    with pytest.raises(ValueError, match="windows have 7 tokens and steps is 7; a window needs more tokens"):
+        agreement_by_step(head, target, torch.zeros(1, 7, dtype=torch.long))
+    assert all(0 <= each <= 1 for each in agreement_by_step(head, target, torch.tensor([[*range(8)]])))
+
+
+def test_an_objective_is_known_by_all_that_it_depends_on(tmp_path):
+    """A run is not resumed towards another target, or with another decay or number of steps."""
+    text = torch.randint(29, (400,), generator=torch.Generator().manual_seed(0))
+
+    def run(objective):
+        return Trainer(pair()[0], text, WSD(0.01, 1, 3, 1), TrainerConfig(2, 10), objective)
+
+    target, other = pair()[1], pair(seed=1)[1]
+    run(eagle(target)).train(2, tmp_path, progress=False)
+    checkpoint = next(tmp_path.glob("step-*2"))
+    run(eagle(pair()[1])).load(checkpoint)
+    for objective in (eagle(other), eagle(target, decay=0.5), eagle(target, steps=3)):
+        with pytest.raises(ValueError, match="EAGLE-3, 7 steps"):
+            run(objective).load(checkpoint)
+
+
+def test_heads_train_in_bfloat16_and_from_targets_in_it():
+    text = (torch.arange(400) * 5) % 23
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        for target in (pair()[1], pair()[1].bfloat16()):
+            trainer = Trainer(
+                pair()[0], text, WSD(0.01, 1, 5, 1), TrainerConfig(2, 20, precision=precision), eagle(target)
+            )
+            trainer.train(progress=False)
+            assert trainer.model.norm.weight.dtype == torch.float32
+            losses[precision, target.norm.weight.dtype] = trainer.losses
+    plain = losses["float32", torch.float32]
+    assert all(found == pytest.approx(plain, rel=0.2) for found in losses.values())
+
+
+def test_a_head_that_is_cut_over_processes_is_refused():
+    head, target = pair()
+    with processes(), pytest.raises(ValueError, match="cut over processes .* give Layout"):
+        Trainer(
+            head, torch.arange(29).repeat(9), WSD(0.01, 1, 3, 1), TrainerConfig(2, 10), eagle(target),
+            Layout(sharded=True),
+        ).train(progress=False)  # fmt: skip
 
 
 def test_a_head_is_a_draft_like_others():
@@ -252,6 +299,9 @@ def test_a_head_with_the_targets_output_layer_is_kept_without_it(tmp_path):
 def test_files_of_heads_that_do_not_fit_are_refused(tmp_path):
     head, target = pair(RANKING[:13])
     file = tmp_path / "head.safetensors"
+    with pytest.raises(ValueError, match="The head has an output layer of its own"):
+        save_eagle(file, head, RANKING)
+    share_output(head, target)
     with pytest.raises(ValueError, match="13 tokens that are not the first 13 of the ranking"):
         save_eagle(file, head, RANKING.flip(0))
     save_eagle(file, head, RANKING)

@@ -149,6 +149,49 @@ def test_guesses_change_no_text(kind, draft):
     assert all(answer.state == "done" for answer in answers)
 
 
+@pytest.mark.parametrize(
+    ("kind", "draft"),
+    [
+        ("grouped", lambda: None),
+        ("grouped", lambda: PromptLookup(guesses=6)),
+        ("grouped", lambda: DecoderDraft(model("grouped"), Chain(4))),  # p is q, but for rounding
+        ("four blocks", lambda: EagleDraft(head(), Chain(4))),
+        ("four blocks", lambda: EagleDraft(head(), DynamicTree(3, 2, 6))),
+    ],
+    ids=["none", "lookup", "itself", "eagle", "eagle's tree"],
+)
+def test_a_drawn_text_does_not_depend_on_its_neighbours(kind, draft, unchecked):
+    """Not on their room for guesses, nor on their number, nor on who has read its beginning before."""
+    prompt = (1, 2, 3, 1, 2, 3, 1, 2)
+    short = [Request((*prompt[: 2 + n], n), 1 + 3 * n, Sampling(0.7), stop_ids=(), seed=9) for n in range(5)]
+    for seed in range(3):
+        wanted, texts = Request(prompt, 24, Sampling(0.8), stop_ids=(), seed=seed, user="b"), []
+        for neighbours in ([], short, [replace(wanted, seed=99), *short]):
+            serving = Engine(PagedExecutor(model(kind), 64, 4, 40), piece=3, draft=draft())
+            for each in neighbours:
+                serving.submit(each)
+            for _ in range(3 * len(neighbours)):
+                serving.step()
+            answer = serving.submit(wanted)
+            serving.run()
+            texts.append(answer.tokens)
+        assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(("page_size", "room"), [(4, 30), (5, None), (24, None), (7, 61)])
+def test_guesses_to_the_last_token_of_a_room_that_is_no_multiple_of_a_page(page_size, room, unchecked):
+    """One text fills the room, while its neighbours have room for more guesses."""
+    executor = PagedExecutor(model(), 400 // page_size, page_size, room)
+    for length in range(executor.room - 20, executor.room - 4, 3):
+        serving = Engine(executor, draft=PromptLookup(8))
+        prompt = (*([1, 2, 3, 4, 5] * 20)[:length],)
+        whole = Request(prompt, executor.room + 1 - length, stop_ids=())
+        many = [whole, Request((7, 8, 7, 8, 7), 18, stop_ids=())]
+        answers = [serving.submit(each) for each in many]
+        serving.run()
+        assert [answer.tokens for answer in answers] == [alone(each, room=executor.room) for each in many]
+
+
 @pytest.mark.parametrize("piece", [1, 4, 64])
 def test_eagle_guesses_in_the_engine_what_it_guesses_alone(piece, monkeypatch):
     guessed, propose = [], Reading.propose
@@ -205,6 +248,34 @@ def test_a_beginning_is_read_once():
     answer = serving.submit(other)
     serving.run()
     assert read[-1] == 21 and answer.tokens == alone(other, room=40)
+
+
+def test_what_another_model_made_of_a_beginning_is_not_read_on():
+    """Trained, given other weights or another config: the next text is read whole; one at work goes on."""
+    torch.manual_seed(3)
+    own = Decoder(KINDS["dynamic"]).eval()
+    serving, request = Engine(PagedExecutor(own, 40, 4, 40)), Request((*range(20), 7), 8, stop_ids=())
+
+    def train():
+        with torch.no_grad():
+            for weight in own.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+
+    def other_frequencies():
+        own.config = replace(own.config, rope_theta=100.0)
+
+    texts = set()
+    for change in (lambda: None, train, lambda: own.load_state_dict(model().state_dict()), other_frequencies):
+        at_work = serving.submit(Request(tuple(range(10)), 20, stop_ids=()))
+        serving.step()
+        change()
+        for _ in range(2):  # the second one reads what the first has left
+            answer = serving.submit(request)
+            serving.run()
+            wanted = generate(own, torch.tensor([request.prompt]), 8, stop_ids=(), context=KVCache(40))
+            assert answer.tokens == wanted[0, 21:].tolist() and at_work.state == "done"
+        texts.add(tuple(answer.tokens))
+    assert len(texts) >= 3 and serving.executor.pool.unused == 40
 
 
 def test_what_was_kept_goes_when_its_room_is_needed():
@@ -268,7 +339,7 @@ def test_scores_that_are_no_numbers_end_one_request_alone():
     assert "finite numbers" in answers[1].why and executor.pool.unused == 40
 
 
-def test_refusals():
+def test_refusals(unchecked):
     executor = PagedExecutor(model(), 8, 4)
     serving = Engine(executor)
     for request, why in (
@@ -277,6 +348,13 @@ def test_refusals():
         (Request((1, 2), 40), "A text of 41 tokens does not fit: there are 8 pages of 4 tokens"),
         (Request((1, 2), 0), "max_new_tokens"),
         (Request((1, 2), 5, stop_ids=(99,)), "stop_ids"),
+        (Request((1, 2), 5, None), "sampling is None; expected how to choose"),
+        (Request((1, 2), 5, 0.8), "sampling is 0.8; expected how to choose"),
+        *(
+            (Request((1, 2), 5, seed=seed), "seed is .*; expected a whole number from 0")
+            for seed in ("a", None, 1.5, -1, 1 << 70)
+        ),
+        (Request((1, 2), 5, user=["a"]), "user is .*; expected a name"),
     ):
         with pytest.raises(ValueError, match=why):
             serving.submit(request)
@@ -298,8 +376,8 @@ def known_before_they_are_read(patch):
     """Pages of a prompt that is read in pieces are shared before their keys are there."""
     opened = PagePool.open
 
-    def wrong(pool, tokens, most):
-        text = opened(pool, tokens, most)
+    def wrong(pool, tokens, *given):
+        text = opened(pool, tokens, *given)
         if text is not None and len(tokens) > pool.page_size and not text.shared:
             pool.extend(text, tokens[: pool.page_size])
         return text

@@ -45,7 +45,16 @@ def test_streams_are_those_of_the_decoder():
     *wanted, _ = model().read(torch.tensor([[*ids, 6, 7, 9]]), after=(3,))
     torch.testing.assert_close(streams[0, [0, 2]], wanted[0][0, -2:])
     executor.accept([[0, 2]])
-    assert text.tokens == [*ids, 6, 7, 9] and executor.spare(text) == 16 - 8
+    assert text.tokens == [*ids, 6, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("room", "why"),
+    [(65, "room is 65, and the model was made to read 64 tokens"), (0, "room"), ("a", "room")],
+)
+def test_room_beyond_the_model_is_refused(room, why, unchecked):
+    with pytest.raises(ValueError, match=why):
+        PagedExecutor(model(), 32, room=room)
 
 
 def test_packed_tables_are_not_unpacked_in_each_step(monkeypatch):

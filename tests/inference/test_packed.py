@@ -12,6 +12,8 @@ from torch.testing import assert_close
 
 from minicpm_lite import kernels
 from minicpm_lite.inference import packed as module
+from minicpm_lite.inference.drafts import frequent_draft
+from minicpm_lite.inference.guess_trees import Chain
 from minicpm_lite.inference.mixtures import mixture, packed_size
 from minicpm_lite.inference.packed import (
     PackedEmbedding,
@@ -24,8 +26,10 @@ from minicpm_lite.inference.packed import (
     unpack_model,
 )
 from minicpm_lite.inference.quantization import dequantize, quantize
+from minicpm_lite.inference.ternary import make_ternary
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import require_plain
+from minicpm_lite.language.fast_decoding import fast_decoding
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.pretrained.checkpoints import save_pretrained
@@ -234,6 +238,31 @@ def test_state_dicts_and_copies_go_round():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids), model(ids))
     assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+
+
+@pytest.mark.parametrize("types", ["INT8", "Q4_K_M"])
+@pytest.mark.parametrize("family", ["grouped", "untied"])
+def test_a_copy_that_shares_weights_is_packed_alone(family, types, tmp_path):
+    """The original stays trainable, and the copy goes round a file, with its table in two places."""
+    model = make_model(WIDE[family])
+    ids = make_ids(model.config)
+    before = model(ids).detach()
+    drafted = frequent_draft(model, torch.arange(20), Chain(2)).model
+    for packed in (quantize_model(fast_decoding(model), types), quantize_model(drafted, "INT8")):
+        assert not any(weight.requires_grad for weight in packed.parameters())
+        assert all(weight.requires_grad for weight in model.parameters())
+        assert torch.equal(model(ids), before)
+    packed = quantize_model(fast_decoding(model), types)
+    save_packed(packed, tmp_path / "model")
+    with torch.no_grad():
+        assert_close(load_packed(tmp_path / "model")(ids), packed(ids), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="changed inside, not by packing alone: .*lm_head.weight"):
+        save_packed(drafted, tmp_path / "draft")
+    with pytest.raises(
+        ValueError, match=r"changed inside, not by packing alone: layers.0.mlp.down_proj.latent"
+    ):
+        save_packed(make_ternary(model), tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
 
 
 def test_files_that_are_no_packed_models_are_refused(tmp_path):

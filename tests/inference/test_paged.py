@@ -67,6 +67,22 @@ def test_numbers_that_are_none_stay_with_their_text():
     assert scores[0].isnan().all() and scores[1].isfinite().all()
 
 
+@torch.no_grad()
+def test_trees_of_different_size_in_one_call():
+    """A text whose pages are full is checked beside one that has many guesses, and nothing of it changes."""
+    model, pool = make_model(), PagePool(20, 4, 40)
+    full, roomy, cache = pool.open([1, 2, 3], 4), pool.open([4, 5], 12), KVCache(40)
+    for text, ids in ((full, [1, 2, 3]), (roomy, [4, 5])):
+        model(torch.tensor([ids]), PagedContext(pool, [text]))
+    model(torch.tensor([[1, 2, 3]]), cache)
+    context = PagedContext(pool, [full, roomy], [[-1], [-1, 0, 0, 2]])
+    scores = model(torch.tensor([[6, 0, 0, 0], [7, 8, 9, 1]]), context)
+    assert context.reach == 6 and scores.isfinite().all()
+    assert_close(scores[0, :1], model(torch.tensor([[6]]), cache)[0])
+    context.take([[0], [0, 2, 3]])
+    assert (full.tokens, roomy.tokens) == ([1, 2, 3, 6], [4, 5, 7, 9, 1])
+
+
 def test_pages_are_lent_and_come_back():
     pool = PagePool(6, 4, 24)
     first = pool.open([1, 2, 3], 8)

@@ -292,17 +292,19 @@ def wrong_verify(change: str):
             for guess in (guess for guess, parent in enumerate(parents) if parent == place):
                 token, drawn = int(tokens[guess]), None if drawn_from is None else drawn_from[guess]
                 if change == "the draft's best is good enough" and drawn is not None:
-                    accepted = token == int(drawn.argmax()) or speculative._accepts(law, token, drawn, None)
+                    accepted = token == int(drawn.argmax()) or speculative._accepts(
+                        law, token, drawn, sampling, None
+                    )
                 elif change == "q is not asked":
-                    accepted = speculative._accepts(law, token, None, None)
+                    accepted = speculative._accepts(law, token, None, sampling, None)
                 elif change == "p and q exchanged" and drawn is not None:
-                    accepted = speculative._accepts(drawn, token, law, None)
+                    accepted = speculative._accepts(drawn, token, law, sampling, None)
                 elif change == "later guesses meet p":
-                    accepted = speculative._accepts(first, token, drawn, None)
+                    accepted = speculative._accepts(first, token, drawn, sampling, None)
                 elif change == "the target's best alone":
                     accepted = token == int(law.argmax())
                 else:
-                    accepted = speculative._accepts(law, token, drawn, None)
+                    accepted = speculative._accepts(law, token, drawn, sampling, None)
                 if accepted:
                     path.append(guess)
                     break

@@ -201,7 +201,7 @@ def test_latent_weights_are_matrices_to_the_optimizer():
 
 @pytest.mark.parametrize("type", ["TQ1_0", "TQ2_0"])
 @pytest.mark.parametrize("group", ["row", "matrix", 256])
-def test_packing_changes_no_bit(type, group, monkeypatch):
+def test_packing_changes_no_bit_of_the_weights(type, group, monkeypatch):
     monkeypatch.setattr(kernels, "built", lambda source: False)  # PyTorch's inputs are not rounded, either
     model = trained(group, 3).model.eval()
     ids = make_ids(model.config)
@@ -212,6 +212,17 @@ def test_packing_changes_no_bit(type, group, monkeypatch):
         packed = pack_ternary(model, type)
         assert all(torch.equal(packed.get_submodule(name).weight, weight) for name, weight in weights.items())
         assert_close(packed(ids), before, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_kernels_do_to_inputs_is_said():
+    """TQ1_0 is unpacked and computes as before; the kernel of TQ2_0 rounds its inputs to 8 bits."""
+    model = make_ternary(make_model(WIDE["grouped"]))
+    ids = make_ids(model.config)
+    before = model(ids)
+    for type, most in (("TQ1_0", 1e-5), ("TQ2_0", 0.1)):
+        change = (pack_ternary(copy.deepcopy(model), type)(ids) - before).norm() / before.norm()
+        assert change < most
 
 
 @torch.no_grad()
@@ -264,6 +275,16 @@ def test_q4_0_does_not_hold_ternary_weights():
 def test_groups_that_do_not_fit_are_refused(group, unchecked):
     with pytest.raises(ValueError, match="group is .*; expected a divisor of the 256 columns"):
         make_ternary(make_model(WIDE["grouped"]), group)
+
+
+def test_what_is_ternary_or_packed_is_not_made_so_again(unchecked):
+    model = make_ternary(make_model(WIDE["grouped"]))
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="The layer is a TernaryLinear already"):
+        make_ternary(model)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    with pytest.raises(ValueError, match="The layer is a PackedLinear already"):
+        make_ternary(pack_ternary(model))
 
 
 def test_a_bias_is_refused():

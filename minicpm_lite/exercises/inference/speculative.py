@@ -16,12 +16,14 @@ def _ids(tokens):
     return [int(each) for each in (tokens.tolist() if isinstance(tokens, Tensor) else tokens)]
 
 
-def _look_up(text, longest, guesses, shortest=1, first=False, itself=0, shift=0, upwards=False):
-    sizes = range(min(longest, len(text) - 1), shortest - 1, -1)
+def _look_up(
+    text, longest, guesses, shortest=1, first=False, itself=0, shift=0, upwards=False, left=1, unseen=0,
+):  # fmt: skip
+    sizes = range(min(longest, len(text) - left), shortest - 1, -1)
     for size in sorted(sizes) if upwards else sizes:
         ends = [
             end
-            for end in range(size, len(text) + itself)
+            for end in range(size + unseen, len(text) + itself)
             if text[end - size : end] == text[len(text) - size :]
         ]
         if ends:
@@ -43,6 +45,8 @@ def _look_up(text, longest, guesses, shortest=1, first=False, itself=0, shift=0,
         lambda text, longest, guesses: _look_up(text, longest, len(text)),
         lambda text, longest, guesses: _look_up(text, longest, guesses + 1),
         lambda text, longest, guesses: _look_up(text, longest + 1, guesses),
+        lambda text, longest, guesses: _look_up(text, longest, guesses, unseen=1),  # not at the beginning
+        lambda text, longest, guesses: _look_up(text, longest, guesses, left=2),
     ),
 )
 def look_up(answer):
@@ -67,6 +71,9 @@ def look_up(answer):
         ([1, 2, 9, 3, 2], 2, 2, "3 2 stood nowhere; 2 did. Then a shorter end counts."),
         ([1, 2, 3], 3, 4, "3 stood nowhere before: no guess, []. The end of the text is no place before it."),
         ([4, 4, 4], 2, 3, "4 4 stood one place earlier, and a 4 came behind it."),
+        ([1, 2, 3, 1], 3, 2, "The 1 stood at the very beginning, and nowhere else before: look there, too."),
+        ([5, 6, 9, 5, 6], 2, 3, "5 6 stood at the very beginning: look there, too."),
+        ([4, 4], 2, 3, "The 4 stood one place earlier: of a text of two tokens the newest one can be found."),
         ([7], 3, 3, "A text of one token: nothing stands before it."),
     )
     for text, longest, guesses, hint in cases:

@@ -16,10 +16,11 @@ from ...language.decoder import Decoder
 
 def _buried(
     start, attention, feed_forward, layers, scale, power=2, squared=True, offset=0, never=None, drowned=2,
-    equal=False, unseen=0,
+    equal=False, unseen=0, powers=(2, 2),
 ):  # fmt: skip
     r = 1.0 if scale is None else scale / math.sqrt(layers)
-    each = r**power * (attention**2 + feed_forward**2 if squared else attention + feed_forward)
+    first, second = powers if squared else (1, 1)
+    each = r**power * (attention**first + feed_forward**second)
     word = start**2 if squared else start
     for blocks in range(1, layers + 1 - unseen):
         added = drowned / 2 * blocks * each
@@ -32,6 +33,9 @@ def _buried(
     "buried after",
     wrong=(
         lambda *given: _buried(*given, squared=False),
+        lambda *given: _buried(*given, powers=(1, 1)),
+        lambda *given: _buried(*given, powers=(3, 2)),
+        lambda *given: _buried(*given, powers=(2, 3)),
         lambda *given: _buried(*given, power=1),
         lambda *given: _buried(*given, power=0),
         lambda *given: _buried(*given, offset=-1),
@@ -75,6 +79,11 @@ def buried_after(answer):
     )
     assert answer(3.0, 2.0, 1.0, 8, None) == 2, "Attention adds 4 here, the feed-forward network 1."
     assert answer(3.0, 1.0, 2.0, 8, None) == 2, "Attention adds 1 here, the feed-forward network 4."
+    for parts in ((1.5, 0.5), (0.5, 1.5)):
+        assert answer(4.9, *parts, 40, None) == 10, (
+            "Attention and the feed-forward network of 1.5 and 0.5 add 2.25 and 0.25, squares both; the word "
+            "has 24.01, so ten blocks do."
+        )
     assert answer(2.0, 1.0, 1.0, 4, None) == 3, (
         "After two blocks 4 has been added to a word of 4: as much, and not more."
     )
