@@ -98,7 +98,7 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
 
 
 def fingerprint(model: Decoder) -> str:
-    """Eight digits of all that a decoder computes with: config, what was built into it, weights and buffers."""
+    """Eight digits of all that a decoder computes with: config, weights and buffers, what was built in."""
     built_in = {
         name: "missing" if here is None else _shown(model.get_submodule(name))
         for name, (here, _) in changed_inside(model).items()
