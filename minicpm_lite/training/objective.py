@@ -127,8 +127,8 @@ def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
         its, own = teacher.config.vocab_size, model.config.vocab_size
         if its != own:
             raise ValueError(
-                f"The teacher has {its} token ids and the model has {own}; a distribution is learned over the "
-                "same tokens. Give a teacher of the model's vocabulary."
+                f"The teacher has {its} token ids and the model has {own}; a distribution is learned over "
+                "the same tokens. Give a teacher of the model's vocabulary."
             )
         ids, counted = readable(window)[:, :-1], predicted(window)
         with torch.no_grad(), evaluating(teacher):
