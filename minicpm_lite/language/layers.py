@@ -95,7 +95,8 @@ def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Modu
 
     Every linear layer inside is offered: routers of experts (``mlp.gate``) and an output layer (``lm_head``)
     too, which most changes should give back as they are. A module that is a linear layer itself has none
-    inside, so nothing is offered.
+    inside, so nothing is offered. They are replaced when all were offered: if ``change`` refuses one, the
+    model stays as it is.
 
     Args:
         model: any module.
@@ -109,15 +110,16 @@ def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Modu
     >>> replace_linears(model, lambda name, linear: nn.Linear(3, 4) if name == "2" else linear)
     ['2']
     """
-    replaced = []
+    replaced: list[tuple[nn.Module, str, str, nn.Module]] = []  # where, its name there, its path, what comes
 
     def visit(module: nn.Module, path: str) -> None:
-        for name, child in list(module.named_children()):
+        for name, child in module.named_children():
             if not hasattr(child, "in_features"):
                 visit(child, f"{path}{name}.")
             elif (new := change(path + name, child)) is not child:
-                setattr(module, name, new)
-                replaced.append(path + name)
+                replaced.append((module, name, path + name, new))
 
     visit(model, "")
-    return replaced
+    for module, name, _, new in replaced:
+        setattr(module, name, new)
+    return [path for _, _, path, _ in replaced]
