@@ -387,7 +387,7 @@ def load_eagle(file: str | Path, target: Decoder, kept: int | None = None) -> Ea
             asked for than there are.
     """
     weights, facts = load_checkpoint(file)
-    if facts.get("format") != _FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise ValueError(f"{file} is a checkpoint, and of no head; save_eagle writes such.")
     ranking = weights.pop(_RANKING).long()
     kept = facts["kept"] if kept is None else kept
