@@ -203,6 +203,7 @@ def test_what_cannot_be_quantised_is_refused(unchecked):
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 300))
+@settings(deadline=None)
 def test_pieces_are_whole_blocks_or_parts_of_one(blocks, block, at_once):
     pieces = list(module._pieces(blocks * block, block, at_once))
     assert [column for piece in pieces for column in range(*piece)] == list(range(blocks * block))
