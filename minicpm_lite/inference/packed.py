@@ -137,8 +137,9 @@ def resolve_types(model: Decoder, types: str | Mapping[str, str]) -> dict[str, s
         block_format(type, matrices[name].shape[-1])
         at = name.removesuffix(".weight")
         require_plain_layer(at, model.get_submodule(at))
-    own_output = getattr(model.lm_head, "weight", model.embed_tokens.weight) is not model.embed_tokens.weight
-    if model.config.tie_word_embeddings and own_output and "embed_tokens.weight" in types:
+    table = matrices["embed_tokens.weight"] if "embed_tokens.weight" in types else None
+    tied = table is not None and model.config.tie_word_embeddings
+    if tied and getattr(model.lm_head, "weight", table) is not table:
         raise ValueError(
             "The model's table is its output layer by its config, and beside it there is another, lm_head, "
             "which the packed table would replace. Pack the model first, or leave embed_tokens.weight out."
