@@ -253,11 +253,11 @@ def save_packed(model: Decoder, file: str | Path) -> None:
         ValueError: something else was built into it than packed layers, such as adapters.
         OSError: it cannot be written.
     """
-    _require_nothing_else(model)
     types = {name: module.type for name, module in model.named_modules() if isinstance(module, _Packed)}
     tensors = model.state_dict()
     if model.config.tie_word_embeddings and types.pop("lm_head", None):
         del tensors["lm_head.packed"]
+    _require_nothing_else(model)
     save_checkpoint(file, tensors, {"format": _FORMAT, "config": asdict(model.config), "types": types})
 
 

@@ -255,7 +255,7 @@ def test_what_a_layer_computes_beside_its_weight_is_not_lost(way, how, tmp_path)
     ids = make_ids(model.config)
     before = model(ids)
     name = "embed_tokens" if how == "table" else "layers.1.self_attn.q_proj"
-    with pytest.raises(ValueError, match=rf"{name} is .*; expected a plain layer, .*Merge or undo"):
+    with pytest.raises(ValueError, match=rf"(?i){name}.*merge"):
         WAYS[way](model, tmp_path / "file")
     assert_close(model(ids), before, atol=5e-2 if "pack" in way else 0, rtol=0)
     assert not list(tmp_path.iterdir())
