@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..config import require_probability
 from ..language.decoder import Decoder, require_plain
 from ..language.latent_attention import LatentAttention
 from ..language.moe import MixtureOfExperts
@@ -105,7 +106,15 @@ def fold(block: nn.Module, seam: Seam, scale: Float[Tensor, " columns"]) -> None
     """Multiply the columns of the consumers by a scale, and divide what makes them by it.
 
     Columns that come from one row of the producer must have one scale.
+
+    Raises:
+        ValueError: a scale that is not positive and finite; nothing is changed then.
     """
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(
+            f"The scale for {seam.producer} holds numbers that are not positive and finite; no weight can be "
+            "multiplied and divided by them. Are the weights whole, and what the text makes of them?"
+        )
     for name in seam.consumers:
         weight = block.get_submodule(name).weight
         weight.mul_(scale.to(weight))
@@ -173,7 +182,8 @@ def awq_model(
         The same model, for `quantize_model` or `gptq_model`.
 
     Raises:
-        ValueError: the model was changed inside, or as `quantize_model` and `walk_blocks` say.
+        ValueError: the model was changed inside, or as `quantize_model` and `walk_blocks` say. Some blocks
+            may be folded then, and the model computes the same as before.
     """
     types = resolve_types(model, types)
 
@@ -201,12 +211,14 @@ def smooth_model(
     Args:
         model: a plain decoder, which is changed.
         windows: texts to calibrate on.
-        strength: 0 evens out the weights, 1 the inputs.
+        strength: from 0, which evens out the weights, to 1, which evens out the inputs.
         skip: so many positions at the beginning of each are not counted.
 
     Raises:
-        ValueError: the model was changed inside, or as `walk_blocks` says.
+        ValueError: the strength is none, the model was changed inside, or as `walk_blocks` and `fold` say.
+            Some blocks may be folded then, and the model computes the same as before.
     """
+    require_probability("strength", strength)
 
     def choose(_: int, block: nn.Module, seam: Seam, seen: dict[str, Statistics]) -> Tensor | None:
         used = [name for name in seam.consumers if seen[name].tokens]

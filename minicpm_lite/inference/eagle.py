@@ -54,7 +54,8 @@ from ..language.layers import Attention, FeedForward, RMSNorm
 from ..language.sampling import Sampling
 from ..language.scoring import evaluating, predicted, readable
 from ..training.checkpoint import load_checkpoint, save_checkpoint
-from ..training.objective import Objective, name_of
+from ..training.objective import Objective
+from ..training.state import fingerprint
 from .drafts import Reading, require_ids
 from .guess_trees import Shape
 from .speculative import Drafting
@@ -345,7 +346,7 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
         mean = total / counted.sum().clamp(min=1)
         return mean, mean.detach()
 
-    name = f"EAGLE-3, {steps} steps, each {decay:g} of the one before, from target {name_of(target)}"
+    name = f"EAGLE-3, {steps} steps, each {decay:g} of the one before, from target {fingerprint(target)}"
     return Objective(name, loss, lambda window: int(predicted(window).sum()))
 
 
@@ -417,7 +418,7 @@ def load_eagle(file: str | Path, target: Decoder, kept: int | None = None) -> Ea
             asked for than there are.
     """
     weights, facts = load_checkpoint(file)
-    if facts.get("format") != _FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise ValueError(f"{file} is a checkpoint, and of no head; save_eagle writes such.")
     ranking = weights.pop(_RANKING).long()
     kept = facts["kept"] if kept is None else kept

@@ -34,7 +34,7 @@ Choices, and the traps behind them:
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -53,7 +53,7 @@ __all__ = ["Answer", "Engine", "Request"]
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asks for.
+    """What somebody asks for, as it is when it is made: what was given may change afterwards.
 
     Attributes:
         prompt: token ids.
@@ -70,6 +70,11 @@ class Request:
     stop_ids: tuple[int, ...] | None = None
     seed: int = 0
     user: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "stop_ids"):
+            if isinstance(given := getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(given))
 
 
 @dataclass(eq=False)

@@ -268,7 +268,9 @@ class CompiledExecutor(PagedExecutor):
         ) -> list[Tensor]:  # so that code is made once for any `after`
             return model.states(x, context, range(model.config.num_hidden_layers))
 
-        self._compiled = torch.compile(everywhere, fullgraph=True, dynamic=True, backend=backend)
+        self._compiled = torch.compile(  # counted by itself: of one function only some codes are made
+            everywhere, fullgraph=True, dynamic=True, backend=backend, isolate_recompiles=True
+        )
 
     def _states(
         self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]

@@ -32,12 +32,13 @@ Choices, and the traps behind them:
 - An expert that no token of the text visits is rounded to nearest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..config import require_positive_integer
 from ..language.decoder import Decoder
 from .calibration import Statistics, walk_blocks
 from .packed import put_packed, quantize_model, resolve_types
@@ -63,12 +64,14 @@ def gptq(
         hessian: the sum of x xᵀ over its inputs; it is computed with in this precision.
         type: as `quantize` takes it.
         damping: this share of the hessian's mean diagonal is added to it, so that it has an inverse.
-        columns_at_once: how many columns are updated at once; decides speed alone.
+        columns_at_once: how many columns are updated at once, at most; decides speed alone.
 
     Raises:
-        ValueError: as `quantize` does; or the hessian holds no inputs, or numbers that are not finite.
+        ValueError: as `quantize` does; or no column at once; or the hessian holds no inputs, or numbers that
+            are not finite.
     """
     kind = block_format(type, weight.shape[-1])
+    require_positive_integer("columns_at_once", columns_at_once)
     require_finite_weight(weight)
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
@@ -77,14 +80,8 @@ def gptq(
         )
     factor = _factor(hessian, damping)
     columns, w = weight.shape[1], weight.detach().to(hessian.dtype, copy=True)
-    if kind.block % columns_at_once and columns_at_once % kind.block:
-        raise ValueError(
-            f"columns_at_once is {columns_at_once}; expected a divisor or a multiple of the type's block of "
-            f"{kind.block}, so that a block's columns are up to date when its scales are fitted."
-        )
     packed, codes, grid = [], [], None
-    for start in range(0, columns, columns_at_once):
-        end = min(start + columns_at_once, columns)
+    for start, end in _pieces(columns, kind.block, columns_at_once):
         errors = torch.zeros_like(w[:, start:end])
         for j in range(start, end):
             place = j % kind.block
@@ -103,6 +100,19 @@ def gptq(
                 codes = []
         w[:, end:] -= errors @ factor[start:end, end:]
     return Quantized(type, torch.cat(packed, dim=1))
+
+
+def _pieces(columns: int, block: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Start and end of the columns that are updated at once: whole blocks, or parts of one.
+
+    So a block's columns are up to date when its scales are fitted, which a piece that begins in one block and
+    ends in another would not leave them.
+    """
+    whole = max(at_once // block, 1) * block
+    for first in range(0, columns, whole):
+        last = min(first + whole, columns)
+        for start in range(first, last, at_once):
+            yield start, min(start + at_once, last)
 
 
 def gptq_model(

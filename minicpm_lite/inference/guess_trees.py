@@ -133,7 +133,8 @@ class StaticTree:
     1
 
     Raises:
-        ValueError: they are no tree, or two guesses are the same.
+        ValueError: they are no tree, or two guesses are the same; or, when it grows, the draft has
+            fewer tokens than a rank wants.
     """
 
     parents: tuple[int, ...]
@@ -167,6 +168,11 @@ class StaticTree:
         generator: torch.Generator | None,
     ) -> Guesses:
         """Guess, from the draft's scores behind the text; see `Shape`."""
+        if max(self.ranks) >= logits.shape[-1]:
+            raise ValueError(
+                f"ranks is {self.ranks}, and the draft guesses {logits.shape[-1]} tokens, so there is no "
+                f"rank {max(self.ranks)}. Give a tree of lower ranks, or a draft of more tokens."
+            )
         parents, ranks = self.parents[:most], self.ranks[:most]
         tokens = torch.zeros(len(logits), len(parents), dtype=torch.long, device=logits.device)
         known, places = {-1: logits}, {-1: -1}  # scores behind a guess; its place among those that were read

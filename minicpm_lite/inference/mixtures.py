@@ -24,6 +24,7 @@ Choices, and the traps behind them:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 
 import torch
 
@@ -105,13 +106,23 @@ def packed_size(config: ModelConfig, types: Mapping[str, str], rest: torch.dtype
 
     Nothing is built.
 
+    Raises:
+        ValueError: an unknown type, a matrix that the model lacks, or whose rows the type's blocks do not
+            divide.
+
     >>> from minicpm_lite import load_config
     >>> config = load_config("minicpm-2.4b")
     >>> round(packed_size(config, mixture("Q4_K_M", config)).bits_per_weight, 2)
     5.28
     """
-    weights = nbytes = 0
-    for name, shape in _shapes(config).items():
+    weights, nbytes, shapes = 0, 0, _shapes(config)
+    for name in types:
+        if len(shapes.get(name, ())) != 2:
+            raise ValueError(
+                f"A model of this shape has no matrix {shown(name)}. Names are those of parameters, such as "
+                "'layers.0.mlp.up_proj.weight'; a tied output layer is 'embed_tokens.weight'."
+            )
+    for name, shape in shapes.items():
         weights += shape.numel()
         if name in types:
             kind = block_format(types[name], shape[-1])

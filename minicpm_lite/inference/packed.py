@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import model_config
-from ..language.decoder import Decoder
+from ..language.decoder import Decoder, changed_inside, own_class
+from ..language.fast_decoding import FewRowsLinear
 from ..language.layers import replace_linears
 from ..training.checkpoint import load_checkpoint, save_checkpoint
 from .mixtures import Size, mixture
@@ -44,6 +45,7 @@ __all__ = [
     "load_packed",
     "put_packed",
     "quantize_model",
+    "require_plain_layer",
     "resolve_types",
     "save_packed",
     "true_bits",
@@ -135,7 +137,8 @@ def resolve_types(model: Decoder, types: str | Mapping[str, str]) -> dict[str, s
 
     Raises:
         ValueError: an unknown type or name, a matrix that is packed already, or whose rows are no multiple of
-            its type's block.
+            its type's block; a layer that computes with more than its weight, such as an adapter; or a tied
+            table beside an output layer of its own.
     """
     types = mixture(types, model.config) if isinstance(types, str) else dict(types)
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name.endswith(".weight")}
@@ -146,7 +149,42 @@ def resolve_types(model: Decoder, types: str | Mapping[str, str]) -> dict[str, s
                 "such as 'layers.0.mlp.up_proj.weight'; what is packed already has none."
             )
         block_format(type, matrices[name].shape[-1])
+        at = name.removesuffix(".weight")
+        require_plain_layer(at, model.get_submodule(at))
+    table = matrices["embed_tokens.weight"] if "embed_tokens.weight" in types else None
+    tied = table is not None and model.config.tie_word_embeddings
+    if tied and getattr(model.lm_head, "weight", table) is not table:
+        raise ValueError(
+            "The model's table is its output layer by its config, and beside it there is another, lm_head, "
+            "which the packed table would replace. Pack the model first, or leave embed_tokens.weight out."
+        )
     return types
+
+
+def require_plain_layer(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that is exchanged by its weight alone and computes with more: the rest would be lost.
+
+    Raises:
+        ValueError: a sentence that names it.
+    """
+    kind, bias = own_class(layer), getattr(layer, "bias", None)
+    if kind not in (nn.Linear, FewRowsLinear, nn.Embedding) or bias is not None:
+        what = f"{kind.__module__}.{kind.__qualname__}{'' if bias is None else ' with a bias'}"
+        raise ValueError(
+            f"{name or 'The model itself'} is {what}; expected a plain layer, which computes with its weight "
+            "and nothing else, or the rest would be lost. Merge or undo what was built into it, such as an "
+            "adapter (packed weights: unpack_model; ternary ones: pack_ternary), or leave it as it is."
+        )
+
+
+def _require_nothing_else(model: Decoder) -> None:
+    """Refuse a decoder in which something else was built than packed layers."""
+    changed = changed_inside(model)
+    for name, module in model.named_modules():
+        if type(module) not in (PackedLinear, PackedEmbedding) and (
+            name in changed or hasattr(module, "in_features")
+        ):
+            require_plain_layer(name, module)
 
 
 @torch.no_grad()
@@ -206,7 +244,11 @@ def unpack_model(model: Decoder) -> Decoder:
     """A plain decoder in float32 of the weights that a packed one stands for; the packed one stays.
 
     It computes what these weights say, and the packed one nearly the same: kernels round inputs to 8 bits.
+
+    Raises:
+        ValueError: something else was built into it than packed layers, such as adapters.
     """
+    _require_nothing_else(model)
     plain = Decoder(model.config)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
     weights = dict(model.named_parameters()) | {
@@ -235,7 +277,8 @@ def save_packed(model: Decoder, file: str | Path) -> None:
     """Write a packed decoder as one safetensors file with checksums, which is whole or not there.
 
     Raises:
-        ValueError: it was changed inside in other ways, so that `load_packed` could not make it again.
+        ValueError: something else was built into it than packed layers, such as adapters, so that
+            `load_packed` could not make it again.
         OSError: it cannot be written.
     """
     types = {name: module.type for name, module in model.named_modules() if isinstance(module, _Packed)}
@@ -255,6 +298,7 @@ def save_packed(model: Decoder, file: str | Path) -> None:
             "config has there. Pack ternary layers (pack_ternary), merge adapters, and give the model whose "
             "vocabulary is whole."
         )
+    _require_nothing_else(model)
     save_checkpoint(file, tensors, {"format": _FORMAT, "config": asdict(model.config), "types": types})
 
 

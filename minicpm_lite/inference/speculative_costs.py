@@ -30,7 +30,7 @@ Choices, and the traps behind them:
   good would never be asked again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -94,9 +94,13 @@ class Costs:
 def expected_length(acceptance: float, guesses: int) -> float:
     """Tokens that a call writes, of a chain whose guesses are each accepted with this chance.
 
+    Raises:
+        ValueError: the acceptance is no probability.
+
     >>> expected_length(0.5, guesses=2)
     1.75
     """
+    require_probability("acceptance", acceptance)
     return sum(acceptance**place for place in range(guesses + 1))
 
 
@@ -104,16 +108,17 @@ def best_chain(costs: Costs, acceptance: float, most: int) -> int:
     """How many guesses, up to ``most``, are fastest: 0 where none pays.
 
     Raises:
-        ValueError: the acceptance is no probability.
+        ValueError: the acceptance is no probability, or ``most`` is below 0.
     """
-    require_probability("acceptance", acceptance)
+    if most != 0:
+        require_positive_integer("most", most)
     return max(
         range(most + 1),
         key=lambda guesses: costs.speed(expected_length(acceptance, guesses), guesses, guesses),
     )
 
 
-def best_tree(costs: Costs, chances: Sequence[float], most: int) -> StaticTree | None:
+def best_tree(costs: Costs, chances: Iterable[float], most: int) -> StaticTree | None:
     """Which tree of up to ``most`` guesses is fastest, or None where none pays.
 
     Args:
@@ -129,6 +134,7 @@ def best_tree(costs: Costs, chances: Sequence[float], most: int) -> StaticTree |
         ValueError: a chance that is none, or their sum is above 1.
     """
     require_positive_integer("most", most)
+    chances = tuple(chances)
     for chance in chances:
         require_probability("chances", chance)
     if not chances or sum(chances) > 1 + 1e-6:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from ..language.decoder import Decoder
 from ..language.layers import replace_linears
-from .packed import freeze, put_packed
+from .packed import freeze, put_packed, require_plain_layer
 from .quantization import dequantize, quantize
 
 __all__ = ["TernaryLinear", "make_ternary", "pack_ternary", "ternarize", "ternary_product"]
@@ -152,12 +152,15 @@ def make_ternary(model: Decoder, group: Group = "row") -> Decoder:
     was.
 
     Raises:
-        ValueError: a layer that is ternary or packed already, or whose rows do not divide into such groups.
+        ValueError: a layer whose rows do not divide into such groups, or that computes with more than its
+            weight, such as an adapter, or is ternary or packed already. Nothing is changed then.
     """
 
     def change(name: str, linear: nn.Module) -> nn.Module:
-        stays = name.endswith("mlp.gate") or name == "lm_head"
-        return linear if stays else TernaryLinear(linear, group)
+        if name.endswith("mlp.gate") or name == "lm_head":
+            return linear
+        require_plain_layer(name, linear)
+        return TernaryLinear(linear, group)
 
     replace_linears(model, change)
     return model
@@ -172,18 +175,20 @@ def pack_ternary(model: Decoder, type: Literal["TQ1_0", "TQ2_0"] = "TQ2_0") -> D
 
     Raises:
         ValueError: a layer that the type cannot hold exactly: groups within a block of 256 that have several
-            scales, or rows that are no multiple of 256.
+            scales, or rows that are no multiple of 256. Nothing is packed then.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    packed = {}
     for name, layer in layers.items():
         try:
-            packed = quantize(layer.weight, type)
+            packed[name] = quantize(layer.weight, type)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if not torch.equal(dequantize(packed), layer.weight.float()):
+        if not torch.equal(dequantize(packed[name]), layer.weight.float()):
             raise ValueError(
                 f"{name} has a scale for each group of {layer.group!r}, and {type} one for 256. Train "
                 'with groups that are a multiple of 256, "row" or "matrix".'
             )
-        put_packed(model, f"{name}.weight", packed)
+    for name, quantized in packed.items():
+        put_packed(model, f"{name}.weight", quantized)
     return freeze(model).eval()

@@ -94,7 +94,7 @@ def without_heads(
         means: what they bring instead, in every lane, as `head_means` gives it; left out, nothing.
 
     Raises:
-        ValueError: the model has no such head.
+        ValueError: the model has no such head, or the means are those of another shape.
     """
     heads, config = list(heads), model.config
     for block, head in heads:
@@ -102,6 +102,15 @@ def without_heads(
             raise ValueError(
                 f"Block {block} has no head {head}, or is none; the model has {config.num_hidden_layers} "
                 f"blocks of {config.num_attention_heads} heads, both counted from 0."
+            )
+
+    if means is not None:
+        width = model.layers[0].self_attn.o_proj.in_features // config.num_attention_heads
+        shape = (config.num_hidden_layers, config.num_attention_heads, width)
+        if means.shape != shape:
+            raise ValueError(
+                f"means has shape {tuple(means.shape)}; expected those of all heads, {shape}, as head_means "
+                "gives them."
             )
 
     def instead(block: int, given: tuple[Tensor]) -> tuple[Tensor]:

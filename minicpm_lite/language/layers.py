@@ -93,11 +93,11 @@ def side_by_side(
 ) -> tuple[Float[Tensor, "*batch _outputs"], ...]:
     """What each of several linear layers makes of one input.
 
-    Layers of one class that has a static method of this name, from an input and layers to what they make of
-    it, are given to that: with few rows one call is cheaper than several. Hooks on them are not called then.
+    Layers of one class that has itself a static method of this name, from an input and layers to what they
+    make of it, are given to that: with few rows one call is cheaper than several. Their hooks are not called.
     """
     kind = type(linears[0])
-    if hasattr(kind, "side_by_side") and all(type(linear) is kind for linear in linears):
+    if "side_by_side" in vars(kind) and all(type(linear) is kind for linear in linears):
         return kind.side_by_side(x, linears)
     return tuple(linear(x) for linear in linears)
 
@@ -111,7 +111,8 @@ def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Modu
 
     Every linear layer inside is offered: routers of experts (``mlp.gate``) and an output layer (``lm_head``)
     too, which most changes should give back as they are. A module that is a linear layer itself has none
-    inside, so nothing is offered.
+    inside, so nothing is offered. They are replaced when all were offered: if ``change`` refuses one, the
+    model stays as it is.
 
     Args:
         model: any module.
@@ -125,15 +126,16 @@ def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Modu
     >>> replace_linears(model, lambda name, linear: nn.Linear(3, 4) if name == "2" else linear)
     ['2']
     """
-    replaced = []
+    replaced: list[tuple[nn.Module, str, str, nn.Module]] = []  # where, its name there, its path, what comes
 
     def visit(module: nn.Module, path: str) -> None:
-        for name, child in list(module.named_children()):
+        for name, child in module.named_children():
             if not hasattr(child, "in_features"):
                 visit(child, f"{path}{name}.")
             elif (new := change(path + name, child)) is not child:
-                setattr(module, name, new)
-                replaced.append(path + name)
+                replaced.append((module, name, path + name, new))
 
     visit(model, "")
-    return replaced
+    for module, name, _, new in replaced:
+        setattr(module, name, new)
+    return [path for _, _, path, _ in replaced]

@@ -25,6 +25,7 @@ Choices, and the traps behind them:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ from torch import Tensor
 
 from ..config import ModelConfig, RopeScaling
 
-__all__ = ["AngleTable", "apply_rotary", "ntk_theta", "rotary_angles", "rotary_frequencies", "scaled_angles",
-           "scaled_frequencies"]  # fmt: skip
+__all__ = ["AngleTable", "apply_rotary", "ntk_theta", "rotary_angles", "rotary_frequencies",
+           "same_frequencies", "scaled_angles", "scaled_frequencies"]  # fmt: skip
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
@@ -136,6 +137,19 @@ def scaled_frequencies(config: ModelConfig, length: int) -> tuple[Float[Tensor, 
             ratio = factor or config.max_position_embeddings / original
             magnitude = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     return frequencies, magnitude if scaling.attention_factor is None else scaling.attention_factor
+
+
+def same_frequencies(config: ModelConfig, lengths: Sequence[int]) -> list[list[int]]:
+    """The places of texts that may share a batch: of each list, all have the same frequencies by themselves.
+
+    >>> same_frequencies(ModelConfig(8, 8, 1, 1, 9), [5, 3, 900])  # which no length changes
+    [[0, 1, 2]]
+    """
+    frequencies = {length: tuple(scaled_frequencies(config, length)[0].tolist()) for length in {*lengths}}
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for place, length in enumerate(lengths):
+        alike.setdefault(frequencies[length], []).append(place)
+    return [*alike.values()]
 
 
 def ntk_theta(theta: float, factor: float, dim: int) -> float:

@@ -8,8 +8,6 @@ so the mean is over the units of the whole step. A mean of the passes' means is 
 hold unequal numbers of units.
 """
 
-import json
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,9 +22,9 @@ from ..language.documents import loss_within_documents, require_end
 from ..language.scoring import evaluating, next_token_loss, predicted, readable, token_losses
 from ..language.upcycling import balance_loss
 from .batches import Batch
-from .state import weight_checksums
+from .state import fingerprint
 
-__all__ = ["Objective", "distillation", "name_of", "next_token", "within_documents"]
+__all__ = ["Objective", "distillation", "next_token", "within_documents"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
         share: from 0, the text alone, to 1, the teacher alone.
 
     Raises:
-        ValueError: the share is none.
+        ValueError: the share is none; or, from the loss, a model of another vocabulary.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
     """
@@ -126,6 +124,12 @@ def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
     def loss(
         model: Decoder, window: Int[Tensor, "batch window"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        its, own = teacher.config.vocab_size, model.config.vocab_size
+        if its != own:
+            raise ValueError(
+                f"The teacher has {its} token ids and the model has {own}; a distribution is learned over "
+                "the same tokens. Give a teacher of the model's vocabulary."
+            )
         ids, counted = readable(window)[:, :-1], predicted(window)
         with torch.no_grad(), evaluating(teacher):
             wanted = teacher(ids).log_softmax(-1)
@@ -136,10 +140,5 @@ def distillation(teacher: Decoder, share: float = 1.0) -> Objective:
         losses = torch.where(counted, share * divergence + (1 - share) * surprise, 0)
         return _balanced(model, losses.sum() / counted.sum().clamp(min=1))
 
-    return Objective(f"distillation, {share:g} from teacher {name_of(teacher)}", loss, _predicted_tokens)
-
-
-def name_of(model: nn.Module) -> str:
-    """A model's weights in eight letters, by which an objective that asks it is told from one of another."""
-    checksums = json.dumps(weight_checksums(model), sort_keys=True)
-    return f"{zlib.crc32(checksums.encode()):08x}"
+    name = f"distillation, {share:g} from teacher {fingerprint(teacher)}"
+    return Objective(name, loss, _predicted_tokens)

@@ -30,6 +30,7 @@ __all__ = [
     "buffers_given_back",
     "checkpoint_shapes",
     "checkpoint_tensors",
+    "fingerprint",
     "hold_buffers",
     "make_moments",
     "own_memory",
@@ -85,8 +86,7 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
         owner = next((owner for owner in owners if owner in changed), None)
         if owner is None:
             return ""
-        settings = _ADDRESS.sub("", " ".join(model.get_submodule(owner).extra_repr().split()))
-        return f"{BUILT_IN}{changed[owner][0].__qualname__}{settings and f'({settings})'}"
+        return f"{BUILT_IN}{_shown(model.get_submodule(owner))}"
 
     kinds = {name: "trained" if p.requires_grad else "frozen" for name, p in model.named_parameters()}
     identity |= {"trainer config": trainer, "text": text, "objective": {"name": objective}}
@@ -95,6 +95,22 @@ def run_identity(model: nn.Module, config: TrainerConfig, text: dict, objective:
         for name, tensor in _kept(model).items()
     }
     return json.loads(json.dumps(identity))
+
+
+def fingerprint(model: Decoder) -> str:
+    """Eight digits of all that a decoder computes with: config, weights and buffers, what was built in."""
+    built_in = {
+        name: "missing" if here is None else _shown(model.get_submodule(name))
+        for name, (here, _) in changed_inside(model).items()
+    }
+    facts = [asdict(model.config), built_in, weight_checksums(model)]
+    return f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
+
+
+def _shown(module: nn.Module) -> str:
+    """The class of a module, with the settings that it shows."""
+    settings = _ADDRESS.sub("", " ".join(module.extra_repr().split()))
+    return f"{own_class(module).__qualname__}{settings and f'({settings})'}"
 
 
 def _spelled(value: object) -> str:
@@ -151,11 +167,11 @@ def require_one_run(facts: dict[str, dict]) -> None:
 
 
 def weight_checksums(model: nn.Module) -> dict[str, int]:
-    """By name, a checksum of each parameter that has values and lies here whole."""
+    """By name, a checksum of each parameter and persistent buffer that has values and lies here whole."""
     return {
-        name: zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        for name, parameter in model.named_parameters()
-        if not (parameter.is_meta or isinstance(parameter, DTensor))
+        name: zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for name, tensor in _kept(model).items()
+        if not (tensor.is_meta or isinstance(tensor, DTensor))
     }
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..config import require_positive_integer
 from ..data.conversations import EncodedExample, packed_windows
 from ..language.decoder import Decoder
-from ..language.rotary import scaled_frequencies
+from ..language.rotary import same_frequencies
 from ..language.scoring import evaluating, predicted, readable, require_finite, targets_of
 
 __all__ = ["AnswerScores", "choice_accuracy", "score_answers"]
@@ -98,12 +98,8 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
 
 def _batches(model: Decoder, examples: Sequence[EncodedExample], batch_size: int) -> Iterator[list[int]]:
     """The places of examples that are read together: those with the same rotary frequencies."""
-    lengths = {len(example) - 1 for example in examples}  # the last token is predicted, not read
-    frequencies = {length: tuple(scaled_frequencies(model.config, length)[0].tolist()) for length in lengths}
-    alike: dict[tuple[float, ...], list[int]] = {}
-    for place, example in enumerate(examples):
-        alike.setdefault(frequencies[len(example) - 1], []).append(place)
-    for places in alike.values():
+    lengths = [len(example) - 1 for example in examples]  # the last token is predicted, not read
+    for places in same_frequencies(model.config, lengths):
         for start in range(0, len(places), batch_size):
             yield places[start : start + batch_size]
 

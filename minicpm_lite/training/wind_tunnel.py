@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ..config import require_positive_integer, require_positive_number
 from ..language.decoder import Decoder
+from ..language.rotary import same_frequencies
 from ..language.scoring import (
     context_only,
     evaluating,
@@ -385,14 +386,15 @@ def conditional_losses(
 ) -> Float[Tensor, " items"]:
     """Loss of each answer given its context: the mean over the answer's tokens alone, in nats a token.
 
-    Shorter answers are padded with tokens that carry the mark of `context_only`, which do not count.
+    Shorter answers are padded with tokens that carry the mark of `context_only`, which do not count: the loss
+    is that of the answer alone, also where rotary frequencies follow the length of the text.
 
     Raises:
         ValueError: the contexts are empty, so that nothing stands before an answer's first token, or carry
             the mark already; or an answer has no token.
         FloatingPointError: a loss that is no finite number.
     """
-    if contexts.shape[1] == 0:
+    if not contexts.numel():
         raise ValueError("The contexts hold no token; give one at least, such as the start token.")
     if not torch.equal(readable(contexts), contexts):
         raise ValueError("Some tokens of the contexts carry the mark of context_only; give plain ids.")
@@ -400,8 +402,14 @@ def conditional_losses(
     counted = predicted(window).sum(dim=1)
     if not counted.all():
         raise ValueError("An answer holds no token that is predicted; each needs one at least.")
+    ends = (predicted(window) * torch.arange(1, window.shape[1]).to(window)).amax(dim=1)  # behind, padding
+    parts, order = [], []
     with evaluating(model):
-        losses = token_losses(model, window).sum(dim=1) / counted
+        for places in same_frequencies(model.config, ends.tolist()):
+            part = window[places, : int(ends[places].max()) + 1]
+            parts.append(token_losses(model, part).sum(dim=1) / counted[places])
+            order += places
+    losses = torch.cat(parts)[torch.tensor(order).argsort()]
     require_finite(losses, "an answer")
     return losses
 

@@ -1,10 +1,12 @@
 """Serve with compiled decoders: a script, because the shape checks of the tests cannot be compiled.
 
+First models of several shapes, one after the other: together they need more code than one may have made.
 Prints a line for each kind of model whose texts are those of an executor that is not compiled; raises where a
 graph breaks, a text differs, or code is made again and again.
 """
 
 import random
+from dataclasses import replace
 
 import torch
 import torch._dynamo
@@ -41,6 +43,15 @@ def serve(executor: PagedExecutor, draft) -> list[list[int]]:
     engine.run()
     return [answer.tokens for answer in answers]
 
+
+for width, blocks, heads in ((16, 1, 1), (32, 2, 4), (24, 3, 2), (32, 4, 2), (16, 2, 4)):
+    config = replace(CONFIGS["grouped"], hidden_size=width, num_hidden_layers=blocks,
+                     num_key_value_heads=heads, head_dim=None)  # fmt: skip
+    torch.manual_seed(0)
+    model = Decoder(config).eval()
+    assert serve(CompiledExecutor(model, 40, 4, backend="eager"), None) == serve(
+        PagedExecutor(model, 40, 4), None
+    )
 
 for name, config in CONFIGS.items():
     torch.manual_seed(0)

@@ -188,6 +188,27 @@ def test_value_heads_in_the_wrong_order_are_told_apart():
     assert (model(ids) - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("strength", [float("nan"), -0.1, 1.5, float("inf")])
+def test_a_strength_that_is_none_is_refused(strength):
+    model = make_model(WIDE["grouped"])
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="strength is .*; expected a number from 0 to 1"):
+        smooth_model(model, make_ids(model.config), strength)
+    assert all(torch.equal(weights[name], each) for name, each in model.state_dict().items())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_scale_that_destroys_weights_is_refused(broken):
+    layer = make_model(WIDE["grouped"]).layers[0]
+    weights = copy.deepcopy(layer.state_dict())
+    for seam in seams(layer):
+        scale = torch.ones(layer.get_submodule(seam.consumers[0]).in_features)
+        scale[3] = broken
+        with pytest.raises(ValueError, match=f"scale for {seam.producer} holds numbers that are not pos"):
+            fold(layer, seam, scale)
+    assert all(torch.equal(weights[name], each) for name, each in layer.state_dict().items())
+
+
 def test_a_model_that_was_changed_inside_is_refused():
     model = quantize_model(make_model(WIDE["grouped"]), {"layers.0.mlp.up_proj.weight": "Q4_0"})
     for how in (

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from minicpm_lite.inference.calibration import Statistics, walk_blocks
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.fast_decoding import fast_decoding
 
 
 def seen_by_hooks(model: Decoder, windows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -143,3 +144,10 @@ def test_an_expert_without_visitors_has_no_statistics():
 def test_texts_of_which_nothing_is_left_are_refused(windows, unchecked):
     with pytest.raises(ValueError, match="expected \\(windows, tokens\\), with more tokens than are skipped"):
         walk_blocks(make_model(WIDE["grouped"]), windows, lambda *_: None, skip=4)
+
+
+def test_a_copy_whose_layers_are_multiplied_together_is_refused(unchecked):
+    """Its queries, keys and values would seem to read nothing."""
+    copy = fast_decoding(make_model(WIDE["grouped"]))
+    with pytest.raises(ValueError, match="the model that the copy was made of"):
+        walk_blocks(copy, torch.zeros(1, 4, dtype=torch.long), lambda *_: None)

@@ -296,7 +296,7 @@ def test_a_head_with_the_targets_output_layer_is_kept_without_it(tmp_path):
         assert torch.equal(found, wanted) and stats.proposed
 
 
-def test_files_of_heads_that_do_not_fit_are_refused(tmp_path):
+def test_files_of_heads_that_do_not_fit_are_refused(tmp_path, unchecked):
     head, target = pair(RANKING[:13])
     file = tmp_path / "head.safetensors"
     with pytest.raises(ValueError, match="The head has an output layer of its own"):
@@ -312,6 +312,7 @@ def test_files_of_heads_that_do_not_fit_are_refused(tmp_path):
         load_eagle(file, Decoder(ModelConfig(**vars(CONFIG) | {"vocab_size": 31})))
     with pytest.raises(ValueError, match="of another shape"):
         load_eagle(file, Decoder(ModelConfig(**vars(CONFIG) | {"intermediate_size": 96})))
-    save_checkpoint(file, {}, {})
-    with pytest.raises(ValueError, match="of no head"):
-        load_eagle(file, target)
+    for facts in ({}, ["a", "list"], None, "text"):
+        save_checkpoint(file, {}, facts)
+        with pytest.raises(ValueError, match="of no head"):
+            load_eagle(file, target)

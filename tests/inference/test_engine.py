@@ -339,6 +339,26 @@ def test_scores_that_are_no_numbers_end_one_request_alone():
     assert "finite numbers" in answers[1].why and executor.pool.unused == 40
 
 
+@pytest.mark.parametrize("kind", [tuple, list, iter, dict.fromkeys])
+def test_a_request_is_what_it_was_when_it_was_made(kind, unchecked):
+    """However its ids were given, and whatever becomes of what they were given in."""
+    wanted = Request((1, 2, 3, 4), 20, stop_ids=())
+    stops = [alone(wanted)[4]]
+    wanted = replace(wanted, stop_ids=tuple(stops))
+    prompt = [1, 2, 3, 4]
+    given = prompt if kind is list else kind(prompt)
+    request = Request(given, 20, stop_ids=stops if kind is list else kind(stops))
+    assert request == wanted and hash(request) == hash(wanted)
+    serving = Engine(PagedExecutor(model(), 16, 4))
+    answer = serving.submit(request)
+    prompt.append(9)
+    stops.clear()
+    serving.step()
+    prompt += [5] * 70
+    serving.run()
+    assert answer.tokens == alone(wanted) and len(answer.tokens) <= 5
+
+
 def test_refusals(unchecked):
     executor = PagedExecutor(model(), 8, 4)
     serving = Engine(executor)

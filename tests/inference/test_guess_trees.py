@@ -134,6 +134,16 @@ def test_a_static_tree_holds_the_tokens_of_its_ranks():
             assert path[-1] == order[rank]
 
 
+def test_a_rank_beyond_the_tokens_of_the_draft_is_refused():
+    """Also where there is room for the earlier guesses alone."""
+    table = Table(2)
+    tokens = table.first().shape[-1]
+    StaticTree((-1, -1), (0, tokens - 1)).grow(table.first(), table.read, 9, GREEDY, None)
+    for most in (1, 9):
+        with pytest.raises(ValueError, match=f"guesses {tokens} tokens, so there is no rank {tokens}"):
+            StaticTree((-1, -1), (0, tokens)).grow(table.first(), table.read, most, GREEDY, None)
+
+
 @pytest.mark.parametrize("shape", [Chain(5), StaticTree((-1, -1, 0, 2), (0, 1, 0, 0)), DynamicTree(3, 2, 5)])
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_no_more_than_there_is_room_for(shape, most):

@@ -85,6 +85,14 @@ def test_what_it_is_asked(asked, file):
     assert asked[-1] == wanted
 
 
+@pytest.mark.parametrize("none", [(), [], iter(()), set()])
+def test_no_stop_ids_are_none_however_they_are_given(none, asked, file, unchecked):
+    server, prompt = LlamaCpp(file, room=64), [5, 6]
+    server.submit(Request(iter(prompt), 3, stop_ids=none))
+    server.run()
+    assert asked[-1]["ignore_eos"] is True and asked[-1]["prompt"] == prompt
+
+
 def test_what_fails_fails_alone(asked, file):
     server = LlamaCpp(file, room=64)
     good, wrong, cut = (server.submit(Request((first,), 2)) for first in (5, 9, 8))

@@ -121,6 +121,11 @@ def test_rows_that_no_block_divides_stay_as_they_are(name):
 
 
 def test_what_is_unknown_or_does_not_fit_is_refused():
+    config = WIDE["grouped"]
+    for name in ("layers.9.mlp.up_proj.weight", "layers.0.mlp.up_proj", "norm.weight", "lm_head.weight"):
+        with pytest.raises(ValueError, match=f"has no matrix '{name}'"):
+            packed_size(config, {name: "Q8_0"})
+    assert packed_size(WIDE["untied"], {"lm_head.weight": "Q8_0"}) != packed_size(WIDE["untied"], {})
     with pytest.raises(ValueError, match="There is no mixture 'Q4_K'"):
         mixture("Q4_K", SMOLLM2)
     with pytest.raises(ValueError, match="Rows of 576 weights do not divide into blocks of 128"):

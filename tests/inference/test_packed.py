@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from minicpm_lite import kernels
 from minicpm_lite.inference import packed as module
 from minicpm_lite.inference.drafts import frequent_draft
+from minicpm_lite.inference.gptq import gptq_model
 from minicpm_lite.inference.guess_trees import Chain
 from minicpm_lite.inference.mixtures import mixture, packed_size
 from minicpm_lite.inference.packed import (
@@ -28,7 +29,7 @@ from minicpm_lite.inference.packed import (
 from minicpm_lite.inference.quantization import dequantize, quantize
 from minicpm_lite.inference.ternary import make_ternary
 from minicpm_lite.language.context import KVCache
-from minicpm_lite.language.decoder import require_plain
+from minicpm_lite.language.decoder import Decoder, require_plain
 from minicpm_lite.language.fast_decoding import fast_decoding
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.layers import replace_linears
@@ -200,6 +201,109 @@ def test_what_is_packed_is_not_packed_again():
     model = packed_model()
     with pytest.raises(ValueError, match="what is packed already has none"):
         quantize_model(model, "Q8_0")
+
+
+# Layers that compute with more than their weight
+
+
+class Adapter(nn.Linear):
+    """As loralib has it: a linear layer under its name, with a low-rank part beside its weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+        self.down = nn.Parameter(torch.randn(4, linear.in_features) * 0.3)
+        self.up = nn.Parameter(torch.randn(linear.out_features, 4) * 0.3)
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Doubled(nn.Linear):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def biased(linear: nn.Linear) -> nn.Linear:
+    new = nn.Linear(linear.in_features, linear.out_features)
+    new.weight = linear.weight
+    return new
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) + 1
+
+
+def changed(how: str) -> Decoder:
+    torch.manual_seed(1)
+    model = make_model(WIDE["grouped"])
+    if how == "table":
+        model.embed_tokens = Shifted(*model.embed_tokens.weight.shape, _weight=model.embed_tokens.weight)
+        return model
+    layer = {"adapter": Adapter, "doubled": Doubled, "biased": biased}[how]
+    replace_linears(
+        model, lambda name, linear: layer(linear) if name == "layers.1.self_attn.q_proj" else linear
+    )
+    return model
+
+
+def some_packed(model: Decoder) -> Decoder:
+    """Packed in one layer, which is none of those that were changed."""
+    return quantize_model(model, {"layers.0.mlp.up_proj.weight": "Q8_0"})
+
+
+WAYS = {
+    "quantize_model": lambda model, _: quantize_model(model, "Q8_0"),
+    "gptq_model": lambda model, _: gptq_model(model, "Q8_0", make_ids(model.config)),
+    "make_ternary": lambda model, _: make_ternary(model),
+    "save_packed": lambda model, file: save_packed(some_packed(model), file),
+    "unpack_model": lambda model, _: unpack_model(some_packed(model)),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        (way, how)
+        for way in WAYS
+        for how in ("adapter", "doubled", "biased", "table")
+        if (way, how) != ("make_ternary", "table")  # which it leaves as it is
+    ],
+)
+@torch.no_grad()
+def test_what_a_layer_computes_beside_its_weight_is_not_lost(way, how, tmp_path):
+    """The model is refused in a sentence that names the layer, and computes what it did."""
+    model = changed(how)
+    ids = make_ids(model.config)
+    before = model(ids)
+    name = "embed_tokens" if how == "table" else "layers.1.self_attn.q_proj"
+    with pytest.raises(ValueError, match=rf"(?i){name}.*merge"):
+        WAYS[way](model, tmp_path / "file")
+    assert_close(model(ids), before, atol=5e-2 if "pack" in way else 0, rtol=0)
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_around_packed_layers_adapters_stay():
+    """What is not named is not touched, and a layer within an adapter is a plain one."""
+    model = changed("adapter")
+    ids = make_ids(model.config)
+    before = model(ids)
+    assert_close(some_packed(model)(ids), before, atol=5e-2, rtol=0)
+
+
+def test_an_output_layer_beside_a_tied_table_is_not_lost(unchecked):
+    draft = frequent_draft(make_model(WIDE["grouped"]), torch.arange(9), Chain(2)).model
+    with pytest.raises(ValueError, match="beside it there is another, lm_head, which the packed table"):
+        quantize_model(draft, "Q8_0")
+    assert draft.lm_head.out_features == 9
+    packed = frequent_draft(packed_model(), torch.arange(9), Chain(2)).model
+    assert packed.lm_head.out_features == 9, "the way that the sentence names"
 
 
 def test_broken_weights_are_named():

@@ -78,6 +78,7 @@ def test_the_best_tree_is_the_best_of_all(chances, costs):
 def test_a_tree_that_does_not_pay_is_none():
     assert best_tree(DEAR, (0.3, 0.2), 5) is None
     assert best_tree(CHEAP, (0.9,), 3) == StaticTree((-1, 0, 1), (0, 0, 0))
+    assert best_tree(CHEAP, iter((0.9,)), 3) == StaticTree((-1, 0, 1), (0, 0, 0))
 
 
 # Adaptive
@@ -153,6 +154,10 @@ def test_what_is_written_stays_the_same(inner, costs):
         (lambda: Costs((1.0, -1.0), 0.1), "calls is -1.0"),
         (lambda: Costs((1.0, 1.0), -0.1), "draft is -0.1"),
         (lambda: best_chain(CHEAP, 1.5, 3), "acceptance is 1.5"),
+        (lambda: best_chain(CHEAP, 1.5, 0), "acceptance is 1.5"),
+        (lambda: best_chain(CHEAP, 0.5, -1), "most is -1"),
+        (lambda: expected_length(-0.1, 3), "acceptance is -0.1"),
+        (lambda: best_tree(CHEAP, iter((0.7, 0.7)), 3), "whose sum is at most 1"),
         (lambda: best_tree(CHEAP, (0.7, 0.7), 3), "whose sum is at most 1"),
         (lambda: best_tree(CHEAP, (), 3), "whose sum is at most 1"),
         (lambda: best_tree(CHEAP, (0.5,), 0), "most is 0"),

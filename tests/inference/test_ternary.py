@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -259,6 +260,9 @@ def test_groups_that_the_type_cannot_hold_are_refused():
         ValueError, match=r"layers.1.mlp.up_proj: Rows of 64 weights do not divide into blocks"
     ):
         pack_ternary(narrow)
+    for refused in (model, narrow):
+        left = [part for part in refused.modules() if isinstance(part, TernaryLinear)]
+        assert len(left) == 14, "no latent weights are lost"
 
 
 def test_q4_0_does_not_hold_ternary_weights():
@@ -273,17 +277,33 @@ def test_q4_0_does_not_hold_ternary_weights():
 
 @pytest.mark.parametrize("group", [3, 0, -2, 512, "columns", None, 2.0])
 def test_groups_that_do_not_fit_are_refused(group, unchecked):
+    model = make_model(WIDE["grouped"])
     with pytest.raises(ValueError, match="group is .*; expected a divisor of the 256 columns"):
-        make_ternary(make_model(WIDE["grouped"]), group)
+        make_ternary(model, group)
+    require_plain(model)
+
+
+def test_a_layer_that_does_not_fit_leaves_the_others_as_they_are():
+    model = make_model(replace(WIDE["grouped"], intermediate_size=320))
+    with pytest.raises(ValueError, match="group is 256; expected a divisor of the 320 columns"):
+        make_ternary(model, 256)
+    require_plain(model)
+
+
+def test_packed_layers_are_refused():
+    model = quantize_model(make_model(WIDE["grouped"]), {"layers.1.mlp.up_proj.weight": "Q8_0"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj is .*PackedLinear; .*unpack_model"):
+        make_ternary(model)
+    assert not any(isinstance(part, TernaryLinear) for part in model.modules())
 
 
 def test_what_is_ternary_or_packed_is_not_made_so_again(unchecked):
     model = make_ternary(make_model(WIDE["grouped"]))
     before = {name: id(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match="The layer is a TernaryLinear already"):
+    with pytest.raises(ValueError, match="TernaryLinear; expected a plain layer"):
         make_ternary(model)
     assert {name: id(module) for name, module in model.named_modules()} == before
-    with pytest.raises(ValueError, match="The layer is a PackedLinear already"):
+    with pytest.raises(ValueError, match="PackedLinear; expected a plain layer"):
         make_ternary(pack_ternary(model))
 
 

@@ -124,6 +124,17 @@ def test_a_head_that_is_none_is_refused(head):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_means_of_another_shape_are_refused(name, unchecked):
+    """Of one block, of one head, of fewer blocks: each would be spread over the heads, or run out."""
+    model = make_model(FAMILIES[name])
+    means = head_means(model, texts(model))
+    for wrong in (means[0], means[0, 0], means[:1], means[:, :1], means[..., :1], means[0, 0, 0]):
+        taken_out = without_heads(model, [(0, 1)], wrong)
+        with pytest.raises(ValueError, match="means has shape .*; expected those of all heads"):
+            taken_out.__enter__()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_what_the_stream_says_at_each_depth(name):
     model = make_model(FAMILIES[name])

@@ -127,6 +127,20 @@ def test_adapters_compute_what_their_weights_say(name):
     assert (adapted - plain).abs().max() > 1e-2
 
 
+def test_a_change_that_refuses_one_layer_changes_none():
+    model = make_model(GROUPED)
+    before = dict(model.named_modules())
+
+    def refusing(name: str, linear: nn.Module) -> nn.Module:
+        if name == "layers.2.mlp.up_proj":
+            raise ValueError("not this one")
+        return adapt(name, linear)
+
+    with pytest.raises(ValueError, match="not this one"):
+        replace_linears(model, refusing)
+    assert dict(model.named_modules()) == before
+
+
 def test_both_forms_of_latent_attention_read_adapters(monkeypatch):
     """The absorbed form takes the matrix itself; gradients reach the adapter by either way."""
     torch.manual_seed(1)

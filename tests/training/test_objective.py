@@ -1,16 +1,21 @@
 """The next-token objective: exact values, exact counts, and what is added for a mixture."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import MixtureConfig
+from minicpm_lite.inference.packed import quantize_model
+from minicpm_lite.inference.ternary import make_ternary
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.layers import replace_linears
 from minicpm_lite.language.scoring import context_only
 from minicpm_lite.language.upcycling import balance_loss
 from minicpm_lite.training.objective import distillation, next_token, within_documents
@@ -159,6 +164,50 @@ def test_the_teacher_gets_no_gradient_and_keeps_its_mode():
 def test_a_run_knows_its_teacher_by_its_weights():
     assert distillation(small(1)).name == distillation(small(1)).name != distillation(small(2)).name
     assert distillation(small(1), 0.5).name != distillation(small(1)).name
+
+
+def halved(model: Decoder) -> Decoder:
+    """Its layers have the weights of the plain ones, and compute something else."""
+
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    def change(_: str, linear: nn.Linear) -> nn.Linear:
+        new = Halved(linear.in_features, linear.out_features, bias=False)
+        new.weight = linear.weight
+        return new
+
+    replace_linears(model, change)
+    return model
+
+
+def test_a_run_knows_its_teacher_by_all_that_it_computes_with():
+    """Packed bytes are buffers, frequencies are in the config, and a layer's class is none of the two."""
+    turned = small(1)
+    turned.config = replace(MODEL, rope_theta=500.0)
+    teachers = [
+        small(1),
+        small(1).double(),
+        turned,
+        halved(small(1)),
+        make_ternary(small(1)),
+        make_ternary(small(1), "matrix"),
+        *(quantize_model(small(seed), type) for seed in (1, 2) for type in ("Q8_0", "Q4_0")),
+    ]
+    outputs = [teacher.eval()(WINDOW[:, :-1]).float() for teacher in teachers]
+    for one, other in combinations(outputs, 2):
+        assert not torch.equal(one, other), "each says something else"
+    names = [distillation(teacher).name for teacher in teachers]
+    assert len(set(names)) == len(names)
+    assert names[-1] == distillation(quantize_model(small(2), "Q4_0")).name
+
+
+def test_a_teacher_of_another_vocabulary_is_refused():
+    for size in (30, 50):
+        other = Decoder(replace(MODEL, vocab_size=size))
+        with pytest.raises(ValueError, match=f"The teacher has {size} token ids and the model has 40"):
+            distillation(other).loss(small(1), WINDOW)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, True, "all", float("nan")])

@@ -13,7 +13,7 @@ from scipy.optimize import curve_fit, minimize_scalar
 
 import minicpm_lite.training.wind_tunnel as wind_tunnel
 from minicpm_lite import load_config
-from minicpm_lite.config import ModelConfig
+from minicpm_lite.config import ModelConfig, RopeScaling
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.scoring import context_only, next_token_loss
 from minicpm_lite.training.memory import recompute_blocks
@@ -329,6 +329,24 @@ def test_shorter_answers_are_padded_and_what_carries_a_mark_is_not_marked_again(
         conditional_losses(model, context_only(contexts), answers)
     with pytest.raises(ValueError, match="An answer holds no token that is predicted"):
         conditional_losses(model, contexts, context_only(answers))
+
+
+@pytest.mark.parametrize("kind", [None, "dynamic", "longrope"])
+def test_an_answer_has_its_loss_whatever_it_is_padded_and_asked_beside(kind):
+    """Also where the rotary frequencies follow the length of the text: on both sides of its border."""
+    factors = dict(short_factor=(1.0,) * 6, long_factor=(1.0, 2.0, 3.0, 9.0, 9.0, 9.0))
+    scaling = kind and RopeScaling(kind, 8, **({"factor": 2.0} if kind == "dynamic" else factors))
+    torch.manual_seed(0)
+    model = Decoder(shape(24, rope_scaling=scaling))
+    contexts, answers = torch.randint(64, (12, 5)), torch.randint(64, (12, 9))
+    sizes = [1, 9, 3, 4, 5, 2, 4, 3, 9, 5, 1, 8]
+    alone = [
+        conditional_losses(model, contexts[[row]], answers[[row], :size]).item()
+        for row, size in enumerate(sizes)
+    ]
+    behind = torch.arange(9) >= torch.tensor(sizes)[:, None]
+    padded = torch.where(behind, context_only(answers), answers)
+    assert conditional_losses(model, contexts, padded).tolist() == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("flat", ["N", "D"])

@@ -621,6 +621,11 @@ def _hears(size: float, at: int, of: int):
     return model
 
 
+def _measures(ids: Tensor) -> Tensor:
+    """Scores that hear how long the text is, and of no later token."""
+    return _counted(ids) + 0.01 * ids.shape[1]
+
+
 def _compares(ids: Tensor) -> Tensor:
     """The first scores hear how far two later tokens are apart."""
     scores = _counted(ids)
@@ -665,6 +670,15 @@ def _later_moved(model, ids: Tensor) -> bool:
     whole, moved = model(ids), (ids + 1) % 8
     return any(
         (model(torch.cat([ids[:, :t], moved[:, t:]], dim=1))[:, t - 1] - whole[:, t - 1]).abs().max() > 1e-5
+        for t in range(1, ids.shape[1])
+    )
+
+
+def _mirrored(model, ids: Tensor) -> bool:
+    """All later tokens are replaced by others."""
+    whole = model(ids)
+    return any(
+        (model(torch.cat([ids[:, :t], 7 - ids[:, t:]], dim=1))[:, :t] - whole[:, :t]).abs().max() > 1e-5
         for t in range(1, ids.shape[1])
     )
 
@@ -841,6 +855,8 @@ def block(answer):
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: 0),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: ids[0, 0]),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: token + 1),
+        lambda model, ids: _replaced(model, ids, 1e-5, lambda token: (token + 1) % 8),
+        _mirrored,
     ),
 )
 def leaks(answer):
@@ -888,6 +904,13 @@ def leaks(answer):
         "A leak of 0.01 passed where logits are about 100. How much may differ does not depend on their size."
     )
     assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), "A text of two tokens can leak, too."
+    for text in (ids, ids[:, :2]):
+        changed = text.clone()
+        assert same(answer(_measures, changed), True), (
+            "A model passed whose logits hear how long the text is. No later token tells that, so replacing "
+            "tokens does not find it; cut the text off."
+        )
+        assert same(changed, text), "Your check has changed the `ids` of a model that leaks. Change a copy."
     try:
         alone = answer(_counted, ids[:, :1])
     except (RuntimeError, ValueError, IndexError) as error:
