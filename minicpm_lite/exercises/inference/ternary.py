@@ -354,14 +354,20 @@ _CASES = (
             config, group, bits, tables=config.vocab_size * config.hidden_size
         ),
         lambda config, group, bits: 8 * _megabytes(config, group, bits),
+        lambda config, group, bits: 1e6 * _megabytes(config, group, bits),
+        lambda config, group, bits: 8e6 * _megabytes(config, group, bits),
         lambda config, group, bits: _megabytes(config, group, bits) * 1e6 / 2**20,
         lambda config, group, bits: _megabytes(config, 256, bits),
     ),
 )
 def ternary_megabytes(answer):
-    """Codes, scales, tables and norms: four terms, and in a small model the third is the largest surprise."""
+    """Codes, scales, tables and norms. The tables are not ternary: of a small model's file, a large share."""
     for config, group, table_bits in _CASES:
         got, expected = float(answer(config, group, table_bits)), _megabytes(config, group, table_bits)
+        assert not same(got, 1e6 * expected, 1e-3), "That is in bytes: a megabyte is a million of them."
+        assert not same(got, 8e6 * expected, 1e-3), (
+            "That is in bits: eight are a byte, and a million bytes a megabyte."
+        )
         assert not same(got, 8 * expected, 1e-3), "That is in megabits: eight bits are a byte."
         assert not same(got, expected * 1e6 / 2**20, 1e-4), (
             "That is in units of 2^20 bytes (MiB); a megabyte is a million bytes here."
@@ -598,14 +604,16 @@ quiz = Quiz(
             "steps up.",
         ),
         (
-            "Without the straight-through gradient, with the true derivative of rounding, a ternary layer",
+            "Without the straight-through gradient, with the true derivative of rounding and with its scales "
+            "held fixed, a ternary layer",
             [
                 "learns the same, more slowly",
                 "learns nothing, as the derivative is 0 almost everywhere",
                 "diverges",
             ],
             1,
-            "A small change of a weight changes no code, so it changes no output.",
+            "A small change of a weight changes no code, so with fixed scales it changes no output. (Where "
+            "the scales follow the weights, what they do to the scales can still be learned.)",
         ),
         (
             "Where do most bytes of a ternary BitCPM4-0.5B go that log2(3) bits for each weight do not "
@@ -615,16 +623,17 @@ quiz = Quiz(
             "The table is a sixth of the weights, and with 6.6 bits each two fifths of the file.",
         ),
         (
-            "Ternary weights are less than half the bytes of 4-bit ones, and their product was much less "
-            "than twice as fast. Why?",
+            "Suppose that the work on 4-bit weights takes 3 ms, and that reading their bytes, which goes on "
+            "beside it, takes 1 ms. Ternary weights have less than half of these bytes. What do fewer bytes "
+            "alone gain?",
             [
-                "Because the kernel multiplies, where it could add",
-                "Because the work on each weight stays about the same, and that is now what takes the time",
-                "Because the scales have to be read, too",
+                "More than a factor of two",
+                "Nothing: only less work on a weight would help",
+                "As much as the multiplications took",
             ],
             1,
-            "In the cache, where bytes cost little, the gain was about the same: the work on a weight "
-            "decides.",
+            "What takes longer is what one waits for, here the work. A kernel that has less to do for each "
+            "ternary weight gains by that, and not by the bytes.",
         ),
         (
             "Which model can be packed as TQ2_0 without changing a bit?",

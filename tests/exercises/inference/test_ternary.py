@@ -212,6 +212,7 @@ def test_other_styles(exercise, answer):
             lambda *task: megabytes_matrix_by_matrix(*task) * 1e6 / 2**20,
             "2^20",
         ),
+        (check.ternary_megabytes, lambda *task: megabytes_matrix_by_matrix(*task) * 1e6, "in bytes"),
         (
             check.mended_weight,
             lambda latent: 2 * of_rows(latent.detach()) * latent.detach().sign(),
