@@ -188,7 +188,7 @@ def chosen_blocks(answer):
     """Forced blocks, and of the others those whose best window gets most: the heart of InfLLM v2."""
     for shares, seen, config, why in _cases_of_choice():
         got = answer(shares.clone(), seen, config)
-        assert not isinstance(got, torch.Tensor | str), "Expected a set of whole numbers, the blocks."
+        assert not isinstance(got, torch.Tensor | str), "Expected a set or a list of whole numbers."
         expected, blocks = _chosen(shares, seen, config), {int(b) for b in got}
         assert blocks == expected and len(list(got)) == len(expected), (
             f"{_about_choice(blocks, shares, seen, config)}{why} Expected {sorted(expected)}, yours is "
@@ -207,6 +207,8 @@ def _about_choice(blocks, shares, seen, config) -> str:
         return "That is the choice by the *mean* of a block's windows; the best of them counts. "
     if blocks == _chosen(shares, seen, config, first=False):
         return "That is the choice without the first blocks forced: what does every query get? "
+    if blocks == _chosen(shares, seen, config, fixed=True):  # right until other sizes are asked for
+        return "That is the choice by the windows 4b − 1 to 4b + 3, as in the release; here others overlap. "
     if blocks == _chosen(shares, seen, config, overlap=False):
         return "That is the choice with each window counted for the block of its start alone. "
     return ""
@@ -264,6 +266,9 @@ def mended_shares(answer):
         )
         assert bool((got[seen] > 0).all()), (
             "A window that has ended at the query's own token is left out: its last token is seen, too."
+        )
+        assert heads == 1 or not same(heads * got, expected, 1e-4), (
+            f"That is the mean of the {heads} heads' shares. Each softmax is right; add them up instead."
         )
         total = got[seen.any(1)].sum(1)
         assert same(total, torch.full_like(total, heads), 1e-4), (
@@ -439,6 +444,10 @@ def control_blocks(answer):
         others = own + 1 - len(forced)
         free = expected - len(forced)
         if 0 < free < others:
+            assert any(got != draws[0] for got in draws), (
+                f"{rounds:,} draws, one after another, are all {sorted(draws[0])}. Is it the given "
+                "`generator` that is drawn from, and not one of your own that starts anew each time?"
+            )
             share = rounds * free / others
             off = 5 * math.sqrt(share * (1 - free / others))
             assert all(abs(drawn[b] - share) < off for b in range(own + 1) if b not in forced), (

@@ -145,3 +145,26 @@ def test_messages_name_the_idea_that_is_missed():
     too_many = SparseConfig(kernel_size=16, kernel_stride=8, window_size=2048, topk=16)
     assert "reads 22,527 vectors. The release reads 20,479" in said(check.my_settings, too_many)
     assert "rounded down, is 22,526." in said(check.my_settings, too_many)
+
+
+def windows_of_the_release(shares, seen, config):
+    """Right where a window is half a block and begins every quarter of one."""
+    blocks = -(-seen // config.block_size)
+    score = [max(map(float, shares[max(0, 4 * b - 1) : 4 * b + 4]), default=0.0) for b in range(blocks)]
+    forced = {*range(config.init_blocks), *range(max(0, blocks - config.local_blocks), blocks)}
+    others = sorted(set(range(blocks)) - forced, key=lambda b: -score[b])
+    return forced | set(others[: max(0, config.num_blocks - len(forced))])
+
+
+def averaged_over_heads(query, key, size, stride):
+    return shares_with_loops(query, key, size, stride) / len(query)
+
+
+def control_of_its_own(own, config, generator):
+    return control_by_drawing(own, config, torch.Generator().manual_seed(0))
+
+
+def test_messages_tell_near_mistakes_apart():
+    assert "as in the release" in said(check.chosen_blocks, windows_of_the_release)
+    assert "mean of the 2 heads" in said(check.mended_shares, averaged_over_heads)
+    assert "one of your own that starts anew" in said(check.control_blocks, control_of_its_own)
