@@ -32,6 +32,17 @@ def _between(
     return (codes * step + (low if shift else 0)).reshape(weights.shape).to(weights.dtype)
 
 
+def _with_zero_point(weights, group, bits):
+    """The first mark is the multiple of the step that is nearest to the least weight, so that 0 is a mark."""
+    parts = weights.double().unflatten(-1, (-1, group))
+    low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    step = torch.where(step > 0, step, 1)
+    first = (low / step).round()
+    codes = ((parts / step).round() - first).clamp(0, 2**bits - 1)
+    return ((codes + first) * step).flatten(-2).to(weights.dtype)
+
+
 @exercise(
     "round between",
     wrong=(
@@ -48,6 +59,7 @@ def _between(
         lambda weights, group, bits: _between(weights, group, bits, guarded=False),
         lambda weights, group, bits: _between(weights, group, bits, smallest=1e-3),
         lambda weights, group, bits: _between(weights, group, bits, smallest=1e-8),
+        _with_zero_point,
         lambda weights, group, bits: weights,
     ),
     without=("a loop", "quantize", "dequantize"),
@@ -55,7 +67,12 @@ def _between(
 def round_between(answer):
     """Each group has its own first mark and its own step, so all of its codes are used."""
     by_hand = torch.tensor([[0.1, 1.6, 0.45, 0.8]])
-    assert same(answer(by_hand.clone(), 4, 2), [[0.1, 1.6, 0.6, 0.6]]), (
+    got = answer(by_hand.clone(), 4, 2)
+    assert not same(got, _with_zero_point(by_hand, 4, 2)), (
+        "These marks are whole multiples of the step, as with a zero point that is a whole number. Many "
+        "formats do so, to have a mark at 0; here the first mark is the least weight itself, 0.1."
+    )
+    assert same(got, [[0.1, 1.6, 0.6, 0.6]]), (
         "By hand: 0.1, 1.6, 0.45 and 0.8 in one group with 2 bits. The marks are 0.1, 0.6, 1.1 and 1.6, for "
         "the step is (1.6 - 0.1) / 3; so 0.45 and 0.8 go to 0.6."
     )
@@ -166,6 +183,10 @@ def forecast(answer):
     )
     assert not same(answer, 0.299 / 4, tolerance=0.0005), (
         "That is the mean size of an error. In the root of the mean square large errors count more."
+    )
+    assert not same(answer, 2.39 / 7 / 12**0.5, tolerance=0.0005), (
+        "That is the step over √12, as it should be, but of another step: the largest weight over 7. In Q4_0 "
+        "it has the code -8."
     )
     assert abs(float(answer) / _NORMAL_32 - 1) < 0.05, (
         "Not yet. Two numbers decide: how far two marks are apart, if the largest weight has the code -8; "
@@ -401,7 +422,7 @@ def _dot(
     without=("linear", "dequantize", "reference"),
 )
 def group_product(answer):
-    """Two sums of whole numbers, one of products and one of codes of x; floats come in at the end."""
+    """One sum of products of codes and one of codes of x: both whole, whatever type of number holds them."""
     by_hand = torch.zeros(32, dtype=torch.uint8), torch.zeros(32)
     by_hand[0][0], by_hand[0][1], by_hand[1][0], by_hand[1][1] = 5, 2, 1.27, 0.5
     got = _number(answer(by_hand[0].clone(), 0.5, 1.0, by_hand[1].clone()))
@@ -431,6 +452,13 @@ def group_product(answer):
         assert not abs(got - _dot(codes, step, least, x, minimum="exact")) < close, (
             "Nearly: the minimum is multiplied by the sum of x as it was, and the kernel knows only x as it "
             "was rounded."
+        )
+        assert not abs(got - _dot(codes, step, least, x, levels=128)) < close, (
+            "The step of x is its largest size / 128 here. Codes of x go from -127 to 127, so it is / 127."
+        )
+        assert not abs(got - _dot(codes, step, least, x, rounded=torch.trunc)) < close, (
+            "The codes of x are cut off here, as int() does and .to(torch.int32). They are the nearest "
+            "whole numbers: round first."
         )
         assert abs(got - expected) < close, (
             f"The kernel gives {expected:.5f}, yours {got:.5f}. Codes of x, the sum of the 32 products, the "
@@ -571,11 +599,11 @@ quiz = Quiz(
             ["4", "4.5", "4.5, and more where the mixture keeps 6 or 8 bits"],
             2,
             "Sixteen bits of scale for 32 codes are half a bit more; and the output layer of such a file has "
-            "another type. In a small model it is a quarter of all weights.",
+            "another type. In SmolLM2 it is a fifth of all weights.",
         ),
         (
-            "GPTQ gives each weight an error that is larger than by rounding to nearest. Why would anybody "
-            "want that?",
+            "GPTQ moves weights further than rounding to nearest does, on average. Why would anybody want "
+            "that?",
             [
                 "Because larger errors average out better",
                 "Because the errors of several weights cancel in the output on real inputs",

@@ -18,6 +18,15 @@ def between_in_numpy(weights, group, bits):
     return (low + codes * step).reshape(weights.shape)
 
 
+def between_with_zero_point(weights, group, bits):
+    parts = weights.unflatten(-1, (-1, group))
+    low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    zero = (-low / step).round()
+    codes = ((parts / step).round() + zero).clamp(0, 2**bits - 1)
+    return ((codes - zero) * step).flatten(-2)
+
+
 def read_by_numbers(block):
     step = float(np.frombuffer(bytes(block[:2].tolist()), np.float16)[0])
     raw = block[2:].tolist()
@@ -73,6 +82,12 @@ def product_in_bytes(codes, step, least, x):
     return unit * (step * int((codes.to(torch.int8) * p).sum()) - least * int(p.sum()))
 
 
+def product_by(codes, step, least, x, levels=127, whole=torch.round):
+    unit = float(x.abs().max()) / levels
+    p = whole(x / (unit or 1)).int()
+    return unit * (step * int((codes.int() * p).sum()) - least * int(p.sum()))
+
+
 def mean_count(weight, block):
     return np.mean([len(set(part)) for row in weight.tolist() for part in _parts(row, block)])
 
@@ -125,6 +140,7 @@ def test_other_styles_are_right(exercise, answer):
         (check.forecast, 0.299 / 2, "half the step"),
         (check.forecast, 0.299**2 / 12, "Asked is its root"),
         (check.forecast, 0.299 / 4, "mean size"),
+        (check.forecast, 2.39 / 7 / math.sqrt(12), "of another step"),
         (check.forecast, 0.17, "The hints say more"),
         (check.was_rounded, lambda w, block, bits: check._was_rounded(w, block, bits, spare=1), "Seventeen"),
         (
@@ -137,8 +153,11 @@ def test_other_styles_are_right(exercise, answer):
         (check.gptq_row, lambda w, h, step: w.copy_(gptq_by_inverse(w, h, step)), "work on a copy"),
         (check.gptq_row, lambda w, h, step: gptq_by_inverse(w, h, step).double(), "float64"),
         (check.round_between, lambda w, group, bits: w, "By hand"),
+        (check.round_between, between_with_zero_point, "zero point"),
         (check.group_product, lambda codes, step, least, x: step * float(codes.float() @ x), "By hand"),
         (check.group_product, product_in_bytes, "has no room"),
+        (check.group_product, lambda *given: product_by(*given, levels=128), "so it is / 127"),
+        (check.group_product, lambda *given: product_by(*given, whole=torch.trunc), "round first"),
         (check.was_rounded, lambda w, block, bits: mean_count(w, block) <= 2**bits, "neither a mean"),
         (
             check.was_rounded,
