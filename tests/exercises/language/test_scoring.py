@@ -91,6 +91,44 @@ def test_other_styles(exercise, answer):
     assert verdict.state == "right", verdict.message
 
 
+def softmax_kept(table, texts, steps, rate):
+    """The slopes are forgotten, and the softmax too many stays."""
+    table = table.clone().requires_grad_()
+    for ids in [*texts] * steps:
+        loss = F.cross_entropy(table[ids[:-1]].softmax(dim=1), ids[1:])
+        (slope,) = torch.autograd.grad(loss, table)
+        with torch.no_grad():
+            table -= rate * slope
+    return table.detach()
+
+
+def update_in_turn(table, ids, rate):
+    """Each lane moves the table before the next one asks."""
+    table = table.clone()
+    for asks, came in zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True):
+        slope = table[asks].softmax(dim=0)
+        slope[came] -= 1
+        table[asks] -= rate * slope / (len(ids) - 1)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "told"),
+    [
+        (check.floor, {"best": 0.269, "blind": 0.337, "is": 0.667}, "`best`: The noun is no fair coin"),
+        (check.floor, {"best": 0.264, "blind": 0.269, "is": 0.667}, "`blind`: Yours is an average over five"),
+        (check.floor, {"best": 0.264, "blind": 0.341, "is": 0.667}, "`blind`: Neither the noun"),
+        (check.floor, {"best": 0.26, "blind": 0.337, "is": 0.667}, "`best`: right as far as it goes"),
+        (check.floor, {"best": 0.264, "blind": 0.34, "is": 0.667}, "`blind`: right as far as it goes"),
+        (check.mended_training, softmax_kept, "what does `cross_entropy` expect"),
+        (check.one_update, update_in_turn, "lane by lane"),
+    ],
+)
+def test_likely_slips_get_a_message_of_their_own(exercise, answer, told):
+    verdict = exercise.judge(answer)
+    assert verdict.state != "right" and told in verdict.message
+
+
 def test_a_banned_class_is_found_wherever_it_was_called():
     loss = torch.nn.CrossEntropyLoss()
 
