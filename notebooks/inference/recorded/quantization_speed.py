@@ -1,4 +1,4 @@
-"""Speed and memory of SmolLM2-135M in several types, 4 minutes on 2 cores of a quiet machine.
+"""Speed and memory of SmolLM2-135M in several types, 6 minutes on 2 cores of a quiet machine.
 
 Run it with `python notebooks/inference/recorded/quantization_speed.py prepare`, which packs the model into a
 folder of temporary files (3 minutes), and then without `prepare`, which measures; or with "matrices",
@@ -11,7 +11,7 @@ in turns, with two threads:
   LLAMA_CPP_SITE otherwise);
 - where the time of such a token goes: each part is timed where it stands, and the fastest of 400 counts;
 - one row times the second matrix once more, every type in every build side by side, since the float32 kernel
-  was mended for what has no AVX-512: the fastest of 400 each, in turns, on a machine that was busier;
+  was mended for what has no AVX-512: the fastest of 400 each, in turns;
 - what the process of a model takes in memory, each in a process of its own.
 
 The rule, fixed before the run: Q4_0 writes at least 2.5 times as many tokens a second as PyTorch in float32,
