@@ -270,7 +270,7 @@ def _same_table(embedding, output):
 
 
 @exercise(
-    "fingerprint",
+    "factor between two tables",
     wrong=(
         lambda embedding, output: (embedding[0, 0] / output[0, 0]).item(),
         lambda embedding, output: (embedding.norm() / output.norm()).item(),
@@ -290,7 +290,7 @@ def _same_table(embedding, output):
         ),
     ),
 )
-def fingerprint(answer):
+def factor_between(answer):
     """scale_emb times hidden_size / dim_model_base: only the product."""
     generator = torch.Generator().manual_seed(0)
     table, other = torch.randn(2, 20, 6, generator=generator)

@@ -68,7 +68,7 @@ def quotients(embedding, output):
         (check.put_back, in_place),
         (check.fill_shards, counts_room),
         (check.differences, walks),
-        (check.fingerprint, quotients),
+        (check.factor_between, quotients),
     ],
 )
 def test_other_styles(exercise, answer):
