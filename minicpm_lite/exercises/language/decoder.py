@@ -626,6 +626,17 @@ def _measures(ids: Tensor) -> Tensor:
     return _counted(ids) + 0.01 * ids.shape[1]
 
 
+def _hears_length(length: int):
+    """A model whose first scores hear whether the text has just so many tokens."""
+
+    def model(ids: Tensor) -> Tensor:
+        scores = _counted(ids)
+        scores[:, 0, 0] += 0.01 * (ids.shape[1] == length)
+        return scores
+
+    return model
+
+
 def _compares(ids: Tensor) -> Tensor:
     """The first scores hear how far two later tokens are apart."""
     scores = _counted(ids)
@@ -857,6 +868,10 @@ def block(answer):
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: token + 1),
         lambda model, ids: _replaced(model, ids, 1e-5, lambda token: (token + 1) % 8),
         _mirrored,
+        lambda model, ids: any(
+            (model(ids[:, :t])[:, -1] - model(ids)[:, t - 1]).abs().max() > 1e-5
+            for t in range(1, ids.shape[1])
+        ),
     ),
 )
 def leaks(answer):
@@ -903,7 +918,9 @@ def leaks(answer):
     assert same(answer(_raised, ids), True), (
         "A leak of 0.01 passed where logits are about 100. How much may differ does not depend on their size."
     )
-    assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), "A text of two tokens can leak, too."
+    assert same(answer(_hears(1.0, 0, 1), ids[:, :2]), True), (
+        "A text of two tokens can leak, too, and here only by which token comes second: cut it off."
+    )
     for text in (ids, ids[:, :2]):
         changed = text.clone()
         assert same(answer(_measures, changed), True), (
@@ -911,6 +928,11 @@ def leaks(answer):
             "tokens does not find it; cut the text off."
         )
         assert same(changed, text), "Your check has changed the `ids` of a model that leaks. Change a copy."
+    for length in range(2, 8):
+        assert same(answer(_hears_length(length), ids), True), (
+            f"A model passed whose first logits are other ones when the text is cut to {length} tokens. "
+            "After each cut compare all logits that are left, and not the last ones alone."
+        )
     try:
         alone = answer(_counted, ids[:, :1])
     except (RuntimeError, ValueError, IndexError) as error:
