@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from ..language.context import Context
 from ..language.decoder import Decoder
-from ..language.fast_decoding import FewRowsLinear
 from ..language.moe import MixtureOfExperts
 from ..language.scoring import evaluating
 
@@ -87,13 +86,8 @@ def walk_blocks(
         at_once: windows that are computed together.
 
     Raises:
-        ValueError: no windows, or none that is longer than what is skipped; or a copy of `fast_decoding`.
+        ValueError: no windows, or none that is longer than what is skipped.
     """
-    if any(isinstance(module, FewRowsLinear) for module in model.modules()):
-        raise ValueError(
-            "The model is a copy made by fast_decoding, which multiplies layers together, so that nobody "
-            "sees their inputs. Give the model that the copy was made of."
-        )
     if windows.ndim != 2 or not windows.numel() or not 0 <= skip < windows.shape[1]:
         raise ValueError(
             f"windows has shape {tuple(windows.shape)} and skip is {skip}; expected (windows, tokens), with "

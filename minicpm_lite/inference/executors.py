@@ -177,10 +177,13 @@ class PagedExecutor:
 
     def open(self, prompt: Sequence[int], most: int, share: bool = True) -> PagedText | None:
         """Room for a text; see `Executor`."""
-        if (reads_now := appearance(self.model)) != self._read_by:
+        text = self.pool.open(prompt, most, share)
+        if text is not None and (reads_now := appearance(self.model)) != self._read_by:
+            self.pool.close(text)  # its beginning may be what the model read before it was changed
             self.pool.forget()
             self._read_by = reads_now
-        return self.pool.open(prompt, most, share)
+            text = self.pool.open(prompt, most, share)
+        return text
 
     def close(self, text: PagedText) -> None:
         """The room comes back."""

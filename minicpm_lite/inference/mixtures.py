@@ -29,7 +29,7 @@ from reprlib import repr as shown
 import torch
 
 from ..config import ModelConfig
-from ..language.decoder import Decoder
+from ..language.decoder import plain_shapes
 from .quantization import block_format
 
 __all__ = ["Size", "mixture", "packed_size"]
@@ -86,7 +86,7 @@ def mixture(name: str, config: ModelConfig) -> dict[str, str]:
     >>> [types[f"layers.9.mlp.{name}.weight"] for name in ("up_proj", "down_proj")]
     ['Q4_K', 'Q6_K']
     """
-    shapes = {name: shape for name, shape in _shapes(config).items() if _is_quantised(name, shape)}
+    shapes = {name: shape for name, shape in plain_shapes(config).items() if _is_quantised(name, shape)}
     if name.startswith("INT"):
         linear = {at: shape for at, shape in shapes.items() if at.startswith("layers.")}
         for _, columns in linear.values():
@@ -115,7 +115,7 @@ def packed_size(config: ModelConfig, types: Mapping[str, str], rest: torch.dtype
     >>> round(packed_size(config, mixture("Q4_K_M", config)).bits_per_weight, 2)
     5.28
     """
-    weights, nbytes, shapes = 0, 0, _shapes(config)
+    weights, nbytes, shapes = 0, 0, plain_shapes(config)
     for name in types:
         if len(shapes.get(name, ())) != 2:
             raise ValueError(
@@ -130,11 +130,6 @@ def packed_size(config: ModelConfig, types: Mapping[str, str], rest: torch.dtype
         else:
             nbytes += rest.itemsize * shape.numel()
     return Size(weights, nbytes)
-
-
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
 
 
 def _is_quantised(name: str, shape: torch.Size) -> bool:

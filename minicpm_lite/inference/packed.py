@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import model_config
-from ..language.decoder import Decoder, changed_inside, own_class
+from ..language.decoder import Decoder, changed_inside, own_class, plain_shapes
 from ..language.fast_decoding import FewRowsLinear
 from ..language.layers import replace_linears
 from ..training.checkpoint import load_checkpoint, save_checkpoint
@@ -109,7 +109,7 @@ class PackedLinear(_Packed):
     ) -> tuple[Float[Tensor, "*batch _rows"], ...]:
         """What each of some packed layers makes of one input."""
         type = layers[0].type
-        if torch.is_grad_enabled() or type not in kernels.FORMATS or any(one.type != type for one in layers):
+        if type not in kernels.FORMATS or any(one.type != type for one in layers):
             return tuple(layer(x) for layer in layers)
         return kernels.linears(x, [layer.packed for layer in layers], type)
 
@@ -161,14 +161,23 @@ def resolve_types(model: Decoder, types: str | Mapping[str, str]) -> dict[str, s
     return types
 
 
-def require_plain_layer(name: str, layer: nn.Module) -> None:
+def require_plain_layer(
+    name: str,
+    layer: nn.Module,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, FewRowsLinear, nn.Embedding),
+) -> None:
     """Refuse a layer that is exchanged by its weight alone and computes with more: the rest would be lost.
+
+    Args:
+        name: what the sentence calls it.
+        layer: of a decoder.
+        kinds: what it may be; and it has no bias.
 
     Raises:
         ValueError: a sentence that names it.
     """
     kind, bias = own_class(layer), getattr(layer, "bias", None)
-    if kind not in (nn.Linear, FewRowsLinear, nn.Embedding) or bias is not None:
+    if kind not in kinds or bias is not None:
         what = f"{kind.__module__}.{kind.__qualname__}{'' if bias is None else ' with a bias'}"
         raise ValueError(
             f"{name or 'The model itself'} is {what}; expected a plain layer, which computes with its weight "
@@ -288,8 +297,7 @@ def save_packed(model: Decoder, file: str | Path) -> None:
         output, table = (tensors.get(f"{name}.{kind}") for name in ("lm_head", "embed_tokens"))
         if output is not None and table is not None and torch.equal(output, table):
             del tensors[f"lm_head.{kind}"]
-    with torch.device("meta"):
-        plain = {name: weight.shape for name, weight in Decoder(model.config).named_parameters()}
+    plain = plain_shapes(model.config)
     held = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".packed")}
     wanted = {name: shape for name, shape in plain.items() if name.removesuffix(".weight") not in types}
     if other := sorted(name for name in held | wanted if held.get(name) != wanted.get(name)):
@@ -315,7 +323,7 @@ def load_packed(file: str | Path) -> Decoder:
     config = model_config(facts["config"], f"The config in {file}")
     with torch.device("meta"):
         model = Decoder(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = plain_shapes(config)
     for name, type in facts["types"].items():
         shape, data = shapes.get(f"{name}.weight"), tensors.get(f"{name}.packed")
         if shape is None or data is None:

@@ -41,6 +41,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..language.decoder import Decoder
+from ..language.fast_decoding import FewRowsLinear
 from ..language.layers import replace_linears
 from .packed import freeze, put_packed, require_plain_layer
 from .quantization import dequantize, quantize
@@ -119,13 +120,7 @@ class TernaryLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: Group = "row") -> None:
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"The layer is a {type(linear).__name__} already; a ternary one takes over the weights of a "
-                "plain linear layer. Make a model ternary once, and before it is packed."
-            )
-        if linear.bias is not None:
-            raise ValueError("The linear layer has a bias; the decoder's have none, and none is read here.")
+        require_plain_layer("The layer", linear, kinds=(nn.Linear, FewRowsLinear))
         ternarize(linear.weight[:1].detach(), group)  # which refuses a group that does not fit
         self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
         self.latent = linear.weight
@@ -159,8 +154,10 @@ def make_ternary(model: Decoder, group: Group = "row") -> Decoder:
     def change(name: str, linear: nn.Module) -> nn.Module:
         if name.endswith("mlp.gate") or name == "lm_head":
             return linear
-        require_plain_layer(name, linear)
-        return TernaryLinear(linear, group)
+        try:
+            return TernaryLinear(linear, group)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     replace_linears(model, change)
     return model

@@ -36,7 +36,7 @@ from .latent_attention import LatentAttention
 from .layers import Attention, FeedForward, RMSNorm
 from .moe import MixtureOfExperts
 
-__all__ = ["Block", "Decoder", "changed_inside", "own_class", "require_plain"]
+__all__ = ["Block", "Decoder", "changed_inside", "own_class", "plain_shapes", "require_plain"]
 
 
 class Block(nn.Module):
@@ -209,6 +209,11 @@ def changed_inside(model: Decoder) -> dict[str, tuple[type | None, type | None]]
     return _different(_classes(model), _classes(_plain(model.config)))
 
 
+def plain_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of each tensor that a plain decoder of this config has, by its name. Nothing is built."""
+    return {name: tensor.shape for name, tensor in _plain(config).state_dict().items()}
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module; of one that is cut over processes, which is of FSDP's class too, its own."""
     classes = type(module).__mro__
@@ -226,7 +231,8 @@ def require_plain(model: Decoder) -> None:
             "The model is cut over processes, and each holds a part of it. Save a checkpoint with its "
             "Trainer; load_weights makes a whole model of that."
         )
-    if changed := changed_inside(model) or _different(_shapes(model), _shapes(_plain(model.config))):
+    held = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if changed := changed_inside(model) or _different(held, plain_shapes(model.config)):
         name, (here, there) = next(iter(changed.items()))
         raise ValueError(
             f"The model was changed inside: {name or 'the model itself'} is {_shown(here)}, and in a plain "
@@ -242,10 +248,6 @@ def _plain(config: ModelConfig) -> Decoder:
 
 def _classes(model: Decoder) -> dict[str, type]:
     return {name: own_class(module) for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def _shapes(model: Decoder) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _different(here: dict, there: dict) -> dict[str, tuple]:

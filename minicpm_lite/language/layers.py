@@ -93,13 +93,16 @@ def side_by_side(
 ) -> tuple[Float[Tensor, "*batch _outputs"], ...]:
     """What each of several linear layers makes of one input.
 
-    Layers of one class that has itself a static method of this name, from an input and layers to what they
-    make of it, are given to that: with few rows one call is cheaper than several. Their hooks are not called.
+    Where no gradient is asked for, layers of one class that has itself a static method of this name, from an
+    input and layers to what they make of it, are given to that: with few rows one call is cheaper than
+    several. Layers with hooks are called one by one, so that the hooks are.
     """
     kind = type(linears[0])
-    if "side_by_side" in vars(kind) and all(type(linear) is kind for linear in linears):
-        return kind.side_by_side(x, linears)
-    return tuple(linear(x) for linear in linears)
+    if torch.is_grad_enabled() or "side_by_side" not in vars(kind):
+        return tuple(linear(x) for linear in linears)
+    if any(type(one) is not kind or one._forward_pre_hooks or one._forward_hooks for one in linears):
+        return tuple(linear(x) for linear in linears)
+    return kind.side_by_side(x, linears)
 
 
 def replace_linears(model: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> list[str]:

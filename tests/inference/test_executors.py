@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minicpm_lite.config import ModelConfig
+from minicpm_lite.inference import executors
 from minicpm_lite.inference.engine import Engine, Request
 from minicpm_lite.inference.executors import CompiledExecutor, Executor, PagedExecutor
 from minicpm_lite.inference.packed import PackedEmbedding, quantize_model
@@ -46,6 +47,15 @@ def test_streams_are_those_of_the_decoder():
     torch.testing.assert_close(streams[0, [0, 2]], wanted[0][0, -2:])
     executor.accept([[0, 2]])
     assert text.tokens == [*ids, 6, 7, 9]
+
+
+def test_weights_are_looked_at_only_where_a_text_finds_room(monkeypatch):
+    executor, looked, appearance = PagedExecutor(model(), 2, page_size=8), [], executors.appearance
+    monkeypatch.setattr(executors, "appearance", lambda model: looked.append(model) or appearance(model))
+    text = executor.open([1, 2, 3], 16)
+    assert [executor.open([4], 8) for _ in range(3)] == [None] * 3 and looked == [executor.model]
+    executor.close(text)
+    assert executor.open([4], 8) is not None and len(looked) == 2
 
 
 @pytest.mark.parametrize(

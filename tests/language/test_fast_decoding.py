@@ -66,6 +66,15 @@ def test_layers_of_one_input_are_multiplied_in_one_call(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_hook_is_called_where_layers_would_be_multiplied_in_one_call():
+    fast, ids, seen = fast_decoding(make_model(GROUPED)), make_ids(GROUPED)[:, :5], []
+    expected = fast(ids)
+    fast.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda *_: seen.append("before"))
+    fast.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append("behind"))
+    assert torch.equal(fast(ids), expected) and seen == ["before", "behind"]
+
+
+@torch.no_grad()
 def test_layers_of_two_classes_are_multiplied_one_by_one():
     fast, ids = fast_decoding(make_model(GROUPED)), make_ids(GROUPED)[:, :5]
     expected = fast(ids)
