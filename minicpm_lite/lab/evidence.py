@@ -17,7 +17,7 @@ Verdict = Literal[
     "verified", "reproduced", "direction only", "not told apart", "not at this scale", "refuted as described"
 ]
 # A sign beside the word, so that colour is never the only carrier.
-ICONS: dict[Verdict, str] = dict(zip(get_args(Verdict), "=✓↗≈○✗", strict=True))
+ICONS: dict[Verdict, str] = dict(zip(get_args(Verdict), "≡✓↗≈○✗", strict=True))
 _LINK = re.compile(r"\[([^\]]+)\]\(https?://[^\s)]+\)")
 
 
