@@ -323,11 +323,12 @@ def require_ids(vocabulary: Int[Tensor, " kept"], vocab_size: int) -> None:
     Raises:
         ValueError: no id, one that the model lacks, or one that comes twice.
     """
-    ids = vocabulary.tolist()
-    if not ids or len(set(ids)) < len(ids) or not all(0 <= each < vocab_size for each in ids):
+    ids, whole = vocabulary.tolist(), not vocabulary.is_floating_point()
+    known = whole and all(0 <= each < vocab_size for each in ids)
+    if not ids or not known or len(set(ids)) < len(ids):
         raise ValueError(
             f"vocabulary holds {len(ids)} ids; expected some of those that the model has, 0 to "
-            f"{vocab_size - 1}, none of them twice."
+            f"{vocab_size - 1}, as whole numbers and none of them twice."
         )
 
 
@@ -348,11 +349,12 @@ def rank_by_frequency(
     tensor([4, 1, 3, 2, 0])
     """
     first = list(first)
-    for name, ids in (("tokens", tokens), ("first", torch.tensor(first))):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    for name, ids in (("tokens", tokens), ("first", torch.tensor(first, dtype=torch.long))):
+        whole = not ids.is_floating_point()
+        if len(ids) and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocab_size):
             raise ValueError(
-                f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary has 0 to "
-                f"{vocab_size - 1}. Was the corpus cut into tokens with another one?"
+                f"{name} holds ids from {ids.min()} to {ids.max()}, and the vocabulary has whole numbers "
+                f"from 0 to {vocab_size - 1}. Was the corpus cut into tokens with another one?"
             )
     counts = torch.bincount(tokens, minlength=vocab_size)
     counts[first] = len(tokens) + 1
