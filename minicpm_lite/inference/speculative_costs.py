@@ -219,9 +219,7 @@ class _Adapting:
         self.plain = self.spent = 0.0
         self._written: list[int] = []  # tokens of each row
         self._accepted = self._refused = 1.0  # so that at first a guess is as likely right as wrong
-        self._last: tuple[int, int, int] | None = (
-            None  # guesses of the last step, asked for, and the draft's steps
-        )
+        self._last: tuple[int, int, int] | None = None  # guesses, those asked for, steps of the draft
         self._says = isinstance(drafting, SteppedDrafting)
 
     @property
