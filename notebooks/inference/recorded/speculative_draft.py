@@ -67,7 +67,7 @@ def small() -> Decoder:
 
 
 def following(model: Decoder, batch: dict[str, Tensor], steps: int = STEPS) -> Iterator[Tensor]:
-    """As the head's `unrolled`: if all guesses before were right, the next is what the text gives."""
+    """As the head's `chain`: if all guesses before were right, the next is what the text gives."""
     states = model.norm(model.states(model.embed(batch["ids"]))[-1])
     for step in range(steps):
         yield states[:, 1 + step :]
