@@ -30,7 +30,7 @@ The rules, fixed before the run. The stable stage ends when a hundred updates br
 acceptance length, or when the time does; then the rate decays, in a fourth as many updates.
 
 Noted after the run: with eight prompts a kind, the curve moves by 0.03 in either direction from one hundred
-updates to the next, so the rule was met after 700 already, while the mean of the kinds went on from 1.43
+updates to the next, so the rule was met after 500 already, while the mean of the kinds went on from 1.39
 there to 1.79 after 3,000. What ended the stage was the number that was given, 3,000.
 
 The head is judged on answers that the target wrote greedily to prompts of five kinds which it was not trained
