@@ -18,13 +18,14 @@ def _ids(tokens):
 
 def _look_up(
     text, longest, guesses, shortest=1, first=False, itself=0, shift=0, upwards=False, left=1, unseen=0,
+    apart=False,
 ):  # fmt: skip
     sizes = range(min(longest, len(text) - left), shortest - 1, -1)
     for size in sorted(sizes) if upwards else sizes:
         ends = [
             end
             for end in range(size + unseen, len(text) + itself)
-            if text[end - size : end] == text[len(text) - size :]
+            if text[end - size : end] == text[len(text) - size :] and not (apart and end > len(text) - size)
         ]
         if ends:
             end = ends[0] if first else ends[-1]
@@ -47,6 +48,7 @@ def _look_up(
         lambda text, longest, guesses: _look_up(text, longest + 1, guesses),
         lambda text, longest, guesses: _look_up(text, longest, guesses, unseen=1),  # not at the beginning
         lambda text, longest, guesses: _look_up(text, longest, guesses, left=2),
+        lambda text, longest, guesses: _look_up(text, longest, guesses, apart=True),  # no place that overlaps
     ),
 )
 def look_up(answer):
@@ -71,6 +73,7 @@ def look_up(answer):
         ([1, 2, 9, 3, 2], 2, 2, "3 2 stood nowhere; 2 did. Then a shorter end counts."),
         ([1, 2, 3], 3, 4, "3 stood nowhere before: no guess, []. The end of the text is no place before it."),
         ([4, 4, 4], 2, 3, "4 4 stood one place earlier, and a 4 came behind it."),
+        ([4, 4, 4, 4], 3, 4, "4 4 4 stood one place earlier; the two places may overlap."),
         ([1, 2, 3, 1], 3, 2, "The 1 stood at the very beginning, and nowhere else before: look there, too."),
         ([5, 6, 9, 5, 6], 2, 3, "5 6 stood at the very beginning: look there, too."),
         ([4, 4], 2, 3, "The 4 stood one place earlier: of a text of two tokens the newest one can be found."),
@@ -223,6 +226,7 @@ _MACHINES = (
     (0.95, [40.0, 41.0, 42.0, 43.0, 44.0, 45.0, 46.0, 80.0, 81.0], 0.0),  # milliseconds, and a step
     (0.9, [1.0, 2.0, 3.0, 4.0, 5.0], 0.0),  # a call that costs by the token
     (0.7, [0.02, 0.021], 0.001),
+    (0.8, [20.0, 20.4, 21.0, 22.0, 24.0, 26.0], 1.0),  # milliseconds of both
 )
 
 
@@ -242,6 +246,7 @@ _MACHINES = (
         lambda alpha, calls, draft: _best_guesses(0.8, calls, draft),
         lambda alpha, calls, draft: _best_guesses(alpha, calls, draft) + 1,
         lambda alpha, calls, draft: round(1 / (1 - alpha)),
+        lambda alpha, calls, draft: _best_guesses(alpha, [call / calls[0] for call in calls], draft),
     ),
 )
 def best_guesses(answer):

@@ -182,6 +182,7 @@ def acceptance(way: str) -> dict:
         followed = [follow(way_to_guess, *text) for text in texts(kind)]
         found[kind] = {
             "lengths": [mean(written) for written, _ in followed],
+            "calls": [len(written) for written, _ in followed],
             "guesses": [mean(guessed) for _, guessed in followed],
         }
         print(way, kind, mean(found[kind]["lengths"]), flush=True)
