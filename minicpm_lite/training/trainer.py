@@ -358,9 +358,10 @@ class Trainer:
                         run.prune()
                 if self._stop:
                     raise self._stop
-            if run is not None and began == until and until not in checkpoints(folder):
-                self.save(folder)
-                run.prune()
+            if run is not None and began == until:
+                if until not in checkpoints(folder):
+                    self.save(folder)
+                run.prune()  # what a run left that was killed when it had saved its last step
             raise_together(self._trouble)
 
     @contextmanager

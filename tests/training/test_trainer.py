@@ -33,6 +33,7 @@ from minicpm_lite.training.branch import decay_schedule
 from minicpm_lite.training.objective import Objective, next_token, within_documents
 from minicpm_lite.training.optimizer import mup_groups
 from minicpm_lite.training.processes import processes
+from minicpm_lite.training.run_folder import RunFolder
 from minicpm_lite.training.settings import Layout, TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import checkpoints, latest_checkpoint, load_weights
 from minicpm_lite.training.trainer import Trainer
@@ -1346,6 +1347,17 @@ def test_what_is_trained_is_chosen_before(precision, sharded, tmp_path):
 
 
 # Killed, and killed again.
+
+
+def test_what_was_to_be_pruned_when_a_run_was_killed_goes_the_next_time(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "prune", lambda run: None)  # killed before, behind its last step
+        make().train(folder=tmp_path, checkpoint_every=13, progress=False)
+    assert sorted(checkpoints(tmp_path)) == [13, 26, 30, 39, 40]
+    run = make()
+    run.load(latest_checkpoint(tmp_path))
+    run.train(folder=tmp_path, progress=False)
+    assert sorted(checkpoints(tmp_path)) == [30, 39, 40]
 
 
 @pytest.mark.slow  # about 20 s: processes are killed until it has happened 25 times
