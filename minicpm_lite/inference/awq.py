@@ -108,8 +108,15 @@ def fold(block: nn.Module, seam: Seam, scale: Float[Tensor, " columns"]) -> None
     Columns that come from one row of the producer must have one scale.
 
     Raises:
-        ValueError: a scale that is not positive and finite; nothing is changed then.
+        ValueError: a scale that is not positive and finite, or a layer that computes its weight, as one that
+            is packed; nothing is changed then.
     """
+    for name in (*seam.consumers, seam.producer):
+        if not isinstance((part := block.get_submodule(name)).weight, nn.Parameter):
+            raise ValueError(
+                f"{name} is a {type(part).__name__}, which computes its weight anew each time, so no scale "
+                "can be put into it. Fold before the layers are packed or made ternary."
+            )
     if not (scale.isfinite() & (scale > 0)).all():
         raise ValueError(
             f"The scale for {seam.producer} holds numbers that are not positive and finite; no weight can be "

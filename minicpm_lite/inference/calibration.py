@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..language.context import Context
 from ..language.decoder import Decoder
 from ..language.moe import MixtureOfExperts
-from ..language.scoring import evaluating
+from ..language.scoring import evaluating, readable
 
 __all__ = ["Statistics", "walk_blocks"]
 
@@ -94,7 +94,7 @@ def walk_blocks(
             "more tokens than are skipped."
         )
     with evaluating(model):
-        streams = [model.embed(part) for part in windows.split(at_once)]
+        streams = [model.embed(part) for part in readable(windows).split(at_once)]
         for index, block in enumerate(model.layers):
             with _counting(block, skip) as statistics:
                 for x in streams:

@@ -13,6 +13,8 @@ Choices, and the traps behind them:
 - What a draft does decides how fast a text is written, and never what is written.
 - A draft model reads the accepted tokens anew, in the call that reads the newest token, and drops what it
   made of its guesses. It must make that call anyway, and rows of different luck cost nothing more.
+- A draft that was not asked for long catches up in calls of many tokens, so that there are few, and not of
+  too many, so that each takes about as long as any other.
 - A text that outgrows a draft model is written on without guesses, and so are those beside it in a batch.
 - FR-Spec is a smaller vocabulary of the *draft*. The target keeps all of its own, so what it writes stays the
   same; a token that is not among the frequent ones is never guessed. The embedding table stays whole.
@@ -21,6 +23,7 @@ Choices, and the traps behind them:
 """
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -40,6 +43,8 @@ from .speculative import Drafting, Guesses
 
 __all__ = ["DecoderDraft", "PromptLookup", "Reading", "frequent_draft", "rank_by_frequency",
            "require_ids"]  # fmt: skip
+
+_PIECE = 64  # tokens that a draft model reads at once of what it has missed
 
 
 @dataclass(frozen=True)
@@ -198,8 +203,23 @@ class Reading:
         """What it says of the next token."""
         raise NotImplementedError
 
+    def steps(self, new: Sequence[Sequence[int]], most: int) -> int:
+        """How many calls of the model `propose` would make, at most; see `SteppedDrafting`."""
+        longest = max(map(len, new))
+        read = 1 if self.context is None else -(-longest // self._piece(longest))
+        return read - 1 + self.shape.levels(most)
+
+    def _piece(self, longest: int) -> int:
+        """How many new tokens are read at once; rows of different luck may leave no room for many."""
+        roomy = self.context.length + longest <= self.context.room
+        return max(_PIECE, self.spare) if roomy else self.spare
+
     def propose(self, new: Sequence[Sequence[int]], most: int) -> Guesses:
-        """Guesses for what follows; see `Drafting`."""
+        """Guesses for what follows; see `Drafting`.
+
+        Raises:
+            FloatingPointError: scores that are no finite numbers.
+        """
         with torch.no_grad(), evaluating(self.model) if self._training else nullcontext():
             inputs = self.inputs_of_texts(new)
             lengths = self.lengths or [0] * len(new)
@@ -231,9 +251,18 @@ class Reading:
             before = known[:, [parent + 1 for parent in parents]]
             states = self.states(self.inputs_of_guesses(self._ids(tokens), before), tree)
             known = torch.cat([known, states], dim=1)
-            return self.scores(states)
+            return self._finite_scores(states)
 
-        return self.shape.grow(self.scores(known)[:, 0], read, most, self.sampling, self.generator)
+        return self.shape.grow(self._finite_scores(known)[:, 0], read, most, self.sampling, self.generator)
+
+    def _finite_scores(self, states: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens kept"]:
+        scores = self.scores(states)
+        if not math.isfinite(scores.sum()):  # a sum of all is finite only if each is
+            raise FloatingPointError(
+                f"Not all scores of the draft ({type(self.model).__name__}) behind a text of "
+                f"{max(self.lengths)} tokens are finite numbers. Are its weights whole? Give another draft."
+            )
+        return scores
 
     def _ids(self, tokens: Int[Tensor, "rows new"]) -> Int[Tensor, "rows new"]:
         """The ids of what the output layer calls so."""
@@ -249,9 +278,10 @@ class Reading:
 
     def _catch_up(self, inputs: list[Float[Tensor, "_new width"]]) -> Float[Tensor, "rows 1 d"]:
         """Read what joined the texts, and give the states at their ends."""
-        last = {}
-        for start in range(0, max(map(len, inputs)), self.spare):
-            parts = [row[start : start + self.spare] for row in inputs]
+        last, longest_new = {}, max(map(len, inputs))
+        piece = self._piece(longest_new)
+        for start in range(0, longest_new, piece):
+            parts = [row[start : start + piece] for row in inputs]
             longest = max(map(len, parts))
             padded = torch.stack([F.pad(part, (0, 0, 0, longest - len(part))) for part in parts])
             states = self.states(padded, Tree(self.context, range(-1, longest - 1)))
@@ -323,11 +353,12 @@ def require_ids(vocabulary: Int[Tensor, " kept"], vocab_size: int) -> None:
     Raises:
         ValueError: no id, one that the model lacks, or one that comes twice.
     """
-    ids = vocabulary.tolist()
-    if not ids or len(set(ids)) < len(ids) or not all(0 <= each < vocab_size for each in ids):
+    ids, whole = vocabulary.tolist(), not vocabulary.is_floating_point()
+    known = whole and all(0 <= each < vocab_size for each in ids)
+    if not ids or not known or len(set(ids)) < len(ids):
         raise ValueError(
             f"vocabulary holds {len(ids)} ids; expected some of those that the model has, 0 to "
-            f"{vocab_size - 1}, none of them twice."
+            f"{vocab_size - 1}, as whole numbers and none of them twice."
         )
 
 
@@ -348,11 +379,12 @@ def rank_by_frequency(
     tensor([4, 1, 3, 2, 0])
     """
     first = list(first)
-    for name, ids in (("tokens", tokens), ("first", torch.tensor(first))):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    for name, ids in (("tokens", tokens), ("first", torch.tensor(first, dtype=torch.long))):
+        whole = not ids.is_floating_point()
+        if len(ids) and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocab_size):
             raise ValueError(
-                f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, and the vocabulary has 0 to "
-                f"{vocab_size - 1}. Was the corpus cut into tokens with another one?"
+                f"{name} holds ids from {ids.min()} to {ids.max()}, and the vocabulary has whole numbers "
+                f"from 0 to {vocab_size - 1}. Was the corpus cut into tokens with another one?"
             )
     counts = torch.bincount(tokens, minlength=vocab_size)
     counts[first] = len(tokens) + 1

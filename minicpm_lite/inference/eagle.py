@@ -313,7 +313,7 @@ def unrolled(
     """What the head makes of each place of a text, guess after guess, each from what came of the one before.
 
     That of step k at place t is about the token t + 2 + k, if all before it are the text's. So step 0 has a
-    place less than the text, and each further step one less.
+    place less than the text, and each further step one less; one with no place is left out.
 
     Args:
         head: its `logits` say what the states mean.
@@ -325,6 +325,8 @@ def unrolled(
     for step in range(steps):
         following = embedded[:, 1 + step :]
         places = following.shape[1]  # those behind which there are so many tokens
+        if not places:
+            return
         hidden = head(hidden, F.pad(following, (0, 0, 0, hidden.shape[1] - places)), context)
         yield hidden[:, :places]
 
@@ -357,7 +359,7 @@ def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objectiv
                 "It is small: give Layout(), which keeps it whole."
             )
         taught, counted = _taught(head, target, readable(window)), predicted(window)
-        total = 0.0
+        total = 0.0 * head.norm.weight.float().sum()  # where nothing is guessed there is a gradient, too
         for step, (scores, law, named) in enumerate(_guesses(head, taught, steps)):
             surprise = -(law * scores.log_softmax(-1)).sum(-1)
             last = counted[:, 1 + step :]  # of the token t + 2 + step, which the window may not hold
@@ -385,7 +387,7 @@ def agreement_by_step(
             f"The windows have {ids.shape[1]} tokens and steps is {steps}; a window needs more tokens than "
             "steps, the first to guess from and one for each guess."
         )
-    taught = _taught(head, target, ids)
+    taught = _taught(head, target, readable(ids))
     with evaluating(head):
         found = _guesses(head, taught, steps)
     return [

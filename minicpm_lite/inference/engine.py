@@ -26,7 +26,10 @@ Choices, and the traps behind them:
   does not depend on who is there beside it, with a draft neither. Where a draft is shown what the model made
   of a text, one that is drawn is read whole, also where pages hold its beginning: a draft that had seen less
   would guess otherwise, and other guesses draw otherwise.
-- Scores that are no numbers end their own request, and no other.
+- Scores that are no numbers end their own request, and no other; a draft's, too.
+- A step that is broken off, by Ctrl-C or an error, may have done half of its work: a token is chosen and not
+  known to the draft, or read and not chosen. So the requests that were at work then end as failed, with what
+  they had, and those that wait are served. Whoever goes on with one submits its prompt and its tokens.
 - Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
   the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
   whole step, and each layer makes more of that: scores of SmolLM2-135M in Q4_0 differ by some tenths.
@@ -36,6 +39,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -83,7 +87,7 @@ class Answer:
 
     Attributes:
         request: what was asked.
-        tokens: what was written so far.
+        tokens: what was written so far. They are whose answer it is: the engine adds to them, and reads none.
         state: "waiting", "reading" (its prompt), "writing", "done", "cancelled" or "failed".
         why: it failed.
         submitted: when it came, in seconds of ``time.perf_counter``, as those below.
@@ -114,15 +118,16 @@ class _Job:
     stop_ids: tuple[int, ...]
     generator: torch.Generator
     drafting: Drafting | None
+    written: list[int] = field(default_factory=list)  # as the answer's, which whoever has it may change
     heard: int = 0  # tokens of prompt and answer that the draft knows
 
     @property
     def whole(self) -> list[int]:
-        return [*self.answer.request.prompt, *self.answer.tokens]
+        return [*self.answer.request.prompt, *self.written]
 
     @property
     def left(self) -> int:
-        return self.answer.request.max_new_tokens - len(self.answer.tokens)
+        return self.answer.request.max_new_tokens - len(self.written)
 
     def hear(self) -> list[int]:
         new = self.whole[self.heard :]
@@ -151,6 +156,7 @@ class Engine:
         self.executor, self.rows, self.piece, self.draft = executor, rows, piece, draft
         self._waiting: OrderedDict[str, deque[Answer]] = OrderedDict()  # by user, the next one first
         self._jobs: list[_Job] = []
+        self._in_step = False
         drafting = None if draft is None else draft.begin(executor.model, executor.room, Sampling(), None)
         self._after = drafting.after if isinstance(drafting, StreamDrafting) else ()
 
@@ -182,17 +188,43 @@ class Engine:
         if not answer.over:
             answer.state = "cancelled"
 
+    def close(self) -> None:
+        """Call off all that waits or is at work, so that its pages come back; what was written stays."""
+        for answer in [*(job.answer for job in self._jobs), *chain.from_iterable(self._waiting.values())]:
+            self.cancel(answer)
+        self._let_go()
+
     def run(self) -> None:
-        """Step until nothing is left to do."""
+        """Step until nothing is left to do.
+
+        Raises:
+            RuntimeError: what waits cannot begin, since texts that are not of this engine have the pages.
+        """
         while not self.idle:
-            self.step()
+            nobody = not self._jobs
+            if not self.step() and nobody and not self._jobs and self._waiting:
+                raise RuntimeError(
+                    "What waits cannot begin: nothing of this engine is at work, and yet its executor has "
+                    "too few unused pages. Texts of another engine have them. Let that one run on or close "
+                    "it (Engine.close), or give this one an executor of its own."
+                )
 
     def step(self) -> list[Answer]:
-        """Do a little for everybody, and say for whom there is something new."""
-        before = {id(job.answer): len(job.answer.tokens) for job in self._jobs}
+        """Do a little for everybody, and say for whom there is something new.
+
+        If the step before was broken off, what was at work in it ends as failed.
+        """
+        if self._in_step:
+            for job in self._jobs:
+                if not job.answer.over:
+                    self._fail(
+                        job, "A step was broken off, by an interruption or an error, while it was at work."
+                    )
+        self._in_step = True
+        before = {id(job): len(job.written) for job in self._jobs}
         self._let_go()
         self._begin()
-        at_work = [job.answer for job in self._jobs]
+        at_work = [*self._jobs]
         reading = [job for job in self._jobs if job.answer.state == "reading"]
         writing = [job for job in self._jobs if job.answer.state == "writing"]
         if reading:
@@ -200,7 +232,8 @@ class Engine:
         if writing:
             self._write_on(writing)
         self._let_go()
-        return [answer for answer in at_work if answer.over or len(answer.tokens) > before.get(id(answer), 0)]
+        self._in_step = False
+        return [job.answer for job in at_work if job.answer.over or len(job.written) > before.get(id(job), 0)]
 
     @staticmethod
     def _most(request: Request) -> int:
@@ -229,19 +262,18 @@ class Engine:
             text = self.executor.open(request.prompt, self._most(request), share)
             if text is None:
                 return
-            answer = queue.popleft()
-            self._waiting.move_to_end(user)
-            if not queue:
-                del self._waiting[user]
-            model = self.executor.model
+            answer, model = queue[0], self.executor.model
             generator = torch.Generator(self.executor.device).manual_seed(request.seed)
             drafting = None
             if self.draft is not None:
                 drafting = self.draft.begin(model, self.executor.room, request.sampling, generator)
+            stop_ids = resolve_stop_ids(model, request.stop_ids)
+            self._jobs.append(_Job(answer, text, stop_ids, generator, drafting))
             answer.state = "reading"
-            self._jobs.append(
-                _Job(answer, text, resolve_stop_ids(model, request.stop_ids), generator, drafting)
-            )
+            queue.popleft()  # it is at work already, so that it is never in neither
+            self._waiting.move_to_end(user)
+            if not queue:
+                del self._waiting[user]
 
     def _read_on(self, job: _Job) -> None:
         """Read a piece of a prompt; behind its end the first token is chosen."""
@@ -256,8 +288,12 @@ class Engine:
 
     def _write_on(self, jobs: list[_Job]) -> None:
         """The next tokens of all whose prompts are read."""
-        newest = [job.answer.tokens[-1] for job in jobs]
-        guesses, texts = self._guess(jobs) if self.draft is not None else [], [job.text for job in jobs]
+        proposed = [self._guess(job) for job in jobs]
+        going = [row for row in zip(jobs, proposed, strict=True) if not row[0].answer.over]
+        if not going:
+            return
+        jobs, guesses = zip(*going, strict=True)
+        newest, texts = [job.written[-1] for job in jobs], [job.text for job in jobs]
         if any(each.parents for each in guesses):
             tokens = [[token, *each.tokens[0].tolist()] for token, each in zip(newest, guesses, strict=True)]
             parents = [[-1, *(parent + 1 for parent in each.parents)] for each in guesses]
@@ -273,17 +309,19 @@ class Engine:
             for job, path, stream in zip(jobs, paths, streams, strict=True):
                 job.drafting.see([stream[path]])
 
-    def _guess(self, jobs: list[_Job]) -> list[Guesses]:
-        """A tree for each; none for a last token, behind which there is no room."""
-        return [
-            job.drafting.propose([job.hear()], job.left - 1) if job.left > 1 else Guesses.none(1)
-            for job in jobs
-        ]
+    def _guess(self, job: _Job) -> Guesses:
+        """A tree; none for a last token, behind which there is no room, and where the draft has failed."""
+        if job.drafting is not None and job.left > 1:
+            try:
+                return job.drafting.propose([job.hear()], job.left - 1)
+            except FloatingPointError as error:
+                self._fail(job, str(error))
+        return Guesses.none(1)
 
     def _write(self, job: _Job, scores: Float[Tensor, " vocab"]) -> None:
         """Choose the next token of a request."""
         if not scores.isfinite().all():
-            self._fail(job)
+            self._fail(job, self._no_numbers(job))
             return
         sampling, seen = job.answer.request.sampling, None
         if sampling.repetition_penalty != 1:
@@ -294,7 +332,7 @@ class Engine:
     def _accept(self, job: _Job, guesses: Guesses, scores: Float[Tensor, "places vocab"]) -> list[int]:
         """Check the guesses of a request, and say which tokens of its row became text."""
         if not scores[: len(guesses.parents) + 1].isfinite().all():
-            self._fail(job)
+            self._fail(job, self._no_numbers(job))
             return []
         sampling, seen = job.answer.request.sampling, None
         if sampling.repetition_penalty != 1:
@@ -306,9 +344,12 @@ class Engine:
         return [0, *(guess + 1 for guess in path)][:written]  # its newest token is not read
 
     @staticmethod
-    def _fail(job: _Job) -> None:
-        job.answer.state = "failed"
-        job.answer.why = f"Not all scores after token {len(job.whole)} are finite numbers."
+    def _no_numbers(job: _Job) -> str:
+        return f"Not all scores after token {len(job.whole)} are finite numbers."
+
+    @staticmethod
+    def _fail(job: _Job, why: str) -> None:
+        job.answer.state, job.answer.why = "failed", why
 
     @staticmethod
     def _add(job: _Job, tokens: list[int]) -> int:
@@ -316,9 +357,10 @@ class Engine:
         answer = job.answer
         ends = (place for place, token in enumerate(tokens, start=1) if token in job.stop_ids)
         end = min(next(ends, len(tokens)), job.left)
+        job.written += tokens[:end]
         answer.tokens += tokens[:end]
         answer.last = time.perf_counter()
         answer.first = answer.first or answer.last
-        if job.left == 0 or answer.tokens[-1] in job.stop_ids:
+        if job.left == 0 or job.written[-1] in job.stop_ids:
             answer.state = "done"
         return end

@@ -20,7 +20,10 @@ Choices, and the traps behind them:
   check a guess; see `minicpm_lite.inference.llama_cpp`, which is compared with an engine, not put into one.
 - What pages hold was made by a model as it was then. Where it has another config or other weights when a text
   is opened, none of them counts as read for that text; texts that are at work go on with what the old one
-  made, as with any cache. A change that `appearance` misses asks for a new executor.
+  made, and with its angles, as with any cache. A change that `appearance` misses asks for a new executor.
+- So the model is looked at where a text is opened, where a piece of a prompt is read, and where what is
+  written fills a page that others may share. A look takes a millisecond with SmolLM2-135M, too much for every
+  step: weights that are exchanged and put back while one page is written are not noticed.
 - Streams are what drafts such as EAGLE's read, and are made only where somebody asks for them.
 - Code is made for shapes. It is made once for any number of rows, tokens and keys above one, and anew where
   one of the first two is one; each time takes as long as some hundred steps. What a list of pages says must
@@ -89,7 +92,7 @@ class Executor(Protocol):
         ...
 
     def close(self, text: Sized) -> None:
-        """The room comes back."""
+        """The room comes back; nothing happens to a text that is closed already."""
         ...
 
     def prefill(
@@ -162,7 +165,7 @@ class PagedExecutor:
             self.pool = PagePool(pages, page_size, self.room)
         else:
             self.pool = SparsePagePool(sparse, pages, page_size, self.room)
-        self._context: PagedContext | None = None
+        self._context: PagedContext | None = None  # of guesses, which `accept` takes from
         self._read_by: tuple | None = None  # the model, as it read what the pages hold
         calm_threads()
 
@@ -178,12 +181,18 @@ class PagedExecutor:
     def open(self, prompt: Sequence[int], most: int, share: bool = True) -> PagedText | None:
         """Room for a text; see `Executor`."""
         text = self.pool.open(prompt, most, share)
-        if text is not None and (reads_now := appearance(self.model)) != self._read_by:
+        if text is not None and self._has_changed():
             self.pool.close(text)  # its beginning may be what the model read before it was changed
-            self.pool.forget()
-            self._read_by = reads_now
             text = self.pool.open(prompt, most, share)
         return text
+
+    def _has_changed(self) -> bool:
+        """Whether the model is another since the last look; then nothing read so far, or now, is shared."""
+        if (reads_now := appearance(self.model)) == self._read_by:
+            return False
+        self.pool.forget()
+        self._read_by = reads_now
+        return True
 
     def close(self, text: PagedText) -> None:
         """The room comes back."""
@@ -193,6 +202,7 @@ class PagedExecutor:
         self, text: PagedText, tokens: Sequence[int], after: Sequence[int] = ()
     ) -> tuple[Float[Tensor, " vocab"], Float[Tensor, "tokens features"] | None]:
         """Read on in a prompt; see `Executor`."""
+        self._has_changed()
         scores, streams = self._read([text], [tokens], None, after, last_only=True)
         return scores[0, -1], None if streams is None else streams[0]
 
@@ -200,6 +210,7 @@ class PagedExecutor:
         self, texts: Sequence[PagedText], tokens: Sequence[int], after: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1 features"] | None]:
         """Read the newest token of each text; see `Executor`."""
+        self._look(texts, [1] * len(texts))
         scores, streams = self._read(texts, [[each] for each in tokens], None, after)
         return scores[:, -1], streams
 
@@ -217,7 +228,15 @@ class PagedExecutor:
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Of each row that was verified last, these places became text."""
-        self._context.take(paths)
+        context, self._context = self._context, None  # which holds the texts
+        self._look(context.texts, [*map(len, paths)])
+        context.take(paths)
+
+    def _look(self, texts: Sequence[PagedText], new: Sequence[int]) -> None:
+        """Where so many new tokens fill a page, it is shared only if the model is still the same."""
+        size = self.pool.page_size
+        if any(len(text) % size + count >= size for text, count in zip(texts, new, strict=True)):
+            self._has_changed()
 
     @property
     def nbytes(self) -> int:
@@ -234,11 +253,12 @@ class PagedExecutor:
         last_only: bool = False,
     ) -> tuple[Float[Tensor, "rows scored vocab"], Float[Tensor, "rows places features"] | None]:
         ids = torch.tensor([*map(list, tokens)], device=self.device)
-        self._context = self.pool.context(texts, parents)
-        self._context.read(ids)
+        context = self.pool.context(texts, parents)
+        context.read(ids)
         with evaluating(self.model) if self.model.training else nullcontext():
-            *streams, x = self._states(self.model.embed(ids), self._context, tuple(after))
+            *streams, x = self._states(self.model.embed(ids), context, tuple(after))
             scores = self.model.logits(x[:, -1:] if last_only else x)
+        self._context = None if parents is None else context
         return scores, torch.cat(streams, dim=-1) if streams else None
 
     def _states(
@@ -265,6 +285,7 @@ class CompiledExecutor(PagedExecutor):
         backend: str = "inductor",
     ) -> None:
         super().__init__(model, pages, page_size, room)
+        self._ready = False
 
         def everywhere(
             x: Tensor, context: Context
@@ -278,11 +299,12 @@ class CompiledExecutor(PagedExecutor):
     def _states(
         self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
     ) -> list[Float[Tensor, "rows places d"]]:
-        if not self.nbytes:  # the first call takes the memory
+        if not self._ready:  # the first call takes the memory
             found = super()._states(x, context, after)
             for layer in range(self.model.config.num_hidden_layers):
                 for whole in self.pool.layer(layer):
                     torch._dynamo.mark_static(whole)  # its heads are no number that changes
+            self._ready = True
             return found
         context.belong(self.model)
         found = self._compiled(x, _Prepared(context, self.model.config, x))

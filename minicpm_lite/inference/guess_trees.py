@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import require_positive_integer
+from ..language.context import lineage
 from ..language.sampling import Sampling, next_token_probabilities
 from .speculative import Guesses
 
@@ -58,6 +59,10 @@ class Shape(Protocol):
     @property
     def reads(self) -> int:
         """How many guesses are read at most."""
+        ...
+
+    def levels(self, most: int) -> int:
+        """How many times the draft is asked for scores, behind the text and then behind guesses."""
         ...
 
     def grow(
@@ -97,6 +102,10 @@ class Chain:
     def reads(self) -> int:
         """All but the last."""
         return self.guesses - 1
+
+    def levels(self, most: int) -> int:
+        """Once for each guess."""
+        return min(self.guesses, most)
 
     def grow(
         self,
@@ -159,6 +168,10 @@ class StaticTree:
         """Those that others follow."""
         return len(set(self.parents) - {-1})
 
+    def levels(self, most: int) -> int:
+        """As deep as the tree is that there is room for."""
+        return 1 + max(lineage(self.parents[:most])[0])
+
     def grow(
         self,
         logits: Float[Tensor, "rows vocab"],
@@ -211,6 +224,10 @@ class DynamicTree:
     def reads(self) -> int:
         """``top_k`` of each level but the last."""
         return (self.depth - 1) * self.top_k
+
+    def levels(self, most: int) -> int:
+        """All of them, of which the most probable guesses are kept, however few."""
+        return self.depth
 
     def grow(
         self,

@@ -22,6 +22,7 @@ Choices, and the traps behind them:
 import json
 import os
 import time
+from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
 from urllib.error import HTTPError
@@ -29,8 +30,9 @@ from urllib.request import Request as Post
 from urllib.request import urlopen
 
 from ..config import require_positive_integer
-from ..language.sampling import Sampling
+from ..language.sampling import Sampling, require_sampling
 from ..optional import require
+from ..runtime import require_seed
 from .engine import Answer, Request
 
 __all__ = ["LlamaCpp"]
@@ -71,8 +73,11 @@ class LlamaCpp:
 
         Raises:
             ValueError: there is no room for the text, or it should end with ids of its own, which the server
-                cannot be told.
+                cannot be told; no tokens are asked for, or sampling or a seed are none.
         """
+        require_positive_integer("max_new_tokens", request.max_new_tokens)
+        require_sampling(request.sampling)
+        require_seed(request.seed)
         most = len(request.prompt) + request.max_new_tokens
         if most > self.room:
             raise ValueError(f"A text of {most} tokens does not fit: there is room for {self.room}.")
@@ -109,8 +114,8 @@ class LlamaCpp:
                         _hear(answer, json.loads(line.removeprefix(b"data: ")))
         except HTTPError as error:
             answer.state, answer.why = "failed", error.read().decode()
-        except OSError as error:
-            answer.state, answer.why = "failed", str(error)
+        except (OSError, HTTPException, ValueError) as error:  # cut off, or not what a server says
+            answer.state, answer.why = "failed", f"llama.cpp's answer broke off: {error!r}"
         if not answer.over:
             answer.state, answer.why = "failed", "llama.cpp ended it without a word."
 

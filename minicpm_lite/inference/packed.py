@@ -186,8 +186,27 @@ def require_plain_layer(
         )
 
 
+def _output_is_the_table(model: Decoder) -> bool:
+    """Whether what computes the scores is the table, as the config of a tied model says."""
+    output, table = model.lm_head, model.embed_tokens
+    if output is None:
+        return True
+    if isinstance(output, _Packed) and isinstance(table, _Packed):
+        return output.type == table.type and torch.equal(output.packed, table.packed)
+    return type(output) is not PackedLinear and torch.equal(output.weight, table.weight)
+
+
+def _require_no_other_output(model: Decoder) -> None:
+    if model.config.tie_word_embeddings and not _output_is_the_table(model):
+        raise ValueError(
+            "The model's config says that its table is its output layer, and it has another one, lm_head, "
+            "which would be lost. Give the model whose vocabulary is whole, or a config that is not tied."
+        )
+
+
 def _require_nothing_else(model: Decoder) -> None:
     """Refuse a decoder in which something else was built than packed layers."""
+    _require_no_other_output(model)
     changed = changed_inside(model)
     for name, module in model.named_modules():
         if type(module) not in (PackedLinear, PackedEmbedding) and (
@@ -290,13 +309,12 @@ def save_packed(model: Decoder, file: str | Path) -> None:
             `load_packed` could not make it again.
         OSError: it cannot be written.
     """
+    _require_no_other_output(model)
     types = {name: module.type for name, module in model.named_modules() if isinstance(module, _Packed)}
     tensors = model.state_dict()
-    if model.config.tie_word_embeddings:  # what computes the scores is the table
-        kind = "packed" if types.pop("lm_head", None) else "weight"
-        output, table = (tensors.get(f"{name}.{kind}") for name in ("lm_head", "embed_tokens"))
-        if output is not None and table is not None and torch.equal(output, table):
-            del tensors[f"lm_head.{kind}"]
+    if model.config.tie_word_embeddings:  # the output layer is the table
+        types.pop("lm_head", None)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
     plain = plain_shapes(model.config)
     held = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".packed")}
     wanted = {name: shape for name, shape in plain.items() if name.removesuffix(".weight") not in types}

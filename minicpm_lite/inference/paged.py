@@ -19,6 +19,8 @@ Choices, and the traps behind them:
   has to be thrown out and read again; the price is room that a text holds before it writes it.
 - Only whole pages are shared, and never the last token of a prompt, which must be read to be answered. What
   is shared is read and never written, so no page is copied.
+- A text has its pages until it is closed, or nobody holds it any more. Which pages are taken is asked of the
+  texts and noted nowhere else, so that nothing that is broken off half-way, as by Ctrl-C, can lose a page.
 - A page is known by its tokens *and* by the page before it: keys depend on all that stands before. Page
   numbers are used again, so pages are told apart by a number that is not.
 - Guesses are stored behind the text and make no page known before they are taken. Texts may have different
@@ -29,9 +31,10 @@ Choices, and the traps behind them:
   another text, which may be none, gets near.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -51,11 +54,13 @@ class PagedText:
         pages: where it stands, in order.
         tokens: what was read of it.
         shared: how many of them another text had read.
+        angles: with which its keys are turned.
     """
 
-    def __init__(self, pages: list[int], tokens: list[int]) -> None:
+    def __init__(self, pages: list[int], tokens: list[int], serials: list[int], angles: AngleTable) -> None:
         self.pages, self.tokens, self.shared = pages, tokens, len(tokens)
-        self.serials: list[int] = []  # of what stands before its first page, and of its pages that are known
+        self.serials = serials  # of what stands before its first page, and of its pages that are known
+        self.angles = angles
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,12 +84,10 @@ class PagePool:
         self.pages, self.page_size = pages, page_size
         self.room = pages * page_size if room is None else room
         require_positive_integer("room", self.room)
-        self._free = list(range(pages))[::-1]
-        self._users = [0] * pages
-        self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # by serial before and tokens: the page
-        self._names: dict[int, tuple[tuple[int, tuple[int, ...]], int]] = {}  # of known pages: key and serial
-        self._idle: OrderedDict[int, None] = OrderedDict()  # known, and no text's; the oldest first
-        self._serial = 1
+        self._texts: WeakSet[PagedText] = WeakSet()  # that are open
+        # by serial before and tokens: a page and its serial; what was not used for longest comes first
+        self._known: OrderedDict[tuple[int, tuple[int, ...]], tuple[int, int]] = OrderedDict()
+        self._serials = itertools.count(1)
         self._root = 0  # stands before all texts that the present model reads
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
         self.angles = AngleTable(self.room)
@@ -93,7 +96,10 @@ class PagePool:
     @property
     def unused(self) -> int:
         """Pages that no text has."""
-        return len(self._free) + len(self._idle)
+        return self.pages - len(self._taken())
+
+    def _taken(self) -> set[int]:
+        return {page for text in self._texts for page in text.pages}
 
     @property
     def nbytes(self) -> int:
@@ -127,49 +133,48 @@ class PagePool:
         self.require_room(most)
         shared, serials = [], [self._root]
         for start in range(0, len(tokens) - self.page_size if share else 0, self.page_size):
-            page = self._known.get((serials[-1], tuple(tokens[start : start + self.page_size])))
-            if page is None:
+            known = self._known.get((serials[-1], tuple(tokens[start : start + self.page_size])))
+            if known is None:
                 break
-            shared.append(page)
-            serials.append(self._names[page][1])
+            shared.append(known[0])
+            serials.append(known[1])
+        taken = self._taken().union(shared)
         wanted = self.needed(most) - len(shared)
-        if wanted > self.unused - sum(page in self._idle for page in shared):
+        if wanted > self.pages - len(taken):
             return None
-        for page in shared:
-            self._idle.pop(page, None)
-            self._users[page] += 1
-        text = PagedText(
-            shared + [self._take() for _ in range(wanted)], list(tokens[: len(shared) * self.page_size])
-        )
-        text.serials = serials
+        own = self._unknown(wanted, taken)
+        text = PagedText(shared + own, list(tokens[: len(shared) * self.page_size]), serials, self.angles)
+        self._texts.add(text)
         return text
 
-    def _take(self) -> int:
-        """A page for one text; of those that are still known the one that was not used for longest."""
-        if self._free:
-            page = self._free.pop()
-        else:
-            page, _ = self._idle.popitem(last=False)
-            del self._known[self._names.pop(page)[0]]
-        self._users[page] = 1
-        return page
+    def _unknown(self, wanted: int, taken: set[int]) -> list[int]:
+        """Pages that no text has; those that are still known are forgotten, as many as it takes."""
+        kept = {page: key for key, (page, _) in self._known.items() if page not in taken}
+        free = [page for page in range(self.pages) if page not in taken and page not in kept]
+        pages = [*free, *kept][:wanted]
+        for page in pages[len(free) :]:
+            del self._known[kept[page]]
+        return pages
 
     def close(self, text: PagedText) -> None:
         """Its pages come back; of a text that is closed already there are none."""
-        for page in text.pages[::-1]:  # so that the end of a beginning goes before its start
-            self._users[page] -= 1
-            if not self._users[page]:
-                if page in self._names:
-                    self._idle[page] = None
-                else:
-                    self._free.append(page)
+        for place in range(len(text.serials) - 2, -1, -1):  # the end of a beginning goes before its start
+            if text.pages and (key := self._key(text, place)) in self._known:
+                self._known.move_to_end(key)
+        self._texts.discard(text)
         text.pages = []
 
+    def _key(self, text: PagedText, place: int) -> tuple[int, tuple[int, ...]]:
+        """By what a page of a text is known."""
+        start = place * self.page_size
+        return text.serials[place], tuple(text.tokens[start : start + self.page_size])
+
     def forget(self) -> None:
-        """The model has changed: what was read so far counts for no text that is opened from now on."""
-        self._root = self._serial
-        self._serial += 1
-        self.angles.clear()
+        """The model has changed: what was read so far counts for no text that is opened from now on.
+
+        Texts that are open go on with what the old one made, and with its angles.
+        """
+        self._root, self.angles = next(self._serials), AngleTable(self.room)
 
     def spare(self, text: PagedText) -> int:
         """How many tokens there is room for behind a text."""
@@ -180,14 +185,10 @@ class PagePool:
         text.tokens += tokens
         while len(text.serials) * self.page_size <= len(text):
             place = len(text.serials) - 1
-            start = place * self.page_size
-            key = (text.serials[-1], tuple(text.tokens[start : start + self.page_size]))
-            if key in self._known:  # another text has read the same meanwhile; this one keeps its own page
-                text.serials.append(self._names[self._known[key]][1])
-                continue
-            self._known[key], self._names[text.pages[place]] = text.pages[place], (key, self._serial)
-            text.serials.append(self._serial)
-            self._serial += 1
+            key = self._key(text, place)
+            if key not in self._known:  # else another text has read the same; this one keeps its own page
+                self._known[key] = text.pages[place], next(self._serials)
+            text.serials.append(self._known[key][1])
 
     def slots(self, text: PagedText, first: int, last: int) -> list[int]:
         """Where its tokens of some places stand, or will stand."""
@@ -222,8 +223,13 @@ class PagePool:
         """A call that brings the next tokens of some texts; see `PagedContext`."""
         return PagedContext(self, texts, parents)
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """What stands in some slots stands in others from now on."""
+    def arrange(self, text: PagedText, path: Sequence[int]) -> None:
+        """Of the guesses behind a text, those of a path stand right behind it from now on, to become text."""
+        if not path:
+            return
+        length = len(text)
+        slots = self.slots(text, length, length + path[-1] + 1)
+        targets, sources = slots[: len(path)], [slots[place] for place in path]
         for kept in self._layers.values():
             for whole in kept:
                 whole[targets] = whole[sources]
@@ -316,8 +322,16 @@ class PagedContext(Context):
         return torch.arange(self.reach, device=positions.device) <= positions[:, None, :, None]
 
     def angles(self, config: ModelConfig, positions: Int[Tensor, "rows 1 tokens"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at the positions that `begin` gave."""
-        return self.pool.angles(config, positions)
+        """Cosine and sine at the positions that `begin` gave, for each text with the angles of its keys."""
+        for text in self.texts:
+            if not len(text):  # it was opened before the model changed, and has no keys yet
+                text.angles = self.pool.angles
+        tables = [text.angles for text in self.texts]
+        if len({*map(id, tables)}) == 1:
+            return tables[0](config, positions)
+        rows = zip(tables, positions.split(1), strict=True)
+        cos, sin = zip(*(table(config, row) for table, row in rows), strict=True)
+        return torch.cat(cos), torch.cat(sin)
 
     def keep(
         self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]
@@ -347,8 +361,6 @@ class PagedContext(Context):
 
     def take(self, paths: Sequence[Sequence[int]]) -> None:
         """Of the guesses of each row these become text, each the child of the one before."""
-        for text, ids, parents, path in zip(self.texts, self._ids, self.parents, paths, strict=True):
-            length = len(text)
-            slots = self.pool.slots(text, length, length + len(parents))
-            self.pool.move([slots[place] for place in path], slots[: len(path)])
+        for text, ids, path in zip(self.texts, self._ids, paths, strict=True):
+            self.pool.arrange(text, path)
             self.pool.extend(text, [ids[place] for place in path])

@@ -12,7 +12,7 @@ Choices, and the traps behind them:
 
 - A window is kept with the page in which it ends. Its mean depends on that page and the one before, which are
   those of every text that has the page; so texts that share a beginning share its means.
-- Means are made when tokens become text: of guesses when they are taken, and not before.
+- Means are made before tokens become text, and with it known to others: of guesses when they are taken.
 - Of a text that all queries still see whole, nothing is chosen; it is read as on other pages.
 """
 
@@ -96,10 +96,15 @@ class SparsePagePool(PagePool):
             ends = self.slots(text, first * stride + size - 1, end)[::stride]
             means[[slot // stride for slot in ends]] = window_means(since, size, stride)[0].transpose(0, 1)
 
-    def average_all(self, text: PagedText, before: int) -> None:
-        """The same in all layers, of what became text behind its first ``before`` tokens."""
+    def arrange(self, text: PagedText, path: Sequence[int]) -> None:
+        """Of the guesses behind a text, those of a path stand right behind it, and their means are made."""
+        super().arrange(text, path)
+        self.average_all(text, len(text), len(text) + len(path))
+
+    def average_all(self, text: PagedText, before: int, after: int) -> None:
+        """As `average`, in all layers."""
         for layer in self._layers:
-            self.average(layer, text, before, len(text))
+            self.average(layer, text, before, after)
 
 
 class SparsePagedContext(PagedContext):
@@ -193,10 +198,3 @@ class SparsePagedContext(PagedContext):
         heads = torch.arange(whole.shape[1], device=whole.device)
         slots = self._all[:, None].expand(-1, len(heads), -1).gather(2, column)
         return F.embedding((slots * len(heads) + heads[:, None]).flatten(0, 1), whole.flatten(0, 1))
-
-    def take(self, paths: Sequence[Sequence[int]]) -> None:
-        """Of the guesses of each row these become text, each the child of the one before."""
-        before = [len(text) for text in self.texts]
-        super().take(paths)
-        for text, length in zip(self.texts, before, strict=True):
-            self.pool.average_all(text, length)

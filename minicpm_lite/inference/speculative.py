@@ -61,6 +61,7 @@ __all__ = [
     "Drafting",
     "Guesses",
     "Stats",
+    "SteppedDrafting",
     "StreamDrafting",
     "speculative_generate",
     "speculative_stream",
@@ -126,6 +127,15 @@ class StreamDrafting(Drafting, Protocol):
         It is shown after each call of the target, before the next proposal: at first the prompt, of which a
         cache that was handed in may have read the beginning before, then the tokens that became text.
         """
+        ...
+
+
+@runtime_checkable
+class SteppedDrafting(Drafting, Protocol):
+    """A drafting that says what it would do, as that of a draft model."""
+
+    def steps(self, new: Sequence[Sequence[int]], most: int) -> int:
+        """How many calls of its model `propose` would make, at most."""
         ...
 
 
@@ -277,8 +287,9 @@ def speculative_stream(
         stats: where it is counted how the guesses fared.
 
     Raises:
-        ValueError, FloatingPointError, RuntimeError: as `stream`; or the draft does not fit the model, or
+        ValueError, RuntimeError: as `stream`; or the draft does not fit the model, or
             proposes more guesses than there is room for.
+        FloatingPointError: scores of the model or of the draft that are no finite numbers.
     """
     stats = Stats() if stats is None else stats
     reader = begin(model, ids, max_new_tokens, sampling, stop_ids, padding, context, samples)

@@ -18,7 +18,8 @@ still be less than an allowance behind. So whatever is accepted, the time is nev
 
     plain * (1 + share) + credit * call(1)
 
-which is a theorem about the accounts, not a hope about the draft. The rule is as true as the costs are.
+which is a theorem about the accounts, not a hope about the draft. The rule is as true as the costs are: a
+call of a draft model counts as one step, also the first, which reads the prompt and takes longer.
 
 Choices, and the traps behind them:
 
@@ -26,6 +27,10 @@ Choices, and the traps behind them:
   measure it with the model, the rows and the length of text that are meant.
 - Chances of later guesses are lower than those of the first, and texts differ. The estimate is a running mean
   over the last calls, so that a change of the text is noticed.
+- A tree that follows the draft's law reads all its levels for any number of guesses, and a draft that was not
+  asked has a text to catch up with. So what a question takes is asked of the draft itself, before it is
+  put (`SteppedDrafting`); one that does not say takes a step for each guess.
+- Rows of a batch wait for each other, so the time is that of the row that gets on least.
 - Where no guess pays, one is tried from time to time, as the allowance grows; else a draft that has become
   good would never be asked again.
 """
@@ -42,7 +47,7 @@ from ..config import require_positive_integer, require_positive_number, require_
 from ..language.decoder import Decoder
 from ..language.sampling import Sampling
 from .guess_trees import StaticTree
-from .speculative import Draft, Drafting, Guesses, StreamDrafting
+from .speculative import Draft, Drafting, Guesses, SteppedDrafting, StreamDrafting
 
 __all__ = ["Adaptive", "Costs", "best_chain", "best_tree", "expected_length"]
 
@@ -56,7 +61,7 @@ class Costs:
     Attributes:
         calls: of the target with 1, 2, 3, ... tokens; beyond the last the difference of the last two goes on.
         draft: of one step of the draft: a call of a draft model, for each guess of a chain, or each level of
-            a tree.
+            a tree; and where it was not asked for long, a few more that catch up with the text.
 
     Raises:
         ValueError: no call of one or of two tokens, or a time that is none.
@@ -204,7 +209,7 @@ class _Adapting:
     """The accounts of `Adaptive`, and its estimate of what is accepted.
 
     Attributes:
-        plain: what plain decoding would have taken so far.
+        plain: what plain decoding would have taken so far; of several rows, for that which has least.
         spent: what was taken.
     """
 
@@ -212,8 +217,10 @@ class _Adapting:
         self.settings, self.drafting = settings, drafting
         self.unheard: list[list[int]] = []  # by the draft, of each row
         self.plain = self.spent = 0.0
+        self._written: list[int] = []  # tokens of each row
         self._accepted = self._refused = 1.0  # so that at first a guess is as likely right as wrong
-        self._last: tuple[int, int] | None = None  # guesses and levels of the last step
+        self._last: tuple[int, int, int] | None = None  # guesses, those asked for, steps of the draft
+        self._says = isinstance(drafting, SteppedDrafting)
 
     @property
     def acceptance(self) -> float:
@@ -224,14 +231,17 @@ class _Adapting:
         """Guesses for what follows; see `Drafting`."""
         if self._last is not None:
             self._learn([len(tokens) for tokens in new])
+        else:
+            self._written = [0] * len(new)
         self.unheard = [
             [*old, *tokens] for old, tokens in zip(self.unheard or [[]] * len(new), new, strict=True)
         ]
         asked, guesses = self._how_many(most), Guesses.none(len(new))
+        steps = self._steps(asked) if asked else 0
         if asked:
             guesses = self.drafting.propose(self.unheard, asked)
             self.unheard = []
-        self._last = guesses.tokens.shape[1], asked
+        self._last = guesses.tokens.shape[1], asked, steps
         return guesses
 
     def _how_many(self, most: int) -> int:
@@ -242,15 +252,20 @@ class _Adapting:
         )  # one, to see whether it pays by now
         behind = self.spent - self.plain
         allowed = settings.share * self.plain + settings.credit * costs.call(1)
-        while wanted and behind + costs.step(wanted, wanted) - costs.call(1) > allowed:
+        while wanted and behind + costs.step(wanted, self._steps(wanted)) - costs.call(1) > allowed:
             wanted -= 1
         return wanted
 
+    def _steps(self, guesses: int) -> int:
+        """Of the draft, where it is asked for so many guesses."""
+        return self.drafting.steps(self.unheard, guesses) if self._says else guesses
+
     def _learn(self, written: Sequence[int]) -> None:
         """Keep the accounts of the last step, which wrote so many tokens to each row."""
-        guesses, asked = self._last
-        self.plain += sum(written) / len(written) * self.settings.costs.call(1)
-        self.spent += self.settings.costs.step(guesses, asked)
+        guesses, asked, steps = self._last
+        self._written = [sum(each) for each in zip(self._written, written, strict=True)]
+        self.plain = min(self._written) * self.settings.costs.call(1)
+        self.spent += self.settings.costs.step(guesses, steps)
         if guesses:
             accepted = [each - 1 for each in written]
             refused = sum(each < min(guesses, asked) for each in accepted)
@@ -269,4 +284,5 @@ class _Adapting:
     def select(self, rows: Sequence[int]) -> None:
         """These rows go on; see `Drafting`."""
         self.unheard = [self.unheard[row] for row in rows] if self.unheard else []
+        self._written = [self._written[row] for row in rows] if self._written else []
         self.drafting.select(rows)

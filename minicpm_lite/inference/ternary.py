@@ -74,7 +74,9 @@ def ternarize(
     """
     rows, columns = weight.shape
     width = columns if isinstance(group, str) else group
-    if group not in ("row", "matrix") and not (isinstance(group, int) and group > 0 and columns % group == 0):
+    if isinstance(group, bool) or (
+        group not in ("row", "matrix") and not (isinstance(group, int) and group > 0 and columns % group == 0)
+    ):
         raise ValueError(
             f'group is {group!r}; expected a divisor of the {columns} columns, "row", or "matrix".'
         )

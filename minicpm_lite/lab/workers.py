@@ -4,11 +4,13 @@ A pool of Python's own, when Ctrl-C comes, first does all the jobs that it was g
 they give: hours, perhaps, before an empty screen.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 
 __all__ = ["fresh_processes"]
 
@@ -17,12 +19,10 @@ __all__ = ["fresh_processes"]
 def fresh_processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """So many workers, each a new Python; whatever is raised within, as by Ctrl-C, ends their jobs at once.
 
-    A terminal sends Ctrl-C to the workers, too. There it ends them: as an exception it would fail the job in
-    hand, and they would take the next one.
+    So does the end of the program, also when it is killed: what it was doing is not done behind its back.
     """
     others = active_children()
-    ended = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(count, get_context("spawn"), **ended) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_depend) as pool:
         try:
             yield pool
         except BaseException:
@@ -30,3 +30,17 @@ def fresh_processes(count: int) -> Iterator[ProcessPoolExecutor]:
                 if each not in others:
                     each.kill()
             raise
+
+
+def _depend() -> None:
+    """In a worker: end with the program, and at Ctrl-C, which a terminal sends to the workers, too.
+
+    As an exception it would fail the job in hand, and the worker would take the next one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

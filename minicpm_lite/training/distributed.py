@@ -192,12 +192,21 @@ def initialise(model: Decoder, seed: int, names: Container[str] | None = None) -
         model: whose weights.
         seed: decides them.
         names: of the parameters that are drawn; left out, all.
+
+    Raises:
+        ValueError: one of them is a matrix of something that was built into the model, such as the latent
+            weights of a ternary layer. Nothing is drawn then.
     """
     require_seed(seed)
     stds = dict(model.initial_stds())
-    for name, parameter in model.named_parameters():
-        if names is not None and name not in names:
-            continue
+    drawn = {name: p for name, p in model.named_parameters() if names is None or name in names}
+    for name, parameter in drawn.items():
+        if parameter not in stds and parameter.ndim > 1:
+            raise ValueError(
+                f"{name} is a matrix that a plain decoder does not have, so nothing says how it is drawn. "
+                "Draw the model's weights first, and build into it afterwards."
+            )
+    for name, parameter in drawn.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         whole = torch.ones(parameter.shape)
         if parameter in stds:

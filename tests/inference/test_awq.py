@@ -21,6 +21,7 @@ from minicpm_lite.inference.calibration import Statistics, walk_blocks
 from minicpm_lite.inference.gptq import gptq_model
 from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.inference.quantization import dequantize, quantize
+from minicpm_lite.inference.ternary import make_ternary
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
 
@@ -238,3 +239,14 @@ def test_statistics_of_a_folded_layer_are_divided():
     walk_blocks(model, windows, lambda at, block, seen: after.setdefault(at, seen))
     assert_close(after[0]["self_attn.q_proj"].largest, torch.ones(256), atol=1e-3, rtol=1e-3)
     assert before[0]["self_attn.q_proj"].largest.max() > 5
+
+
+@pytest.mark.parametrize("change", [make_ternary, lambda model: quantize_model(model, "Q8_0")])
+def test_no_scale_is_folded_into_weights_that_are_computed(change):
+    model, ids = make_model(WIDE["grouped"]), make_ids(WIDE["grouped"])
+    layer = change(model).layers[0]
+    with torch.no_grad():
+        before = model(ids)
+        with pytest.raises(ValueError, match="(Ternary|Packed)Linear, which computes its weight"):
+            fold(layer, seams(layer)[0], torch.full((256,), 2.0))
+        assert torch.equal(model(ids), before)

@@ -9,6 +9,7 @@ from minicpm_lite.inference.calibration import Statistics, walk_blocks
 from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.fast_decoding import fast_decoding
+from minicpm_lite.language.scoring import context_only
 
 
 def seen_by_hooks(model: Decoder, windows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -159,3 +160,11 @@ def test_layers_that_are_multiplied_together_are_seen_all_the_same(change):
         assert (found[name].hessian - seen.hessian).norm() < 0.05 * seen.hessian.norm(), (
             name
         )  # inputs are rounded
+
+
+def test_marks_of_what_is_not_predicted_are_read():
+    model = make_model(WIDE["grouped"])
+    ids = torch.randint(model.config.vocab_size, (2, 12))
+    marked = torch.cat([context_only(ids[:, :5]), ids[:, 5:]], dim=1)
+    found, expected = collected(model, marked), collected(model, ids)
+    assert all(torch.equal(found[name].hessian, seen.hessian) for name, seen in expected.items())

@@ -18,6 +18,7 @@ from minicpm_lite.inference.eagle import (
     load_eagle,
     save_eagle,
     share_output,
+    unrolled,
 )
 from minicpm_lite.inference.guess_trees import Chain, DynamicTree, StaticTree
 from minicpm_lite.inference.packed import put_packed
@@ -316,3 +317,18 @@ def test_files_of_heads_that_do_not_fit_are_refused(tmp_path, unchecked):
         save_checkpoint(file, {}, facts)
         with pytest.raises(ValueError, match="of no head"):
             load_eagle(file, target)
+
+
+def test_a_text_too_short_for_a_guess_is_worth_nothing():
+    head, target = pair()
+    loss, _ = eagle(target).loss(head, torch.tensor([[3]]))
+    loss.backward()
+    assert loss == 0 and not head.norm.weight.grad.any()
+    assert list(unrolled(head, torch.zeros(1, 1, 96), torch.zeros(1, 1, 32))) == []
+
+
+@torch.no_grad()
+def test_marks_of_what_is_not_predicted_are_read():
+    head, target = pair()
+    ids = torch.randint(29, (2, 12))
+    assert agreement_by_step(head, target, context_only(ids)) == agreement_by_step(head, target, ids)

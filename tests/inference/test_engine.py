@@ -1,6 +1,8 @@
 """Each request gets the text that it gets alone, whatever comes and goes beside it, and all pages come back."""
 
 import random
+import re
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -8,12 +10,12 @@ import pytest
 import torch
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig, RopeScaling
-from minicpm_lite.inference import engine
-from minicpm_lite.inference.drafts import DecoderDraft, PromptLookup, Reading
+from minicpm_lite.inference import engine, executors, paged
+from minicpm_lite.inference.drafts import DecoderDraft, PromptLookup, Reading, frequent_draft
 from minicpm_lite.inference.eagle import EagleDraft, EagleHead
 from minicpm_lite.inference.engine import Engine, Request
 from minicpm_lite.inference.executors import PagedExecutor
-from minicpm_lite.inference.guess_trees import Chain, DynamicTree
+from minicpm_lite.inference.guess_trees import Chain, DynamicTree, StaticTree
 from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.inference.paged import PagePool
 from minicpm_lite.inference.speculative import speculative_stream
@@ -103,7 +105,7 @@ def check_schedule(seed: int, draft=None) -> tuple[int, int]:
             assert answer.tokens == expected[: len(answer.tokens)]
         else:
             assert answer.state == "done" and answer.tokens == expected
-    assert executor.pool.unused == pages and not any(executor.pool._users)
+    assert executor.pool.unused == pages and not executor.pool._texts
     return len(answers), cancelled
 
 
@@ -278,6 +280,48 @@ def test_what_another_model_made_of_a_beginning_is_not_read_on():
     assert len(texts) >= 3 and serving.executor.pool.unused == 40
 
 
+def test_angles_stay_with_their_text_whoever_is_opened_beside_it():
+    """Its keys were turned with them, also where a neighbour's are of another config."""
+    torch.manual_seed(3)
+    own, texts = Decoder(BASE).eval(), []
+    for neighbours in (0, 1):
+        own.config = BASE
+        serving = Engine(PagedExecutor(own, 40, 4, 40))
+        answer = serving.submit(Request(tuple(range(12)), 20, stop_ids=()))
+        for _ in range(4):
+            serving.step()
+        own.config = replace(BASE, rope_theta=20.0)
+        stranger = Request((5, 6, 7), 15, stop_ids=())
+        others = [serving.submit(stranger) for _ in range(neighbours)]
+        serving.run()
+        texts.append(answer.tokens)
+        wanted = generate(own, torch.tensor([stranger.prompt]), 15, stop_ids=(), context=KVCache(40))
+        assert [other.tokens for other in others] == [wanted[0, 3:].tolist()] * neighbours
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("read", [4, 9], ids=["in the prompt", "in the answer"])
+@pytest.mark.parametrize("draft", [None, PromptLookup(2)], ids=["none", "lookup"])
+def test_weights_that_were_exchanged_and_put_back_leave_nothing_behind(read, draft, unchecked):
+    """As for an evaluation with averaged weights, while a text was read."""
+    torch.manual_seed(3)
+    own, other = Decoder(BASE).eval(), Decoder(BASE).eval().state_dict()
+    weights = {name: weight.clone() for name, weight in own.state_dict().items()}
+    serving, prompt = Engine(PagedExecutor(own, 40, 4, 48), piece=2, draft=draft), tuple(range(16))
+    first = serving.submit(Request(prompt, 20, stop_ids=()))
+    for _ in range(read):
+        serving.step()
+    own.load_state_dict(other)
+    serving.run()
+    own.load_state_dict(weights)
+    request = Request((*prompt, *first.tokens), 8, stop_ids=())
+    assert serving.executor.open(request.prompt, 43).shared == 0
+    second = serving.submit(request)
+    serving.run()
+    wanted = generate(own, torch.tensor([request.prompt]), 8, stop_ids=(), context=KVCache(48))
+    assert second.tokens == wanted[0, 36:].tolist()
+
+
 def test_what_was_kept_goes_when_its_room_is_needed():
     executor = PagedExecutor(model(), 8, 4, 32)
     serving = Engine(executor)
@@ -339,6 +383,122 @@ def test_scores_that_are_no_numbers_end_one_request_alone():
     assert "finite numbers" in answers[1].why and executor.pool.unused == 40
 
 
+def test_scores_of_a_draft_that_are_no_numbers_end_one_request_alone(unchecked):
+    torch.manual_seed(5)
+    broken = Decoder(replace(BASE, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        broken.embed_tokens.weight[7] = torch.nan  # of one prompt
+    many = [Request((number, 2, 3), 6, Sampling(1.0), stop_ids=()) for number in (7, 1)]
+    guessed = torch.tensor([token for token in range(23) if token != 7])
+    for shape in (Chain(2), StaticTree((-1, -1, 0), (0, 1, 0)), DynamicTree(2, 2, 4)):
+        serving = Engine(PagedExecutor(model(), 20, 4), draft=frequent_draft(broken, guessed, shape))
+        bad, good = map(serving.submit, many)
+        serving.run()
+        assert bad.state == "failed" and re.match(r"Not all scores of the draft \(Decoder\)", bad.why)
+        assert good.state == "done" and 7 not in good.tokens
+        assert serving.executor.pool.unused == 20
+
+
+def broken_off(work, after: int) -> int:
+    """Do some work, broken off before a line of the engine or its pages; and how many lines were begun."""
+    begun, files, before = 0, {each.__file__ for each in (engine, executors, paged)}, sys.gettrace()
+
+    def each_line(frame, event, _):
+        nonlocal begun
+        if frame.f_code.co_filename not in files:
+            return None
+        begun += event == "line"
+        if begun == after:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return each_line
+
+    sys.settrace(each_line)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return begun
+
+
+@pytest.mark.parametrize("draft", [None, PromptLookup(3)], ids=["none", "lookup"])
+def test_a_step_that_is_broken_off_makes_no_text_wrong_and_loses_no_page(draft, unchecked):
+    many = [Request((1, 2, 3, 1, 2, 3, end), 7, stop_ids=()) for end in (1, 4, 1)]
+    wanted = [alone(request) for request in many]
+
+    def start():
+        serving = Engine(PagedExecutor(model(), 12, 4), rows=2, piece=4, draft=draft)
+        return serving, [serving.submit(request) for request in many]
+
+    lines, failed = broken_off(start()[0].run, -1), 0
+    for after in range(1, lines, lines // 70):
+        serving, answers = start()
+        broken_off(serving.run, after)
+        serving.run()
+        for answer, tokens in zip(answers, wanted, strict=True):
+            assert answer.tokens == tokens[: len(answer.tokens)]
+            assert answer.tokens == tokens if answer.state == "done" else "broken off" in answer.why
+        failed += sum(answer.state == "failed" for answer in answers)
+        again = [serving.submit(request) for request in many]
+        serving.run()
+        assert [answer.tokens for answer in again] == wanted
+        assert serving.idle and serving.executor.pool.unused == 12
+    assert failed > 70, "Those that were at work fail, and are not served half."
+
+
+def test_errors_of_an_executor_end_what_was_at_work_and_are_told(unchecked):
+    executor = PagedExecutor(model(), 12, 4)
+    serving, decode = Engine(executor, rows=1), executor.decode
+    first, second = (serving.submit(Request((1, 2), 4, stop_ids=())) for _ in range(2))
+
+    def no_memory(*given):
+        decode(*given)
+        raise MemoryError("It is full.")
+
+    executor.decode = no_memory
+    with pytest.raises(MemoryError, match="It is full"):
+        serving.run()
+    executor.decode = decode
+    serving.run()
+    assert (first.state, second.state) == ("failed", "done") and "A step was broken off" in first.why
+    assert first.tokens == second.tokens[:1] and executor.pool.unused == 12
+
+
+def test_a_run_that_can_never_begin_ends_with_a_sentence(unchecked):
+    executor = PagedExecutor(model(), 5, 4)
+    first, second = Engine(executor), Engine(executor)
+    request = Request((1, 2, 3), 12, stop_ids=())
+    left, answer = first.submit(request), second.submit(request)
+    first.step()
+    second.step()  # which waits, for the first may go on between two steps
+    with pytest.raises(RuntimeError, match="Texts of another engine have them"):
+        second.run()
+    first.close()
+    second.run()
+    assert left.state == "cancelled" and answer.tokens == alone(request) and first.idle
+    third = Engine(executor)
+    third.submit(request)
+    third.step()
+    del third  # and its texts with it
+    answer = second.submit(request)
+    second.run()
+    assert answer.state == "done" and executor.pool.unused == 5
+
+
+def test_whoever_reads_an_answer_may_take_its_tokens_out(unchecked):
+    request, taken = Request((1, 2, 3, 1, 2), 12, stop_ids=()), []
+    for draft in (None, PromptLookup(3)):
+        serving = Engine(PagedExecutor(model(), 8, 4), draft=draft)
+        answer = serving.submit(request)
+        while not serving.idle:
+            assert serving.step() == [answer]
+            taken += answer.tokens
+            answer.tokens.clear()
+    assert taken == alone(request) * 2
+
+
 @pytest.mark.parametrize("kind", [tuple, list, iter, dict.fromkeys])
 def test_a_request_is_what_it_was_when_it_was_made(kind, unchecked):
     """However its ids were given, and whatever becomes of what they were given in."""
@@ -389,7 +549,8 @@ def test_refusals(unchecked):
 
 
 def pages_are_kept(patch):
-    patch.setattr(PagePool, "close", lambda pool, text: text.pages.pop())
+    kept = []
+    patch.setattr(PagePool, "close", lambda pool, text: kept.append(text))
 
 
 def known_before_they_are_read(patch):

@@ -22,6 +22,12 @@ class _Answers(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
         wrong = asked["prompt"][0] == 9
+        if asked["prompt"][0] == 7:  # a connection that breaks within a piece
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\ndata: ")
+            return
+        if asked["prompt"][0] == 6:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\ndata: nonsense\n")
+            return
         self.send_response(400 if wrong else 200)
         self.end_headers()
         if wrong:
@@ -105,12 +111,23 @@ def test_what_fails_fails_alone(asked, file):
     assert wrong.why == "no such token" and "without a word" in cut.why
 
 
-def test_refusals(asked, file, monkeypatch):
+@pytest.mark.parametrize("first", [7, 6], ids=["cut off", "not JSON"])
+def test_an_answer_that_breaks_off_is_over_and_says_so(first, asked, file):
+    server = LlamaCpp(file, room=64)
+    answer = server.submit(Request((first,), 2))
+    server.run()
+    assert answer.state == "failed" and answer.over and "broke off" in answer.why
+
+
+def test_refusals(asked, file, monkeypatch, unchecked):
     server = LlamaCpp(file, room=64)
     with pytest.raises(ValueError, match="A text of 65 tokens does not fit: there is room for 64"):
         server.submit(Request((1,) * 60, 5))
     with pytest.raises(ValueError, match=r"stop_ids is \(3,\); llama.cpp takes None"):
         server.submit(Request((1,), 5, stop_ids=(3,)))
+    for wrong in ({"max_new_tokens": 0}, {"sampling": None}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            server.submit(Request(**{"prompt": (1,), "max_new_tokens": 5} | wrong))
     with pytest.raises(FileNotFoundError, match="There is no file nowhere.gguf"):
         LlamaCpp("nowhere.gguf")
     for wrong in ({"rows": 0}, {"room": 0}, {"threads": 0}):

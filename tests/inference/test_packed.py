@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -360,7 +361,7 @@ def test_a_copy_that_shares_weights_is_packed_alone(family, types, tmp_path):
     save_packed(packed, tmp_path / "model")
     with torch.no_grad():
         assert_close(load_packed(tmp_path / "model")(ids), packed(ids), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="changed inside, not by packing alone: .*lm_head.weight"):
+    with pytest.raises(ValueError, match="has another one, lm_head|not by packing alone: .*lm_head.weight"):
         save_packed(drafted, tmp_path / "draft")
     with pytest.raises(
         ValueError, match=r"changed inside, not by packing alone: layers.0.mlp.down_proj.latent"
@@ -443,3 +444,15 @@ def test_wrong_models_are_told_apart(mistake, monkeypatch):
         model.layers[0].mlp.up_proj.in_features = 256
         put_packed(model, "layers.0.mlp.up_proj.weight", quantize(weight.T, "Q4_0"))
     assert not (model(ids) - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("also", [{}, {"lm_head.weight": "Q8_0"}], ids=["plain", "packed"])
+@pytest.mark.parametrize("give", [unpack_model, lambda model: save_packed(model, "never")])
+def test_an_output_layer_beside_a_table_that_is_said_to_be_one_is_not_lost(give, also):
+    model = make_model(WIDE["grouped"])
+    assert model.config.tie_word_embeddings
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    quantize_model(model, {"layers.0.mlp.up_proj.weight": "Q8_0"} | also)
+    with pytest.raises(ValueError, match="it has another one, lm_head, which would be lost"):
+        give(model)
+    assert not Path("never").exists()

@@ -96,6 +96,14 @@ def test_pages_are_lent_and_come_back():
     assert pool.unused == 6 and pool.nbytes == 0
 
 
+def test_a_text_that_nobody_holds_gives_its_pages_back():
+    pool = PagePool(6, 4, 24)
+    text = pool.open([1, 2, 3], 24)
+    assert pool.unused == 0
+    del text
+    assert pool.unused == 6
+
+
 @torch.no_grad()
 def test_guesses_that_branch_are_what_they_are_in_a_cache():
     model, pool, texts, caches = make_model(), PagePool(20, 4, 40), [], []

@@ -1,5 +1,6 @@
 """The cost model by counting, the best chain and tree by trying all, and a setting that is never slower."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from small_models import WRITER, make_ids, make_model
 
 from minicpm_lite.inference.drafts import DecoderDraft, PromptLookup
-from minicpm_lite.inference.guess_trees import Chain, StaticTree
+from minicpm_lite.inference.guess_trees import Chain, DynamicTree, StaticTree
 from minicpm_lite.inference.speculative import speculative_generate
 from minicpm_lite.inference.speculative_costs import (
     Adaptive,
@@ -129,6 +130,28 @@ def test_a_change_of_the_text_is_noticed():
     assert max(asked[30:60]) <= 1 and min(asked[-20:]) == 8
     asked = accounts(setting, lambda step, guesses: 8 if step < 60 else 0, 200)[2]
     assert min(asked[40:60]) == 8 and max(asked[-20:]) <= 1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Chain(7), StaticTree((-1, -1, 0, 0, 1, 2), (0, 1, 0, 2, 0, 1)), DynamicTree(), DynamicTree(3, 3, 7)],
+    ids=["chain", "static", "eagle's", "small"],
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_draft_model_takes_more_than_the_allowance_says(shape, rows, monkeypatch, unchecked):
+    """All its calls are counted, those of levels that nobody asked for and those that catch up, too."""
+    config = replace(WRITER, max_position_embeddings=512)
+    target, small, costs = make_model(config, 1), make_model(config, 2), Costs((1.0, 1.02), draft=0.2)
+    calls, lengths = [], []
+    states, read = small.states, target.read
+    monkeypatch.setattr(small, "states", lambda *given: calls.append(1) or states(*given))
+    monkeypatch.setattr(target, "read", lambda ids, *given: lengths.append(ids.shape[1]) or read(ids, *given))
+    draft = Adaptive(DecoderDraft(small, shape), costs)
+    speculative_generate(target, draft, make_ids(config, rows, 5), 240, stop_ids=())
+    spent = sum(map(costs.call, lengths[1:])) + len(calls) * costs.draft
+    plain = 239 * costs.call(1)
+    assert spent <= plain * 1.02 + 2 + 1e-9
+    assert len(calls) > 8, "It is asked from time to time."
 
 
 @pytest.mark.parametrize("inner", [PromptLookup(), "decoder", "right"])

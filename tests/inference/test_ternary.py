@@ -275,7 +275,7 @@ def test_q4_0_does_not_hold_ternary_weights():
 # Errors
 
 
-@pytest.mark.parametrize("group", [3, 0, -2, 512, "columns", None, 2.0])
+@pytest.mark.parametrize("group", [3, 0, -2, 512, "columns", None, 2.0, True])
 def test_groups_that_do_not_fit_are_refused(group, unchecked):
     model = make_model(WIDE["grouped"])
     with pytest.raises(ValueError, match="group is .*; expected a divisor of the 256 columns"):

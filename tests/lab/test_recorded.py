@@ -71,8 +71,15 @@ def test_jobs_run_once_and_results_are_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # it starts worker processes, and each imports torch
-@pytest.mark.parametrize("stop", [os.kill, os.killpg], ids=["the script alone", "all, as a terminal does"])
-def test_a_stopped_script_ends_at_once_and_keeps_what_was_finished(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "by", "says"),
+    [
+        pytest.param(os.kill, signal.SIGINT, "KeyboardInterrupt", id="the script alone"),
+        pytest.param(os.killpg, signal.SIGINT, "KeyboardInterrupt", id="all, as a terminal does"),
+        pytest.param(os.kill, signal.SIGKILL, "", id="the script is killed"),
+    ],
+)
+def test_a_stopped_script_ends_at_once_and_keeps_what_was_finished(tmp_path, stop, by, says):
     (tmp_path / "waits.py").write_text(
         textwrap.dedent("""
         import time
@@ -107,8 +114,8 @@ def test_a_stopped_script_ends_at_once_and_keeps_what_was_finished(tmp_path, sto
     while not ((tmp_path / "b").exists() and (tmp_path / "waits.json").exists()):
         assert script.poll() is None, script.stderr.read()
         time.sleep(0.05)
-    stop(script.pid, signal.SIGINT)
-    assert "KeyboardInterrupt" in script.communicate(timeout=60)[1]  # which its workers hold open, too
+    stop(script.pid, by)
+    assert says in script.communicate(timeout=60)[1]  # which its workers hold open, too
     assert list(load_results(tmp_path / "waits.py")["runs"]) == ["a"] and not (tmp_path / "c").exists()
 
 

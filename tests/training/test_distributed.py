@@ -25,6 +25,7 @@ from torch.testing import assert_close
 from minicpm_lite import ModelConfig
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig
 from minicpm_lite.data.windows import TokenWindows, batch_of
+from minicpm_lite.inference.ternary import make_ternary
 from minicpm_lite.language.chat import Chat
 from minicpm_lite.language.decoder import Decoder, require_plain
 from minicpm_lite.language.layers import replace_linears
@@ -1069,3 +1070,11 @@ def test_a_run_goes_on_with_more_or_fewer_processes(answers, reseal):
     reseal(two)
     with pytest.raises(ValueError, match="holds 640 of the 1312 values of model.embed_tokens.weight"):
         load_weights(two)
+
+
+def test_matrices_that_a_plain_decoder_lacks_are_not_set_to_one():
+    model = make_ternary(Decoder(ModelConfig(16, 24, 1, 2, 23)))
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.latent is a matrix that a plain decoder"):
+        initialise(model, 0)
+    assert all(map(torch.equal, model.parameters(), before))

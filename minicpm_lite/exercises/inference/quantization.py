@@ -147,8 +147,8 @@ def read_q4_0(answer):
                 "before 8 is subtracted."
             )
         assert same(ratio.sort().values, expected.sort().values), (
-            "These are not the values that were stored, in whatever order. Look at the 16 codes of the "
-            "film: which one stands for zero? And what is the sign of the scale?"
+            "These are not the values that were stored, in whatever order. In the figure of a block: what is "
+            "taken from a stored code before it is multiplied, and what is the sign of the scale?"
             if sign > 0
             else "Where the largest weight was positive these were right, and here, where it is negative, "
             "they are not: the scale is stored with its sign, which is now another."
@@ -204,6 +204,9 @@ def _gptq_row(
         "rising": h.diagonal().argsort().tolist(),
         "as they stand": list(range(len(w))),
         "largest weight first": w.abs().argsort(descending=True).tolist(),
+        "longest row of H first": h.norm(dim=1).argsort(descending=True).tolist(),
+        "largest row of H first": h.abs().sum(1).argsort(descending=True).tolist(),
+        "largest sum of H first": h.sum(1).argsort(descending=True).tolist(),
     }[order]
     for place, j in enumerate(order):
         found[j] = step * (w[j] / step).round().clamp(lowest, highest)
@@ -261,6 +264,17 @@ _UNSORTED = (
     "The weights are sorted and H is not: its first row and its first column must be those of the weight "
     "that goes first. Sort both: hessian[order][:, order]."
 )
+_OTHER_ORDERS = (
+    "rising",
+    "largest weight first",
+    "longest row of H first",
+    "largest row of H first",
+    "largest sum of H first",
+)
+_OF_ORDER = (
+    "Each step is right, and the weights have their turns in another order. What counts is the diagonal of H "
+    "alone, the square of each input, and not the rest of a row of H, nor the weight: the largest goes first."
+)
 _GPTQ_TOLD = (  # what is often missed, and the words for it
     (_beside_unsorted, _UNSORTED),
     (lambda weights, hessian, step: _beside_unsorted(weights, hessian, step, rows=True), _UNSORTED),
@@ -290,6 +304,13 @@ _GPTQ_TOLD = (  # what is often missed, and the words for it
         "Each free weight moves as if it were the only one. They move together: two whose inputs are alike "
         "would mend the same error twice.",
     ),
+    *(
+        (
+            lambda weights, hessian, step, order=order: _gptq_row(weights, hessian, step, order=order),
+            _OF_ORDER,
+        )
+        for order in _OTHER_ORDERS
+    ),
 )
 
 
@@ -312,6 +333,9 @@ def _gptq_asked(answer, weights, hessian, step):
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="as they stand"),
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="rising"),
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="largest weight first"),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="longest row of H first"),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="largest row of H first"),
+        lambda weights, hessian, step: _gptq_row(weights, hessian, step, order="largest sum of H first"),
         lambda weights, hessian, step: _gptq_row(weights, hessian, step, sort_back=False),
         lambda weights, hessian, step: _gptq_row(weights, torch.eye(len(weights)), step),
         lambda weights, hessian, step: _gptq_row(weights, _damped(hessian), step),
@@ -510,6 +534,19 @@ def was_rounded(answer):
     """Ask it before you compare methods on such weights. A no proves little: columns scaled later hide it."""
     clean = _drawn(0, 4, 128)
     assert not answer(clean.clone(), 32, 4), "Normal numbers: 32 different ones in each block of 32."
+    values = torch.arange(16.0).repeat(64, 8)
+    assert answer(values.clone(), 32, 4), (
+        "Sixteen values are what 4 bits can say: a block may hold up to 2**bits of them, and 2**bits itself."
+    )
+    along = values + 100 * (torch.arange(128) // 32)
+    assert answer(along.clone(), 32, 4), (
+        "Each block may have sixteen values of its own: these four blocks of a row have, and the matrix as a "
+        "whole holds 64. Count in each block, not in the whole matrix or row."
+    )
+    assert answer(along + 1000 * torch.arange(64.0)[:, None], 32, 4), (
+        "Each block of a row holds sixteen values, and each row others: a block are neighbours in a row, and "
+        "these were counted down the columns, or across rows."
+    )
     for seed, (type, block, bits) in enumerate((("INT4_G32", 32, 4), ("Q4_0", 32, 4), ("INT4_G64", 64, 4))):
         rounded = dequantize(quantize(_drawn(seed, 4, 128), type))
         assert answer(rounded.clone(), block, bits), (
@@ -523,7 +560,6 @@ def was_rounded(answer):
     assert not answer(many.clone(), 32, 4), "Q8_0 has more than 16 values a block."
     assert answer(torch.arange(8.0).repeat(4, 16), 32, 3), "bits is an argument: here are 8 values, 3 bits."
     assert not answer(torch.arange(16.0).repeat(2, 8), 32, 3), "Sixteen values are too many for 3 bits."
-    assert answer(torch.arange(16.0).repeat(2, 8), 32, 4), "Sixteen values are what 4 bits can say."
     assert not answer((torch.arange(32.0) % 17).repeat(2, 4), 32, 4), (
         "Seventeen values are one more than 4 bits can say: 2**bits is the most that a block may hold."
     )
@@ -564,6 +600,10 @@ _WITH_VALUES = {name: "Q6_K" if "v_proj" in name else type for name, type in _SM
         _SMALL,  # values are not more precise than the rest
         _WITH_VALUES | {"embed_tokens.weight": "TQ2_0"},
         _WITH_VALUES | {"layers.3.mlp.down_proj.weight": "TQ1_0"},
+        {name: "Q8_0" if "v_proj" in name else type for name, type in _SMALL.items()},
+        {name: "Q5_0" if "v_proj" in name else type for name, type in _SMALL.items()},
+        _WITH_VALUES | {"layers.3.self_attn.v_proj.weight": "Q4_K"},
+        _WITH_VALUES | {"layers.3.mlp.up_proj.weight": "Q6_K"},
     ),
 )
 def my_mixture(answer):
@@ -581,11 +621,13 @@ def my_mixture(answer):
     assert not coarse, f"No matrix was to have less than four bits; {coarse[0]} is {answer[coarse[0]]}."
     assert _bits(answer["lm_head.weight"]) >= 6, "The output layer was to have at least six bits."
     layers = range(_EIGHT.num_hidden_layers)
-    values = [_bits(answer[f"layers.{layer}.self_attn.v_proj.weight"]) for layer in layers]
-    rest = [_bits(answer[f"layers.{layer}.mlp.up_proj.weight"]) for layer in layers]
-    assert min(values) > max(rest), (
-        "The values of some layer have no more bits than the up_proj of some other."
-    )
+    for layer in layers:
+        name = f"layers.{layer}.self_attn.v_proj.weight"
+        assert answer[name] == "Q6_K", (
+            f"The values of every layer were to be in Q6_K; {name} is {answer[name]}."
+        )
+    rest = {name: type for name, type in answer.items() if "up_proj" in name and _bits(type) >= _bits("Q6_K")}
+    assert not rest, f"No up_proj was to have as many bits as the values; {min(rest)} is {rest[min(rest)]}."
 
 
 def _bits(type: str) -> float:

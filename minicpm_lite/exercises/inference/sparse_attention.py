@@ -35,7 +35,7 @@ def _read(length, config, both=2, means=True, short=True, floor=True, offset=0):
 
 
 @exercise(
-    "numbers read",
+    "vectors read",
     wrong=(
         lambda *given: _read(*given, means=False),
         lambda *given: _read(*given, both=1),
@@ -44,6 +44,7 @@ def _read(length, config, both=2, means=True, short=True, floor=True, offset=0):
         lambda *given: _read(*given, offset=1),
         lambda *given: _read(*given, offset=-1),
         lambda *given: 2 * given[0],
+        lambda *given: 128 * _read(*given),
         lambda length, config: _read(length, SparseConfig()),
         lambda length, config: _read(131_072, config),
         lambda length, config: (
@@ -54,7 +55,7 @@ def _read(length, config, both=2, means=True, short=True, floor=True, offset=0):
         ),
     ),
 )
-def numbers_read(answer):
+def vectors_read(answer):
     """At 128K two fifths of what is read are means."""
     cases = (
         (131_072, SparseConfig()),
@@ -74,6 +75,12 @@ def numbers_read(answer):
 def _about_read(got, length, config) -> str:
     seen, sizes = config.num_visible(length), f"{config.kernel_size}, one every {config.kernel_stride}"
     text = f"A text of {length:,} tokens, windows of {sizes}: {seen:,} tokens are attended to. "
+    times, rest = divmod(got, _read(length, config)) if isinstance(got, int | float) else (0, 1)
+    if rest == 0 and times >= 4:
+        return text + (
+            f"Yours is {times:,g} times what is right. Was each number of a vector counted, or each byte? "
+            "A key, a value or a mean is one vector, however wide."
+        )
     if seen == length and got == length:
         return text + f"Yours, {got:,}, has their keys, but not their values: each is one vector more."
     if seen == length:
@@ -87,8 +94,8 @@ def _about_read(got, length, config) -> str:
     return text + f"Their keys and values alone are {2 * seen:,} vectors; yours is {got}."
 
 
-def _chosen(shares, seen, config, overlap=True, first=True, mean=False, later=False, own=True, extra=0,
-            whole=True, forced_only=False, fixed=False):  # fmt: skip
+def _chosen(shares, seen, config, overlap=True, first=True, mean=False, total=False, later=False,
+            own=True, extra=0, whole=True, forced_only=False, fixed=False):  # fmt: skip
     size, stride, wide = config.kernel_size, config.kernel_stride, config.block_size
     blocks = range(-(-seen // wide) if whole else seen // wide)
     if len(blocks) <= config.num_blocks:
@@ -105,6 +112,8 @@ def _chosen(shares, seen, config, overlap=True, first=True, mean=False, later=Fa
             ]
         else:
             mine = [float(share) for j, share in enumerate(shares) if j * stride // wide == b]
+        if total:
+            return sum(mine)
         return (sum(mine) / max(1, len(mine))) if mean else max(mine, default=0.0)
 
     last = len(blocks) - (config.local_blocks if own else 0)
@@ -173,6 +182,7 @@ def _cases_of_choice():
         lambda *given: _chosen(*given, first=False),
         lambda *given: _chosen(*given, own=False),
         lambda *given: _chosen(*given, mean=True),
+        lambda *given: _chosen(*given, total=True),
         lambda *given: _chosen(*given, later=True),
         lambda *given: _chosen(*given, extra=1),
         lambda *given: _chosen(*given, extra=-1),
@@ -203,8 +213,10 @@ def _about_choice(blocks, shares, seen, config) -> str:
             f"Of {seen} tokens the last is number {seen - 1}, in block {own}: yours has a later block, which "
             "is still empty. "
         )
-    if blocks == _chosen(shares, seen, config, mean=True):
-        return "That is the choice by the *mean* of a block's windows; the best of them counts. "
+    names = {"mean": "the *mean*", "total": "the *sum*"}  # often they choose alike
+    alike = [name for way, name in names.items() if blocks == _chosen(shares, seen, config, **{way: True})]
+    if alike:
+        return f"That is the choice by {' or '.join(alike)} of a block's windows; the best of them counts. "
     if blocks == _chosen(shares, seen, config, first=False):
         return "That is the choice without the first blocks forced: what does every query get? "
     if blocks == _chosen(shares, seen, config, fixed=True):  # right until other sizes are asked for

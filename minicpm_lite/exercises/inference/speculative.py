@@ -565,6 +565,53 @@ def best_length(answer):
         )
 
 
+def _replayed(right, most, forward=1, counted=0, cut=True):
+    """Tokens a call: right, or by a mistake."""
+    place = calls = 0
+    while place < len(right):
+        place += min(right[place], most) + forward
+        calls += 1
+    return (len(right) if cut else place) / calls + counted
+
+
+_ANSWERS = (
+    ([4, 3, 2, 1, 0, 0, 0, 4, 3, 2, 1, 0], 7, "Calls begin at places 0, 5, 6 and 7: 12 tokens in 4 calls."),
+    ([4, 3, 2, 1, 0, 0, 0, 4, 3, 2, 1, 0], 2, "At most two guesses: calls at 0, 3, 5, 6, 7 and 10."),
+    ([0, 0, 0, 0, 0], 4, "Nothing is right: each call writes a token of its own."),
+    ([5, 4, 3, 2, 1, 0], 5, "All is right: one call writes everything."),
+    ([0, 2, 1, 0, 1, 0, 3, 2, 1], 4, "The last call would write more, but the answer ends."),
+    ([0, 5, 4, 3, 2, 1, 0, 0, 1, 0, 2, 1, 0, 0], 3, "A streak that is longer than the guesses."),
+    ([3, 2, 1, 0, 2, 1, 0], 1, "One guess a call."),
+    ([0], 3, "An answer of one token."),
+)
+
+
+@exercise(
+    "replay",
+    wrong=(
+        lambda right, most: sum(min(each, most) + 1 for each in right) / len(right),  # all places
+        lambda right, most: sum(min(each, most) for each in right) / len(right),
+        lambda right, most: _replayed(right, len(right)),  # `most` is not asked
+        lambda right, most: _replayed(right, 4),
+        lambda right, most: _replayed(right, most, counted=-1),  # without the model's own token
+        lambda right, most: _replayed(right, most, cut=False),  # beyond the end
+        lambda right, most: _replayed(right, most - 1),
+        lambda right, most: _replayed(right, most + 1),
+        lambda right, most: 1 / _replayed(right, most),
+        lambda right, most: most + 1,
+        lambda right, most: 3.0,
+    ),
+)
+def replayed(answer):
+    """A call begins where the one before has ended; what lies between is never asked."""
+    for right, most, hint in _ANSWERS:
+        got, expected = float(answer(list(right), most)), _replayed(right, most)
+        assert abs(got - expected) < 1e-6, (
+            f"replayed({right}, {most}) should be {expected:.3f}, and not {got:.3f}. {hint} A call writes "
+            "the guesses that are right, up to `most`, and one token more; the next one begins behind them."
+        )
+
+
 quiz = Quiz(
     [
         (

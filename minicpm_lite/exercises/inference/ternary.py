@@ -157,6 +157,11 @@ def _digits(byte, shift=-1, rounds=5, scale=256):
     return digits
 
 
+def _not_masked(byte):
+    """Digits of a byte of which nothing is taken away when a digit is read."""
+    return [(byte * 3**place >> 8) - 1 for place in range(1, 6)]
+
+
 def _base_three(number):
     return [number // 3**place % 3 - 1 for place in (4, 3, 2, 1, 0)]
 
@@ -175,6 +180,7 @@ def _byte(codes):
         lambda byte: _digits(byte)[::-1],
         lambda byte: _digits(byte, shift=0),
         lambda byte: _digits(byte, rounds=4),
+        _not_masked,
         lambda byte: _digits(byte, scale=255),
         lambda byte: _digits(byte, scale=243),
         lambda byte: _base_three(-(-byte * 243 // 256)),  # rounded up twice
@@ -194,6 +200,10 @@ def read_byte(answer):
         )
         assert not same(list(got), [code + 1 for code in codes]), (
             "These are the digits, from 0 to 2. A code is the digit less 1."
+        )
+        assert not same(list(got), _not_masked(_byte(codes))) or same(list(got), list(codes)), (
+            "The first code is right, and the others grow: once a digit is read, keep only the rest, without "
+            "the 256s that the digit counts, and take that times 3."
         )
         assert same(list(got), list(codes)), (
             f"The byte {_byte(codes)} holds {list(codes)}, and not {[int(code) for code in got]}. It is "
@@ -322,10 +332,10 @@ def forecast_zeros(answer):
     )
 
 
-def _megabytes(config, group, table_bits, scale_bits=16, code_bits=2, tables=None, norms=True):
+def _megabytes(config, group, table_bits, scale_bits=16, code_bits=2, tables=None, norms=True, twice=False):
     count = count_parameters(config)
     norm = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    matrices = count.others - norm
+    matrices = count.others - norm * (not twice)
     tables = count.tables if tables is None else tables
     bits = matrices * (code_bits + scale_bits / group) + tables * table_bits + 32 * norm * norms
     return bits / 8e6
@@ -346,6 +356,7 @@ _CASES = (
         lambda config, group, bits: _megabytes(config, group, bits, scale_bits=32),
         lambda config, group, bits: _megabytes(config, group, bits, code_bits=1.585),
         lambda config, group, bits: _megabytes(config, group, bits, norms=False),
+        lambda config, group, bits: _megabytes(config, group, bits, twice=True),
         lambda config, group, bits: _megabytes(config, group, bits, tables=0),
         lambda config, group, bits: _megabytes(
             config, group, bits, tables=2 * config.vocab_size * config.hidden_size
@@ -372,9 +383,12 @@ def ternary_megabytes(answer):
         assert not same(got, expected * 1e6 / 2**20, 1e-4), (
             "That is in units of 2^20 bytes (MiB); a megabyte is a million bytes here."
         )
+        assert not same(got / expected, _megabytes(config, group, table_bits, twice=True) / expected, 1e-5), (
+            "The norms are counted twice: `others` holds them, too. The matrices are the others without them."
+        )
         assert same(got, expected, 1e-4), (
             f"Width {config.hidden_size}, {config.num_hidden_layers} blocks, groups of {group}, tables of "
-            f"{table_bits:g} bits: {expected:.3f} MB, and not {got:.3f}. Count the scales (16 bits a "
+            f"{table_bits:g} bits: {expected:.5f} MB, and not {got:.5f}. Count the scales (16 bits a "
             "group), the "
             "tables (one if they are tied, else two), and the norms (2 a block and one at the end, 32 bits)."
         )

@@ -268,7 +268,9 @@ class _Chapter:
             case [*_, (number, answer)]:
                 answer = replace(answer, above=self._written_in(cells[:number]))
         own = {name for each in ast.parse(answer.source).body for name in _bound(each)}
-        known = {name for each in self.statements for name in _bound(each)} | set(dir(builtins)) | own
+        shadowed = {name for cell in cells[:number] for each in self._own(cell) for name in _bound(each)}
+        known = {name for each in self.statements for name in _bound(each)} | own
+        known |= set(dir(builtins)) - shadowed
         others = [each for cell in cells for each in cell.own_statements]
         return replace(answer, helpers="\n".join(_needed(others, _free(answer) - known, known)))
 

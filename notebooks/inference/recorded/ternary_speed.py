@@ -5,7 +5,9 @@ Run them with `python notebooks/inference/recorded/ternary_speed.py`.
 One row of input times a matrix of 1024 x 1024, which stays in the cache, and times all matrices of
 BitCPM4-0.5B in turn, as one token needs them, which come from memory. Of float32 a quarter of the blocks is
 measured, which no cache holds either, and its time taken four times. Beside them: the rate of summing an
-array. Each time is the shortest of its rounds.
+array. Each time is the shortest of its rounds. What a call costs by itself is the time of an empty one, by a
+matrix of 1 x 256 of the same type: what is left of a call in the cache is the work on its weights. (An empty
+call wakes no second thread and rounds a quarter of the inputs, so it is rather too little.)
 
 Then a whole token behind 64 others, by a packed model of random weights whose table is in Q6_K: its time, and
 those of its matrices and of its output layer by themselves. What is left is attention, norms, and Python.
@@ -13,7 +15,8 @@ those of its matrices and of its output layer by themselves. What is left is att
 The rules, fixed before the run: bytes are all that costs if from memory the ternary matrices gain over those
 of 4 bits what they are smaller by, 2.2 times, and in the cache less. The time of a token is accounted for if
 its matrices and its output layer, each measured by itself, are at least half of it; else it is named as not
-accounted for.
+accounted for. That of its matrices is accounted for if the calls and the longer of two, the work on all
+weights and the reading of all bytes, are 80 to 110 % of it for both types.
 """
 
 import time
@@ -126,6 +129,10 @@ def work(job: Job) -> dict:
     in_cache["Q6_K"] = shortest(
         partial(kernels.linear, vector, stored(vector.expand(1024, -1), "Q6_K"), "Q6_K"), 500
     )
+    empty = {}
+    for kind in TYPES:
+        weight = stored(codes[:1, :256] * scale[:1], kind)
+        empty[kind] = shortest(partial(kernels.linear, vector[:, :256], weight, kind), 5000)
     adding = shortest(lambda: ternary_product(vector, codes, scale), 3)
     with torch.device("meta"):
         block = Decoder(replace(MODEL, num_hidden_layers=1)).layers[0]
@@ -151,6 +158,7 @@ def work(job: Job) -> dict:
     numbers = torch.ones(50_000_000)
     return {
         "microseconds_in_cache": {kind: 1e6 * each for kind, each in in_cache.items()},
+        "microseconds_empty": {kind: 1e6 * each for kind, each in empty.items()},
         "microseconds_adding": 1e6 * adding,
         "milliseconds": {kind: 1e3 * each for kind, each in from_memory.items()},
         "nbytes": nbytes,

@@ -96,6 +96,15 @@ def by_sets(weight, block, bits):
     return all(len(set(part)) <= 2**bits for row in weight.tolist() for part in _parts(row, block))
 
 
+def by_sorting(weight, block, bits):
+    parts = np.sort(weight.numpy().reshape(-1, block), axis=1)
+    return bool(((np.diff(parts, axis=1) != 0).sum(1) < 2**bits).all())
+
+
+def most_values(parts):
+    return max(len(torch.unique(part)) for part in parts)
+
+
 def _parts(row, block):
     return (row[at : at + block] for at in range(0, len(row), block))
 
@@ -114,10 +123,13 @@ EIGHT = check._EIGHT
         (check.group_product, product_in_numpy),
         (check.group_product, product_as_tensor),
         (check.was_rounded, by_sets),
+        (check.was_rounded, by_sorting),
+        (check.gptq_row, gptq_by_factor),
         (
             check.my_mixture,
-            {name: "Q8_0" if "v_proj" in name else type for name, type in mixture("Q4_0", EIGHT).items()},
+            {name: "Q6_K" if "v_proj" in name else type for name, type in mixture("Q4_0", EIGHT).items()},
         ),
+        (check.my_mixture, check._WITH_VALUES | {"layers.3.mlp.up_proj.weight": "Q5_0"}),
     ],
 )
 def test_other_styles_are_right(exercise, answer):
@@ -164,6 +176,40 @@ def test_other_styles_are_right(exercise, answer):
             lambda w, block, bits: by_sets(w.reshape(-1, block)[:100], block, bits),
             "hundred",
         ),
+        (
+            check.was_rounded,
+            lambda w, block, bits: most_values(w.reshape(-1, block)) < 2**bits,
+            "2**bits itself",
+        ),
+        (
+            check.was_rounded,
+            lambda w, block, bits: len(torch.unique(w)) <= 2**bits,
+            "not in the whole matrix",
+        ),
+        (check.was_rounded, lambda w, block, bits: most_values(w) <= 2**bits, "not in the whole matrix"),
+        (
+            check.was_rounded,
+            lambda w, block, bits: most_values(w.T.reshape(-1, block)) <= 2**bits,
+            "down the columns",
+        ),
+        (
+            check.gptq_row,
+            lambda w, h, step: check._gptq_row(w, h, step, order="longest row of H first"),
+            "in another order",
+        ),
+        (check.gptq_row, lambda w, h, step: check._gptq_row(w, h, step, order="rising"), "with its two"),
+        (
+            check.gptq_row,
+            lambda w, h, step: check._gptq_row(w, h, step, order="largest sum of H first"),
+            "in another order",
+        ),
+        (check.read_q4_0, lambda block: check._q4_0_values(block, offset=7.5), "figure of a block"),
+        (
+            check.my_mixture,
+            {name: "Q8_0" if "v_proj" in name else type for name, type in mixture("Q4_0", EIGHT).items()},
+            "in Q6_K",
+        ),
+        (check.my_mixture, check._WITH_VALUES | {"layers.3.mlp.up_proj.weight": "Q6_K"}, "No up_proj"),
         (check.my_mixture, mixture("Q6_K", EIGHT), "GB"),
         (check.my_mixture, check._WITH_VALUES | {"embed_tokens.weight": "TQ2_0"}, "less than four bits"),
     ],

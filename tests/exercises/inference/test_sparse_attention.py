@@ -69,7 +69,7 @@ def control_by_python(own, config, generator):
 @pytest.mark.parametrize(
     ("exercise", "answer"),
     [
-        (check.numbers_read, read_by_counting),
+        (check.vectors_read, read_by_counting),
         (check.chosen_blocks, blocks_by_token),
         (check.mended_shares, shares_with_loops),
         (check.windows_to_make, starts_by_ends),
@@ -112,6 +112,11 @@ def keys_without_values(length, config):
     return int(read_by_counting(length, config)) - config.num_visible(length)
 
 
+def numbers_in_vectors(length, config):
+    """Of a model whose vectors have 128."""
+    return 128 * read_by_counting(length, config).item()
+
+
 def chosen_by_mean(shares, seen, config):
     blocks, per = -(-seen // config.block_size), config.block_size // config.kernel_stride
     over = config.kernel_size // config.kernel_stride - 1
@@ -129,12 +134,13 @@ def chosen_with_next(shares, seen, config):
 
 
 def test_messages_name_the_idea_that_is_missed():
-    assert "Yours leaves 8,190 for means" in said(check.numbers_read, without_a_window)
+    assert "Yours leaves 8,190 for means" in said(check.vectors_read, without_a_window)
     assert "are 12,288 vectors; yours is 6144" in said(
-        check.numbers_read, lambda length, config: config.num_visible(length)
+        check.vectors_read, lambda length, config: config.num_visible(length)
     )
-    assert "not their values" in said(check.numbers_read, keys_without_values)
-    assert "the *mean*" in said(check.chosen_blocks, chosen_by_mean)
+    assert "not their values" in said(check.vectors_read, keys_without_values)
+    assert "is 128 times what is right" in said(check.vectors_read, numbers_in_vectors)
+    assert "the *mean* or the *sum*" in said(check.chosen_blocks, chosen_by_mean)
     assert "still empty" in said(check.chosen_blocks, chosen_with_next)
     assert "come to 1; 2 heads" in said(check.mended_shares, added_before)
     assert "root of the keys' width" in said(check.mended_shares, divided_by_width)

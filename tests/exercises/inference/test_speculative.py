@@ -185,6 +185,22 @@ def length_of_the_library(chances, guesses):
     return 1 + sum(worth)
 
 
+def replayed_by_recursion(right, most):
+    def calls(rest):
+        return 0 if not rest else 1 + calls(rest[1 + min(rest[0], most) :])
+
+    return torch.tensor(len(right)) / calls(right)
+
+
+def replayed_by_lengths(right, most):
+    """What each call writes, the last one cut."""
+    lengths = []
+    while sum(lengths) < len(right):
+        at = sum(lengths)
+        lengths.append(min(1 + right[at], 1 + most, len(right) - at))
+    return sum(lengths) / len(lengths)
+
+
 RIGHT = {
     check.look_up: [by_a_table, by_tensors, by_the_library],
     check.check_chain: [chain_in_a_while, chain_at_once],
@@ -193,6 +209,7 @@ RIGHT = {
     check.tree_sight: [sight_by_walking, sight_of_the_library, sight_by_recursion],
     check.mended_place: [place_without_dividing, place_by_masks],
     check.shuffled: [shuffled_tensor, shuffled_by_python, shuffled_by_keys],
+    check.replayed: [replayed_by_recursion, replayed_by_lengths],
     check.best_length: [length_by_all_paths, length_by_a_heap, length_of_the_library],
 }
 CASES = [(exercise, answer) for exercise, answers in RIGHT.items() for answer in answers]
@@ -228,6 +245,11 @@ def test_right_answers_in_other_styles(exercise, answer):
         (check.mended_place, lambda p, guesses, luck: (None, p.zero_()), "was changed"),
         (check.shuffled, lambda tokens, start, stop, generator: tokens[start:stop], "the whole text"),
         (check.shuffled, lambda tokens, start, stop, generator: tokens, "stands as before"),
+        (
+            check.replayed,
+            lambda right, most: 1.0 + sum(right) / len(right),
+            "Calls begin at places 0, 5, 6 and 7",
+        ),
         (check.best_length, lambda chances, guesses: 1.0 + guesses, "No guess counts twice"),
         (check.best_length, lambda chances, guesses: 1.0, "added next"),
     ],

@@ -8,6 +8,7 @@ import torch
 from minicpm_lite.exercises.inference import ternary as check
 from minicpm_lite.inference.ternary import TernaryLinear, make_ternary
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.parameters import count_parameters
 
 
 def codes_by_comparing(weight, group):
@@ -29,6 +30,14 @@ def byte_by_its_number(byte):
     """The number of base 3 that it was made of, by a division."""
     number = byte * 243 // 256
     return tuple(number // place % 3 - 1 for place in (81, 27, 9, 3, 1))
+
+
+def byte_that_is_never_masked(byte):
+    codes = []
+    for _ in range(5):
+        byte = 3 * byte
+        codes.append((byte >> 8) - 1)
+    return codes
 
 
 def byte_in_a_tensor(byte):
@@ -74,6 +83,16 @@ def megabytes_matrix_by_matrix(config, group, table_bits):
         bits = 32 if p.ndim == 1 else table_bits if name in ("embed_tokens.weight", "lm_head.weight") else 0
         total += p.numel() * bits if bits else p.numel() * 2 + p.numel() // group * 16
     return torch.tensor(total / 8 / 1e6, dtype=torch.float64)
+
+
+def megabytes_in_single_precision(config, group, table_bits):
+    return megabytes_matrix_by_matrix(config, group, table_bits).float()
+
+
+def megabytes_with_norms_among_the_matrices(config, group, table_bits):
+    count = count_parameters(config)
+    norms = config.hidden_size * (1 + 2 * config.num_hidden_layers)
+    return (count.others * (2 + 16 / group) + count.tables * table_bits + norms * 32) / 8e6
 
 
 def fork_in_a_list(trainer, schedule, group):
@@ -180,6 +199,7 @@ def scale_of_a_grid(weights):
         (check.forecast_zeros, torch.tensor(0.25)),
         (check.forecast_zeros, 1 / 4),
         (check.ternary_megabytes, megabytes_matrix_by_matrix),
+        (check.ternary_megabytes, megabytes_in_single_precision),
         (check.fork, fork_in_a_list),
         (check.fork, fork_of_a_branch),
         (check.best_scale, scale_by_trying_each),
@@ -197,6 +217,8 @@ def test_other_styles(exercise, answer):
     [
         (check.codes_and_scales, codes_of_repeated_scales, "a loop"),
         (check.read_byte, lambda byte: [0] * 4, "five codes"),
+        (check.read_byte, byte_that_is_never_masked, "keep only the rest"),
+        (check.ternary_megabytes, megabytes_with_norms_among_the_matrices, "counted twice"),
         (check.read_byte, lambda byte: [code + 1 for code in byte_by_its_number(byte)], "the digits"),
         (
             check.codes_and_scales,

@@ -139,6 +139,7 @@ BEHIND = {
         "def twice(x):\n    return two * (x + 0)", "right",
     ),
     "the name of a builtin": ("def pow(a):\n    return 2 * a", "def twice(x):\n    return pow(x + 0)", "right"),
+    "a builtin that means something else": ("def sum(numbers):\n    return 0", "def twice(x):\n    return sum([x, x])", "wrong"),
     "a name of the chapter's": ("def factor(n):\n    return 4", "def twice(x):\n    return factor(2) * (x + 0) / 2", "right"),
     "trials that fail": (
         "parts = []\n1 / 0\nparts += [1]\nparts.append(1)", "def twice(x):\n    return len(parts) * (x + 0)", "right",
