@@ -11,6 +11,7 @@
     EagleDraft(head, target, shape)     guesses with it
     eagle(target)                       what it is trained with, as an objective of the `Trainer`
     agreement_by_step(head, target, ids)    how often it names the target's best token, guess by guess
+    unrolled(head, streams, embedded)   its states in such a chain of guesses at all places of a text at once
     share_output(head, target)          the target's own output layer, cut to the head's tokens and frozen
     save_eagle(file, head, ranking)     such a head without that layer, which its target has
     load_eagle(file, target, kept)      the same head, guessing so many of the most frequent tokens
@@ -37,7 +38,7 @@ Choices, and the traps behind them:
   FR-Spec does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ from .guess_trees import Shape
 from .speculative import Drafting
 
 __all__ = ["EagleDraft", "EagleHead", "agreement_by_step", "eagle", "levels", "load_eagle", "save_eagle",
-           "share_output"]  # fmt: skip
+           "share_output", "unrolled"]  # fmt: skip
 
 STEPS, DECAY = 7, 0.8  # of the training-time test; what a step weighs beside the one before
 _FORMAT, _OUTPUT, _RANKING = "minicpm_lite.eagle", "lm_head.weight", "ranking"  # of a file
@@ -297,16 +298,35 @@ def _guesses(
 
     Those of step k at place t are about the token t + 2 + k, so they stand beside the law behind t + 1 + k.
     """
-    hidden, context, found = head.fuse(taught.streams[:, :-1]), _Unrolled(), []
+    return [
+        (head.logits(hidden), taught.law[:, 1 + step :], taught.named[:, 1 + step :])
+        for step, hidden in enumerate(unrolled(head, taught.streams, taught.embedded, steps))
+    ]
+
+
+def unrolled(
+    head: EagleHead,
+    streams: Float[Tensor, "batch window features"],
+    embedded: Float[Tensor, "batch window d"],
+    steps: int = STEPS,
+) -> Iterator[Float[Tensor, "batch _places d"]]:
+    """What the head makes of each place of a text, guess after guess, each from what came of the one before.
+
+    That of step k at place t is about the token t + 2 + k, if all before it are the text's. So step 0 has a
+    place less than the text, and each further step one less.
+
+    Args:
+        head: its `logits` say what the states mean.
+        streams: of the target, as its `levels` have them.
+        embedded: the target's embeddings of the tokens.
+        steps: guesses, one from the other.
+    """
+    hidden, context = head.fuse(streams[:, :-1]), _Unrolled()
     for step in range(steps):
-        embedded = taught.embedded[:, 1 + step :]
-        places = embedded.shape[1]  # those behind which there are so many tokens
-        embedded = F.pad(embedded, (0, 0, 0, hidden.shape[1] - places))
-        hidden = head(hidden, embedded, context)
-        found.append(
-            (head.logits(hidden[:, :places]), taught.law[:, 1 + step :], taught.named[:, 1 + step :])
-        )
-    return found
+        following = embedded[:, 1 + step :]
+        places = following.shape[1]  # those behind which there are so many tokens
+        hidden = head(hidden, F.pad(following, (0, 0, 0, hidden.shape[1] - places)), context)
+        yield hidden[:, :places]
 
 
 def eagle(target: Decoder, steps: int = STEPS, decay: float = DECAY) -> Objective:
