@@ -200,12 +200,8 @@ def texts(kind: str) -> Iterator[tuple[Tensor, Tensor, int]]:
 def follow(draft: Draft, ids: Tensor, streams: Tensor, asked: int) -> tuple[list[int], list[int]]:
     """What calls would write if the target writes this text, and how many guesses they would check."""
     drafting = draft.begin(target("F32"), len(ids) + NEW, Sampling(), None)
-    text, at, heard, read = (
-        ids.tolist(),
-        asked,
-        0,
-        0,
-    )  # the newest token; tokens that the draft was told, shown
+    text, at = ids.tolist(), asked  # the newest token
+    heard = read = 0  # tokens that the draft was told, and whose streams it was shown
     written, guessed = [], []
     while at < len(text) - 1:
         if isinstance(drafting, StreamDrafting):
