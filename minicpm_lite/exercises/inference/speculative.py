@@ -227,7 +227,16 @@ _MACHINES = (
     (0.9, [1.0, 2.0, 3.0, 4.0, 5.0], 0.0),  # a call that costs by the token
     (0.7, [0.02, 0.021], 0.001),
     (0.8, [20.0, 20.4, 21.0, 22.0, 24.0, 26.0], 1.0),  # milliseconds of both
+    (0.85, [9.4, 10.6, 11.8, 12.0, 15.7, 15.9, 15.5, 15.6], 0.0),  # steps: better, worse, best
+    (1.0, [1.0, 1.5, 1.9, 2.6], 0.1),  # every guess is kept
 )
+
+
+def _up_the_hill(alpha, calls, draft):
+    guesses = 0
+    while guesses + 1 < len(calls) and _best_guesses(alpha, calls[: guesses + 2], draft) > guesses:
+        guesses += 1
+    return guesses
 
 
 @exercise(
@@ -246,11 +255,12 @@ _MACHINES = (
         lambda alpha, calls, draft: _best_guesses(0.8, calls, draft),
         lambda alpha, calls, draft: _best_guesses(alpha, calls, draft) + 1,
         lambda alpha, calls, draft: round(1 / (1 - alpha)),
+        _up_the_hill,
         lambda alpha, calls, draft: _best_guesses(alpha, [call / calls[0] for call in calls], draft),
     ),
 )
 def best_guesses(answer):
-    """Each further guess brings less than the one before and costs no less, so there is a best number."""
+    """Each further guess brings less than the one before, and has its price: so there is a best number."""
     for alpha, calls, draft in _MACHINES:
         got, expected = answer(alpha, list(calls), draft), _best_guesses(alpha, calls, draft)
         assert float(got) == int(got), f"Expected a whole number of guesses, and not {got}."
