@@ -1,24 +1,27 @@
 """An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
 
-Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "stack" or "load", which does
-that alone, and a number behind it: so many jobs, of two minutes at most each. What was done is not done
-again. "stack" and "load" take times, so nothing else may run beside them. "load" needs xllamacpp.
+Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "machine", "stack" or "load",
+which does that alone, and a number behind it: so many jobs, of two minutes at most each. What was done is not
+done again. All but "identity" take times, so nothing else may run beside them. "load" needs xllamacpp.
 
 The model is SmolLM2-135M-Instruct with every matrix rounded to Q4_0, in float32 or packed, so all that is
 compared multiplies by the same weights. All is greedy, and nothing ends a text early. A text stands behind
 256 or 2,048 tokens of Austen, whose last line asks for them again ("text with copying") or does not
-("prose"), and has 48 new tokens. The stages: PyTorch's linear layers; our kernels for float32; these with
+("prose"), and has 48 new tokens. The stages: PyTorch's linear layers; these compiled, whose times begin when
+code is made; our kernels for float32; these with
 guesses looked up in the prompt; packed weights; these with sparse attention (24 blocks of 16 tokens); that
 with guesses; and packed weights with guesses.
 
 - "identity": what each stage writes, each call that may guess guessing.
+- "machine": how fast memory is read and how fast float32 matrices are multiplied, by two threads.
 - "stack": one text at a time, with two threads and guesses by `Adaptive`: the time to the first token, the
-  tokens a second behind it, the memory of weights and texts.
+  tokens a second behind it, in how many calls and with how many tokens read; the memory of weights and texts.
 - "load": 16 requests of 16 to 128 tokens that want 8 to 64, all at once, or one each second on average, at
   times that are drawn; eight rows, two threads. Our engine with packed weights, with and without guesses;
-  transformers with batches that stay (those that wait when the last batch is done, padded, written until the
-  longest has enough), in float32; llama.cpp's server on a file of the same bytes. Kept are the tokens a
-  second that were asked for, and the times from a request to its first and to its last token.
+  the same engine with batches that stay (nobody begins before the last of the batch is done); transformers
+  with batches that stay (those that wait when the last batch is done, padded, written until the longest has
+  enough), in float32; llama.cpp's server on a file of the same bytes. Kept are the tokens a second that were
+  asked for, and the times from a request to its first and to its last token.
 
 The rule, fixed before the runs. A unit is a prompt (five of each length and kind), or a drawn set of requests
 (three: a quiet machine is rare, and what is expected are factors). A part of the stack makes faster, or
@@ -29,6 +32,12 @@ much as transformers when all come at once, and has the first token of most requ
 brings nothing at 256 tokens, of which it reads all but a few, and little at 2,048, where weights are most of
 what is read. What llama.cpp does is measured, and nothing is expected: one token at a time we had 45 % of its
 speed.
+
+Added before the first run of "stack" and "load": "machine", the calls, the compiled stage, of which nothing
+is expected, and our engine with batches that stay.
+It differs from our engine in who may begin when, and from transformers in all the rest; so it tells what
+batching brings from what kernels and packed weights bring. Expected: when all come at once, our engine writes
+at least 1.1 times as much as with batches that stay.
 
 Identity. Kernels write PyTorch's tokens, and guesses those of the stage without them, unless there is a tie:
 where two answers part, the gap between the two best scores is at most twice the noise, by which the scores of
@@ -65,7 +74,7 @@ from minicpm_lite.data.assets import load_austen
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.inference.drafts import PromptLookup
 from minicpm_lite.inference.engine import Answer, Engine, Request
-from minicpm_lite.inference.executors import PagedExecutor
+from minicpm_lite.inference.executors import CompiledExecutor, PagedExecutor
 from minicpm_lite.inference.llama_cpp import LlamaCpp
 from minicpm_lite.inference.packed import load_packed, quantize_model, save_packed, true_bits, unpack_model
 from minicpm_lite.inference.speculative import Draft
@@ -86,7 +95,7 @@ SPARSE = SparseConfig(
 GUESSES = 6
 REQUESTS, SETS = 16, 3
 EVERY = {"at once": 0.0, "one a second": 1.0}  # seconds between requests, on average
-ENGINES = ("engine", "engine with guesses", "transformers", "llama.cpp")
+ENGINES = ("engine", "engine with guesses", "engine, batches that stay", "transformers", "llama.cpp")
 FACTS = {
     "model": "SmolLM2-135M-Instruct, every matrix Q4_0", "threads": THREADS, "rows": ROWS,
     "lengths": LENGTHS, "new": NEW, "sparse": vars(SPARSE), "guesses": GUESSES, "requests": REQUESTS,
@@ -96,15 +105,17 @@ ASK = "\nRepeat the text above from its first word on:\n"
 
 @dataclass(frozen=True)
 class Job:
-    """A text for the stack, or a set of requests; `name` is its key in the results."""
+    """A text for the stack, a set of requests, or the machine; `name` is its key in the results."""
 
     kind: str
-    of: str
-    number: int
+    of: str = ""
+    number: int = 0
     length: int = 0
 
     @property
     def name(self) -> str:
+        if not self.of:
+            return self.kind
         return "/".join(map(str, (self.kind, self.of, *([self.length] if self.length else []), self.number)))
 
 
@@ -114,7 +125,7 @@ def work(job: Job) -> dict:
     if job.kind == "identity":
         return identity(job)
     torch.set_num_threads(THREADS)
-    return stack(job) if job.kind == "stack" else load(job)
+    return {"machine": machine, "stack": stack, "load": load}[job.kind](job)
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -152,13 +163,41 @@ class Stage:
     sparse: bool = False
     guesses: bool = False
     same_as: str | None = None
+    compiled: bool = False
 
-    def executor(self, pages: int) -> PagedExecutor:
-        return PagedExecutor(self.model(), pages, 16, sparse=SPARSE if self.sparse else None)
+    def executor(self, pages: int) -> "Counted":
+        if self.compiled:
+            return compiled(pages)
+        return Counted(self.model(), pages, 16, sparse=SPARSE if self.sparse else None)
+
+
+class Counted(PagedExecutor):
+    """Counts the calls behind a prompt, and the tokens that they read."""
+
+    calls = read = 0
+
+    def decode(self, texts, tokens, after=()):
+        self.calls, self.read = self.calls + 1, self.read + len(texts)
+        return super().decode(texts, tokens, after)
+
+    def verify(self, texts, tokens, parents, after=()):
+        self.calls, self.read = self.calls + 1, self.read + sum(map(len, tokens))
+        return super().verify(texts, tokens, parents, after)
+
+
+class CountedCompiled(Counted, CompiledExecutor):
+    """A `CompiledExecutor` that counts."""
+
+
+@cache
+def compiled(pages: int) -> CountedCompiled:
+    """One for all texts that need so many pages, since it takes a minute to make its code."""
+    return CountedCompiled(plain(), pages, 16)
 
 
 STAGES = {
     "PyTorch": Stage(plain),
+    "compiled": Stage(plain, same_as="PyTorch", compiled=True),
     "kernels": Stage(kernels, same_as="PyTorch"),
     "kernels, guesses": Stage(kernels, guesses=True, same_as="kernels"),
     "packed": Stage(packed),
@@ -187,16 +226,36 @@ def stack(job: Job) -> dict:
         model, draft = stage.model(), None
         if stage.guesses:
             draft = Adaptive(PromptLookup(GUESSES), costs(model, job.length), GUESSES)
-        run_one(stage.executor(8), prompt[:32], 8, draft)  # what is slow at first
+        for _ in range(2 if stage.compiled else 1):  # what is slow at first, with a text that shares nothing
+            run_one(stage.executor(pages_of(prompt)), prompt[::-1], 8, draft)
         executor = stage.executor(pages_of(prompt))
+        executor.calls = executor.read = 0
         answer = run_one(executor, prompt, NEW, draft)
         found[name] = {
             "first": answer.first - answer.submitted,
             "a second": (NEW - 1) / (answer.last - answer.first),
+            "calls": executor.calls,
+            "read": executor.read,
             "texts": executor.nbytes,
             "weights": true_bits(model).nbytes,
         }
     return found
+
+
+def machine(job: Job) -> dict:
+    """The shortest of several: an array that no cache holds is summed, and two squares are multiplied."""
+    array, square = torch.ones(128_000_000), torch.randn(2048, 2048)
+    summing, multiplying = (shortest(work) for work in (array.sum, lambda: square @ square))
+    return {"bytes a second": array.nbytes / summing, "operations a second": 2 * 2048**3 / multiplying}
+
+
+def shortest(work: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(12):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def pages_of(prompt: list[int]) -> int:
@@ -272,6 +331,7 @@ def load(job: Job) -> dict:
         "engine with guesses": lambda asked: by_engine(
             Adaptive(PromptLookup(GUESSES), costs(packed(), 128), GUESSES), asked
         ),
+        "engine, batches that stay": by_batches,
         "transformers": by_transformers,
         "llama.cpp": by_llama_cpp,
     }
@@ -294,12 +354,16 @@ def measured(answers: list[Answer]) -> dict:
     }
 
 
-def by_engine(draft: Adaptive | None, asked: list[tuple[float, Request]]) -> list[Answer]:
-    model = packed()
-    warm = Engine(PagedExecutor(model, 64))
+def warm_engine(draft: Adaptive | None = None) -> Engine:
+    """One that has no text yet, of a model that has run."""
+    warm = Engine(PagedExecutor(packed(), 64))
     warm.submit(Request((1, 2, 3), 4, stop_ids=()))
     warm.run()
-    engine, answers, start = Engine(PagedExecutor(model, 256), ROWS, draft=draft), [], time.perf_counter()
+    return Engine(PagedExecutor(packed(), 256), ROWS, draft=draft)
+
+
+def by_engine(draft: Adaptive | None, asked: list[tuple[float, Request]]) -> list[Answer]:
+    engine, answers, start = warm_engine(draft), [], time.perf_counter()
     while len(answers) < len(asked) or not engine.idle:
         while len(answers) < len(asked) and asked[len(answers)][0] <= time.perf_counter() - start:
             answers.append(engine.submit(asked[len(answers)][1]))
@@ -308,6 +372,26 @@ def by_engine(draft: Adaptive | None, asked: list[tuple[float, Request]]) -> lis
         else:
             engine.step()
     return answers
+
+
+def by_batches(asked: list[tuple[float, Request]]) -> list[Answer]:
+    """Those that wait, up to the rows, as one batch; and again when all of it is done."""
+    engine, answers, start = warm_engine(), [], time.perf_counter()
+    while len(answers) < len(asked):
+        due = due_ones(asked, len(answers), start)
+        batch = [engine.submit(request) for _, request in due]
+        for (at, _), answer in zip(due, batch, strict=True):
+            answer.submitted = start + at
+        engine.run()
+        answers += batch
+    return answers
+
+
+def due_ones(asked: list[tuple[float, Request]], done: int, start: float) -> list[tuple[float, Request]]:
+    """Wait until there are some, and take as many as there are rows."""
+    time.sleep(max(0.0, start + asked[done][0] - time.perf_counter()))
+    now = time.perf_counter() - start
+    return [each for each in asked[done:] if each[0] <= now][:ROWS]
 
 
 def by_llama_cpp(asked: list[tuple[float, Request]]) -> list[Answer]:
@@ -347,19 +431,13 @@ def by_transformers(asked: list[tuple[float, Request]]) -> list[Answer]:
     model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False)
     answers, start = [], time.perf_counter()
     while len(answers) < len(asked):
-        due = [r for at, r in asked[len(answers) :] if at <= time.perf_counter() - start][:ROWS]
-        if not due:
-            time.sleep(0.001)
-            continue
-        batch = [
-            Answer(request, submitted=start + asked[len(answers) + place][0])
-            for place, request in enumerate(due)
-        ]
-        longest = max(len(request.prompt) for request in due)
-        ids = torch.tensor([[0] * (longest - len(r.prompt)) + [*r.prompt] for r in due])
-        mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in due])
+        due = due_ones(asked, len(answers), start)
+        batch = [Answer(request, submitted=start + at) for at, request in due]
+        prompts, longest = [r.prompt for _, r in due], max(len(r.prompt) for _, r in due)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=max(r.max_new_tokens for r in due),
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=max(r.max_new_tokens for _, r in due),
             stopping_criteria=[_Watching(batch, longest)],
         )  # fmt: skip
         answers += batch
@@ -384,7 +462,8 @@ if __name__ == "__main__":
         for number in range(PROMPTS)
         for text in kinds
     ] + [Job("load", arrivals, number) for number in range(SETS) for arrivals in EVERY]
-    wanted = sys.argv[1:2] or ["identity", "stack", "load"]
+    jobs.insert(0, Job("machine"))
+    wanted = sys.argv[1:2] or ["identity", "machine", "stack", "load"]
     if "load" in wanted:
         require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="compare with llama.cpp")
     done = load_results(__file__)["runs"]
