@@ -26,9 +26,10 @@ Choices, and the traps behind them:
 - Guesses are stored behind the text and make no page known before they are taken. Texts may have different
   numbers of them: what fills up the fewer is written into a slot that nobody reads, for a text whose pages
   are full has no room for it.
-- Attention gets the keys of a call copied together, as long as its longest text. That is the cost of pages
-  without a kernel that reads them where they are. What fills up the shorter rows is their own: no number of
-  another text, which may be none, gets near.
+- For a few new tokens a kernel reads the pages where they are, and gives a token the same bits in any company.
+  For a piece of a prompt, and where there is no kernel, PyTorch's attention gets the keys of a call copied
+  together, as long as its longest text. What fills up the shorter rows is their own: no number of another
+  text, which may be none, gets near.
 """
 
 import itertools
@@ -41,10 +42,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import ModelConfig, require_positive_integer
+from ..kernels import attention as kernel
 from ..language.context import Context, causal_mask, dense_attention, lineage
 from ..language.rotary import AngleTable
 
 __all__ = ["PagePool", "PagedContext", "PagedText"]
+
+_FEW = 32  # new tokens of a text; of more, PyTorch's attention is the faster
 
 
 class PagedText:
@@ -92,6 +96,7 @@ class PagePool:
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
         self.angles = AngleTable(self.room)
         self._model: ref | None = None
+        self.latent = False  # whether its attention is, whose keys are made anew of what is kept
 
     @property
     def unused(self) -> int:
@@ -202,7 +207,7 @@ class PagePool:
             ValueError: another model has filled the pages.
         """
         if self._model is None:
-            self._model = ref(model)
+            self._model, self.latent = ref(model), model.config.latent_attention is not None
         elif self._model() is not model:
             raise ValueError("The pages were filled by another model; use one pool for each model.")
 
@@ -285,14 +290,16 @@ class PagedContext(Context):
         self.lengths = torch.tensor([[len(text)] for text in self.texts], device=device)
         ends = self.lengths + torch.tensor(counts, device=device)[:, None]
         self.reach, self._longest = int(ends.max()), max(map(len, self.texts))
-        self._all = self._slots(ends, self._longest + new)
+        self._tables, self._all = self._slots(ends, self._longest + new)
         steps = torch.arange(new, device=device)
         own = self.lengths + steps
         nobodys = pool.pages * pool.page_size  # the slot that no text reads
-        self._own = torch.where(own < ends, self._all.gather(1, own), nobodys).flatten()
+        real = own < ends
+        self._own = torch.where(real, self._all.gather(1, own), nobodys).flatten()
         if self.parents is None:
             positions = self.lengths + steps
             self.mask = self._sight(positions)
+            self._sees = causal_mask(new, new, device).expand(rows, -1, -1)
         else:
             filled = [[*parents, *[-1] * (new - len(parents))] for parents in self.parents]
             depths, among = zip(*map(lineage, filled), strict=True)
@@ -301,18 +308,24 @@ class PagedContext(Context):
             text = columns < self.lengths[:, None]  # (rows, 1, columns)
             places = (self.lengths + steps)[:, None].expand(-1, new, -1)
             self.among = torch.stack(among).to(device)
+            self._sees = self.among & real[:, None]
             self.mask = text.expand(-1, new, -1).scatter(2, places, self.among)[:, None]
+        self._positions = positions
+        self._in_place = new <= _FEW and not self.pool.latent
         return positions[:, None]
 
-    def _slots(self, ends: Int[Tensor, "rows 1"], columns: int) -> Int[Tensor, "rows columns"]:
-        """Where the texts stand, with the new tokens; behind its end a row has its own first slot."""
+    def _slots(
+        self, ends: Int[Tensor, "rows 1"], columns: int
+    ) -> tuple[Int[Tensor, "rows pages"], Int[Tensor, "rows columns"]]:
+        """The pages of the texts, and where these stand, with the new tokens; behind its end a row has its own
+        first slot."""
         size, device = self.pool.page_size, self.lengths.device
         most = self.pool.needed(columns)
         tables = [(text.pages + text.pages[:1] * most)[:most] for text in self.texts]
         places = torch.arange(columns, device=device)
         table = torch.tensor(tables, device=device)  # of pages, (rows, most)
         slots = (table[..., None] * size + torch.arange(size, device=device)).flatten(1)[:, :columns]
-        return torch.where(places < ends, slots, slots[:, :1])
+        return table, torch.where(places < ends, slots, slots[:, :1])
 
     def _sight(self, positions: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "*rows tokens keys"] | None:
         """Which keys tokens see that go on in their texts, or None for all up to themselves."""
@@ -336,9 +349,12 @@ class PagedContext(Context):
     def keep(
         self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]
     ) -> tuple[Shaped[Tensor, "rows _heads keys _width"], ...]:
-        """Store what a layer makes of the new tokens, and return it behind what it made of those before."""
+        """Store what a layer makes of the new tokens, and return it behind what it made of those before.
+
+        Of few new tokens it is returned alone, since `attend` reads the texts where they stand.
+        """
         self.store(layer, *new)
-        return self.gather(layer)
+        return new if self._in_place else self.gather(layer)
 
     def store(self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]) -> None:
         """Store what a layer makes of the new tokens."""
@@ -355,6 +371,15 @@ class PagedContext(Context):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each token takes from those of its own text that it sees."""
+        if self._in_place:
+            kept = self.pool.layer(layer)
+            if kernel.possible(query, *kept):
+                slots = self._own.view_as(self._positions)
+                return kernel.paged_attention(
+                    query, *kept, self._tables, self.lengths[:, 0], self._positions, slots, self._sees,
+                    self.pool.page_size,
+                )  # fmt: skip
+            key, value = self.gather(layer)
         return dense_attention(query, key, value, self.mask)
 
     def end(self) -> None:

@@ -149,7 +149,7 @@ class SparsePagedContext(PagedContext):
         if self.parents is None:
             for text in self.texts:
                 self.pool.average(layer, text, len(text), len(text) + new[0].shape[2])
-        return self.gather(layer) if self._all_visible else new
+        return new if self._in_place or not self._all_visible else self.gather(layer)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each token takes from the blocks of its own text that it chooses."""

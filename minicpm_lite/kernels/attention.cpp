@@ -30,6 +30,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -87,52 +88,106 @@ inline float sum_of(const float* x) {
   }
 }
 
-// Products of the queries with some vectors that lie behind each other, while as many at `next` are fetched.
+// Products of the queries with some vectors, each so many numbers `apart` from the one before, while as many at
+// `next` are fetched.
 template <class L, int KEYS>
-inline void multiply(const typename L::Floats* q, const float* keys, int64_t head_dim, typename L::Floats* scores,
-                     const float* next) {
+inline void multiply(const typename L::Floats* q, const float* keys, int64_t apart, int64_t head_dim,
+                     typename L::Floats* scores, const float* next) {
   typename L::Floats sums[KEYS] = {};
   for (int64_t d = 0; d < head_dim; d++) {
     if (d % LINE == 0)
-      for (int i = 0; i < KEYS; i++) __builtin_prefetch(next + i * head_dim + d);
+      for (int i = 0; i < KEYS; i++) __builtin_prefetch(next + i * apart + d);
 #pragma GCC unroll 8
-    for (int i = 0; i < KEYS; i++) sums[i] += keys[i * head_dim + d] * q[d];
+    for (int i = 0; i < KEYS; i++) sums[i] += keys[i * apart + d] * q[d];
   }
   for (int i = 0; i < KEYS; i++) scores[i] = sums[i];
 }
 
 template <class L>
-void multiply_all(const typename L::Floats* q, const float* keys, int64_t count, int64_t head_dim,
+void multiply_all(const typename L::Floats* q, const float* keys, int64_t count, int64_t apart, int64_t head_dim,
                   typename L::Floats* scores, const float* next) {
   int64_t i = 0;
   for (; i + L::keys <= count; i += L::keys)
-    multiply<L, L::keys>(q, keys + i * head_dim, head_dim, scores + i, next + i * head_dim);
-  for (; i < count; i++) multiply<L, 1>(q, keys + i * head_dim, head_dim, scores + i, next + i * head_dim);
+    multiply<L, L::keys>(q, keys + i * apart, apart, head_dim, scores + i, next + i * apart);
+  for (; i < count; i++) multiply<L, 1>(q, keys + i * apart, apart, head_dim, scores + i, next + i * apart);
 }
 
-// What some weighted values, which lie behind each other, add to the result; the same of `next`.
+// What some weighted values add to the result; the same of `apart` and `next`.
 template <class L, int KEYS>
-inline void add(const typename L::Floats* weights, const float* values, int64_t head_dim, typename L::Floats* out,
-                const float* next) {
+inline void add(const typename L::Floats* weights, const float* values, int64_t apart, int64_t head_dim,
+                typename L::Floats* out, const float* next) {
   typename L::Floats w[KEYS];
   for (int i = 0; i < KEYS; i++) w[i] = weights[i];
   for (int64_t d = 0; d < head_dim; d++) {
     if (d % LINE == 0)
-      for (int i = 0; i < KEYS; i++) __builtin_prefetch(next + i * head_dim + d);
+      for (int i = 0; i < KEYS; i++) __builtin_prefetch(next + i * apart + d);
     typename L::Floats sum = out[d];
 #pragma GCC unroll 8
-    for (int i = 0; i < KEYS; i++) sum += values[i * head_dim + d] * w[i];
+    for (int i = 0; i < KEYS; i++) sum += values[i * apart + d] * w[i];
     out[d] = sum;
   }
 }
 
 template <class L>
-void add_all(const typename L::Floats* weights, const float* values, int64_t count, int64_t head_dim,
+void add_all(const typename L::Floats* weights, const float* values, int64_t count, int64_t apart, int64_t head_dim,
              typename L::Floats* out, const float* next) {
   int64_t i = 0;
   for (; i + L::keys <= count; i += L::keys)
-    add<L, L::keys>(weights + i, values + i * head_dim, head_dim, out, next + i * head_dim);
-  for (; i < count; i++) add<L, 1>(weights + i, values + i * head_dim, head_dim, out, next + i * head_dim);
+    add<L, L::keys>(weights + i, values + i * apart, apart, head_dim, out, next + i * apart);
+  for (; i < count; i++) add<L, 1>(weights + i, values + i * apart, apart, head_dim, out, next + i * apart);
+}
+
+// ---------------------------------------------------------------------------------------------- softmax
+
+// A part of a softmax: the largest score, the sum of all weights, and that of weighted values. A lane that has met
+// nothing yet is below all scores, and finite, so that no difference of two such is no number.
+template <class L>
+struct Part {
+  using Floats = typename L::Floats;
+  static constexpr float nothing = -1e30f;
+  Floats largest, sum;
+  std::vector<Floats> out;
+
+  void begin(int64_t head_dim) {
+    largest = Floats{} + nothing, sum = Floats{};
+    out.assign(head_dim, Floats{});
+  }
+
+  // The largest score may have become larger; what is there is corrected for it.
+  void rise(const Floats* scores, int64_t count) {
+    Floats most = largest;
+    for (int64_t i = 0; i < count; i++) most = scores[i] > most ? scores[i] : most;
+    if (std::memcmp(&most, &largest, sizeof most)) {
+      Floats less = exp_of<L>(largest - most);
+      sum *= less;
+      for (Floats& each : out) each *= less;
+      largest = most;
+    }
+  }
+
+  // Scores become weights.
+  void weigh(Floats* scores, int64_t count) {
+    for (int64_t i = 0; i < count; i++) scores[i] = exp_of<L>(scores[i] - largest), sum += scores[i];
+  }
+};
+
+// The result of all parts, for lanes from `first` on, as many as there are heads.
+template <class L>
+void put_together(std::vector<Part<L>>& parts, float* out, int64_t first, int64_t heads, int64_t apart) {
+  using Floats = typename L::Floats;
+  Floats largest = parts[0].largest, sum = {};
+  for (const Part<L>& part : parts) largest = part.largest > largest ? part.largest : largest;
+  std::vector<Floats> scale;
+  for (const Part<L>& part : parts) {
+    scale.push_back(exp_of<L>(part.largest - largest));
+    sum += part.sum * scale.back();
+  }
+  for (size_t d = 0; d < parts[0].out.size(); d++) {
+    Floats result = {};
+    for (size_t i = 0; i < parts.size(); i++) result += parts[i].out[d] * scale[i];
+    result /= sum;
+    for (int64_t head = 0; head < heads; head++) out[head * apart + d] = result[first + head];
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- one query
@@ -164,11 +219,6 @@ class Query {
   using Floats = typename L::Floats;
   static constexpr int64_t tile = 64;  // tokens whose scores are at hand together
 
-  struct Part {  // of a softmax: the largest score, the sum of all weights, the sum of weighted values
-    Floats largest, sum;
-    std::vector<Floats> out;
-  };
-
   const Sizes& sizes;
   int64_t heads = 0, at = 0;  // at: its place in the text; negative for one that is no text
   const float *key = nullptr, *value = nullptr, *fine = nullptr, *coarse = nullptr;
@@ -177,7 +227,7 @@ class Query {
   std::vector<float> shares, best;  // of windows; of blocks
   std::vector<Run> runs;  // of fine windows that are read
   std::vector<int64_t> blocks, order;  // chosen; for choosing
-  std::vector<Part> parts;
+  std::vector<Part<L>> parts;
 
   int64_t seen(int64_t times) const { return sizes.windows(at + 1, times); }
   bool chooses() const { return at >= sizes.all_visible; }
@@ -205,7 +255,7 @@ class Query {
     if (!chooses() || !use_coarse()) return;
     Run mine = part_of({0, seen(Sizes::coarse)}, part, of);
     multiply_all<L>(q.data(), coarse + mine.begin * sizes.head_dim, mine.end - mine.begin, sizes.head_dim,
-                    coarse_scores.data() + mine.begin, coarse + (mine.begin + AHEAD) * sizes.head_dim);
+                    sizes.head_dim, coarse_scores.data() + mine.begin, coarse + (mine.begin + AHEAD) * sizes.head_dim);
   }
 
   // Of two levels: fine windows are read inside the coarse ones that get most, and behind all of them.
@@ -229,7 +279,7 @@ class Query {
     for (const Run& run : runs) {
       Run mine = part_of(run, part, of);
       multiply_all<L>(q.data(), fine + mine.begin * sizes.head_dim, mine.end - mine.begin, sizes.head_dim,
-                      fine_scores.data() + mine.begin, fine + (mine.begin + AHEAD) * sizes.head_dim);
+                      sizes.head_dim, fine_scores.data() + mine.begin, fine + (mine.begin + AHEAD) * sizes.head_dim);
     }
   }
 
@@ -251,9 +301,8 @@ class Query {
   }
 
   void attend(int64_t part, int64_t of) {
-    Part& mine = parts[part];
-    mine.largest = Floats{} - std::numeric_limits<float>::infinity(), mine.sum = Floats{};
-    mine.out.assign(sizes.head_dim, Floats{});
+    Part<L>& mine = parts[part];
+    mine.begin(sizes.head_dim);
     Run run = part_of({0, (int64_t)blocks.size()}, part, of);
     for (int64_t i = run.begin; i < run.end; i++) {
       int64_t end = std::min(at + 1, (blocks[i] + 1) * sizes.block_size);
@@ -269,18 +318,7 @@ class Query {
       for (int64_t head = 0; head < heads; head++) std::fill_n(out + head * apart, sizes.head_dim, 0.0f);
       return;
     }
-    Floats largest = parts[0].largest, sum = {};
-    for (const Part& part : parts) largest = part.largest > largest ? part.largest : largest;
-    for (Part& part : parts) {
-      part.largest = exp_of<L>(part.largest - largest);
-      sum += part.sum * part.largest;
-    }
-    for (int64_t d = 0; d < sizes.head_dim; d++) {
-      Floats result = {};
-      for (const Part& part : parts) result += part.out[d] * part.largest;
-      result /= sum;
-      for (int64_t head = 0; head < heads; head++) out[head * apart + d] = result[head];
-    }
+    put_together<L>(parts, out, 0, heads, apart);
   }
 
  private:
@@ -345,21 +383,114 @@ class Query {
   }
 
   // Some tokens that lie behind each other.
-  void attend(int64_t token, int64_t count, int64_t next, Part& part) {
+  void attend(int64_t token, int64_t count, int64_t next, Part<L>& part) {
     Floats weights[tile];
-    multiply_all<L>(q.data(), key + token * sizes.head_dim, count, sizes.head_dim, weights,
-                    value + token * sizes.head_dim);
-    Floats largest = part.largest;
-    for (int64_t i = 0; i < count; i++) largest = weights[i] > largest ? weights[i] : largest;
-    if (std::memcmp(&largest, &part.largest, sizeof largest)) {
-      Floats less = exp_of<L>(part.largest - largest);
-      part.sum *= less;
-      for (Floats& out : part.out) out *= less;
-      part.largest = largest;
+    int64_t dim = sizes.head_dim;
+    multiply_all<L>(q.data(), key + token * dim, count, dim, dim, weights, value + token * dim);
+    part.rise(weights, count), part.weigh(weights, count);
+    add_all<L>(weights, value + token * dim, count, dim, dim, part.out.data(), key + next * dim);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- pages
+
+// A text in pages, for one key-value head, and the new tokens behind it, which may be guesses: a tree.
+struct Paged {
+  const float *key, *value;  // of slot 0
+  int64_t apart;  // numbers from a slot to the next
+  const int64_t* table;  // its pages
+  int64_t page_size, length;
+  const int64_t *positions, *slots;  // of the new tokens
+  const bool* among;  // which of them each one sees; what does not see itself is no token
+  int64_t count;  // of new tokens
+};
+
+// Some of the new tokens, as many as lanes have room for: each meets all of the text, and of the new tokens those
+// that it sees. What stands in a page is met together, with the new tokens whose place is in it, and so many pages
+// are a part of the softmax: nothing depends on which tokens come in the same call, or on the threads.
+template <class L>
+class Newest {
+  using Floats = typename L::Floats;
+  static constexpr int64_t part_tokens = 1024;
+
+  Paged text;
+  int64_t head_dim, first, queries, group;  // new tokens from the first on, each with a group of heads
+  std::vector<Floats> q;
+  std::vector<int64_t> order;  // the new tokens, by their positions
+  std::vector<Part<L>> softmax;
+
+  int64_t pages_of_part() const { return std::max<int64_t>(1, part_tokens / text.page_size); }
+
+ public:
+  // `from`: the first head's query of the first new token; heads lie `apart` numbers from each other.
+  Newest(const Paged& text, const float* from, int64_t apart, int64_t head_dim, int64_t first, int64_t queries,
+         int64_t group)
+      : text(text), head_dim(head_dim), first(first), queries(queries), group(group), q(head_dim, Floats{}) {
+    float scale = 1 / std::sqrt((float)head_dim);
+    for (int64_t i = 0; i < queries; i++)
+      for (int64_t head = 0; head < group; head++)
+        for (int64_t d = 0; d < head_dim; d++)
+          q[d][i * group + head] = from[head * apart + (first + i) * head_dim + d] * scale;
+    for (int64_t i = 0; i < text.count; i++)
+      if (text.among[i * text.count + i]) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t one, int64_t other) { return text.positions[one] < text.positions[other]; });
+    int64_t last = order.empty() ? text.length - 1 : text.positions[order.back()];
+    softmax.resize(last / (text.page_size * pages_of_part()) + 1);
+  }
+
+  int64_t parts() const { return softmax.size(); }
+
+  void attend(int64_t part) {
+    Part<L>& mine = softmax[part];
+    mine.begin(head_dim);
+    std::vector<Floats> weights(text.page_size + text.count);
+    int64_t next = 0;  // in the order of new tokens
+    int64_t page = part * pages_of_part(), end = page + pages_of_part(), size = text.page_size;
+    while (next < (int64_t)order.size() && text.positions[order[next]] < page * size) next++;
+    for (; page < end; page++) {
+      int64_t old = std::min(size, text.length - page * size), start = next;
+      while (next < (int64_t)order.size() && text.positions[order[next]] < (page + 1) * size) next++;
+      if (old <= 0 && start == next) break;
+      old = std::max<int64_t>(0, old);
+      int64_t slot = old ? text.table[page] * size * text.apart : 0;
+      int64_t ahead = (page + 1) * size < text.length ? text.table[page + 1] * size * text.apart : slot;
+      multiply_all<L>(q.data(), text.key + slot, old, text.apart, head_dim, weights.data(), text.value + slot);
+      for (int64_t i = start; i < next; i++) {
+        const float* own = text.key + text.slots[order[i]] * text.apart;
+        Floats& score = weights[old + i - start];
+        multiply<L, 1>(q.data(), own, text.apart, head_dim, &score, own);
+        each_blind(order[i], [&](int64_t lane) { score[lane] = Part<L>::nothing; });
+      }
+      mine.rise(weights.data(), old + next - start);
+      mine.weigh(weights.data(), old);
+      for (int64_t i = start; i < next; i++) {  // what a lane does not see weighs nothing
+        Floats& weight = weights[old + i - start];
+        weight = exp_of<L>(weight - mine.largest);
+        each_blind(order[i], [&](int64_t lane) { weight[lane] = 0; });
+        mine.sum += weight;
+      }
+      add_all<L>(weights.data(), text.value + slot, old, text.apart, head_dim, mine.out.data(), text.key + ahead);
+      for (int64_t i = start; i < next; i++) {
+        const float* own = text.value + text.slots[order[i]] * text.apart;
+        add<L, 1>(&weights[old + i - start], own, text.apart, head_dim, mine.out.data(), own);
+      }
     }
-    for (int64_t i = 0; i < count; i++) weights[i] = exp_of<L>(weights[i] - largest), part.sum += weights[i];
-    add_all<L>(weights, value + token * sizes.head_dim, count, sizes.head_dim, part.out.data(),
-               key + next * sizes.head_dim);
+  }
+
+  // `out`: of the first head and the first new token.
+  void end(float* out, int64_t apart) {
+    for (int64_t i = 0; i < queries; i++)
+      put_together<L>(softmax, out + (first + i) * head_dim, i * group, group, apart);
+  }
+
+ private:
+  // The lanes of queries that do not see a new token.
+  template <class Do>
+  void each_blind(int64_t token, Do act) {
+    for (int64_t i = 0; i < queries; i++)
+      if (!text.among[(first + i) * text.count + token])
+        for (int64_t head = 0; head < group; head++) act(i * group + head);
   }
 };
 
@@ -439,6 +570,54 @@ Tensor sparse_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Ten
   return out;
 }
 
+template <class L>
+void attend_pages(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tables,
+                  const Tensor& lengths, const Tensor& positions, const Tensor& slots, const Tensor& among,
+                  int64_t page_size, float* out) {
+  int64_t rows = query.size(0), heads = query.size(1), count = query.size(2), dim = query.size(3);
+  int64_t kv_heads = key.size(1), group = heads / kv_heads, at_once = L::count / group;
+  const float* from = (const float*)query.const_data_ptr();
+  std::vector<Newest<L>> all;
+  std::vector<int64_t> places;  // of their first heads in query and out
+  std::vector<std::pair<int64_t, int64_t>> work;
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t head = 0; head < kv_heads; head++)
+      for (int64_t first = 0; first < count; first += at_once) {
+        Paged text{(const float*)key.const_data_ptr() + head * dim,
+                   (const float*)value.const_data_ptr() + head * dim,
+                   kv_heads * dim,
+                   (const int64_t*)tables.const_data_ptr() + row * tables.size(1),
+                   page_size,
+                   ((const int64_t*)lengths.const_data_ptr())[row],
+                   (const int64_t*)positions.const_data_ptr() + row * count,
+                   (const int64_t*)slots.const_data_ptr() + row * count,
+                   (const bool*)among.const_data_ptr() + row * count * count,
+                   count};
+        places.push_back((row * heads + head * group) * count * dim);
+        all.emplace_back(text, from + places.back(), count * dim, dim, first, std::min(at_once, count - first),
+                         group);
+        for (int64_t part = 0; part < all.back().parts(); part++) work.emplace_back(all.size() - 1, part);
+      }
+  torch::stable::parallel_for(0, work.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) all[work[i].first].attend(work[i].second);
+  });
+  for (size_t i = 0; i < all.size(); i++) all[i].end(out + places[i], count * dim);
+}
+
+Tensor paged_attention(Tensor query, Tensor key, Tensor value, Tensor tables, Tensor lengths, Tensor positions,
+                       Tensor slots, Tensor among, int64_t page_size) {
+  for (Tensor* each : {&query, &tables, &lengths, &positions, &slots, &among})
+    *each = torch::stable::contiguous(*each);
+  Tensor out = torch::stable::empty_like(query);
+  int64_t group = query.size(1) / key.size(1), lanes = group * query.size(2);
+  auto attend = lanes <= 4    ? attend_pages<Lanes<4>>
+                : lanes <= 8  ? attend_pages<Lanes<8>>
+                : group <= 16 ? attend_pages<Lanes<16>>
+                              : attend_pages<Lanes<32>>;
+  attend(query, key, value, tables, lengths, positions, slots, among, page_size, (float*)out.mutable_data_ptr());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minicpm_lite, library) {
@@ -446,8 +625,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minicpm_lite, library) {
       "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Tensor coarse, Tensor starts, "
       "int kernel_size, int kernel_stride, int block_size, int init_blocks, int local_blocks, int num_blocks, "
       "int all_visible, bool approximate, int coarse_topk) -> Tensor");
+  library.def(
+      "paged_attention(Tensor query, Tensor key, Tensor value, Tensor tables, Tensor lengths, Tensor positions, "
+      "Tensor slots, Tensor among, int page_size) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minicpm_lite, CPU, library) {
   library.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+  library.impl("paged_attention", TORCH_BOX(&paged_attention));
 }

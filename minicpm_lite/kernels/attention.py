@@ -2,20 +2,25 @@
 
     possible(query, key, value)                       whether the kernel computes these
     sparse_attention(query, key, value, means, ...)   as `inference.sparse_attention.attend_text`
+    paged_attention(query, key, value, tables, ...)   as `inference.paged.PagedContext.attend`
 
 The kernel is C++ (``attention.cpp``, which says how), compiled at first use. It scores the means of windows,
 chooses blocks and attends to them where they lie; PyTorch copies the chosen blocks together first. What it
 gives is what PyTorch gives up to rounding. Of two blocks that score the same but for that, either may come
 out ahead.
+
+`paged_attention` reads pages where they lie. It gives a token the same bits in any company: beside other texts,
+among guesses or alone, with any number of threads. Adding up in pages, and pages in parts, hangs on the token's
+own place alone.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .build import built
 
-__all__ = ["possible", "sparse_attention"]
+__all__ = ["paged_attention", "possible", "sparse_attention"]
 
 _MOST_HEADS = 32  # of a group, as many as one vector of the kernel has room for
 
@@ -66,3 +71,30 @@ def sparse_attention(
         query, key, value, means[0], means[-1], starts, kernel_size, kernel_stride, block_size, init_blocks,
         local_blocks, num_blocks, all_visible, len(means) > 1, coarse_topk or 0,
     )  # fmt: skip
+
+
+def paged_attention(
+    query: Float[Tensor, "rows heads new head_dim"],
+    key: Float[Tensor, "slots kv_heads head_dim"],
+    value: Float[Tensor, "slots kv_heads head_dim"],
+    tables: Int[Tensor, "rows _pages"],
+    lengths: Int[Tensor, " rows"],
+    positions: Int[Tensor, "rows new"],
+    slots: Int[Tensor, "rows new"],
+    among: Bool[Tensor, "rows new new"],
+    page_size: int,
+) -> Float[Tensor, "rows heads new head_dim"]:
+    """What the newest tokens of some texts, or guesses behind them, take from their texts and each other.
+
+    Args:
+        query, key, value: such that it is `possible`.
+        tables: the pages in which the text of each row stands.
+        lengths: how long the texts are, without the new tokens.
+        positions: of the new tokens, at or behind the end of their text.
+        slots: where the keys and values of the new tokens stand.
+        among: which of the new tokens of its row each one sees; itself, too.
+        page_size: slots of a page.
+    """
+    return torch.ops.minicpm_lite.paged_attention(
+        query, key, value, tables, lengths, positions, slots, among, page_size
+    )
