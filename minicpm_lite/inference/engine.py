@@ -30,9 +30,10 @@ Choices, and the traps behind them:
 - A step that is broken off, by Ctrl-C or an error, may have done half of its work: a token is chosen and not
   known to the draft, or read and not chosen. So the requests that were at work then end as failed, with what
   they had, and those that wait are served. Whoever goes on with one submits its prompt and its tokens.
-- Rounding differs between a call of one token and one of several, as everywhere; a tie to six digits may fall
-  the other way. Packed weights round their inputs to 8 bits, where the last bit of a number can become a
-  whole step, and each layer makes more of that: scores of SmolLM2-135M in Q4_0 differ by some tenths.
+- With the kernels of this library, for float32 or packed weights and for pages, a token has the same bits in
+  any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding hangs on the
+  shape of a call, and a tie to six digits may fall the other way. How a prompt is cut into pieces, which known
+  pages change, is such a shape, too. Packed weights make much of a last bit: they round their inputs to 8 bits.
 """
 
 import time

@@ -26,10 +26,10 @@ Choices, and the traps behind them:
 - Guesses are stored behind the text and make no page known before they are taken. Texts may have different
   numbers of them: what fills up the fewer is written into a slot that nobody reads, for a text whose pages
   are full has no room for it.
-- For a few new tokens a kernel reads the pages where they are, and gives a token the same bits in any company.
-  For a piece of a prompt, and where there is no kernel, PyTorch's attention gets the keys of a call copied
-  together, as long as its longest text. What fills up the shorter rows is their own: no number of another
-  text, which may be none, gets near.
+- For a few new tokens a kernel reads the pages where they are, and gives a token the same bits in any
+  company. For a piece of a prompt, and where there is no kernel, PyTorch's attention gets the keys of a call
+  copied together, as long as its longest text. What fills up the shorter rows is their own: no number of
+  another text, which may be none, gets near.
 """
 
 import itertools
@@ -317,8 +317,8 @@ class PagedContext(Context):
     def _slots(
         self, ends: Int[Tensor, "rows 1"], columns: int
     ) -> tuple[Int[Tensor, "rows pages"], Int[Tensor, "rows columns"]]:
-        """The pages of the texts, and where these stand, with the new tokens; behind its end a row has its own
-        first slot."""
+        """The pages of the texts, and where these stand with the new tokens; behind its end a row has its
+        own first slot."""
         size, device = self.pool.page_size, self.lengths.device
         most = self.pool.needed(columns)
         tables = [(text.pages + text.pages[:1] * most)[:most] for text in self.texts]

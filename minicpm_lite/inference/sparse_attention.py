@@ -182,10 +182,14 @@ def attend_text(
     """
     if not kernel.possible(query, key, value):
         return attend_tiles(query, key, value, means, starts, config)
-    sizes = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "local_blocks", "num_blocks",
+    return kernel.sparse_attention(query, key, value, means, starts, **kernel_sizes(config))
+
+
+def kernel_sizes(config: SparseConfig) -> dict[str, int | None]:
+    """What the kernels ask of a config."""
+    names = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "local_blocks", "num_blocks",
              "all_visible", "coarse_topk")  # fmt: skip
-    given = {name: getattr(config, name) for name in sizes}
-    return kernel.sparse_attention(query, key, value, means, starts, **given)
+    return {name: getattr(config, name) for name in names}
 
 
 def attend_tiles(

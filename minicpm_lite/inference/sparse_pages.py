@@ -2,8 +2,8 @@
 
     pool = SparsePagePool(config, pages=64, page_size=64)      in the place of a `PagePool`
 
-Pages have no kernel that reads keys where they are, so a dense call copies all of them together. A sparse
-call copies the means, a sixteenth, and behind the choice the tokens of the chosen blocks alone.
+A kernel scores the means of windows, chooses blocks and reads them where they are. Without it, a call copies
+the means, a sixteenth, and behind the choice the tokens of the chosen blocks alone.
 
 What is chosen is what a `SparseCache` chooses, so a text is the same on pages as alone. See
 `minicpm_lite.inference.sparse_attention` for the formulas and their sources.
@@ -24,6 +24,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config import SparseConfig
+from ..kernels import attention as kernel
 from .block_choice import (
     choose_blocks,
     levels,
@@ -34,7 +35,7 @@ from .block_choice import (
     with_guesses,
 )
 from .paged import PagedContext, PagedText, PagePool
-from .sparse_attention import TILE, attend_columns, chosen_columns, refuse_latent_attention
+from .sparse_attention import TILE, attend_columns, chosen_columns, kernel_sizes, refuse_latent_attention
 
 __all__ = ["SparsePagePool", "SparsePagedContext"]
 
@@ -155,11 +156,27 @@ class SparsePagedContext(PagedContext):
         """What each token takes from the blocks of its own text that it chooses."""
         if self._all_visible:
             return super().attend(layer, query, key, value)
-        kept = self.pool.means(layer)
+        kept, whole = self.pool.means(layer), self.pool.layer(layer)
+        if kernel.possible(query, *whole):
+            return self._attend_by_kernel(query, *whole, kept)
         means = [each[table].transpose(1, 2) for each, table in zip(kept, self._windows, strict=True)]
         tile = TILE if self.parents is None else query.shape[2]
         parts = zip(query.split(tile, dim=2), self._at.split(tile, dim=1), strict=True)
         return torch.cat([self._attend(layer, *part, means) for part in parts], dim=2)
+
+    def _attend_by_kernel(
+        self,
+        query: Float[Tensor, "rows heads new head_dim"],
+        keys: Float[Tensor, "slots kv_heads head_dim"],
+        values: Float[Tensor, "slots kv_heads head_dim"],
+        means: list[Float[Tensor, "_windows kv_heads head_dim"]],
+    ) -> Float[Tensor, "rows heads new head_dim"]:
+        # what is text already is told by its place, and only guesses by what they see of each other
+        among = self._sees if self.parents is not None else torch.ones_like(self._sees)
+        return kernel.sparse_paged_attention(
+            query, keys, values, means, self._tables, self._ends, self._at, self._own.view_as(self._at),
+            among, self.pool.page_size, **kernel_sizes(self.pool.config),
+        )  # fmt: skip
 
     def _attend(
         self,

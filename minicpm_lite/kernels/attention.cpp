@@ -208,6 +208,41 @@ struct Run {
   int64_t begin, end;
 };
 
+// Vectors by their place in a text: behind each other, or in pages that lie anywhere; and then some that lie
+// elsewhere, as guesses do.
+struct Rows {
+  const float* data;
+  int64_t apart;  // numbers from one to the next
+  const int64_t* pages = nullptr;
+  int64_t per_page = 0, skip = 0;  // the first one has so many places before it
+  int64_t count = std::numeric_limits<int64_t>::max();
+  const std::vector<const float*>* others = nullptr;  // from `count` on
+
+  const float* at(int64_t row) const {
+    if (row >= count) return (*others)[row - count];
+    if (!pages) return data + row * apart;
+    row += skip;
+    return data + (pages[row / per_page] * per_page + row % per_page) * apart;
+  }
+
+  // How many there are from one on, up to an end, that are `apart`.
+  int64_t run(int64_t row, int64_t end) const {
+    if (row >= count) return 1;
+    end = std::min(end, count);
+    return (pages ? std::min(end, row + per_page - (row + skip) % per_page) : end) - row;
+  }
+};
+
+template <class L>
+void multiply_rows(const typename L::Floats* q, const Rows& rows, Run run, int64_t head_dim,
+                   typename L::Floats* scores) {
+  for (int64_t i = run.begin, count; i < run.end; i += count) {
+    count = rows.run(i, run.end);
+    const float *here = rows.at(i), *next = rows.pages ? here : here + AHEAD * rows.apart;
+    multiply_all<L>(q, here, count, rows.apart, head_dim, scores + i - run.begin, next);
+  }
+}
+
 // The part-th of so many parts of a range.
 inline Run part_of(Run whole, int64_t part, int64_t parts) {
   int64_t size = whole.end - whole.begin;
@@ -221,7 +256,7 @@ class Query {
 
   const Sizes& sizes;
   int64_t heads = 0, at = 0;  // at: its place in the text; negative for one that is no text
-  const float *key = nullptr, *value = nullptr, *fine = nullptr, *coarse = nullptr;
+  Rows key, value, fine, coarse;
   std::vector<Floats> q, fine_scores, coarse_scores;
   Floats total = {};  // by which shares are measured: log of the sum of e^score over windows
   std::vector<float> shares, best;  // of windows; of blocks
@@ -236,9 +271,9 @@ class Query {
  public:
   explicit Query(const Sizes& sizes) : sizes(sizes) {}
 
-  // `from`: the first head's query; heads lie `apart` numbers from each other. The text begins at key and value.
-  void begin(const float* from, int64_t apart, int64_t heads, int64_t at, const float* key, const float* value,
-             const float* fine, const float* coarse, int64_t split) {
+  // `from`: the first head's query; heads lie `apart` numbers from each other.
+  void begin(const float* from, int64_t apart, int64_t heads, int64_t at, Rows key, Rows value, Rows fine, Rows coarse,
+             int64_t split) {
     this->heads = heads, this->at = at;
     this->key = key, this->value = value, this->fine = fine, this->coarse = coarse;
     q.assign(sizes.head_dim, Floats{});
@@ -254,8 +289,7 @@ class Query {
   void score_coarse(int64_t part, int64_t of) {
     if (!chooses() || !use_coarse()) return;
     Run mine = part_of({0, seen(Sizes::coarse)}, part, of);
-    multiply_all<L>(q.data(), coarse + mine.begin * sizes.head_dim, mine.end - mine.begin, sizes.head_dim,
-                    sizes.head_dim, coarse_scores.data() + mine.begin, coarse + (mine.begin + AHEAD) * sizes.head_dim);
+    multiply_rows<L>(q.data(), coarse, mine, sizes.head_dim, coarse_scores.data() + mine.begin);
   }
 
   // Of two levels: fine windows are read inside the coarse ones that get most, and behind all of them.
@@ -278,8 +312,7 @@ class Query {
     if (!chooses()) return;
     for (const Run& run : runs) {
       Run mine = part_of(run, part, of);
-      multiply_all<L>(q.data(), fine + mine.begin * sizes.head_dim, mine.end - mine.begin, sizes.head_dim,
-                      sizes.head_dim, fine_scores.data() + mine.begin, fine + (mine.begin + AHEAD) * sizes.head_dim);
+      multiply_rows<L>(q.data(), fine, mine, sizes.head_dim, fine_scores.data() + mine.begin);
     }
   }
 
@@ -308,7 +341,7 @@ class Query {
       int64_t end = std::min(at + 1, (blocks[i] + 1) * sizes.block_size);
       for (int64_t token = blocks[i] * sizes.block_size; token < end; token += tile) {
         int64_t next = token + tile < end || i + 1 == run.end ? token + tile : blocks[i + 1] * sizes.block_size;
-        attend(token, std::min(tile, end - token), next, mine);
+        attend(token, std::min(tile, end - token), std::min(next, at), mine);
       }
     }
   }
@@ -382,13 +415,19 @@ class Query {
     std::sort(order.begin(), order.end());
   }
 
-  // Some tokens that lie behind each other.
+  // Some tokens, met together; meanwhile of those at `next` the first are fetched.
   void attend(int64_t token, int64_t count, int64_t next, Part<L>& part) {
     Floats weights[tile];
-    int64_t dim = sizes.head_dim;
-    multiply_all<L>(q.data(), key + token * dim, count, dim, dim, weights, value + token * dim);
+    int64_t dim = sizes.head_dim, end = token + count;
+    for (int64_t i = token, run; i < end; i += run) {
+      run = key.run(i, end);
+      multiply_all<L>(q.data(), key.at(i), run, key.apart, dim, weights + i - token, value.at(i));
+    }
     part.rise(weights, count), part.weigh(weights, count);
-    add_all<L>(weights, value + token * dim, count, dim, dim, part.out.data(), key + next * dim);
+    for (int64_t i = token, run; i < end; i += run) {
+      run = value.run(i, end);
+      add_all<L>(weights + i - token, value.at(i), run, value.apart, dim, part.out.data(), key.at(next));
+    }
   }
 };
 
@@ -411,7 +450,7 @@ struct Paged {
 template <class L>
 class Newest {
   using Floats = typename L::Floats;
-  static constexpr int64_t part_tokens = 1024;
+  static constexpr int64_t part_tokens = 256;
 
   Paged text;
   int64_t head_dim, first, queries, group;  // new tokens from the first on, each with a group of heads
@@ -506,7 +545,10 @@ struct Text {
       : tensor(given.stride(3) == 1 && given.stride(2) == given.size(3) ? given : torch::stable::contiguous(given)),
         data((const float*)tensor.const_data_ptr()), heads(tensor.size(1)), tokens(tensor.size(2)),
         row(tensor.stride(0)), head(tensor.stride(1)) {}
-  const float* of(int64_t row, int64_t head) const { return data + row * this->row + head * this->head; }
+  Rows of(int64_t row, int64_t head, int64_t first = 0) const {
+    int64_t apart = tensor.size(3);
+    return {data + row * this->row + head * this->head + first * apart, apart};
+  }
 };
 
 template <class L>
@@ -522,8 +564,8 @@ void attend_all(const Tensor& query, const Text& key, const Text& value, const T
   auto begin = [&](Query<L>& one, int64_t item, int64_t split) {
     int64_t row = item / queries / kv_heads, head = item / queries % kv_heads;
     int64_t first = starts.size(0) > 1 ? start[row] : start[0], at = keys - queries + item % queries - first;
-    one.begin(from + place(item), apart, group, at, key.of(row, head) + first * sizes.head_dim,
-              value.of(row, head) + first * sizes.head_dim, fine.of(row, head), coarse.of(row, head), split);
+    one.begin(from + place(item), apart, group, at, key.of(row, head, first), value.of(row, head, first),
+              fine.of(row, head), coarse.of(row, head), split);
   };
   int64_t threads = torch::stable::get_num_threads(), split = (threads + items - 1) / items;
   if (split == 1) {
@@ -618,6 +660,90 @@ Tensor paged_attention(Tensor query, Tensor key, Tensor value, Tensor tables, Te
   return out;
 }
 
+// The guess that a query stands for, and those before it, make windows of their own, whose means are taken here.
+struct Tail {
+  std::vector<const float*> keys, values, fine, coarse;
+  std::vector<float> means;
+
+  void take_means(const Rows& key, const Sizes& sizes, int64_t length, int64_t at) {
+    int64_t times[] = {1, Sizes::coarse}, dim = sizes.head_dim, most = 0;
+    for (int64_t each : times) most += std::max<int64_t>(0, sizes.windows(at + 1, each) - sizes.windows(length, each));
+    means.assign(most * dim, 0);
+    float* to = means.data();
+    for (int64_t each : times) {
+      std::vector<const float*>& found = each == 1 ? fine : coarse;
+      found.clear();
+      int64_t size = each * sizes.kernel_size, stride = each * sizes.kernel_stride;
+      for (int64_t window = sizes.windows(length, each); window < sizes.windows(at + 1, each); window++, to += dim) {
+        for (int64_t i = 0; i < size; i++)
+          for (int64_t d = 0; d < dim; d++) to[d] += key.at(window * stride + i)[d];
+        for (int64_t d = 0; d < dim; d++) to[d] /= size;
+        found.push_back(to);
+      }
+    }
+  }
+};
+
+template <class L>
+void attend_chosen_pages(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& fine,
+                         const Tensor& coarse, const Tensor& tables, const Tensor& lengths, const Tensor& positions,
+                         const Tensor& slots, const Tensor& among, int64_t page_size, const Sizes& sizes, float* out) {
+  int64_t heads = query.size(1), count = query.size(2), dim = query.size(3), kv_heads = key.size(1);
+  int64_t group = heads / kv_heads, apart = count * dim;
+  const float* from = (const float*)query.const_data_ptr();
+  torch::stable::parallel_for(0, query.size(0) * kv_heads * count, 1, [&](int64_t begin, int64_t end) {
+    Query<L> one(sizes);
+    Tail tail;
+    for (int64_t item = begin; item < end; item++) {
+      int64_t row = item / count / kv_heads, head = item / count % kv_heads, new_token = item % count;
+      const int64_t* table = (const int64_t*)tables.const_data_ptr() + row * tables.size(1);
+      const int64_t* slot = (const int64_t*)slots.const_data_ptr() + row * count;
+      const bool* sees = (const bool*)among.const_data_ptr() + (row * count + new_token) * count;
+      int64_t length = ((const int64_t*)lengths.const_data_ptr())[row];
+      int64_t at = sees[new_token] ? ((const int64_t*)positions.const_data_ptr())[row * count + new_token] : -1;
+      auto of = [&](const Tensor& tensor) { return (const float*)tensor.const_data_ptr() + head * dim; };
+      tail.keys.clear(), tail.values.clear();
+      for (int64_t i = 0; i < count; i++)  // those before a guess have lower places than it
+        if (sees[i]) {
+          tail.keys.push_back(of(key) + slot[i] * kv_heads * dim);
+          tail.values.push_back(of(value) + slot[i] * kv_heads * dim);
+        }
+      Rows keys{of(key), kv_heads * dim, table, page_size, 0, length, &tail.keys};
+      Rows values{of(value), kv_heads * dim, table, page_size, 0, length, &tail.values};
+      if (at >= sizes.all_visible) tail.take_means(keys, sizes, length, at);
+      auto windows = [&](const Tensor& means, int64_t times, const std::vector<const float*>& own) {
+        int64_t stride = times * sizes.kernel_stride, skip = (times * sizes.kernel_size - 1) / stride;
+        return Rows{of(means), kv_heads * dim, table, page_size / stride, skip, sizes.windows(length, times), &own};
+      };
+      int64_t place = (row * heads + head * group) * apart + new_token * dim;
+      one.begin(from + place, apart, group, at, keys, values, windows(fine, 1, tail.fine),
+                windows(coarse, Sizes::coarse, tail.coarse), 1);
+      one.score_coarse(0, 1), one.look_closer(), one.score_fine(0, 1), one.choose(), one.attend(0, 1);
+      one.end(out + place, apart);
+    }
+  });
+}
+
+Tensor sparse_paged_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Tensor coarse, Tensor tables,
+                              Tensor lengths, Tensor positions, Tensor slots, Tensor among, int64_t page_size,
+                              int64_t kernel_size, int64_t kernel_stride, int64_t block_size, int64_t init_blocks,
+                              int64_t local_blocks, int64_t num_blocks, int64_t all_visible, bool approximate,
+                              int64_t coarse_topk) {
+  for (Tensor* each : {&query, &tables, &lengths, &positions, &slots, &among})
+    *each = torch::stable::contiguous(*each);
+  Tensor out = torch::stable::empty_like(query);
+  Sizes sizes{kernel_size, kernel_stride, block_size,  init_blocks, local_blocks,
+              num_blocks,  all_visible,   coarse_topk, approximate, query.size(3)};
+  int64_t group = query.size(1) / key.size(1);
+  auto attend = group <= 4    ? attend_chosen_pages<Lanes<4>>
+                : group <= 8  ? attend_chosen_pages<Lanes<8>>
+                : group <= 16 ? attend_chosen_pages<Lanes<16>>
+                              : attend_chosen_pages<Lanes<32>>;
+  attend(query, key, value, fine, coarse, tables, lengths, positions, slots, among, page_size, sizes,
+         (float*)out.mutable_data_ptr());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minicpm_lite, library) {
@@ -626,11 +752,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minicpm_lite, library) {
       "int kernel_size, int kernel_stride, int block_size, int init_blocks, int local_blocks, int num_blocks, "
       "int all_visible, bool approximate, int coarse_topk) -> Tensor");
   library.def(
+      "sparse_paged_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Tensor coarse, Tensor tables, "
+      "Tensor lengths, Tensor positions, Tensor slots, Tensor among, int page_size, int kernel_size, "
+      "int kernel_stride, int block_size, int init_blocks, int local_blocks, int num_blocks, int all_visible, "
+      "bool approximate, int coarse_topk) -> Tensor");
+  library.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor tables, Tensor lengths, Tensor positions, "
       "Tensor slots, Tensor among, int page_size) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minicpm_lite, CPU, library) {
   library.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+  library.impl("sparse_paged_attention", TORCH_BOX(&sparse_paged_attention));
   library.impl("paged_attention", TORCH_BOX(&paged_attention));
 }

@@ -3,15 +3,16 @@
     possible(query, key, value)                       whether the kernel computes these
     sparse_attention(query, key, value, means, ...)   as `inference.sparse_attention.attend_text`
     paged_attention(query, key, value, tables, ...)   as `inference.paged.PagedContext.attend`
+    sparse_paged_attention(query, key, value, ...)    as `inference.sparse_pages.SparsePagedContext.attend`
 
 The kernel is C++ (``attention.cpp``, which says how), compiled at first use. It scores the means of windows,
 chooses blocks and attends to them where they lie; PyTorch copies the chosen blocks together first. What it
 gives is what PyTorch gives up to rounding. Of two blocks that score the same but for that, either may come
 out ahead.
 
-`paged_attention` reads pages where they lie. It gives a token the same bits in any company: beside other texts,
-among guesses or alone, with any number of threads. Adding up in pages, and pages in parts, hangs on the token's
-own place alone.
+Of texts in pages the pages are read where they lie. There a token gets the same bits in any company, beside
+other texts, among guesses or alone, with any number of threads. For what is added up in which order hangs on
+its own place in its own text, and on nothing else.
 """
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .build import built
 
-__all__ = ["paged_attention", "possible", "sparse_attention"]
+__all__ = ["paged_attention", "possible", "sparse_attention", "sparse_paged_attention"]
 
 _MOST_HEADS = 32  # of a group, as many as one vector of the kernel has room for
 
@@ -98,3 +99,41 @@ def paged_attention(
     return torch.ops.minicpm_lite.paged_attention(
         query, key, value, tables, lengths, positions, slots, among, page_size
     )
+
+
+def sparse_paged_attention(
+    query: Float[Tensor, "rows heads new head_dim"],
+    key: Float[Tensor, "slots kv_heads head_dim"],
+    value: Float[Tensor, "slots kv_heads head_dim"],
+    means: list[Float[Tensor, "_windows kv_heads head_dim"]],
+    tables: Int[Tensor, "rows _pages"],
+    lengths: Int[Tensor, " rows"],
+    positions: Int[Tensor, "rows new"],
+    slots: Int[Tensor, "rows new"],
+    among: Bool[Tensor, "rows new new"],
+    page_size: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    num_blocks: int,
+    all_visible: int,
+    coarse_topk: int | None,
+) -> Float[Tensor, "rows heads new head_dim"]:
+    """What each of these tokens takes from the blocks of its text that it chooses.
+
+    Args:
+        query, key, value, tables, lengths, positions, slots, among, page_size: as of `paged_attention`. What
+            stands within the lengths is seen up to a token's own position.
+        means: of fine windows and, where they are used, of coarse ones; each at the slot in which it ends,
+            divided by the stride.
+        kernel_size, kernel_stride, block_size, init_blocks: those of a `config.SparseConfig`.
+        local_blocks, num_blocks, all_visible, coarse_topk: also.
+    """
+    return torch.ops.minicpm_lite.sparse_paged_attention(
+        query, key, value, means[0], means[-1], tables, lengths, positions, slots, among, page_size,
+        kernel_size, kernel_stride, block_size, init_blocks, local_blocks, num_blocks, all_visible,
+        len(means) > 1, coarse_topk or 0,
+    )  # fmt: skip

@@ -39,10 +39,10 @@ _FAKES = {  # what torch.compile needs to know of each operator of a source: the
             (weight.shape[0], features), dtype=torch.float32
         ),
     },
-    "attention": {
-        "sparse_attention": lambda query, *rest: torch.empty_like(query),
-        "paged_attention": lambda query, *rest: torch.empty_like(query),
-    },
+    "attention": dict.fromkeys(
+        ("sparse_attention", "paged_attention", "sparse_paged_attention"),
+        lambda query, *rest: torch.empty_like(query, memory_format=torch.contiguous_format),
+    ),
 }
 _FLAGS = ["-O3", "-std=c++20", "-march=native", "-fPIC", "-Wno-psabi"]
 # Whether the compiler may make one step of a product and a sum. It does so here and there: in ``linear.cpp``,

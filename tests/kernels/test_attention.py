@@ -1,6 +1,5 @@
 """The kernel for sparse attention: what PyTorch computes, whatever the shapes, the threads and the processor."""
 
-import subprocess
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiled, of_one_width
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_models import LEVELS, SMALL, configs, make_ids, make_model
@@ -200,16 +200,9 @@ def test_without_a_compiler_pytorch_computes_the_same(monkeypatch, tmp_path):
 # Other processors, and mistakes
 
 
-def compiled(text: str, folder: Path, namespace: str, *flags: str):
-    """The kernel of another text or for another processor, under another name."""
-    source, library = folder / f"{namespace}.cpp", folder / f"{namespace}.so"
-    source.write_text(text.replace("(minicpm_lite,", f"({namespace},"))
-    torch_folder = Path(torch.__file__).parent
-    command = ["c++", "-std=c++20", "-fPIC", "-shared", "-Wno-psabi", *flags, f"-I{torch_folder / 'include'}", str(source),
-               "-o", str(library), f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    torch.ops.load_library(library)
-    operator = getattr(torch.ops, namespace).sparse_attention
+def compiled_kernel(*given: object):
+    """`attend_text` with the operator of another text or for another processor."""
+    operator = compiled(*given).sparse_attention
 
     def kernel(query, key, value, means, starts, config):
         with pytest.MonkeyPatch.context() as patch:
@@ -235,7 +228,7 @@ def test_other_processors_compute_the_same(flags, tmp_path):
     """With vectors of 16 and of 32 bytes, and as the text stands."""
     if not Path("/proc/cpuinfo").read_text().count("avx2"):
         pytest.skip("this processor has no AVX2")
-    kernel = compiled(SOURCE.read_text(), tmp_path, f"other_{abs(hash(tuple(flags)))}", "-O1", *flags)
+    kernel = compiled_kernel(SOURCE.read_text(), tmp_path, f"other_{abs(hash(tuple(flags)))}", "-O1", *flags)
     assert not any(differs(kernel, *text, config) for text, config in CASES)
 
 
@@ -246,7 +239,7 @@ MISTAKES = {
     "the next token": ("std::min(at + 1, (blocks[i] + 1)", "std::min(at + 2, (blocks[i] + 1)"),
     "one block less": ("sizes.num_blocks - sizes.init_blocks - sizes.local_blocks)", "sizes.num_blocks - sizes.init_blocks - sizes.local_blocks - 1)"),
     "the later of two": ("one < other);", "one > other);"),
-    "no correction": ("part.sum *= less;", ""),
+    "no correction": ("sum *= less;", ""),
     "padding is text": ("- first;", ";"),
     "coarse windows read at their start": ("Sizes::coarse * c + reach + 1)});", "Sizes::coarse * c + 1)});"),
 }  # fmt: skip
@@ -257,8 +250,6 @@ MISTAKES = {
 def test_mistakes_in_the_kernel_are_told_apart(name, tmp_path):
     text, (right, wrong) = SOURCE.read_text(), MISTAKES[name]
     assert text.count(right) == 1
-    text = text.replace(right, wrong)
-    for fewer in (4, 8, 16):  # one width does, and compiles in a quarter of the time
-        text = text.replace(f"attend_all<Lanes<{fewer}>>", "attend_all<Lanes<32>>")
-    kernel = compiled(text, tmp_path, f"wrong_{abs(hash(name))}", "-O0")
+    text = of_one_width(text.replace(right, wrong))
+    kernel = compiled_kernel(text, tmp_path, f"wrong_{abs(hash(name))}", "-O0")
     assert any(differs(kernel, *case, config) for case, config in CASES)

@@ -433,14 +433,15 @@ quiz = Quiz(
             "The same tokens behind another beginning have other keys and values.",
         ),
         (
-            "With packed weights your text, written beside seven others, has another word than when alone.",
+            "Another library's engine writes your text with another word when seven others are written beside "
+            "it, now and then. A likely reason is that",
             [
-                "Rows were mixed up: the engine has a fault.",
-                "It can be a tie: inputs are rounded to 8 bits, which differs with the number of rows.",
-                "Packed weights are read in another order each time.",
+                "it must have mixed up rows, since sums of the same numbers are the same",
+                "its kernels add up in another order for eight rows, and two words were nearly tied",
+                "greedy decoding draws by dice when a machine is busy",
             ],
             1,
-            "A last bit can become a whole step of the rounding. Engines are tested with float32.",
+            "A kernel whose order hangs on the token alone gives the same bits in any company, and the same word.",
         ),
         (
             "At a length where the cache is a hundredth of what is read, sparse attention alone is worth",

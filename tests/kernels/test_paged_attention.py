@@ -1,0 +1,295 @@
+"""The kernels for texts in pages: what PyTorch computes, and the same bits for a token in any company."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import compiled, of_one_width
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_models import LEVELS, configs
+from torch.testing import assert_close
+
+from minicpm_lite.config import SparseConfig
+from minicpm_lite.inference.block_choice import levels, num_windows, window_means
+from minicpm_lite.inference.sparse_attention import attend_tiles, kernel_sizes
+from minicpm_lite.kernels import attention, build
+from minicpm_lite.language.context import lineage
+
+SOURCE = Path(attention.__file__).with_name("attention.cpp")
+SIZES = (4, 16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernel_is_built() -> None:
+    assert build.built("attention")
+
+
+class Texts:
+    """Texts in pages that lie anywhere, with new tokens behind them, and what an operator is given of these.
+
+    Numbers of a text hang on the text alone, so that it can be put into other company.
+    """
+
+    def __init__(self, lengths, trees, size, kv_heads=2, group=3, dim=8, seed=0, names=None) -> None:
+        self.size, self.lengths, self.trees = size, lengths, trees
+        names = range(len(lengths)) if names is None else names
+        new = max(map(len, trees))
+        pages = [-(-(length + new) // size) for length in lengths]
+        shuffled = torch.randperm(sum(pages) + 3, generator=torch.Generator().manual_seed(seed)).tolist()
+        shape = ((len(shuffled) * size + 1), kv_heads, dim)
+        self.key, self.value = torch.full(shape, math.nan), torch.full(shape, math.nan)
+        self.query = torch.randn(len(lengths), kv_heads * group, new, dim)
+        self.positions = torch.zeros(len(lengths), new, dtype=torch.long)
+        self.slots = torch.full((len(lengths), new), shape[0] - 1)  # where nobody reads
+        self.among = torch.zeros(len(lengths), new, new, dtype=torch.bool)
+        self.tables = torch.zeros(len(lengths), max(pages), dtype=torch.long)
+        for row, (name, length, tree) in enumerate(zip(names, lengths, trees, strict=True)):
+            own = torch.Generator().manual_seed(1000 + name)
+            mine = [shuffled.pop() for _ in range(pages[row])]
+            self.tables[row, : len(mine)] = torch.tensor(mine)
+            places = torch.tensor([mine[at // size] * size + at % size for at in range(length + len(tree))])
+            depths, sees = lineage(tree)
+            self.positions[row, :] = length
+            self.positions[row, : len(tree)] = length + torch.tensor(depths)
+            self.slots[row, : len(tree)] = places[length:]
+            self.among[row, : len(tree), : len(tree)] = sees
+            for whole in (self.key, self.value):
+                whole[places[:length]] = torch.randn(length, kv_heads, dim, generator=own)
+            # a token behind a text is the same wherever it comes in a tree that has it
+            for token, path in enumerate(paths(tree)):
+                mind = torch.Generator().manual_seed(hash((name, path)) % 2**31)
+                self.query[row, :, token] = torch.randn(kv_heads * group, dim, generator=mind)
+                for whole in (self.key, self.value):
+                    whole[places[length + token]] = torch.randn(kv_heads, dim, generator=mind)
+
+    def given(self):
+        lengths = torch.tensor(self.lengths)
+        return self.tables, lengths, self.positions, self.slots, self.among, self.size
+
+    def dense(self, operator=attention.paged_attention):
+        return operator(self.query, self.key, self.value, *self.given())
+
+    def sparse(self, config, operator=attention.sparse_paged_attention):
+        means = self.means(config)
+        return operator(self.query, self.key, self.value, means, *self.given(), **kernel_sizes(config))
+
+    def means(self, config):
+        """Of the windows of what is text, each with the slot in which it ends."""
+        found = []
+        for size, stride in levels(config):
+            means = torch.full((len(self.key) // stride, *self.key.shape[1:]), math.nan)
+            for row, length in enumerate(self.lengths):
+                count = num_windows(length, size, stride)
+                if count:
+                    places = self.places(row)[:length]
+                    ends = places[size - 1 :: stride][:count] // stride
+                    means[ends] = window_means(self.key[places].transpose(0, 1)[None], size, stride)[
+                        0
+                    ].transpose(0, 1)
+            found.append(means)
+        return found
+
+    def places(self, row):
+        at = torch.arange(self.lengths[row] + len(self.trees[row]))
+        return self.tables[row, at // self.size] * self.size + at % self.size
+
+    def alone(self, row, token):
+        """The text that a new token sees: query, keys and values of it, in one piece and in float64."""
+        places = torch.cat([self.places(row)[: self.lengths[row]], self.slots[row][self.among[row, token]]])
+        key, value = (whole[places].transpose(0, 1)[None].double() for whole in (self.key, self.value))
+        return self.query[row : row + 1, :, token : token + 1].double(), key, value
+
+
+def paths(tree):
+    """Of each guess, which branches lead to it: a name that it keeps in other trees."""
+    found, children = [], {}
+    for place, parent in enumerate(tree):
+        before = () if parent < 0 else found[parent]
+        number = children[before] = children.get(before, -1) + 1
+        found.append((*before, number))
+        assert place == len(found) - 1
+    return found
+
+
+@st.composite
+def trees(draw, most=12):
+    size = draw(st.integers(1, most))
+    return [draw(st.integers(-1, place - 1)) for place in range(size)]
+
+
+@st.composite
+def texts(draw, most=60):
+    rows = draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(1, most), min_size=rows, max_size=rows))
+    kinds = draw(st.lists(trees(), min_size=rows, max_size=rows))
+    group = draw(st.sampled_from([1, 2, 3, 5, 8, 16, 32]))
+    size = draw(st.sampled_from(SIZES))
+    return Texts(lengths, kinds, size, draw(st.sampled_from([1, 2])), group, draw(st.sampled_from([2, 8, 18])))
+
+
+def wrong_by(found, case, expect) -> float:
+    """The largest difference from what a token takes from its text alone."""
+    off = 0.0
+    for row, tree in enumerate(case.trees):
+        for token in range(len(tree)):
+            expected = expect(*case.alone(row, token))
+            gap = (found[row, :, token] - expected[0, :, 0]).abs().max().item()
+            off = max(off, gap if gap == gap else math.inf)
+    return off
+
+
+def densely(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=texts(), threads=st.sampled_from([1, 3]))
+def test_it_is_what_pytorch_computes(case, threads):
+    """What fills up the rows of smaller trees is no number, and harms nobody."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert wrong_by(case.dense(), case, densely) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+def sparsely(config):
+    """By PyTorch, and None where the choice hangs on rounding."""
+
+    def expect(query, key, value):
+        means = [window_means(key, *level) for level in levels(config)]
+        start = torch.tensor([0])
+        found = attend_tiles(query, key, value, means, start, config)
+        nudged = attend_tiles(query * (1 + 1e-5), key, value, means, start, config)
+        return None if (found - nudged).abs().max() > 1e-3 else found
+
+    return expect
+
+
+def sparse_wrong_by(found, case, config) -> float:
+    off, firm, every = 0.0, 0, 0
+    for row, tree in enumerate(case.trees):
+        for token in range(len(tree)):
+            expected, every = sparsely(config)(*case.alone(row, token)), every + 1
+            if expected is not None:
+                firm += 1
+                gap = (found[row, :, token] - expected[0, :, 0]).abs().max().item()
+                off = max(off, gap if gap == gap else math.inf)
+    assert firm > 0.5 * every
+    return off
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=texts(), config=configs(), threads=st.sampled_from([1, 3]))
+def test_chosen_blocks_are_those_of_pytorch(case, config, threads):
+    """Behind a text and among guesses, which make windows of their own."""
+    stride = max(stride for _, stride in levels(config))
+    case.size = stride * -(-case.size // stride)
+    case = Texts(case.lengths, case.trees, case.size, case.key.shape[1],
+                 case.query.shape[1] // case.key.shape[1], case.query.shape[3])  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert sparse_wrong_by(case.sparse(config), case, config) < 1e-4
+    finally:
+        torch.set_num_threads(before)
+
+
+SPARSE = SparseConfig(8, 4, 1, 8, 16, 3, dense_len=0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_a_token_has_the_same_bits_in_any_company(kind, group):
+    """Alone, beside others, with other guesses before and behind it, and with any number of threads."""
+
+    def read(case):
+        return case.dense() if kind == "dense" else case.sparse(SPARSE)
+
+    tree = [-1, -1, 0, 0, 2, 4, 5, 6, 7, 1]  # 0 2 4 5 6 7 8 is a chain
+    chain = [0, 2, 4, 5, 6, 7, 8]
+    for length in (5, 16, 40, 300, 700):
+        alone = read(Texts([length], [[-1, 0, 1, 2, 3, 4, 5]], 8, 2, group))
+        beside = read(Texts([9, length, 90], [[-1, 0], tree, [-1]], 8, 2, group, seed=3, names=[7, 0, 8]))
+        assert torch.equal(beside[1][:, chain], alone[0])
+        for last in range(1, 4):
+            few = read(Texts([length], [list(range(-1, last - 1))], 8, 2, group, seed=last))
+            assert torch.equal(few[0], alone[0][:, :last])
+        before = torch.get_num_threads()
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            again = read(Texts([length], [[-1, 0, 1, 2, 3, 4, 5]], 8, 2, group))
+            torch.set_num_threads(before)
+            assert torch.equal(again, alone)
+
+
+def test_the_operators_tell_their_shape():
+    case = Texts([9, 30], [[-1, 0, 0], [-1]], 8)
+    tensors = (case.query, case.key.nan_to_num(), case.value.nan_to_num())
+    torch.library.opcheck(torch.ops.minicpm_lite.paged_attention, (*tensors, *case.given()))
+    means = [each.nan_to_num() for each in case.means(SPARSE)]
+    sizes = (8, 4, 16, 1, 1, 3, 48, False, 0)
+    given = (*tensors, means[0], means[0], *case.given(), *sizes)
+    torch.library.opcheck(torch.ops.minicpm_lite.sparse_paged_attention, given)
+
+
+CASES = [
+    Texts([37, 5], [[-1, 0, 0, 2, 1, -1], [-1]], 8),
+    Texts([700], [[-1, -1, 0, 1, 1]], 16, 1, 16, 16),
+    Texts([90, 30, 61], [[-1, 0, 1, 0], [-1, -1], [-1, 0]], 8, 1, 5),
+]
+
+
+def tells_apart(operators) -> bool:
+    """Whether operators give something else than PyTorch."""
+
+    def sparse(*given, kernel_size, **sizes):
+        *before, means, tables, lengths, positions, slots, among, page_size = given
+        return operators.sparse_paged_attention(
+            *before, means[0], means[-1], tables, lengths, positions, slots, among, page_size, kernel_size,
+            *list(sizes.values())[:-1], len(means) > 1, sizes["coarse_topk"] or 0,
+        )  # fmt: skip
+
+    if any(wrong_by(case.dense(operators.paged_attention), case, densely) > 1e-5 for case in CASES):
+        return True
+    configs = [LEVELS["exact"], LEVELS["two levels"], SPARSE]
+    return any(
+        sparse_wrong_by(case.sparse(config, sparse), case, config) > 1e-4 for case in CASES for config in configs
+    )
+
+
+@pytest.mark.slow  # compiles for seconds
+@pytest.mark.parametrize(
+    "flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-O0"]], ids=lambda flags: flags[0]
+)
+def test_other_processors_compute_the_same(flags, tmp_path):
+    if not Path("/proc/cpuinfo").read_text().count("avx2"):
+        pytest.skip("this processor has no AVX2")
+    name = f"other_pages_{abs(hash(tuple(flags)))}"
+    assert not tells_apart(compiled(SOURCE.read_text(), tmp_path, name, "-O1", *flags))
+
+
+MISTAKES = {
+    "guesses see each other": ("[&](int64_t lane) { weight[lane] = 0; });", "[&](int64_t) {});"),
+    "guesses as they come": ("text.positions[one] < text.positions[other];", "one < other;"),
+    "no correction": ("sum *= less;", ""),
+    "the last page whole": ("std::min(size, text.length - page * size)", "size"),
+    "pages in a row": ("text.table[page] * size * text.apart : 0;", "page * size * text.apart : 0;"),
+    "what fills up is a token": ("if (text.among[i * text.count + i]) order", "order"),
+    "a window where it begins": ("skip = (times * sizes.kernel_size - 1) / stride;", "skip = 0;"),
+    "sums for means": ("to[d] /= size;", "to[d] /= 1;"),
+    "all see what the first one sees": ("(row * count + new_token) * count;", "row * count * count;"),
+    "the first row's pages": ("tables.const_data_ptr() + row * tables.size(1);\n      const int64_t* slot", "tables.const_data_ptr();\n      const int64_t* slot"),
+}  # fmt: skip
+
+
+@pytest.mark.slow  # compiles for seconds
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_the_kernel_are_told_apart(name, tmp_path):
+    text, (right, wrong) = SOURCE.read_text(), MISTAKES[name]
+    assert text.count(right) == 1
+    text = of_one_width(text.replace(right, wrong))
+    assert tells_apart(compiled(text, tmp_path, f"wrong_pages_{abs(hash(name))}", "-O0"))
