@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minicpm_lite.config import ModelConfig
+from minicpm_lite.config import ModelConfig, SparseConfig
 from minicpm_lite.inference import executors
 from minicpm_lite.inference.engine import Engine, Request
 from minicpm_lite.inference.executors import CompiledExecutor, Executor, PagedExecutor
 from minicpm_lite.inference.packed import PackedEmbedding, quantize_model
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.fast_decoding import fast_decoding
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(
@@ -89,3 +90,25 @@ def test_compiled_code_writes_the_same_texts_and_is_made_a_few_times():
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("is served") == 2
+
+
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+@pytest.mark.parametrize(
+    "sparse", [None, SparseConfig(4, 2, 1, 4, 8, 2, dense_len=0)], ids=["dense", "sparse"]
+)
+def test_a_token_has_the_same_bits_in_any_company(type, sparse):
+    """One by one, or among guesses and beside other texts."""
+    torch.manual_seed(0)
+    config = ModelConfig(64, 96, 3, 4, 50, num_key_value_heads=2, max_position_embeddings=200, init_std=0.3)
+    plain = Decoder(config).eval()
+    model = fast_decoding(plain) if type == "F32" else quantize_model(plain, type)
+    tree, path = [7, 1, 8, 2, 9, 3], [0, 2, 4, 5]
+    for length in (3, 16, 60, 130):
+        executor = PagedExecutor(model, 80, 8, sparse=sparse)
+        prompt = torch.randint(50, (length,)).tolist()
+        one, many, other = (executor.open(prompt, length + 10, share=False) for _ in range(3))
+        for text in (one, many, other):
+            executor.prefill(text, prompt)
+        alone = [executor.decode([one], [tree[place]])[0][0] for place in path]
+        scores, _ = executor.verify([other, many], [[4, 5], tree], [[-1, 0], [-1, 0, 0, 2, 2, 4]])
+        assert torch.equal(scores[1][path], torch.stack(alone))

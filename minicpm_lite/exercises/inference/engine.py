@@ -433,15 +433,15 @@ quiz = Quiz(
             "The same tokens behind another beginning have other keys and values.",
         ),
         (
-            "Another library's engine writes your text with another word when seven others are written beside "
-            "it, now and then. A likely reason is that",
+            "Another library's engine now and then writes your text with another word when seven others are "
+            "written beside it. A likely reason is that",
             [
                 "it must have mixed up rows, since sums of the same numbers are the same",
                 "its kernels add up in another order for eight rows, and two words were nearly tied",
                 "greedy decoding draws by dice when a machine is busy",
             ],
             1,
-            "A kernel whose order hangs on the token alone gives the same bits in any company, and the same word.",
+            "A kernel whose order hangs on the token alone gives the same bits, and words, in any company.",
         ),
         (
             "At a length where the cache is a hundredth of what is read, sparse attention alone is worth",
