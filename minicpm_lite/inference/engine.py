@@ -32,9 +32,9 @@ Choices, and the traps behind them:
   they had, and those that wait are served. Whoever goes on with one submits its prompt and its tokens.
 - With the kernels of this library, for float32 or packed weights and for pages, a token has the same bits in
   any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding hangs on
-  the shape of a call, and a tie to six digits may fall the other way. How a prompt is cut into pieces, which
-  known pages change, is such a shape, too. Packed weights make much of a last bit, since they round their
-  inputs to 8 bits.
+  the shape of a call, and a tie to six digits may fall the other way. So it is with more than 32 tokens in
+  a call of float32 layers, and with how a prompt is cut into pieces, which known pages change. Packed weights
+  make much of a last bit, since they round their inputs to 8 bits.
 """
 
 import time

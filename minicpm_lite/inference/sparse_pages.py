@@ -158,7 +158,15 @@ class SparsePagedContext(PagedContext):
             return super().attend(layer, query, key, value)
         kept, whole = self.pool.means(layer), self.pool.layer(layer)
         if kernel.possible(query, *whole):
-            return self._attend_by_kernel(query, *whole, kept)
+            found, sees_all = (
+                self._attend_by_kernel(query, *whole, kept),
+                self._at < self.pool.config.all_visible,
+            )
+            if self._in_place and sees_all.any():  # they get the bits that they get where all see all
+                found = torch.where(
+                    sees_all[:, None, :, None], super().attend(layer, query, key, value), found
+                )
+            return found
         means = [each[table].transpose(1, 2) for each, table in zip(kept, self._windows, strict=True)]
         tile = TILE if self.parents is None else query.shape[2]
         parts = zip(query.split(tile, dim=2), self._at.split(tile, dim=1), strict=True)

@@ -103,12 +103,12 @@ def test_a_token_has_the_same_bits_in_any_company(type, sparse):
     plain = Decoder(config).eval()
     model = fast_decoding(plain) if type == "F32" else quantize_model(plain, type)
     tree, path = [7, 1, 8, 2, 9, 3], [0, 2, 4, 5]
-    for length in (3, 16, 60, 130):
+    for length, others in ((3, 60), (13, 9), (13, 150), (60, 3), (130, 20)):  # of the first 16 all is seen
         executor = PagedExecutor(model, 80, 8, sparse=sparse)
-        prompt = torch.randint(50, (length,)).tolist()
-        one, many, other = (executor.open(prompt, length + 10, share=False) for _ in range(3))
-        for text in (one, many, other):
-            executor.prefill(text, prompt)
+        prompt, longer = torch.randint(50, (length,)).tolist(), torch.randint(50, (others,)).tolist()
+        one, many, other = (executor.open(ids, len(ids) + 10, False) for ids in (prompt, prompt, longer))
+        for text, ids in ((one, prompt), (many, prompt), (other, longer)):
+            executor.prefill(text, ids)
         alone = [executor.decode([one], [tree[place]])[0][0] for place in path]
         scores, _ = executor.verify([other, many], [[4, 5], tree], [[-1, 0], [-1, 0, 0, 2, 2, 4]])
         assert torch.equal(scores[1][path], torch.stack(alone))

@@ -51,6 +51,13 @@ def _thrown_out(waiting, work, rows):
     return _one_step([*work[rows:], *waiting], work[:rows], rows)
 
 
+def _cut_from_behind(waiting, work, rows):
+    """A number of free rows below 0 counts from the end of those that wait."""
+    free = rows - len(work)
+    _, at_work, over = _one_step(waiting[:free], work, len(work) + len(waiting))
+    return waiting[free:], at_work, over
+
+
 def _two_begin(waiting, work, rows):
     """Who is over makes room in the same step, and the next begins without a token."""
     waiting, work, over = _one_step(waiting, work, rows)
@@ -71,6 +78,7 @@ _STEPS = (
     ([], [("B", 2)], 3, "Nobody waits."),
     ([("C", 1), ("D", 1)], [], 5, "There may be more rows than requests."),
     ([("D", 3)], [("A", 2), ("B", 1), ("C", 4)], 2, "More at work than rows: nobody begins, all go on."),
+    ([("C", 2), ("D", 3)], [("A", 2), ("B", 4)], 1, "More at work than rows, and two wait: nobody begins."),
     ([("D", 3), ("E", 2), ("F", 1)], [("A", 1)], 4, "Three rows are free, and three wait."),
     ([], [], 2, "Nothing to do."),
 )
@@ -87,6 +95,7 @@ _STEPS = (
         lambda waiting, work, rows: _one_step(waiting, work, rows, written=2),
         lambda waiting, work, rows: _one_step(waiting, work, 2),
         lambda waiting, work, rows: _one_step([], work, rows),
+        _cut_from_behind,
         lambda waiting, work, rows: (*_one_step(waiting, work, rows)[:2], []),
         _thrown_out,
         _two_begin,
