@@ -295,7 +295,7 @@ class PagedContext(Context):
         own = self.lengths + steps
         nobodys = pool.pages * pool.page_size  # the slot that no text reads
         real = own < ends
-        self._own = torch.where(real, self._all.gather(1, own), nobodys).flatten()
+        self._own = torch.where(real, self._all.gather(1, own), nobodys)
         if self.parents is None:
             positions = self.lengths + steps
             self.mask = self._sight(positions)
@@ -359,7 +359,7 @@ class PagedContext(Context):
     def store(self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]) -> None:
         """Store what a layer makes of the new tokens."""
         for whole, each in zip(self.pool.layer(layer, new), new, strict=True):
-            whole[self._own] = each.transpose(1, 2).flatten(0, 1)
+            whole[self._own] = each.transpose(1, 2)
 
     def gather(self, layer: int) -> tuple[Shaped[Tensor, "rows _heads keys _width"], ...]:
         """What a layer made of the texts, copied together."""
@@ -374,9 +374,8 @@ class PagedContext(Context):
         if self._in_place:
             kept = self.pool.layer(layer)
             if kernel.possible(query, *kept):
-                slots = self._own.view_as(self._positions)
                 return kernel.paged_attention(
-                    query, *kept, self._tables, self.lengths[:, 0], self._positions, slots, self._sees,
+                    query, *kept, self._tables, self.lengths[:, 0], self._positions, self._own, self._sees,
                     self.pool.page_size,
                 )  # fmt: skip
             key, value = self.gather(layer)

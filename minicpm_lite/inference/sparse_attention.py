@@ -182,14 +182,12 @@ def attend_text(
     """
     if not kernel.possible(query, key, value):
         return attend_tiles(query, key, value, means, starts, config)
-    return kernel.sparse_attention(query, key, value, means, starts, **kernel_sizes(config))
+    return kernel.sparse_attention(query, key, value, means, starts, kernel_sizes(config))
 
 
-def kernel_sizes(config: SparseConfig) -> dict[str, int | None]:
+def kernel_sizes(config: SparseConfig) -> kernel.Sizes:
     """What the kernels ask of a config."""
-    names = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "local_blocks", "num_blocks",
-             "all_visible", "coarse_topk")  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    return kernel.Sizes(*(getattr(config, name) for name in kernel.Sizes._fields))
 
 
 def attend_tiles(

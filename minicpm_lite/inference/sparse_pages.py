@@ -129,8 +129,9 @@ class SparsePagedContext(PagedContext):
             ValueError: as a `PagedContext`.
         """
         positions = super().begin(x)
-        self._at = positions[:, 0]  # (rows, tokens)
-        self._all_visible = bool((self._at < self.pool.config.all_visible).all())
+        sees_all = self._positions < self.pool.config.all_visible
+        self._all_visible, self._some_see_all = bool(sees_all.all()), bool(sees_all.any())
+        self._see_all = sees_all[:, None, :, None]  # as attention gives what they take
         guesses = self.parents is not None
         self._ends = self.lengths[:, 0] + (0 if guesses else x.shape[1])  # of what is text
         text = self._longest + (0 if guesses else x.shape[1])
@@ -158,33 +159,17 @@ class SparsePagedContext(PagedContext):
             return super().attend(layer, query, key, value)
         kept, whole = self.pool.means(layer), self.pool.layer(layer)
         if kernel.possible(query, *whole):
-            found, sees_all = (
-                self._attend_by_kernel(query, *whole, kept),
-                self._at < self.pool.config.all_visible,
-            )
-            if self._in_place and sees_all.any():  # they get the bits that they get where all see all
-                found = torch.where(
-                    sees_all[:, None, :, None], super().attend(layer, query, key, value), found
-                )
+            found = kernel.sparse_paged_attention(
+                query, *whole, kept, self._tables, self._ends, self._positions, self._own, self._sees,
+                self.pool.page_size, kernel_sizes(self.pool.config),
+            )  # fmt: skip
+            if self._in_place and self._some_see_all:  # they get the bits that they get where all see all
+                return torch.where(self._see_all, super().attend(layer, query, key, value), found)
             return found
         means = [each[table].transpose(1, 2) for each, table in zip(kept, self._windows, strict=True)]
         tile = TILE if self.parents is None else query.shape[2]
-        parts = zip(query.split(tile, dim=2), self._at.split(tile, dim=1), strict=True)
+        parts = zip(query.split(tile, dim=2), self._positions.split(tile, dim=1), strict=True)
         return torch.cat([self._attend(layer, *part, means) for part in parts], dim=2)
-
-    def _attend_by_kernel(
-        self,
-        query: Float[Tensor, "rows heads new head_dim"],
-        keys: Float[Tensor, "slots kv_heads head_dim"],
-        values: Float[Tensor, "slots kv_heads head_dim"],
-        means: list[Float[Tensor, "_windows kv_heads head_dim"]],
-    ) -> Float[Tensor, "rows heads new head_dim"]:
-        # what is text already is told by its place, and only guesses by what they see of each other
-        among = self._sees if self.parents is not None else torch.ones_like(self._sees)
-        return kernel.sparse_paged_attention(
-            query, keys, values, means, self._tables, self._ends, self._at, self._own.view_as(self._at),
-            among, self.pool.page_size, **kernel_sizes(self.pool.config),
-        )  # fmt: skip
 
     def _attend(
         self,
@@ -212,7 +197,7 @@ class SparsePagedContext(PagedContext):
     ) -> tuple[Float[Tensor, "rows kv_heads tail head_dim"], Int[Tensor, " rows"]]:
         """The keys of the guesses and of what shares windows with them, and at which column texts begin."""
         longest = max(size for size, _ in levels(self.pool.config)) - 1
-        steps = torch.arange(-longest, self._at.shape[1], device=keys.device)
+        steps = torch.arange(-longest, self._positions.shape[1], device=keys.device)
         slots = self._all.gather(1, (self.lengths + steps).clamp(min=0))  # (rows, tail)
         return keys[slots].transpose(1, 2), longest - self.lengths[:, 0]
 

@@ -535,6 +535,15 @@ class Newest {
 
 // ---------------------------------------------------------------------------------------------- operator
 
+// Acts with the narrowest lanes that have room for so many heads.
+template <class Act>
+void with_lanes(int64_t heads, Act act) {
+  if (heads <= 4) act(Lanes<4>{});
+  else if (heads <= 8) act(Lanes<8>{});
+  else if (heads <= 16) act(Lanes<16>{});
+  else act(Lanes<32>{});
+}
+
 // A tensor (batch, kv_heads, tokens, head_dim) whose tokens of a head lie behind each other.
 struct Text {
   Tensor tensor;
@@ -603,41 +612,59 @@ Tensor sparse_attention(Tensor query, Tensor key, Tensor value, Tensor fine, Ten
   Tensor out = torch::stable::empty_like(query);
   Sizes sizes{kernel_size, kernel_stride, block_size,  init_blocks, local_blocks,
               num_blocks,  all_visible,   coarse_topk, approximate, query.size(3)};
-  int64_t group = query.size(1) / key.size(1);
-  auto attend = group <= 4    ? attend_all<Lanes<4>>
-                : group <= 8  ? attend_all<Lanes<8>>
-                : group <= 16 ? attend_all<Lanes<16>>
-                              : attend_all<Lanes<32>>;
-  attend(query, Text(key), Text(value), Text(fine), Text(coarse), starts, sizes, (float*)out.mutable_data_ptr());
+  with_lanes(query.size(1) / key.size(1), [&](auto lanes) {
+    attend_all<decltype(lanes)>(query, Text(key), Text(value), Text(fine), Text(coarse), starts, sizes,
+                                (float*)out.mutable_data_ptr());
+  });
   return out;
 }
 
+// Texts in pages, one of a row each, as the operators are given them.
+struct PagedTexts {
+  Tensor query, key, value, tables, lengths, positions, slots, among;
+  int64_t page_size;
+  int64_t rows, heads, count, dim, kv_heads, group;  // count: of new tokens
+
+  PagedTexts(Tensor query, Tensor key, Tensor value, Tensor tables, Tensor lengths, Tensor positions, Tensor slots,
+             Tensor among, int64_t page_size)
+      : query(torch::stable::contiguous(query)), key(key), value(value), tables(torch::stable::contiguous(tables)),
+        lengths(torch::stable::contiguous(lengths)), positions(torch::stable::contiguous(positions)),
+        slots(torch::stable::contiguous(slots)), among(torch::stable::contiguous(among)), page_size(page_size),
+        rows(query.size(0)), heads(query.size(1)), count(query.size(2)), dim(query.size(3)), kv_heads(key.size(1)),
+        group(heads / kv_heads) {}
+
+  const float* of(const Tensor& tensor, int64_t head) const { return (const float*)tensor.const_data_ptr() + head * dim; }
+
+  Paged text(int64_t row, int64_t head) const {
+    return {of(key, head),
+            of(value, head),
+            kv_heads * dim,
+            (const int64_t*)tables.const_data_ptr() + row * tables.size(1),
+            page_size,
+            ((const int64_t*)lengths.const_data_ptr())[row],
+            (const int64_t*)positions.const_data_ptr() + row * count,
+            (const int64_t*)slots.const_data_ptr() + row * count,
+            (const bool*)among.const_data_ptr() + row * count * count,
+            count};
+  }
+
+  // Of the first head that a key-value head serves, in query and out.
+  int64_t place(int64_t row, int64_t head) const { return (row * heads + head * group) * count * dim; }
+  const float* queries(int64_t place) const { return (const float*)query.const_data_ptr() + place; }
+};
+
 template <class L>
-void attend_pages(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tables,
-                  const Tensor& lengths, const Tensor& positions, const Tensor& slots, const Tensor& among,
-                  int64_t page_size, float* out) {
-  int64_t rows = query.size(0), heads = query.size(1), count = query.size(2), dim = query.size(3);
-  int64_t kv_heads = key.size(1), group = heads / kv_heads, at_once = L::count / group;
-  const float* from = (const float*)query.const_data_ptr();
+void attend_pages(const PagedTexts& texts, float* out) {
+  int64_t count = texts.count, dim = texts.dim, at_once = L::count / texts.group;
   std::vector<Newest<L>> all;
-  std::vector<int64_t> places;  // of their first heads in query and out
+  std::vector<int64_t> places;
   std::vector<std::pair<int64_t, int64_t>> work;
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t head = 0; head < kv_heads; head++)
+  for (int64_t row = 0; row < texts.rows; row++)
+    for (int64_t head = 0; head < texts.kv_heads; head++)
       for (int64_t first = 0; first < count; first += at_once) {
-        Paged text{(const float*)key.const_data_ptr() + head * dim,
-                   (const float*)value.const_data_ptr() + head * dim,
-                   kv_heads * dim,
-                   (const int64_t*)tables.const_data_ptr() + row * tables.size(1),
-                   page_size,
-                   ((const int64_t*)lengths.const_data_ptr())[row],
-                   (const int64_t*)positions.const_data_ptr() + row * count,
-                   (const int64_t*)slots.const_data_ptr() + row * count,
-                   (const bool*)among.const_data_ptr() + row * count * count,
-                   count};
-        places.push_back((row * heads + head * group) * count * dim);
-        all.emplace_back(text, from + places.back(), count * dim, dim, first, std::min(at_once, count - first),
-                         group);
+        places.push_back(texts.place(row, head));
+        all.emplace_back(texts.text(row, head), texts.queries(places.back()), count * dim, dim, first,
+                         std::min(at_once, count - first), texts.group);
         for (int64_t part = 0; part < all.back().parts(); part++) work.emplace_back(all.size() - 1, part);
       }
   torch::stable::parallel_for(0, work.size(), 1, [&](int64_t begin, int64_t end) {
@@ -648,15 +675,13 @@ void attend_pages(const Tensor& query, const Tensor& key, const Tensor& value, c
 
 Tensor paged_attention(Tensor query, Tensor key, Tensor value, Tensor tables, Tensor lengths, Tensor positions,
                        Tensor slots, Tensor among, int64_t page_size) {
-  for (Tensor* each : {&query, &tables, &lengths, &positions, &slots, &among})
-    *each = torch::stable::contiguous(*each);
-  Tensor out = torch::stable::empty_like(query);
-  int64_t group = query.size(1) / key.size(1), lanes = group * query.size(2);
-  auto attend = lanes <= 4    ? attend_pages<Lanes<4>>
-                : lanes <= 8  ? attend_pages<Lanes<8>>
-                : group <= 16 ? attend_pages<Lanes<16>>
-                              : attend_pages<Lanes<32>>;
-  attend(query, key, value, tables, lengths, positions, slots, among, page_size, (float*)out.mutable_data_ptr());
+  PagedTexts texts(query, key, value, tables, lengths, positions, slots, among, page_size);
+  Tensor out = torch::stable::empty_like(texts.query);
+  // lanes that fill one register, if a group does, are faster than all queries at once
+  int64_t most = std::max<int64_t>(texts.group, 16);
+  with_lanes(std::min(most, texts.group * texts.count), [&](auto lanes) {
+    attend_pages<decltype(lanes)>(texts, (float*)out.mutable_data_ptr());
+  });
   return out;
 }
 
@@ -685,41 +710,36 @@ struct Tail {
 };
 
 template <class L>
-void attend_chosen_pages(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& fine,
-                         const Tensor& coarse, const Tensor& tables, const Tensor& lengths, const Tensor& positions,
-                         const Tensor& slots, const Tensor& among, int64_t page_size, const Sizes& sizes, float* out) {
-  int64_t heads = query.size(1), count = query.size(2), dim = query.size(3), kv_heads = key.size(1);
-  int64_t group = heads / kv_heads, apart = count * dim;
-  const float* from = (const float*)query.const_data_ptr();
-  torch::stable::parallel_for(0, query.size(0) * kv_heads * count, 1, [&](int64_t begin, int64_t end) {
+void attend_chosen_pages(const PagedTexts& texts, const Tensor& fine, const Tensor& coarse, const Sizes& sizes,
+                         float* out) {
+  int64_t count = texts.count, dim = texts.dim, kv_heads = texts.kv_heads;
+  torch::stable::parallel_for(0, texts.rows * kv_heads * count, 1, [&](int64_t begin, int64_t end) {
     Query<L> one(sizes);
     Tail tail;
     for (int64_t item = begin; item < end; item++) {
       int64_t row = item / count / kv_heads, head = item / count % kv_heads, new_token = item % count;
-      const int64_t* table = (const int64_t*)tables.const_data_ptr() + row * tables.size(1);
-      const int64_t* slot = (const int64_t*)slots.const_data_ptr() + row * count;
-      const bool* sees = (const bool*)among.const_data_ptr() + (row * count + new_token) * count;
-      int64_t length = ((const int64_t*)lengths.const_data_ptr())[row];
-      int64_t at = sees[new_token] ? ((const int64_t*)positions.const_data_ptr())[row * count + new_token] : -1;
-      auto of = [&](const Tensor& tensor) { return (const float*)tensor.const_data_ptr() + head * dim; };
+      Paged text = texts.text(row, head);
+      const bool* sees = text.among + new_token * count;
+      int64_t at = sees[new_token] ? text.positions[new_token] : -1;
       tail.keys.clear(), tail.values.clear();
       for (int64_t i = 0; i < count; i++)  // those before a guess have lower places than it
         if (sees[i]) {
-          tail.keys.push_back(of(key) + slot[i] * kv_heads * dim);
-          tail.values.push_back(of(value) + slot[i] * kv_heads * dim);
+          tail.keys.push_back(text.key + text.slots[i] * text.apart);
+          tail.values.push_back(text.value + text.slots[i] * text.apart);
         }
-      Rows keys{of(key), kv_heads * dim, table, page_size, 0, length, &tail.keys};
-      Rows values{of(value), kv_heads * dim, table, page_size, 0, length, &tail.values};
-      if (at >= sizes.all_visible) tail.take_means(keys, sizes, length, at);
+      Rows keys{text.key, text.apart, text.table, text.page_size, 0, text.length, &tail.keys};
+      Rows values{text.value, text.apart, text.table, text.page_size, 0, text.length, &tail.values};
+      if (at >= sizes.all_visible) tail.take_means(keys, sizes, text.length, at);
       auto windows = [&](const Tensor& means, int64_t times, const std::vector<const float*>& own) {
         int64_t stride = times * sizes.kernel_stride, skip = (times * sizes.kernel_size - 1) / stride;
-        return Rows{of(means), kv_heads * dim, table, page_size / stride, skip, sizes.windows(length, times), &own};
+        return Rows{texts.of(means, head), text.apart, text.table, text.page_size / stride, skip,
+                    sizes.windows(text.length, times), &own};
       };
-      int64_t place = (row * heads + head * group) * apart + new_token * dim;
-      one.begin(from + place, apart, group, at, keys, values, windows(fine, 1, tail.fine),
+      int64_t place = texts.place(row, head) + new_token * dim;
+      one.begin(texts.queries(place), count * dim, texts.group, at, keys, values, windows(fine, 1, tail.fine),
                 windows(coarse, Sizes::coarse, tail.coarse), 1);
       one.score_coarse(0, 1), one.look_closer(), one.score_fine(0, 1), one.choose(), one.attend(0, 1);
-      one.end(out + place, apart);
+      one.end(out + place, count * dim);
     }
   });
 }
@@ -729,18 +749,13 @@ Tensor sparse_paged_attention(Tensor query, Tensor key, Tensor value, Tensor fin
                               int64_t kernel_size, int64_t kernel_stride, int64_t block_size, int64_t init_blocks,
                               int64_t local_blocks, int64_t num_blocks, int64_t all_visible, bool approximate,
                               int64_t coarse_topk) {
-  for (Tensor* each : {&query, &tables, &lengths, &positions, &slots, &among})
-    *each = torch::stable::contiguous(*each);
-  Tensor out = torch::stable::empty_like(query);
+  PagedTexts texts(query, key, value, tables, lengths, positions, slots, among, page_size);
+  Tensor out = torch::stable::empty_like(texts.query);
   Sizes sizes{kernel_size, kernel_stride, block_size,  init_blocks, local_blocks,
-              num_blocks,  all_visible,   coarse_topk, approximate, query.size(3)};
-  int64_t group = query.size(1) / key.size(1);
-  auto attend = group <= 4    ? attend_chosen_pages<Lanes<4>>
-                : group <= 8  ? attend_chosen_pages<Lanes<8>>
-                : group <= 16 ? attend_chosen_pages<Lanes<16>>
-                              : attend_chosen_pages<Lanes<32>>;
-  attend(query, key, value, fine, coarse, tables, lengths, positions, slots, among, page_size, sizes,
-         (float*)out.mutable_data_ptr());
+              num_blocks,  all_visible,   coarse_topk, approximate, texts.dim};
+  with_lanes(texts.group, [&](auto lanes) {
+    attend_chosen_pages<decltype(lanes)>(texts, fine, coarse, sizes, (float*)out.mutable_data_ptr());
+  });
   return out;
 }
 

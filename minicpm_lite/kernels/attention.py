@@ -15,15 +15,30 @@ other texts, among guesses or alone, with any number of threads. For what is add
 its own place in its own text, and on nothing else.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .build import built
 
-__all__ = ["paged_attention", "possible", "sparse_attention", "sparse_paged_attention"]
+__all__ = ["Sizes", "paged_attention", "possible", "sparse_attention", "sparse_paged_attention"]
 
 _MOST_HEADS = 32  # of a group, as many as one vector of the kernel has room for
+
+
+class Sizes(NamedTuple):
+    """Of windows and blocks, as a `config.SparseConfig` has them and says what they are."""
+
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+    init_blocks: int
+    local_blocks: int
+    num_blocks: int
+    all_visible: int
+    coarse_topk: int | None
 
 
 def possible(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -48,15 +63,7 @@ def sparse_attention(
     value: Float[Tensor, "batch kv_heads keys head_dim"],
     means: list[Float[Tensor, "batch kv_heads _windows head_dim"]],
     starts: Int[Tensor, " rows"],
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_blocks: int,
-    all_visible: int,
-    coarse_topk: int | None,
+    sizes: Sizes,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """What each of the newest tokens of a text takes from the blocks that it chooses.
 
@@ -64,14 +71,11 @@ def sparse_attention(
         query, key, value: such that it is `possible`.
         means: of fine windows and, where they are used, of coarse ones.
         starts: the column at which each row's text begins, or one for all.
-        kernel_size, kernel_stride, block_size: those of a `config.SparseConfig`.
-        init_blocks, local_blocks, num_blocks: also.
-        all_visible, coarse_topk: also.
+        sizes: of windows and blocks.
     """
     return torch.ops.minicpm_lite.sparse_attention(
-        query, key, value, means[0], means[-1], starts, kernel_size, kernel_stride, block_size, init_blocks,
-        local_blocks, num_blocks, all_visible, len(means) > 1, coarse_topk or 0,
-    )  # fmt: skip
+        query, key, value, means[0], means[-1], starts, *sizes[:-1], len(means) > 1, sizes.coarse_topk or 0
+    )
 
 
 def paged_attention(
@@ -112,15 +116,7 @@ def sparse_paged_attention(
     slots: Int[Tensor, "rows new"],
     among: Bool[Tensor, "rows new new"],
     page_size: int,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_blocks: int,
-    all_visible: int,
-    coarse_topk: int | None,
+    sizes: Sizes,
 ) -> Float[Tensor, "rows heads new head_dim"]:
     """What each of these tokens takes from the blocks of its text that it chooses.
 
@@ -129,11 +125,9 @@ def sparse_paged_attention(
             stands within the lengths is seen up to a token's own position.
         means: of fine windows and, where they are used, of coarse ones; each at the slot in which it ends,
             divided by the stride.
-        kernel_size, kernel_stride, block_size, init_blocks: those of a `config.SparseConfig`.
-        local_blocks, num_blocks, all_visible, coarse_topk: also.
+        sizes: of windows and blocks.
     """
     return torch.ops.minicpm_lite.sparse_paged_attention(
         query, key, value, means[0], means[-1], tables, lengths, positions, slots, among, page_size,
-        kernel_size, kernel_stride, block_size, init_blocks, local_blocks, num_blocks, all_visible,
-        len(means) > 1, coarse_topk or 0,
+        *sizes[:-1], len(means) > 1, sizes.coarse_topk or 0,
     )  # fmt: skip

@@ -1,13 +1,50 @@
-"""A kernel compiled from another text or for another processor, which the tests of kernels share."""
+"""Attention's kernels compiled for another processor or with a mistake, which their tests share."""
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
+from minicpm_lite.kernels import attention
 
-def compiled(text: str, folder: Path, namespace: str, *flags: str):
-    """Its operators, under another name."""
+SOURCE = Path(attention.__file__).with_name("attention.cpp")
+OTHER_PROCESSORS = pytest.mark.parametrize(
+    "flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-O0"]], ids=lambda flags: flags[0]
+)
+
+
+def for_another(flags: list[str], folder: Path):
+    """The operators for another processor."""
+    if not Path("/proc/cpuinfo").read_text().count("avx2"):
+        pytest.skip("this processor has no AVX2")
+    return _compiled(SOURCE.read_text(), folder, "-O1", *flags)
+
+
+def mistaken(mistake: tuple[str, str], folder: Path):
+    """The operators with something wrong in the place of what is right."""
+    text, (right, wrong) = SOURCE.read_text(), mistake
+    assert text.count(right) == 1
+    text = text.replace(right, wrong)
+    for fewer in (4, 8, 16):  # one width does, and compiles in a quarter of the time
+        assert text.count(f"act(Lanes<{fewer}>{{}})") == 1
+        text = text.replace(f"act(Lanes<{fewer}>{{}})", "act(Lanes<32>{})")
+    return _compiled(text, folder, "-O0")
+
+
+@contextmanager
+def in_place_of_ours(operators) -> Iterator[None]:
+    """The library calls these."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sparse_attention", "paged_attention", "sparse_paged_attention"):
+            patch.setattr(torch.ops.minicpm_lite, name, getattr(operators, name))
+        yield
+
+
+def _compiled(text: str, folder: Path, *flags: str):
+    namespace = f"other_{abs(hash((text, flags)))}"
     source, library = folder / f"{namespace}.cpp", folder / f"{namespace}.so"
     source.write_text(text.replace("(minicpm_lite,", f"({namespace},"))
     torch_folder = Path(torch.__file__).parent
@@ -16,10 +53,3 @@ def compiled(text: str, folder: Path, namespace: str, *flags: str):
     subprocess.run(command, check=True, capture_output=True, text=True)
     torch.ops.load_library(library)
     return getattr(torch.ops, namespace)
-
-
-def of_one_width(text: str) -> str:
-    """With vectors of 32 alone, which do for all, so that it compiles in a quarter of the time."""
-    for fewer in (4, 8, 16):
-        text = text.replace(f"<Lanes<{fewer}>>", "<Lanes<32>>")
-    return text

@@ -3,11 +3,10 @@
 import warnings
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from compiling import compiled, of_one_width
+from compiling import OTHER_PROCESSORS, for_another, in_place_of_ours, mistaken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_models import LEVELS, SMALL, configs, make_ids, make_model
@@ -19,7 +18,6 @@ from minicpm_lite.inference.block_choice import WindowMeans, levels
 from minicpm_lite.inference.sparse_attention import SparseCache, SparseContext, attend_text, attend_tiles
 from minicpm_lite.kernels import attention, build
 
-SOURCE = Path(attention.__file__).with_name("attention.cpp")
 CLOSE = dict(atol=2e-5, rtol=2e-5)
 
 
@@ -200,18 +198,6 @@ def test_without_a_compiler_pytorch_computes_the_same(monkeypatch, tmp_path):
 # Other processors, and mistakes
 
 
-def compiled_kernel(*given: object):
-    """`attend_text` with the operator of another text or for another processor."""
-    operator = compiled(*given).sparse_attention
-
-    def kernel(query, key, value, means, starts, config):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.ops.minicpm_lite, "sparse_attention", operator)
-            return attend_text(query, key, value, means, starts, config)
-
-    return kernel
-
-
 CASES = [
     (make_text(2, 6, 2, 40, 70, 8, [0]), SMALL),
     (make_text(1, 16, 1, 1, 200, 16, [3]), LEVELS["approximate"]),
@@ -220,16 +206,17 @@ CASES = [
 ]
 
 
+def tells_apart(operators) -> bool:
+    """Whether operators give something else than PyTorch."""
+    with in_place_of_ours(operators):
+        return any(differs(attend_text, *text, config) for text, config in CASES)
+
+
 @pytest.mark.slow  # compiles for seconds
-@pytest.mark.parametrize(
-    "flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-O0"]], ids=lambda flags: flags[0]
-)
+@OTHER_PROCESSORS
 def test_other_processors_compute_the_same(flags, tmp_path):
     """With vectors of 16 and of 32 bytes, and as the text stands."""
-    if not Path("/proc/cpuinfo").read_text().count("avx2"):
-        pytest.skip("this processor has no AVX2")
-    kernel = compiled_kernel(SOURCE.read_text(), tmp_path, f"other_{abs(hash(tuple(flags)))}", "-O1", *flags)
-    assert not any(differs(kernel, *text, config) for text, config in CASES)
+    assert not tells_apart(for_another(flags, tmp_path))
 
 
 MISTAKES = {
@@ -248,8 +235,4 @@ MISTAKES = {
 @pytest.mark.slow  # compiles for seconds
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_in_the_kernel_are_told_apart(name, tmp_path):
-    text, (right, wrong) = SOURCE.read_text(), MISTAKES[name]
-    assert text.count(right) == 1
-    text = of_one_width(text.replace(right, wrong))
-    kernel = compiled_kernel(text, tmp_path, f"wrong_{abs(hash(name))}", "-O0")
-    assert any(differs(kernel, *case, config) for case, config in CASES)
+    assert tells_apart(mistaken(MISTAKES[name], tmp_path))

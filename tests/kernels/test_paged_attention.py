@@ -1,11 +1,10 @@
 """The kernels for texts in pages: what PyTorch computes, and the same bits for a token in any company."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from compiling import compiled, of_one_width
+from compiling import OTHER_PROCESSORS, for_another, in_place_of_ours, mistaken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_models import LEVELS, configs
@@ -16,7 +15,6 @@ from minicpm_lite.inference.sparse_attention import attend_tiles, kernel_sizes
 from minicpm_lite.kernels import attention, build
 from minicpm_lite.language.context import lineage
 
-SOURCE = Path(attention.__file__).with_name("attention.cpp")
 SIZES = (4, 16)
 
 
@@ -67,12 +65,13 @@ class Texts:
         lengths = torch.tensor(self.lengths)
         return self.tables, lengths, self.positions, self.slots, self.among, self.size
 
-    def dense(self, operator=attention.paged_attention):
-        return operator(self.query, self.key, self.value, *self.given())
+    def dense(self):
+        return attention.paged_attention(self.query, self.key, self.value, *self.given())
 
-    def sparse(self, config, operator=attention.sparse_paged_attention):
-        means = self.means(config)
-        return operator(self.query, self.key, self.value, means, *self.given(), **kernel_sizes(config))
+    def sparse(self, config):
+        return attention.sparse_paged_attention(
+            self.query, self.key, self.value, self.means(config), *self.given(), kernel_sizes(config)
+        )
 
     def means(self, config):
         """Of the windows of what is text, each with the slot in which it ends."""
@@ -104,11 +103,10 @@ class Texts:
 def paths(tree):
     """Of each guess, which branches lead to it: a name that it keeps in other trees."""
     found, children = [], {}
-    for place, parent in enumerate(tree):
+    for parent in tree:
         before = () if parent < 0 else found[parent]
         number = children[before] = children.get(before, -1) + 1
         found.append((*before, number))
-        assert place == len(found) - 1
     return found
 
 
@@ -246,42 +244,28 @@ CASES = [
 
 
 def tells_apart(operators) -> bool:
-    """Whether operators give something else than PyTorch."""
-
-    def sparse(*given, kernel_size, **sizes):
-        *before, means, tables, lengths, positions, slots, among, page_size = given
-        return operators.sparse_paged_attention(
-            *before, means[0], means[-1], tables, lengths, positions, slots, among, page_size, kernel_size,
-            *list(sizes.values())[:-1], len(means) > 1, sizes["coarse_topk"] or 0,
-        )  # fmt: skip
-
-    if any(wrong_by(case.dense(operators.paged_attention), case, densely) > 1e-5 for case in CASES):
-        return True
-    branch = [  # the second one, behind a guess or behind four, which reach into the next page
-        Texts([14], [[*range(-1, guesses - 1), -1, *range(guesses, guesses + 4)]], 4).dense(
-            operators.paged_attention
-        )[:, :, guesses:]
-        for guesses in (1, 4)
-    ]
-    if not torch.equal(*branch):
-        return True
+    """Whether operators give something else than PyTorch, or other bits in other company."""
     configs = [LEVELS["exact"], LEVELS["two levels"], SPARSE]
-    return any(
-        sparse_wrong_by(case.sparse(config, sparse), case, config) > 1e-4
-        for case in CASES
-        for config in configs
-    )
+    with in_place_of_ours(operators):
+        branch = [  # the second one, behind a guess or behind four, which reach into the next page
+            Texts([14], [[*range(-1, guesses - 1), -1, *range(guesses, guesses + 4)]], 4).dense()[
+                :, :, guesses:
+            ]
+            for guesses in (1, 4)
+        ]
+        return (
+            any(wrong_by(case.dense(), case, densely) > 1e-5 for case in CASES)
+            or not torch.equal(*branch)
+            or any(
+                sparse_wrong_by(case.sparse(each), case, each) > 1e-4 for case in CASES for each in configs
+            )
+        )
 
 
 @pytest.mark.slow  # compiles for seconds
-@pytest.mark.parametrize(
-    "flags", [["-march=x86-64"], ["-march=x86-64-v3"], ["-O0"]], ids=lambda flags: flags[0]
-)
+@OTHER_PROCESSORS
 def test_other_processors_compute_the_same(flags, tmp_path):
-    if not Path("/proc/cpuinfo").read_text().count("avx2"):
-        pytest.skip("this processor has no AVX2")
-    name = f"other_pages_{abs(hash(tuple(flags)))}"
-    assert not tells_apart(compiled(SOURCE.read_text(), tmp_path, name, "-O1", *flags))
+    assert not tells_apart(for_another(flags, tmp_path))
 
 
 MISTAKES = {
@@ -293,15 +277,12 @@ MISTAKES = {
     "what fills up is a token": ("if (text.among[i * text.count + i]) order", "order"),
     "a window where it begins": ("skip = (times * sizes.kernel_size - 1) / stride;", "skip = 0;"),
     "sums for means": ("to[d] /= size;", "to[d] /= 1;"),
-    "keys for values": ("tail.values.push_back(of(value)", "tail.values.push_back(of(key)"),
-    "the first row's pages": ("tables.const_data_ptr() + row * tables.size(1);\n      const int64_t* slot", "tables.const_data_ptr();\n      const int64_t* slot"),
+    "keys for values": ("tail.values.push_back(text.value", "tail.values.push_back(text.key"),
+    "the first row's pages": ("tables.const_data_ptr() + row * tables.size(1),", "tables.const_data_ptr(),"),
 }  # fmt: skip
 
 
 @pytest.mark.slow  # compiles for seconds
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_in_the_kernel_are_told_apart(name, tmp_path):
-    text, (right, wrong) = SOURCE.read_text(), MISTAKES[name]
-    assert text.count(right) == 1
-    text = of_one_width(text.replace(right, wrong))
-    assert tells_apart(compiled(text, tmp_path, f"wrong_pages_{abs(hash(name))}", "-O0"))
+    assert tells_apart(mistaken(MISTAKES[name], tmp_path))
