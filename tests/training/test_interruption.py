@@ -44,10 +44,12 @@ ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, signal.SIG
 
 @pytest.fixture(autouse=True)
 def as_in_the_foreground():
-    """A program that is begun in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A program that is begun in the background ignores SIGINT, and one under nohup SIGHUP."""
+    theirs = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in theirs.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
