@@ -375,6 +375,7 @@ for name, number, words in {runs!r}:
     run = os.fork()
     if not run:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
         for stream, kept in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{{name}}.{{kept}}", os.O_CREAT | os.O_WRONLY), stream)
         sys.argv[1:] = words

@@ -214,9 +214,9 @@ def tells_apart(operators) -> bool:
 
 @pytest.mark.slow  # compiles for seconds
 @OTHER_PROCESSORS
-def test_other_processors_compute_the_same(flags, tmp_path):
+def test_other_processors_compute_the_same(flags):
     """With vectors of 16 and of 32 bytes, and as the text stands."""
-    assert not tells_apart(for_another(flags, tmp_path))
+    assert not tells_apart(for_another(flags))
 
 
 MISTAKES = {
@@ -234,5 +234,5 @@ MISTAKES = {
 
 @pytest.mark.slow  # compiles for seconds
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_in_the_kernel_are_told_apart(name, tmp_path):
-    assert tells_apart(mistaken(MISTAKES[name], tmp_path))
+def test_mistakes_in_the_kernel_are_told_apart(name):
+    assert tells_apart(mistaken(MISTAKES[name]))
