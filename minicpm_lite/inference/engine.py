@@ -23,9 +23,9 @@ Choices, and the traps behind them:
 - First come, first served within a user, and users in turn. A request that waits for pages is not overtaken
   by smaller ones, or it might wait for ever.
 - Each request has a generator of its own, and its guesses have the room of its own text. So what it draws
-  does not depend on who is there beside it, with a draft neither. Where a draft is shown what the model made
-  of a text, one that is drawn is read whole, also where pages hold its beginning: a draft that had seen less
-  would guess otherwise, and other guesses draw otherwise.
+  does not depend on who is there beside it, with a draft neither, since other guesses draw otherwise. Where a
+  draft is shown what the model made of a text, one that is drawn is read whole, also where pages hold its
+  beginning; and a draft that reckons with how many texts share a call is told so for greedy requests alone.
 - Scores that are no numbers end their own request, and no other; a draft's, too.
 - A step that is broken off, by Ctrl-C or an error, may have done half of its work: a token is chosen and not
   known to the draft, or read and not chosen. So the requests that were at work then end as failed, with what
@@ -52,7 +52,7 @@ from ..language.generation import resolve_stop_ids
 from ..language.sampling import Sampling, choose, require_sampling
 from ..runtime import require_seed
 from .executors import Executor
-from .speculative import Draft, Drafting, Guesses, StreamDrafting, verify
+from .speculative import Draft, Drafting, Guesses, SharingDrafting, StreamDrafting, verify
 
 __all__ = ["Answer", "Engine", "Request"]
 
@@ -290,7 +290,7 @@ class Engine:
 
     def _write_on(self, jobs: list[_Job]) -> None:
         """The next tokens of all whose prompts are read."""
-        proposed = [self._guess(job) for job in jobs]
+        proposed = [self._guess(job, len(jobs)) for job in jobs]
         going = [row for row in zip(jobs, proposed, strict=True) if not row[0].answer.over]
         if not going:
             return
@@ -311,9 +311,12 @@ class Engine:
             for job, path, stream in zip(jobs, paths, streams, strict=True):
                 job.drafting.see([stream[path]])
 
-    def _guess(self, job: _Job) -> Guesses:
+    def _guess(self, job: _Job, texts: int) -> Guesses:
         """A tree; none for a last token, behind which there is no room, and where the draft has failed."""
         if job.drafting is not None and job.left > 1:
+            greedy = job.answer.request.sampling.temperature == 0
+            if greedy and isinstance(job.drafting, SharingDrafting):
+                job.drafting.share(texts)
             try:
                 return job.drafting.propose([job.hear()], job.left - 1)
             except FloatingPointError as error:

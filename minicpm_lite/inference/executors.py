@@ -34,11 +34,13 @@ Choices, and the traps behind them:
 
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ModelConfig, SparseConfig, require_positive_integer
 from ..language.context import Context, appearance, causal_mask
@@ -222,9 +224,9 @@ class PagedExecutor:
         after: Sequence[int] = (),
     ) -> tuple[Float[Tensor, "rows places vocab"], Float[Tensor, "rows places features"] | None]:
         """Read the newest token of each text and guesses behind it; see `Executor`."""
-        most = max(map(len, tokens))
-        filled = [[*row, *[row[-1]] * (most - len(row))] for row in tokens]
-        return self._read(texts, filled, parents, after)
+        scores, streams = self._read(texts, [[*chain.from_iterable(tokens)]], parents, after)
+        counts = [*map(len, tokens)]
+        return _apart(scores, counts), None if streams is None else _apart(streams, counts)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Of each row that was verified last, these places became text."""
@@ -265,6 +267,13 @@ class PagedExecutor:
         self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
     ) -> list[Float[Tensor, "rows places d"]]:
         return self.model.states(x, context, after)
+
+
+def _apart(
+    one_row: Float[Tensor, "1 tokens features"], counts: Sequence[int]
+) -> Float[Tensor, "rows places features"]:
+    """A row for each text, filled up with zeros."""
+    return pad_sequence(one_row[0].split(counts), batch_first=True)
 
 
 class CompiledExecutor(PagedExecutor):

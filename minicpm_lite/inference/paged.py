@@ -24,8 +24,8 @@ Choices, and the traps behind them:
 - A page is known by its tokens *and* by the page before it: keys depend on all that stands before. Page
   numbers are used again, so pages are told apart by a number that is not.
 - Guesses are stored behind the text and make no page known before they are taken. Texts may have different
-  numbers of them: what fills up the fewer is written into a slot that nobody reads, for a text whose pages
-  are full has no room for it.
+  numbers of them: the tokens of all texts come in one row, one text behind the other, and layers work on no
+  more than these. Attention alone sees a row for each text, as long as that of the longest.
 - For a few new tokens a kernel reads the pages where they are, and gives a token the same bits in any
   company. For a piece of a prompt, and where there is no kernel, PyTorch's attention gets the keys of a call
   copied together, as long as its longest text. What fills up the shorter rows is their own: no number of
@@ -217,9 +217,7 @@ class PagePool:
         """The memory of a layer, as wide as what it makes; taken at its first use."""
         if layer not in self._layers:
             slots = self.pages * self.page_size
-            self._layers[layer] = tuple(  # the last slot takes what nobody reads
-                each.new_zeros(slots + 1, each.shape[1], each.shape[3]) for each in new
-            )
+            self._layers[layer] = tuple(each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new)
         return self._layers[layer]
 
     def context(
@@ -230,7 +228,7 @@ class PagePool:
 
     def arrange(self, text: PagedText, path: Sequence[int]) -> None:
         """Of the guesses behind a text, those of a path stand right behind it from now on, to become text."""
-        if not path:
+        if [*path] == [*range(len(path))]:  # they stand there already
             return
         length = len(text)
         slots = self.slots(text, length, length + path[-1] + 1)
@@ -241,15 +239,16 @@ class PagePool:
 
 
 class PagedContext(Context):
-    """A call brings the next tokens of some texts of a pool, as many of each; they become text.
+    """A call brings the next tokens of some texts of a pool, a row of as many for each; they become text.
 
-    With ``parents`` they are guesses, a tree for each text; then `take` says which become text.
+    With ``parents`` they are guesses, a tree for each text, and all in one row, those of one text behind
+    those of the other; then `take` says which become text.
 
     Args:
         pool: holds the texts.
-        texts: whose tokens come, one of a row each.
+        texts: whose tokens come.
         parents: of each text, for each guess the place of the one before it, -1 for one that follows the
-            text. Of a text with fewer guesses than others the call brings any ids behind them.
+            text.
     """
 
     def __init__(
@@ -273,14 +272,8 @@ class PagedContext(Context):
         Raises:
             ValueError: other rows than texts, no room for them in a text's pages, or guesses of no tree.
         """
-        (rows, new), device = x.shape[:2], x.device
-        counts = [new] * len(self.texts) if self.parents is None else [*map(len, self.parents)]
-        if len(counts) != rows or max(counts) != new:
-            raise ValueError(
-                f"{rows} rows of {new} tokens came; expected {len(self.texts)} texts"
-                + ("." if self.parents is None else f" with {counts} guesses.")
-            )
-        pool = self.pool
+        counts, device = self._counts(*x.shape[:2]), x.device
+        rows, new, pool = len(counts), max(counts), self.pool
         for text, count in zip(self.texts, counts, strict=True):
             if count > pool.spare(text):
                 raise ValueError(
@@ -293,9 +286,7 @@ class PagedContext(Context):
         self._tables, self._all = self._slots(ends, self._longest + new)
         steps = torch.arange(new, device=device)
         own = self.lengths + steps
-        nobodys = pool.pages * pool.page_size  # the slot that no text reads
-        real = own < ends
-        self._own = torch.where(real, self._all.gather(1, own), nobodys)
+        self._own = self._new = self._all.gather(1, own)
         if self.parents is None:
             positions = self.lengths + steps
             self.mask = self._sight(positions)
@@ -307,12 +298,29 @@ class PagedContext(Context):
             columns = torch.arange(self._all.shape[1], device=device)
             text = columns < self.lengths[:, None]  # (rows, 1, columns)
             places = (self.lengths + steps)[:, None].expand(-1, new, -1)
+            real = own < ends
+            self._at = real.flatten().nonzero()[:, 0]
+            self._new = self._own[real][None]
             self.among = torch.stack(among).to(device)
             self._sees = self.among & real[:, None]
             self.mask = text.expand(-1, new, -1).scatter(2, places, self.among)[:, None]
         self._positions = positions
         self._in_place = new <= _FEW and not self.pool.latent
-        return positions[:, None]
+        return positions[:, None] if self.parents is None else positions[real][None, None]
+
+    def _counts(self, rows: int, new: int) -> list[int]:
+        """How many new tokens each text has, if the call brings so many rows of so many tokens."""
+        texts = len(self.texts)
+        if self.parents is None:
+            if rows != texts:
+                raise ValueError(f"{rows} rows came; expected one for each of {texts} texts.")
+            return [new] * texts
+        counts = [*map(len, self.parents)]
+        if len(counts) != texts or not all(counts) or (rows, new) != (1, sum(counts)):
+            raise ValueError(
+                f"{rows} rows of {new} tokens came; expected one row, of {counts} guesses of {texts} texts."
+            )
+        return counts
 
     def _slots(
         self, ends: Int[Tensor, "rows 1"], columns: int
@@ -342,9 +350,13 @@ class PagedContext(Context):
         tables = [text.angles for text in self.texts]
         if len({*map(id, tables)}) == 1:
             return tables[0](config, positions)
-        rows = zip(tables, positions.split(1), strict=True)
-        cos, sin = zip(*(table(config, row) for table, row in rows), strict=True)
-        return torch.cat(cos), torch.cat(sin)
+        if self.parents is None:
+            rows, along = positions.split(1), 0
+        else:
+            rows, along = positions.split([*map(len, self.parents)], dim=-1), -2
+        found = [table(config, row) for table, row in zip(tables, rows, strict=True)]
+        cos, sin = zip(*found, strict=True)
+        return torch.cat(cos, along), torch.cat(sin, along)
 
     def keep(
         self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]
@@ -359,7 +371,7 @@ class PagedContext(Context):
     def store(self, layer: int, *new: Shaped[Tensor, "rows _heads tokens _width"]) -> None:
         """Store what a layer makes of the new tokens."""
         for whole, each in zip(self.pool.layer(layer, new), new, strict=True):
-            whole[self._own] = each.transpose(1, 2)
+            whole[self._new] = each.transpose(1, 2)
 
     def gather(self, layer: int) -> tuple[Shaped[Tensor, "rows _heads keys _width"], ...]:
         """What a layer made of the texts, copied together."""
@@ -371,6 +383,18 @@ class PagedContext(Context):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each token takes from those of its own text that it sees."""
+        if self.parents is None:
+            return self._attend_rows(layer, query, key, value)
+        (rows, new), heads = self._own.shape, query.shape[1]
+        apart = query.new_zeros(rows * new, heads, query.shape[3])
+        apart[self._at] = query[0].transpose(0, 1)
+        found = self._attend_rows(layer, apart.unflatten(0, (rows, new)).transpose(1, 2), key, value)
+        return found.transpose(1, 2).flatten(0, 1)[self._at].transpose(0, 1)[None]
+
+    def _attend_rows(
+        self, layer: int, query: Float[Tensor, "rows heads new width"], key: Tensor, value: Tensor
+    ) -> Float[Tensor, "rows heads new width"]:
+        """As `attend`, with a row for each text."""
         if self._in_place:
             kept = self.pool.layer(layer)
             if kernel.possible(query, *kept):
@@ -389,6 +413,8 @@ class PagedContext(Context):
 
     def take(self, paths: Sequence[Sequence[int]]) -> None:
         """Of the guesses of each row these become text, each the child of the one before."""
-        for text, ids, path in zip(self.texts, self._ids, paths, strict=True):
+        following = iter(*self._ids)
+        for text, parents, path in zip(self.texts, self.parents, paths, strict=True):
+            ids = [*itertools.islice(following, len(parents))]
             self.pool.arrange(text, path)
             self.pool.extend(text, [ids[place] for place in path])

@@ -153,10 +153,12 @@ class SparsePagedContext(PagedContext):
                 self.pool.average(layer, text, len(text), len(text) + new[0].shape[2])
         return new if self._in_place or not self._all_visible else self.gather(layer)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_rows(
+        self, layer: int, query: Float[Tensor, "rows heads new width"], key: Tensor, value: Tensor
+    ) -> Float[Tensor, "rows heads new width"]:
         """What each token takes from the blocks of its own text that it chooses."""
         if self._all_visible:
-            return super().attend(layer, query, key, value)
+            return super()._attend_rows(layer, query, key, value)
         kept, whole = self.pool.means(layer), self.pool.layer(layer)
         if kernel.possible(query, *whole):
             found = kernel.sparse_paged_attention(
@@ -164,14 +166,14 @@ class SparsePagedContext(PagedContext):
                 self.pool.page_size, kernel_sizes(self.pool.config),
             )  # fmt: skip
             if self._in_place and self._some_see_all:  # they get the bits that they get where all see all
-                return torch.where(self._see_all, super().attend(layer, query, key, value), found)
+                return torch.where(self._see_all, super()._attend_rows(layer, query, key, value), found)
             return found
         means = [each[table].transpose(1, 2) for each, table in zip(kept, self._windows, strict=True)]
         tile = TILE if self.parents is None else query.shape[2]
         parts = zip(query.split(tile, dim=2), self._positions.split(tile, dim=1), strict=True)
-        return torch.cat([self._attend(layer, *part, means) for part in parts], dim=2)
+        return torch.cat([self._attend_chosen(layer, *part, means) for part in parts], dim=2)
 
-    def _attend(
+    def _attend_chosen(
         self,
         layer: int,
         query: Float[Tensor, "rows heads queries head_dim"],

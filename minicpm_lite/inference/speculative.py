@@ -60,6 +60,7 @@ __all__ = [
     "Draft",
     "Drafting",
     "Guesses",
+    "SharingDrafting",
     "Stats",
     "SteppedDrafting",
     "StreamDrafting",
@@ -136,6 +137,15 @@ class SteppedDrafting(Drafting, Protocol):
 
     def steps(self, new: Sequence[Sequence[int]], most: int) -> int:
         """How many calls of its model `propose` would make, at most."""
+        ...
+
+
+@runtime_checkable
+class SharingDrafting(Drafting, Protocol):
+    """A drafting that reckons with how many texts share a call, as that of `Adaptive`."""
+
+    def share(self, texts: int) -> None:
+        """What is proposed next is checked in a call for so many texts, its own among them."""
         ...
 
 

@@ -16,7 +16,7 @@ measured. A tree writes one token and, of each guess, the chance that all up to 
 taken for the tokens that were written. It guesses only if all guesses could fail and the accounts would
 still be less than an allowance behind. So whatever is accepted, the time is never more than
 
-    plain * (1 + share) + credit * call(1)
+    plain * (1 + share) + credit * call(1)            of the dearest call of one token for each text
 
 which is a theorem about the accounts, not a hope about the draft. The rule is as true as the costs are: a
 call of a draft model counts as one step, also the first, which reads the prompt and takes longer.
@@ -31,6 +31,9 @@ Choices, and the traps behind them:
   asked has a text to catch up with. So what a question takes is asked of the draft itself, before it is
   put (`SteppedDrafting`); one that does not say takes a step for each guess.
 - Rows of a batch wait for each other, so the time is that of the row that gets on least.
+- In an engine the rows of a call come and go. Where a call of eight tokens takes longer than one of one, a
+  guess that pays for a text alone is a loss for eight of them, whose guesses are all in the call. So a text
+  is told how many there are (`SharingDrafting`) and reckons as if all guessed as much as it does.
 - Where no guess pays, one is tried from time to time, as the allowance grows; else a draft that has become
   good would never be asked again.
 """
@@ -82,6 +85,20 @@ class Costs:
         """Of one call of the target with so many tokens."""
         beyond = max(tokens - len(self.calls), 0)
         return self.calls[min(tokens, len(self.calls)) - 1] + beyond * max(self.calls[-1] - self.calls[-2], 0)
+
+    def shared(self, texts: int) -> "Costs":
+        """Of calls that so many texts share, each with as many tokens, and a draft's step for each of them.
+
+        Raises:
+            ValueError: the number of texts is not positive.
+
+        >>> Costs(calls=(1.0, 1.5, 2.5), draft=0.5).shared(2)
+        Costs(calls=(1.5, 3.5, 5.5), draft=1.0)
+        """
+        require_positive_integer("texts", texts)
+        return Costs(
+            tuple(self.call(texts * tokens) for tokens in range(1, len(self.calls) + 1)), texts * self.draft
+        )
 
     def step(self, guesses: int, levels: int) -> float:
         """Of guessing so much, in so many steps of the draft, and checking it."""
@@ -211,16 +228,25 @@ class _Adapting:
     Attributes:
         plain: what plain decoding would have taken so far; of several rows, for that which has least.
         spent: what was taken.
+        costs: of the next step, which texts may share.
     """
 
     def __init__(self, settings: Adaptive, drafting: Drafting) -> None:
         self.settings, self.drafting = settings, drafting
         self.unheard: list[list[int]] = []  # by the draft, of each row
-        self.plain = self.spent = 0.0
-        self._written: list[int] = []  # tokens of each row
+        self.costs, self.spent = settings.costs, 0.0
+        self._plain: list[float] = []  # of each row
         self._accepted = self._refused = 1.0  # so that at first a guess is as likely right as wrong
-        self._last: tuple[int, int, int] | None = None  # guesses, those asked for, steps of the draft
+        self._last: tuple[Costs, int, int, int] | None = None  # guesses, those asked for, steps of the draft
         self._says = isinstance(drafting, SteppedDrafting)
+
+    @property
+    def plain(self) -> float:
+        return min(self._plain)
+
+    def share(self, texts: int) -> None:
+        """The next step is one for so many texts; see `SharingDrafting`."""
+        self.costs = self.settings.costs.shared(texts)
 
     @property
     def acceptance(self) -> float:
@@ -232,7 +258,7 @@ class _Adapting:
         if self._last is not None:
             self._learn([len(tokens) for tokens in new])
         else:
-            self._written = [0] * len(new)
+            self._plain = [0.0] * len(new)
         self.unheard = [
             [*old, *tokens] for old, tokens in zip(self.unheard or [[]] * len(new), new, strict=True)
         ]
@@ -241,11 +267,11 @@ class _Adapting:
         if asked:
             guesses = self.drafting.propose(self.unheard, asked)
             self.unheard = []
-        self._last = guesses.tokens.shape[1], asked, steps
+        self._last = self.costs, guesses.tokens.shape[1], asked, steps
         return guesses
 
     def _how_many(self, most: int) -> int:
-        costs, settings = self.settings.costs, self.settings
+        costs, settings = self.costs, self.settings
         most = min(most, settings.most)
         wanted = best_chain(costs, self.acceptance, most) or min(
             most, 1
@@ -262,10 +288,11 @@ class _Adapting:
 
     def _learn(self, written: Sequence[int]) -> None:
         """Keep the accounts of the last step, which wrote so many tokens to each row."""
-        guesses, asked, steps = self._last
-        self._written = [sum(each) for each in zip(self._written, written, strict=True)]
-        self.plain = min(self._written) * self.settings.costs.call(1)
-        self.spent += self.settings.costs.step(guesses, steps)
+        costs, guesses, asked, steps = self._last
+        self._plain = [
+            plain + tokens * costs.call(1) for plain, tokens in zip(self._plain, written, strict=True)
+        ]
+        self.spent += costs.step(guesses, steps)
         if guesses:
             accepted = [each - 1 for each in written]
             refused = sum(each < min(guesses, asked) for each in accepted)
@@ -284,5 +311,5 @@ class _Adapting:
     def select(self, rows: Sequence[int]) -> None:
         """These rows go on; see `Drafting`."""
         self.unheard = [self.unheard[row] for row in rows] if self.unheard else []
-        self._written = [self._written[row] for row in rows] if self._written else []
+        self._plain = [self._plain[row] for row in rows] if self._plain else []
         self.drafting.select(rows)

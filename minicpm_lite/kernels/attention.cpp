@@ -441,7 +441,13 @@ struct Paged {
   int64_t page_size, length;
   const int64_t *positions, *slots;  // of the new tokens
   const bool* among;  // which of them each one sees; what does not see itself is no token
-  int64_t count;  // of new tokens
+  int64_t count;  // of new tokens, with what fills up behind them
+
+  int64_t tokens() const {
+    int64_t found = 0;
+    while (found < count && among[found * count + found]) found++;
+    return found;
+  }
 };
 
 // Some of the new tokens, as many as lanes have room for: each meets all of the text, and of the new tokens those
@@ -470,8 +476,7 @@ class Newest {
       for (int64_t head = 0; head < group; head++)
         for (int64_t d = 0; d < head_dim; d++)
           q[d][i * group + head] = from[head * apart + (first + i) * head_dim + d] * scale;
-    for (int64_t i = 0; i < text.count; i++)
-      if (text.among[i * text.count + i]) order.push_back(i);
+    for (int64_t i = 0; i < text.tokens(); i++) order.push_back(i);
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t one, int64_t other) { return text.positions[one] < text.positions[other]; });
     int64_t last = order.empty() ? text.length - 1 : text.positions[order.back()];
@@ -660,13 +665,16 @@ void attend_pages(const PagedTexts& texts, float* out) {
   std::vector<int64_t> places;
   std::vector<std::pair<int64_t, int64_t>> work;
   for (int64_t row = 0; row < texts.rows; row++)
-    for (int64_t head = 0; head < texts.kv_heads; head++)
-      for (int64_t first = 0; first < count; first += at_once) {
+    for (int64_t head = 0; head < texts.kv_heads; head++) {
+      Paged text = texts.text(row, head);
+      int64_t tokens = text.tokens();
+      for (int64_t first = 0; first < tokens; first += at_once) {
         places.push_back(texts.place(row, head));
-        all.emplace_back(texts.text(row, head), texts.queries(places.back()), count * dim, dim, first,
-                         std::min(at_once, count - first), texts.group);
+        all.emplace_back(text, texts.queries(places.back()), count * dim, dim, first,
+                         std::min(at_once, tokens - first), texts.group);
         for (int64_t part = 0; part < all.back().parts(); part++) work.emplace_back(all.size() - 1, part);
       }
+    }
   torch::stable::parallel_for(0, work.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) all[work[i].first].attend(work[i].second);
   });
@@ -677,6 +685,7 @@ Tensor paged_attention(Tensor query, Tensor key, Tensor value, Tensor tables, Te
                        Tensor slots, Tensor among, int64_t page_size) {
   PagedTexts texts(query, key, value, tables, lengths, positions, slots, among, page_size);
   Tensor out = torch::stable::empty_like(texts.query);
+  if (texts.count > 1) torch::stable::zero_(out);  // what fills up a row stays so
   // lanes that fill one register, if a group does, are faster than all queries at once
   int64_t most = std::max<int64_t>(texts.group, 16);
   with_lanes(std::min(most, texts.group * texts.count), [&](auto lanes) {

@@ -97,7 +97,8 @@ def paged_attention(
         lengths: how long the texts are, without the new tokens.
         positions: of the new tokens, at or behind the end of their text.
         slots: where the keys and values of the new tokens stand.
-        among: which of the new tokens of its row each one sees; itself, too.
+        among: which of the new tokens of its row each one sees; itself, too. What does not, fills up a row
+            behind its tokens; what comes out there says nothing.
         page_size: slots of a page.
     """
     return torch.ops.minicpm_lite.paged_attention(

@@ -91,7 +91,8 @@ class LatentAttention(nn.Module):
             [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
         )
         latent = torch.cat([self.kv_a_layernorm(latent), apply_rotary(key_rotated, *rotary)], dim=-1)
-        (latent,) = context.keep(self.layer, latent)  # (batch, 1, keys, kv_lora_rank + rope)
+        # (texts, 1, keys, kv_lora_rank + rope): a row each, or several whose new tokens are one row
+        (latent,) = context.keep(self.layer, latent)
         cheaper = absorbed_is_cheaper(sizes, queries=x.shape[1], keys=latent.shape[2])
         biased = getattr(self.kv_b_proj, "bias", None) is not None  # which no matrix holds
         form = self.absorbed if cheaper and not biased else self.naive
@@ -102,7 +103,7 @@ class LatentAttention(nn.Module):
         self,
         query: Float[Tensor, "batch heads queries nope"],
         query_rotated: Float[Tensor, "batch heads queries rope"],
-        latent: Float[Tensor, "batch 1 keys latent_and_rope"],
+        latent: Float[Tensor, "texts 1 keys latent_and_rope"],
         context: Context,
     ) -> Float[Tensor, "batch heads queries v_head_dim"]:
         """Attention over keys and values that are expanded from the latents, for every head."""
@@ -120,7 +121,7 @@ class LatentAttention(nn.Module):
         self,
         query: Float[Tensor, "batch heads queries nope"],
         query_rotated: Float[Tensor, "batch heads queries rope"],
-        latent: Float[Tensor, "batch 1 keys latent_and_rope"],
+        latent: Float[Tensor, "texts 1 keys latent_and_rope"],
         context: Context,
     ) -> Float[Tensor, "batch heads queries v_head_dim"]:
         """Attention over the latents themselves; what expands them is applied to the query and the sum."""

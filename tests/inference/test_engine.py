@@ -151,6 +151,31 @@ def test_guesses_change_no_text(kind, draft):
     assert all(answer.state == "done" for answer in answers)
 
 
+DEAR_BESIDE_OTHERS = Costs((1.0,) * 8 + (2.0, 3.0), draft=0.0)
+
+
+def test_a_text_guesses_less_where_others_share_its_calls():
+    """And what it writes stays the same; it is told in each step, so it guesses again when they have gone."""
+    read = []
+
+    class Watched(PagedExecutor):
+        def verify(self, texts, tokens, parents, after=()):
+            read.append((len(texts), sum(map(len, tokens))))
+            return super().verify(texts, tokens, parents, after)
+
+    draft = Adaptive(
+        DecoderDraft(model("grouped"), Chain(7)), DEAR_BESIDE_OTHERS, most=7, share=0.0, credit=0.0
+    )
+    serving = Engine(Watched(model("grouped"), 64, 4, 40), rows=8, draft=draft)
+    requests = [Request(POOL[n].prompt[:2], 12, stop_ids=()) for n in range(8)]
+    requests[0] = replace(requests[0], max_new_tokens=30)
+    answers = [serving.submit(request) for request in requests]
+    serving.run()
+    assert [answer.tokens for answer in answers] == [alone(request, "grouped", 40) for request in requests]
+    assert all(tokens <= 8 for texts, tokens in read), "more than eight cost more than they bring"
+    assert max(tokens for texts, tokens in read if texts == 1) == 8
+
+
 @pytest.mark.parametrize(
     ("kind", "draft"),
     [
@@ -159,8 +184,9 @@ def test_guesses_change_no_text(kind, draft):
         ("grouped", lambda: DecoderDraft(model("grouped"), Chain(4))),  # p is q, but for rounding
         ("four blocks", lambda: EagleDraft(head(), Chain(4))),
         ("four blocks", lambda: EagleDraft(head(), DynamicTree(3, 2, 6))),
+        ("grouped", lambda: Adaptive(DecoderDraft(model("grouped"), Chain(4)), DEAR_BESIDE_OTHERS)),
     ],
-    ids=["none", "lookup", "itself", "eagle", "eagle's tree"],
+    ids=["none", "lookup", "itself", "eagle", "eagle's tree", "adaptive"],
 )
 def test_a_drawn_text_does_not_depend_on_its_neighbours(kind, draft, unchecked):
     """Not on their room for guesses, nor on their number, nor on who has read its beginning before."""

@@ -24,9 +24,9 @@ def test_refusals():
     model(torch.tensor([[1, 2]]), PagedContext(pool, [text]))
     with pytest.raises(ValueError, match="A text has 2 pages of 4 tokens and would need room for 9"):
         model(torch.tensor([[1] * 7]), PagedContext(pool, [text]))
-    with pytest.raises(ValueError, match="2 rows of 1 tokens came; expected 1 texts"):
+    with pytest.raises(ValueError, match="2 rows came; expected one for each of 1 texts"):
         model(torch.tensor([[1], [2]]), PagedContext(pool, [text]))
-    with pytest.raises(ValueError, match=r"1 rows of 3 tokens came; expected 1 texts with \[2\] guesses"):
+    with pytest.raises(ValueError, match=r"1 rows of 3 tokens came; expected one row, of \[2\] guesses of 1"):
         model(torch.tensor([[1, 2, 3]]), PagedContext(pool, [text], [[-1, 0]]))
     with pytest.raises(ValueError, match="The parent of guess 1 is 1; expected the place of an earlier"):
         model(torch.tensor([[1, 2]]), PagedContext(pool, [text], [[-1, 1]]))
@@ -76,7 +76,7 @@ def test_trees_of_different_size_in_one_call():
         model(torch.tensor([ids]), PagedContext(pool, [text]))
     model(torch.tensor([[1, 2, 3]]), cache)
     context = PagedContext(pool, [full, roomy], [[-1], [-1, 0, 0, 2]])
-    scores = model(torch.tensor([[6, 0, 0, 0], [7, 8, 9, 1]]), context)
+    scores = model(torch.tensor([[6, 7, 8, 9, 1]]), context)
     assert context.reach == 6 and scores.isfinite().all()
     assert_close(scores[0, :1], model(torch.tensor([[6]]), cache)[0])
     context.take([[0], [0, 2, 3]])
@@ -108,17 +108,19 @@ def test_a_text_that_nobody_holds_gives_its_pages_back():
 def test_guesses_that_branch_are_what_they_are_in_a_cache():
     model, pool, texts, caches = make_model(), PagePool(20, 4, 40), [], []
     for prompt in ([1, 2, 3, 4, 5, 6], [9, 8]):
+        pool.forget()  # so that each text has angles of its own
         text, cache = pool.open(prompt, 20), KVCache(40)
         model(torch.tensor([prompt]), PagedContext(pool, [text]))
         model(torch.tensor([prompt]), cache)
         texts.append(text)
         caches.append(cache)
-    guesses, paths = torch.tensor([[3, 4, 5, 6], [7, 1, 2, 0]]), [[0, 2, 3], [1]]
-    trees = [[-1, 0, 0, 2], [-1, -1, 0, 1]]
+    guesses, paths = torch.tensor([[3, 4, 5, 6, 7, 1, 2]]), [[0, 2, 3], [1]]
+    trees = [[-1, 0, 0, 2], [-1, -1, 0]]
     context = PagedContext(pool, texts, trees)
-    scores = model(guesses, context)
+    each = guesses.split([4, 3], dim=1)
+    scores = model(guesses, context)[0].split([4, 3])
     for row, (cache, path) in enumerate(zip(caches, paths, strict=True)):
-        assert_close(scores[row], model(guesses[row : row + 1], Tree(cache, trees[row]))[0])
+        assert_close(scores[row], model(each[row], Tree(cache, trees[row]))[0])
         cache.take(path)
     context.take(paths)
     after = model(torch.tensor([[2], [3]]), PagedContext(pool, texts))

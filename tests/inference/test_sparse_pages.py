@@ -46,12 +46,14 @@ def test_texts_of_different_length_with_guesses_between(level, page_size):
             for row, alone in enumerate(caches):
                 assert_close(found[row], model()(new[row : row + 1], alone)[0], **CLOSE)
             continue
-        trees = [[luck.randrange(-1, place) for place in range(5)] for _ in prompts]
+        counts = luck.sample(range(1, 6), 3)
+        trees = [[luck.randrange(-1, place) for place in range(count)] for count in counts]
+        new = new.flatten()[: sum(counts)].split(counts)
         context = pool.context(texts, trees)
-        found, paths = model()(new, context), []
+        found, paths = model()(torch.cat(new)[None], context)[0].split(counts), []
         for row, (alone, parents) in enumerate(zip(caches, trees, strict=True)):
-            assert_close(found[row], model()(new[row : row + 1], Tree(alone, parents))[0], **CLOSE)
-            path, place = [], luck.randrange(5)
+            assert_close(found[row], model()(new[row][None], Tree(alone, parents))[0], **CLOSE)
+            path, place = [], luck.randrange(counts[row])
             while place >= 0:
                 path.insert(0, place)
                 place = parents[place]

@@ -100,6 +100,12 @@ def accounts(setting: Adaptive, luck, steps: int) -> tuple[float, float, list[in
     return spent, plain, asked
 
 
+def test_costs_that_texts_share_are_those_of_all_their_tokens_in_one_call():
+    shared = Costs((1.0, 1.2, 1.5, 1.9), draft=0.1).shared(3)
+    assert shared.calls == pytest.approx((1.5, 2.7, 3.9, 5.1)) and shared.draft == pytest.approx(0.3)
+    assert DEAR.shared(1) == DEAR
+
+
 ANY = Told(lambda texts, most: chain([[0] * most]))
 
 
@@ -114,6 +120,42 @@ def test_it_is_never_slower_than_the_allowance_says(lucks, costs, share, credit)
     """Whatever is accepted, and after every step."""
     setting = Adaptive(ANY, costs, share=share, credit=credit)
     accounts(setting, lambda step, guesses: lucks[step % len(lucks)], 80)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 8), st.integers(1, 9)), min_size=1, max_size=80),
+    costs=st.sampled_from([CHEAP, DEAR]),
+)
+def test_beside_others_it_is_never_slower_than_the_allowance_says(steps, costs):
+    """Whatever is accepted and whoever comes and goes; with the calls that all share, and all do alike."""
+    setting = Adaptive(ANY, costs)
+    drafting, new = setting.begin(make_model(WRITER), 999, Sampling(), None), [[1]]
+    spent = plain = dearest = 0.0
+    for luck, texts in steps:
+        drafting.share(texts)
+        shared = costs.shared(texts)
+        guesses = drafting.propose(new, 99).tokens.shape[1]
+        new = [[1] * (min(luck, guesses) + 1)]
+        spent += shared.step(guesses, guesses)
+        plain += len(new[0]) * shared.call(1)
+        dearest = max(dearest, shared.call(1))
+        assert spent <= plain * (1 + setting.share) + setting.credit * dearest + 1e-9
+
+
+def test_what_pays_for_one_text_may_not_pay_for_eight():
+    """Calls of up to eight tokens cost the same, and beyond each token costs as much as such a call."""
+    setting = Adaptive(ANY, Costs((1.0,) * 8 + (2.0, 3.0), draft=0.0), most=7)
+
+    def guesses_at_last(texts: int) -> int:
+        drafting, new = setting.begin(make_model(WRITER), 999, Sampling(), None), [[1]]
+        for _ in range(100):
+            drafting.share(texts)
+            guesses = drafting.propose(new, 99).tokens.shape[1]
+            new = [[1] * (guesses + 1)]
+        return guesses
+
+    assert [guesses_at_last(texts) for texts in (1, 2, 4, 8)] == [7, 3, 1, 0]
 
 
 def test_it_guesses_much_where_that_pays_and_seldom_where_not():

@@ -274,7 +274,7 @@ MISTAKES = {
     "no correction": ("sum *= less;", ""),
     "one token more": ("std::min(size, text.length - page * size)", "std::min(size, text.length + 1 - page * size)"),
     "pages in a row": ("text.table[page] * size * text.apart : 0;", "page * size * text.apart : 0;"),
-    "what fills up is a token": ("if (text.among[i * text.count + i]) order", "order"),
+    "what fills up is a token": ("while (found < count && among[found * count + found]) found++;", "found = count;"),
     "a window where it begins": ("skip = (times * sizes.kernel_size - 1) / stride;", "skip = 0;"),
     "sums for means": ("to[d] /= size;", "to[d] /= 1;"),
     "keys for values": ("tail.values.push_back(text.value", "tail.values.push_back(text.key"),
