@@ -316,7 +316,7 @@ class Engine:
         if job.drafting is not None and job.left > 1:
             greedy = job.answer.request.sampling.temperature == 0
             if greedy and isinstance(job.drafting, SharingDrafting):
-                job.drafting.share(texts)
+                job.drafting.reckon_with(texts)
             try:
                 return job.drafting.propose([job.hear()], job.left - 1)
             except FloatingPointError as error:

@@ -144,7 +144,7 @@ class SteppedDrafting(Drafting, Protocol):
 class SharingDrafting(Drafting, Protocol):
     """A drafting that reckons with how many texts share a call, as that of `Adaptive`."""
 
-    def share(self, texts: int) -> None:
+    def reckon_with(self, texts: int) -> None:
         """What is proposed next is checked in a call for so many texts, its own among them."""
         ...
 

@@ -244,7 +244,7 @@ class _Adapting:
     def plain(self) -> float:
         return min(self._plain)
 
-    def share(self, texts: int) -> None:
+    def reckon_with(self, texts: int) -> None:
         """The next step is one for so many texts; see `SharingDrafting`."""
         self.costs = self.settings.costs.shared(texts)
 

@@ -133,7 +133,7 @@ def test_beside_others_it_is_never_slower_than_the_allowance_says(steps, costs):
     drafting, new = setting.begin(make_model(WRITER), 999, Sampling(), None), [[1]]
     spent = plain = dearest = 0.0
     for luck, texts in steps:
-        drafting.share(texts)
+        drafting.reckon_with(texts)
         shared = costs.shared(texts)
         guesses = drafting.propose(new, 99).tokens.shape[1]
         new = [[1] * (min(luck, guesses) + 1)]
@@ -150,7 +150,7 @@ def test_what_pays_for_one_text_may_not_pay_for_eight():
     def guesses_at_last(texts: int) -> int:
         drafting, new = setting.begin(make_model(WRITER), 999, Sampling(), None), [[1]]
         for _ in range(100):
-            drafting.share(texts)
+            drafting.reckon_with(texts)
             guesses = drafting.propose(new, 99).tokens.shape[1]
             new = [[1] * (guesses + 1)]
         return guesses
