@@ -33,8 +33,8 @@ Choices, and the traps behind them:
 - With the kernels of this library, for float32 or packed weights and for pages, a token has the same bits in
   any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding hangs on
   the shape of a call, and a tie to six digits may fall the other way. So it is with more than 32 tokens in
-  a call of float32 layers, and with how a prompt is cut into pieces, which known pages change. Packed weights
-  make much of a last bit, since they round their inputs to 8 bits.
+  a call of float32 layers, and with how a prompt is cut into pieces, which known pages change (unless nothing
+  is shared). Packed weights make much of a last bit, since they round their inputs to 8 bits.
 """
 
 import time
@@ -145,17 +145,24 @@ class Engine:
         rows: requests at work at once, at most.
         piece: tokens of a prompt that are read in one step, at most.
         draft: guesses for each request; left out, none.
+        share: read a beginning that several prompts have in common once. Without it each prompt is read
+            whole and in the same pieces, so that not one bit depends on what was read before.
 
     Raises:
         ValueError: rows or a piece that are not positive, or a draft that does not fit the model.
     """
 
     def __init__(
-        self, executor: Executor, rows: int = 8, piece: int = 256, draft: Draft | None = None
+        self,
+        executor: Executor,
+        rows: int = 8,
+        piece: int = 256,
+        draft: Draft | None = None,
+        share: bool = True,
     ) -> None:
         require_positive_integer("rows", rows)
         require_positive_integer("piece", piece)
-        self.executor, self.rows, self.piece, self.draft = executor, rows, piece, draft
+        self.executor, self.rows, self.piece, self.draft, self.share = executor, rows, piece, draft, share
         self._waiting: OrderedDict[str, deque[Answer]] = OrderedDict()  # by user, the next one first
         self._jobs: list[_Job] = []
         self._in_step = False
@@ -260,7 +267,7 @@ class Engine:
             user = next(iter(self._waiting))
             queue = self._waiting[user]
             request = queue[0].request
-            share = not self._after or request.sampling.temperature == 0
+            share = self.share and (not self._after or request.sampling.temperature == 0)
             text = self.executor.open(request.prompt, self._most(request), share)
             if text is None:
                 return

@@ -151,6 +151,22 @@ def test_guesses_change_no_text(kind, draft):
     assert all(answer.state == "done" for answer in answers)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_an_engine_that_shares_nothing_reads_each_prompt_in_the_same_pieces(share):
+    read = []
+
+    class Watched(PagedExecutor):
+        def prefill(self, text, tokens, after=()):
+            read.append((len(text), len(tokens)))
+            return super().prefill(text, tokens, after)
+
+    serving = Engine(Watched(model("grouped"), 40, 4, 40), piece=5, share=share)
+    for _ in range(2):
+        serving.submit(Request((1, 2, 3, 4, 5, 6, 7, 8, 9), 3, stop_ids=()))
+        serving.run()
+    assert read == [(0, 5), (5, 4), *([(8, 1)] if share else [(0, 5), (5, 4)])]
+
+
 DEAR_BESIDE_OTHERS = Costs((1.0,) * 8 + (2.0, 3.0), draft=0.0)
 
 
