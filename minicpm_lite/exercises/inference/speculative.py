@@ -167,14 +167,19 @@ def _chains():
         lambda p, q, guesses, luck: _check_chain(p, q, guesses, luck, last=min(1, len(guesses))),
         lambda p, q, guesses, luck: _check_chain(p, q, guesses, [0.5] * len(guesses)),
         lambda p, q, guesses, luck: _check_chain(p, q, p[:-1].argmax(-1).tolist(), luck),
+        lambda p, q, guesses, luck: (_check_chain(p, q, guesses, luck), p[: len(q)].sub_(q))[0],  # in place
     ),
 )
 def check_chain(answer):
     """Kept with min(1, p / q), and else drawn from what q has not offered enough of: together exactly p."""
     for p, q, guesses, luck, hint in _chains():
-        got = answer(p.clone(), q.clone(), list(guesses), list(luck))
+        laws = p.clone(), q.clone()
+        got = answer(*laws, list(guesses), list(luck))
         assert isinstance(got, tuple | list) and len(got) == 2, (
             "Return two things: how many guesses are kept, and the law of the token that follows them."
+        )
+        assert torch.equal(laws[0], p) and torch.equal(laws[1], q), (
+            "The laws that were given were changed, and whoever asks still needs them. Make new ones."
         )
         kept, law = int(got[0]), torch.as_tensor(got[1]).double()
         wanted, expected = _check_chain(p, q, guesses, luck)
