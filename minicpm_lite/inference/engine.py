@@ -31,7 +31,7 @@ Choices, and the traps behind them:
   known to the draft, or read and not chosen. So the requests that were at work then end as failed, with what
   they had, and those that wait are served. Whoever goes on with one submits its prompt and its tokens.
 - With the kernels of this library, for float32 or packed weights and for pages, a token has the same bits in
-  any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding hangs on
+  any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding depends on
   the shape of a call, and a tie to six digits may fall the other way. So it is with more than 32 tokens in
   a call of float32 layers, and with how a prompt is cut into pieces, which known pages change (unless nothing
   is shared). Packed weights make much of a last bit, since they round their inputs to 8 bits.

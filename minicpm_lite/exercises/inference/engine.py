@@ -450,7 +450,7 @@ quiz = Quiz(
                 "greedy decoding draws by dice when a machine is busy",
             ],
             1,
-            "A kernel whose order hangs on the token alone gives the same bits, and words, in any company.",
+            "A kernel whose order depends on the token alone gives the same bits, and words, in any company.",
         ),
         (
             "At a length where the cache is a hundredth of what is read, sparse attention alone is worth",

@@ -665,7 +665,7 @@ quiz = Quiz(
             "A worse draft makes the text",
             ["worse", "slower to come, and no worse", "shorter"],
             1,
-            "What is written has the model's own law, whatever the draft offers. Only the time hangs on it.",
+            "What is written has the model's own law, whatever the draft offers. Only the time depends on it.",
         ),
         (
             "Two guesses stand side by side in a tree, both for the same place. In the mask",
