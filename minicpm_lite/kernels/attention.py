@@ -11,8 +11,8 @@ gives is what PyTorch gives up to rounding. Of two blocks that score the same bu
 out ahead.
 
 Of texts in pages the pages are read where they lie. There a token gets the same bits in any company, beside
-other texts, among guesses or alone, with any number of threads. For what is added up in which order depends on
-its own place in its own text, and on nothing else.
+other texts, among guesses or alone, with any number of threads. For what is added up in which order depends
+on its own place in its own text, and on nothing else.
 """
 
 from typing import NamedTuple

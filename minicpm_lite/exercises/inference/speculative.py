@@ -665,7 +665,7 @@ quiz = Quiz(
             "A worse draft makes the text",
             ["worse", "slower to come, and no worse", "shorter"],
             1,
-            "What is written has the model's own law, whatever the draft offers. Only the time depends on it.",
+            "What is written has the model's own law, whatever the draft offers. It decides the time alone.",
         ),
         (
             "Two guesses stand side by side in a tree, both for the same place. In the mask",
