@@ -62,7 +62,7 @@ def shards(
         raise ValueError(f"The tokenizer has no token {end!r} to end a document with.")
     ids = encoded((text for path in texts for text in read_documents(path, field)), cutter, end_id)
     if vocab_size is None:
-        vocab_size = max(cutter.get_vocab().values()) + 1  # there may be gaps
+        vocab_size = max(cutter.get_vocab().values(), default=0) + 1  # there may be gaps
     written = write_shards(out, ids, vocab_size, cutter, shard_tokens, end_id)
     print(f"{out}: {len(written):,} tokens, vocabulary of {written.vocab_size:,}.")
     if end is None:

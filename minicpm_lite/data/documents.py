@@ -111,8 +111,10 @@ def row_in(line: str, field: str, place: str) -> dict:
     except UnicodeEncodeError as error:
         half = ord(error.object[error.start])
         raise ValueError(f"{place} holds half a character, U+{half:04X}, which no UTF-8 text can.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{place} is no JSON object with a text under {field!r}.") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise ValueError(f"{place} cannot be read: {error}.") from None
     return row
 
 

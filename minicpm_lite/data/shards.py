@@ -58,11 +58,15 @@ def tokenizer_checksum(tokenizer: Tokenizer | BytePairTokenizer) -> int:
 
 
 def _description(tokenizer: Tokenizer | BytePairTokenizer) -> str:
-    """What ``tokenizer.json`` says, and what it says again when it was read: scores lose a digit at first."""
-    text = fast_tokenizer(tokenizer).to_str()
-    while (again := Tokenizer.from_str(text).to_str()) != text:
-        text = again
-    return text
+    """What ``tokenizer.json`` says, and what it says again when it was read: scores lose a digit at first.
+
+    Some scores go round without an end; then what comes first by its letters, wherever the round was entered.
+    """
+    texts, text = [], fast_tokenizer(tokenizer).to_str()
+    while text not in texts:
+        texts.append(text)
+        text = Tokenizer.from_str(text).to_str()
+    return min(texts[texts.index(text) :])
 
 
 def is_tokenizer(file: Path, checksums: Collection[int]) -> bool:
@@ -124,7 +128,7 @@ def write_shards(
         raise ValueError(
             f"The end token is {end!r}; expected an id of the vocabulary, an int from 0 to {vocab_size - 1}."
         )
-    place = Path(folder).resolve()  # a link to an empty folder stays, the folder is filled
+    place = Path(folder).expanduser().resolve()  # a link to an empty folder stays, the folder is filled
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     shards: list[dict] = []
     ended = end is None
@@ -262,7 +266,7 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         index = _read_index(self.folder)
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer: int | None = index["tokenizer"]

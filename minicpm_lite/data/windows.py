@@ -20,6 +20,7 @@ Choices and traps:
 """
 
 import math
+import operator
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ class TokenWindows:
             IndexError: the index is negative.
             ValueError: the shard it lies in is damaged.
         """
+        index = operator.index(index)  # a number of numpy's, too
         if index < 0:
             raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
         epoch, place = divmod(index, self._in_epoch)

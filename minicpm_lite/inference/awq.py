@@ -147,7 +147,7 @@ def awq_scale(
         types: of each.
         rows: see `Seam`: columns with one number have one scale.
     """
-    size = _shared(_mean_abs(statistics), rows)
+    size, weights = _shared(_mean_abs(statistics), rows), [weight.float() for weight in weights]
     best_scale, best_error = torch.ones_like(size), torch.inf
     for step in range(_STEPS + 1):
         scale = size.pow(step / _STEPS).clamp(min=_SMALLEST)

@@ -51,11 +51,8 @@ class Statistics:
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self.hessian = torch.zeros(columns, columns, device=device)
-        self.total_abs, self.largest = (
-            torch.zeros(columns, device=device),
-            torch.zeros(columns, device=device),
-        )
+        self.hessian = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.total_abs, self.largest = self.hessian.new_zeros(2, columns)
 
     def add(self, x: Float[Tensor, "*batch columns"]) -> None:
         """Count inputs of the layer, one for each token."""

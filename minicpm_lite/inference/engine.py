@@ -80,7 +80,8 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("prompt", "stop_ids"):
             if isinstance(given := getattr(self, name), Iterable):
-                object.__setattr__(self, name, tuple(given))
+                numbers = given.tolist() if hasattr(given, "tolist") else given  # of a tensor or an array
+                object.__setattr__(self, name, tuple(numbers))
 
 
 @dataclass(eq=False)

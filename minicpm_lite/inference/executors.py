@@ -35,6 +35,7 @@ Choices, and the traps behind them:
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
 from itertools import chain
+from reprlib import repr as shown
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -174,10 +175,14 @@ class PagedExecutor:
     def require(self, prompt: Sequence[int], most: int) -> None:
         """Refuse a text that can never be run; see `Executor`."""
         size = self.model.config.vocab_size
-        if not prompt or not all(isinstance(each, int) and 0 <= each < size for each in prompt):
-            raise ValueError(
-                f"The prompt holds {len(prompt)} tokens; expected one at least, and ids from 0 to {size - 1}."
-            )
+        if not prompt:
+            raise ValueError("The prompt holds no tokens; expected one at least.")
+        for each in prompt:
+            if not isinstance(each, int) or not 0 <= each < size:
+                raise ValueError(
+                    f"The prompt holds {shown(each)}, of type {type(each).__name__}; expected whole numbers "
+                    f"from 0 to {size - 1}, the ids of this model."
+                )
         self.pool.require_room(most)
 
     def open(self, prompt: Sequence[int], most: int, share: bool = True) -> PagedText | None:

@@ -240,12 +240,17 @@ def quantize_model(model: Decoder, types: str | Mapping[str, str]) -> Decoder:
 
 
 def freeze(model: Decoder) -> Decoder:
-    """Let a model take no gradients, and nobody else who holds the same parameters."""
+    """Let a model take no gradients, and nobody else who holds the same parameters.
+
+    Where its table is packed, from which all comes in float32, the other weights are of that type, too.
+    """
     frozen = {}  # a tied table stays one
+    packed = isinstance(model.embed_tokens, PackedEmbedding)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight not in frozen:
-                frozen[weight] = nn.Parameter(weight.detach(), requires_grad=False)
+                value = weight.detach().float() if packed else weight.detach()
+                frozen[weight] = nn.Parameter(value, requires_grad=False)
             setattr(module, name, frozen[weight])
     return model
 
@@ -277,7 +282,7 @@ def unpack_model(model: Decoder) -> Decoder:
         ValueError: something else was built into it than packed layers, such as adapters.
     """
     _require_nothing_else(model)
-    plain = Decoder(model.config)
+    plain = Decoder(model.config).float()
     packed = {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
     weights = dict(model.named_parameters()) | {
         f"{name}.weight": each.weight for name, each in packed.items()

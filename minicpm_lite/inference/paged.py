@@ -214,10 +214,16 @@ class PagePool:
     def layer(
         self, layer: int, new: Sequence[Shaped[Tensor, "rows _heads tokens _width"]] = ()
     ) -> tuple[Tensor, ...]:
-        """The memory of a layer, as wide as what it makes; taken at its first use."""
+        """The memory of a layer, as wide as what it makes; taken at its first use.
+
+        Where the model has been moved or made another type, what it had made goes with it.
+        """
         if layer not in self._layers:
             slots = self.pages * self.page_size
             self._layers[layer] = tuple(each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new)
+        elif new:
+            kept = zip(self._layers[layer], new, strict=True)
+            self._layers[layer] = tuple(whole.to(each) for whole, each in kept)
         return self._layers[layer]
 
     def context(

@@ -98,14 +98,16 @@ def quantize(weight: Float[Tensor, "*rows columns"], type: str) -> Quantized:
     >>> quantize(torch.linspace(-1, 1, 64).view(2, 32), "Q4_0").data.shape
     torch.Size([2, 18])
     """
-    kind = block_format(type, weight.shape[-1])
+    columns = weight.shape[-1]
+    kind = block_format(type, columns)
     require_finite_weight(weight)
     groups = weight.detach().float().reshape(-1, kind.block // kind.group, kind.group)
     packed = []
     for part in groups.split(max(1, _AT_ONCE // kind.block)):
         grid = finite_grid(kind, part)
         packed.append(kind.pack(kind.round(part, grid), grid))
-    return Quantized(type, torch.cat(packed).view(*weight.shape[:-1], -1))
+    row_bytes = columns // kind.block * kind.block_bytes
+    return Quantized(type, torch.cat(packed).view(*weight.shape[:-1], row_bytes))
 
 
 def dequantize(quantized: Quantized) -> Float[Tensor, "*rows columns"]:
@@ -117,7 +119,7 @@ def dequantize(quantized: Quantized) -> Float[Tensor, "*rows columns"]:
     """
     kind = block_format(quantized.type, quantized.shape[-1])
     blocks = quantized.data.reshape(-1, kind.block_bytes)
-    values = torch.empty(len(blocks), kind.block, device=blocks.device)
+    values = torch.empty(len(blocks), kind.block, dtype=torch.float32, device=blocks.device)
     at_once = max(1, _AT_ONCE // kind.block)
     for part, out in zip(blocks.split(at_once), values.split(at_once), strict=True):
         out.copy_(kind.values(*kind.unpack(part)).flatten(1))

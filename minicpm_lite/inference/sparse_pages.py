@@ -77,12 +77,13 @@ class SparsePagePool(PagePool):
 
     def means(self, layer: int) -> list[Shaped[Tensor, "_slots kv_heads head_dim"]]:
         """Those of a layer's windows, for each of the `levels`; a window has the slot in which it ends."""
+        key = self._layers[layer][0]
         if layer not in self._means:
-            key = self._layers[layer][0]
             slots = self.pages * self.page_size
             self._means[layer] = [
                 key.new_zeros(slots // stride, *key.shape[1:]) for _, stride in levels(self.config)
             ]
+        self._means[layer] = [means.to(key) for means in self._means[layer]]
         return self._means[layer]
 
     def average(self, layer: int, text: PagedText, before: int, after: int) -> None:

@@ -316,15 +316,22 @@ class _Controls:
         """What a template makes of messages in which what they spell is hidden, but for trusted roles."""
         table = str.maketrans(hide)
 
-        def hidden(text: str) -> str:
+        def without(places: Iterable[tuple[int, int]], text: str) -> str:
             pieces, done = [], 0
-            for start, end in self.spelt(text):
+            for start, end in places:
                 pieces += text[done:start], text[max(start, done) : end].translate(table)
                 done = end
             return "".join((*pieces, text[done:]))
 
+        def hidden(text: str) -> str:
+            return without(self.spelt(text), text)
+
+        def name(text: str) -> str:  # a template asks for it letter by letter, so its end may begin anything
+            places = ((start, end) for start, end, _ in self._found(text))
+            return without(places, text) if text.isidentifier() else hidden(text)
+
         return template(
-            [each if each.get("role") in trusted else _in_texts(hidden, each) for each in messages]
+            [each if each.get("role") in trusted else _in_texts(hidden, each, name) for each in messages]
         )
 
     def _renamed(self, text: str) -> str:
@@ -384,23 +391,26 @@ def _texts(messages: Sequence[Mapping[str, object]]) -> list[str]:
 
     try:
         for message in messages:
-            _in_texts(note, message)
+            _in_texts(note, message, note)
     except RecursionError:
         raise ValueError("The messages hold lists or tables that are nested too deeply.") from None
     return texts
 
 
-def _in_texts(change: Callable[[str], str], value: object) -> object:
-    """A copy of what a message holds, with every text in it changed."""
+def _in_texts(change: Callable[[str], str], value: object, name: Callable[[str], str]) -> object:
+    """A copy of what a message holds, with every text in it changed, keys and roles as names."""
     match value:
         case str():
             return change(value)
         case Mapping():
-            return {_in_texts(change, key): _in_texts(change, each) for key, each in value.items()}
+            return {
+                _in_texts(name, key, name): _in_texts(name if key == "role" else change, each, name)
+                for key, each in value.items()
+            }
         case list():
-            return [_in_texts(change, each) for each in value]
+            return [_in_texts(change, each, name) for each in value]
         case tuple():
-            return tuple(_in_texts(change, each) for each in value)
+            return tuple(_in_texts(change, each, name) for each in value)
         case None | bool() | int() | float():
             return value
     raise ValueError(

@@ -126,7 +126,8 @@ class LatentAttention(nn.Module):
     ) -> Float[Tensor, "batch heads queries v_head_dim"]:
         """Attention over the latents themselves; what expands them is applied to the query and the sum."""
         sizes = self.sizes
-        expand_key, expand_value = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
+        weight = self.kv_b_proj.weight.to(query)  # packed ones are unpacked in float32
+        expand_key, expand_value = weight.unflatten(0, (self.heads, -1)).split(
             [sizes.qk_nope_head_dim, sizes.v_head_dim], dim=1
         )  # (heads, nope, latent), (heads, v_head_dim, latent)
         joint = torch.cat([query @ expand_key, query_rotated], dim=-1)

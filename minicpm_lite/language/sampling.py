@@ -139,7 +139,7 @@ def next_token_probabilities(
     probabilities = logits.softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         best_first, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        enough_before = F.pad(best_first.cumsum(-1)[:, :-1], (1, 0)) >= sampling.top_p
+        enough_before = F.pad(best_first.cumsum(-1)[:, :-1] >= sampling.top_p, (1, 0))  # the best one stays
         dropped = torch.zeros_like(enough_before).scatter(-1, order, enough_before)
         probabilities = probabilities.masked_fill(dropped, 0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)

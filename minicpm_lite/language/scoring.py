@@ -31,8 +31,11 @@ __all__ = [
 
 
 def context_only(ids: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
-    """Token ids with the mark: they are read, and not predicted."""
-    return ~ids
+    """Token ids with the mark: they are read, and not predicted.
+
+    Of a type without a sign they come in one that has it.
+    """
+    return ~(ids if ids.dtype.is_signed else ids.long())
 
 
 def readable(window: Int[Tensor, "*batch window"]) -> Int[Tensor, "*batch window"]:
@@ -64,7 +67,11 @@ def targets_of(window: Int[Tensor, "*batch window"]) -> Int[Tensor, "*batch leng
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was."""
+    """The model in evaluation mode; afterwards, also behind an error, each part of it is as it was.
+
+    The mode belongs to the model, so a model is for one thread at a time: another one that trains it, or
+    evaluates it and ends later, finds a mode that is not its own. Give each thread a copy.
+    """
     before = [(part, part.training) for part in model.modules()]  # a part before those within it
     model.eval()
     try:

@@ -141,7 +141,8 @@ def read_added_tokens(folder: Path) -> AddedTokens:
             raise TypeError(f"{shown(extra)} is no list")
         extra = [_token(each) for each in extra]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} names special tokens that are none: {error}.") from None
+        files = _SETTINGS + (f" or {_NAMES_FILE}" if names else "")
+        raise ValueError(f"{files} in {folder} names special tokens that are none: {error}.") from None
     try:
         if older:
             special = {str(values[name]) for name in _NAMES if values.get(name)}

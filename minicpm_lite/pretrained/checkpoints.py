@@ -283,15 +283,17 @@ def save_pretrained(
 
 def _require_one_beginning(tokenizer: Tokenizer, said: Mapping[str, object], settings: Path) -> None:
     """Refuse settings that ask for another blank before a text than ``tokenizer.json``, where they count."""
-    if str(said.get("tokenizer_class")).removesuffix("Fast") not in _PUT_A_BLANK:
+    if (name := str(said.get("tokenizer_class")).removesuffix("Fast")) not in _PUT_A_BLANK:
         return
     asked = said.get("add_prefix_space")
+    says = f"says add_prefix_space: {json.dumps(asked)}"
+    if asked is None and name == "GPT2Tokenizer":
+        asked, says = False, "leaves out add_prefix_space, which is false then"
     puts = tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
     if isinstance(asked, bool) and asked != puts:
         raise ValueError(
-            f"{settings} says add_prefix_space: {json.dumps(asked)}, and tokenizer.json puts "
-            f"{'a' if puts else 'no'} blank before a text. For a {said['tokenizer_class']} transformers "
-            "heeds the first, others the second. Make the two the same."
+            f"{settings} {says}, and tokenizer.json puts {'a' if puts else 'no'} blank before a text. For a "
+            f"{said['tokenizer_class']} transformers heeds the first, others the second. Make the two the same."
         )
 
 

@@ -123,7 +123,7 @@ def family_of(values: Mapping[str, object]) -> str:
     if family is None:  # the first releases name only the class
         classes = {name: family for family, name in FAMILIES.items()}
         family = next((classes[name] for name in values.get("architectures") or [] if name in classes), None)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
             f"model_type is {family!r}; known are {', '.join(FAMILIES)}. A model of another family computes "
             "something else, even if its tensors have the same names."

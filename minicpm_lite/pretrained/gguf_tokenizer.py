@@ -137,7 +137,17 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Token
     cuts = (
         (piece[:at], piece[at:]) for piece in pieces for at in lengths[: bisect_left(lengths, len(piece))]
     )
-    merges = [(left, right) for left, right in cuts if left in pieces and right in pieces]
+    merges = []
+    for left, right in cuts:
+        if left in pieces and right in pieces:
+            merges.append((left, right))
+        elif all(len(part) == 1 or part in pieces for part in (left, right)):
+            alone = next(part for part in (left, right) if part not in pieces)
+            raise ValueError(
+                f"{file.path} has the token {shown(left + right)} and none for {shown(alone)} alone. "
+                "Sentencepiece joins the first of the second, which no list of merges can. Take "
+                "tokenizer.json from the model's folder."
+            )
     _refuse_ties(file, pieces, merges)
     # Of the ways to one piece, the longest beginning first, as transformers has it. Of pieces that share the
     # score of runs of spaces, what ends with a run stands left of it and is first, what begins with one last.

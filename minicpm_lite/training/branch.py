@@ -89,7 +89,7 @@ def schedule_facts(schedule: Schedule) -> dict:
     if not comes_back:
         raise ValueError(
             f"The schedule is a {type(schedule).__name__}, which a checkpoint could not bring back. Use WSD "
-            "or Cosine, or make it a frozen dataclass of numbers."
+            "or Cosine, or make it a frozen dataclass, with plain numbers of Python (int, float) in it."
         )
     return facts
 

@@ -177,7 +177,7 @@ def read_facts(checkpoint: str | Path) -> dict:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it was not written by `Trainer.save`, or has been changed since.
     """
-    path = Path(checkpoint) / FACTS
+    path = Path(checkpoint).expanduser() / FACTS
     if not path.is_file():
         newest = latest_checkpoint(checkpoint)
         hint = f" The newest one in this run is {newest}." if newest else ""

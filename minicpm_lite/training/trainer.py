@@ -91,10 +91,11 @@ def _require_long_enough(model: nn.Module) -> None:
             )
 
 
-def _require_name(folder: str | Path | None) -> None:
-    """Refuse an empty name, which would be the working directory."""
+def _place(folder: str | Path | None) -> Path | None:
+    """Where a folder lies, with the home directory for ``~``; the empty name is refused."""
     if folder == "":
         raise ValueError('folder is an empty name; expected a path, such as "run".')
+    return None if folder is None else Path(folder).expanduser()
 
 
 def _some_rates(schedule: Schedule, steps: range) -> dict[str, float]:
@@ -111,6 +112,11 @@ def _require_same_choice(model: nn.Module, optimizer: Optimizer) -> None:
                 f"{name} was {'set free' if parameter.requires_grad else 'frozen'} since the trainer was "
                 "made. What is trained is chosen before; make another Trainer."
             )
+    if gone := len(moved.difference(model.parameters())):
+        raise ValueError(
+            f"{gone} parameters that this trainer was made for are not in the model any more; they were "
+            "packed or exchanged. Make another Trainer."
+        )
 
 
 def _has_load_hooks(part: nn.Module) -> bool:
@@ -304,7 +310,7 @@ class Trainer:
             OSError: a full disk; earlier checkpoints stand.
             KeyboardInterrupt, SystemExit: after SIGINT, or with code 143 after SIGTERM, 129 after SIGHUP.
         """
-        _require_name(folder)
+        folder = _place(folder)
         ends = (
             f"The schedule ends at step {self.schedule.total_steps}" if until is None else f"until is {until}"
         )
@@ -554,7 +560,7 @@ class Trainer:
             OSError: it cannot be written, or the disk is full; nothing half-written is left, and earlier
                 checkpoints stand.
         """
-        _require_name(folder)
+        folder = _place(folder)
         identity = self._identity()
         _require_same_choice(self.model, self.optimizer)
 
@@ -591,7 +597,7 @@ class Trainer:
             ValueError: it is damaged or foreign, or belongs to another model, trainer config, text,
                 objective, choice of trained parameters or schedule; or processes were given different ones.
         """
-        self._load(checkpoint, self._identity())
+        self._load(_place(checkpoint), self._identity())
 
     def branch_from(self, checkpoint: str | Path) -> None:
         """Start from a checkpoint of another run's stable stage, perhaps with other text.
@@ -604,7 +610,7 @@ class Trainer:
             ValueError: it was taken in the warm-up or the decay, its text was cut with another tokenizer, or
                 it does not fit as `load` says.
         """
-        identity = self._identity()
+        checkpoint, identity = _place(checkpoint), self._identity()
         text = identity.pop("text")
 
         def check() -> None:

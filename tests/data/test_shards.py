@@ -598,3 +598,21 @@ def test_identity_tells_corpora_apart(tmp_path):
     assert one == identity("b", TOKENS) == json.loads(json.dumps(one))
     others = [identity("c", TOKENS[::-1]), identity("d", TOKENS, vocab_size=1001), identity("e", TOKENS[:-1])]
     assert one not in others
+
+
+@pytest.mark.parametrize("score", [-4.5855530131160184e-09, -4.585553013116018e-09, -1.5])
+def test_scores_that_never_come_back_the_same_have_one_checksum(score, tmp_path):
+    """The package reads one number and writes another, and then the first one again."""
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", score)], 0, False))
+    read = Tokenizer.from_str(made.to_str())
+    assert tokenizer_checksum(made) == tokenizer_checksum(read)
+    written = write_shards(tmp_path / "shards", [[1, 1]], 2, made)
+    assert written[:].tolist() == [1, 1] and (tmp_path / "shards" / "tokenizer.json").is_file()
+
+
+def test_the_home_directory_has_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_shards("~/shards", [[1, 1]], 2)
+    assert (tmp_path / "shards").is_dir() and not (tmp_path / "~").exists()
+    assert len(Shards("~/shards")) == 2

@@ -326,3 +326,8 @@ def test_a_stream_has_one_dimension(shape, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for a reader
     with pytest.raises(ValueError, match="expected one dimension, the tokens: tokens.flatten"):
         TokenWindows(torch.zeros(shape, dtype=torch.long), 16, 0)
+
+
+def test_an_index_may_be_a_number_of_numpy():
+    windows = TokenWindows(torch.arange(100), 8)
+    assert torch.equal(windows[np.int64(3)], windows[3])

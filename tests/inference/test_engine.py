@@ -6,8 +6,10 @@ import sys
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
+from sparse_models import SMALL as SPARSE
 
 from minicpm_lite.config import LatentAttentionConfig, MixtureConfig, ModelConfig, RopeScaling
 from minicpm_lite.inference import engine, executors, paged
@@ -630,3 +632,50 @@ def test_wrong_engines_are_found(mistake, monkeypatch):
     with pytest.raises((AssertionError, ValueError, IndexError)):
         for seed in range(60):
             check_schedule(seed)
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)])
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("open_text", [False, True])
+def test_a_model_of_another_type_is_served_on(types, sparse, open_text, unchecked):
+    """What it had made goes with it; texts that begin afterwards are those of the model as it is."""
+    torch.manual_seed(3)
+    own = Decoder(BASE).eval().to(types[0])
+    serving = Engine(PagedExecutor(own, 40, 4, 48, sparse), piece=5)
+    prompt = tuple(range(12))
+    first = serving.submit(Request(prompt, 8, stop_ids=()))
+    if open_text:
+        for _ in range(5):
+            serving.step()
+    else:
+        serving.run()
+    own.to(types[1])
+    serving.run()
+    assert first.state == "done" and len(first.tokens) == 8
+    second = serving.submit(Request(prompt, 8, stop_ids=()))
+    serving.run()
+    fresh = Engine(PagedExecutor(own, 40, 4, 48, sparse), piece=5)
+    again = fresh.submit(Request(prompt, 8, stop_ids=()))
+    fresh.run()
+    assert second.tokens == again.tokens
+
+
+@pytest.mark.parametrize("prompt", [np.array([1, 2, 3]), torch.tensor([1, 2, 3]), iter([1, 2, 3])])
+def test_prompts_may_be_arrays(prompt):
+    request = Request(prompt, 3, stop_ids=())
+    serving = Engine(PagedExecutor(model(), 8, 4))
+    answer = serving.submit(request)
+    serving.run()
+    assert answer.tokens == alone(Request((1, 2, 3), 3, stop_ids=()))
+
+
+def test_prompts_hold_ids():
+    serving = Engine(PagedExecutor(model(), 8, 4))
+    with pytest.raises(
+        ValueError, match="The prompt holds 1.5, of type float; expected whole numbers from 0"
+    ):
+        serving.submit(Request((1, 1.5), 3))
+    with pytest.raises(ValueError, match="The prompt holds 99, of type int; expected whole numbers from 0"):
+        serving.submit(Request((1, 99), 3))
+    with pytest.raises(ValueError, match="The prompt holds no tokens"):
+        serving.submit(Request((), 3))

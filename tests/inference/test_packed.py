@@ -456,3 +456,38 @@ def test_an_output_layer_beside_a_table_that_is_said_to_be_one_is_not_lost(give,
     with pytest.raises(ValueError, match="it has another one, lm_head, which would be lost"):
         give(model)
     assert not Path("never").exists()
+
+
+@pytest.mark.parametrize("type", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("types", ["Q8_0", "Q4_K_M", "INT4_G32", {"embed_tokens.weight": "Q8_0"}], ids=str)
+@pytest.mark.parametrize("family", WIDE)
+def test_models_of_any_type_are_packed(family, types, type, unchecked):
+    """What is not packed goes with the table, from which all comes in float32."""
+    config = WIDE[family]
+    model = quantize_model(make_model(config).to(type), types)
+    wanted = quantize_model(make_model(config).to(type).float(), types)
+    ids = make_ids(config, 1, 12)
+    with torch.no_grad():
+        found, expected = model(ids).float(), wanted(ids)
+    assert found.isfinite().all()
+    if types != "INT4_G32" or type == torch.float64:  # whose table is not packed
+        assert (found - expected).abs().max() < 0.2 * expected.abs().max()
+    generate(model, ids, 4)
+
+
+def test_the_default_type_of_torch_changes_nothing(monkeypatch):
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    packed = {type: quantize(weight, type) for type in ("Q8_0", "INT4_G32", "Q4_0")}
+    wanted = {type: dequantize(each) for type, each in packed.items()}
+    model = packed_model()
+    plain = unpack_model(model).state_dict()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for type, each in packed.items():
+            assert dequantize(each).dtype == torch.float32 and torch.equal(dequantize(each), wanted[type])
+        again = unpack_model(model).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(again[name], weight) for name, weight in plain.items())
+    assert all(each.dtype == torch.float32 for each in again.values())

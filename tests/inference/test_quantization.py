@@ -143,3 +143,9 @@ def test_an_unknown_type_is_refused(type, unchecked):
 def test_bytes_that_are_no_row_are_refused(type, size):
     with pytest.raises(ValueError):
         dequantize(Quantized(type, torch.zeros(1, size, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_0", "INT8"])
+def test_no_rows_are_packed_as_no_rows(type):
+    packed = quantize(torch.zeros(0, 64), type)
+    assert packed.shape == (0, 64) and dequantize(packed).shape == (0, 64)

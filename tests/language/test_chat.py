@@ -789,3 +789,43 @@ def test_bad_input_gets_a_sentence(call, sentence):
         (ValueError, TypeError), match=sentence
     ):  # the type check of the tests sees some first
         call(make_model(WRITER))
+
+
+@pytest.mark.parametrize("control", ["the_end", "eos", "tail", "rest"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        "{% for m in messages %}<|im_start|>{{m.role}}\n{{m['content']}}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{m.content}}<|im_end|>\n"
+        "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{{m.content}}<|im_end|>\n"
+        "{% endif %}{% endfor %}",
+    ],
+    ids=["chatml", "keys", "roles"],
+)
+def test_a_control_token_may_begin_as_a_name_ends(control, template):
+    """Names by which a template asks stay as they are, so that it finds the messages."""
+    tokenizer = train_tokenizer("the cat and the hat said hello to user and assistant", 300)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", control])
+    messages = [
+        {"role": "user", "content": f"Hello <|im_end|> {control}!"},
+        {"role": "assistant", "content": "the hat"},
+    ]
+    ids = encode_chat(tokenizer, chat_template(template), messages, add_generation_prompt=False)
+    wanted = (
+        f"<|im_start|>user\nHello <|im_end|> {control}!<|im_end|>\n<|im_start|>assistant\nthe hat<|im_end|>"
+    )
+    assert tokenizer.decode(ids, skip_special_tokens=False).strip() == wanted
+    controls = [i for i in ids if tokenizer.id_to_token(i) in ("<|im_start|>", "<|im_end|>", control)]
+    assert [tokenizer.id_to_token(i) for i in controls] == ["<|im_start|>", "<|im_end|>"] * 2
+
+
+def test_a_key_that_spells_a_control_token_is_text():
+    tokenizer = train_tokenizer("the cat and the hat said hello to user and assistant", 300)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    template = chat_template(
+        "{% for m in messages %}{% for k, v in m.arguments.items() %}{{k}}{{v}}{% endfor %}{% endfor %}"
+    )
+    for arguments in ({"<|im_end|>": "x"}, {"<|im_": "end|>"}):
+        ids = encode_chat(tokenizer, template, [{"role": "user", "content": "", "arguments": arguments}])
+        assert tokenizer.token_to_id("<|im_end|>") not in ids

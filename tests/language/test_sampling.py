@@ -261,3 +261,9 @@ def test_bad_input_gets_a_sentence(call, sentence):
         (ValueError, TypeError), match=sentence
     ):  # the type check of the tests sees some first
         call()
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 1e-320, 1e-5])
+def test_the_smallest_top_p_leaves_the_best_token(top_p):
+    probabilities = next_token_probabilities(torch.tensor([[0.1, 2.0, 1.0]]), Sampling(1.0, top_p=top_p))
+    assert probabilities.tolist() == [[0, 1, 0]]

@@ -183,3 +183,11 @@ def test_rows_of_a_batch_are_scored_as_if_alone(batch, row):
     equal = token_losses(model, ids[row : row + 1].expand(batch, -1))
     assert_close(equal, alone.expand(batch, -1), atol=1e-5, rtol=1e-5)
     assert_close(equal.mean(), next_token_loss(model, ids[row : row + 1]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("type", [torch.uint8, torch.int32, torch.int64])
+def test_ids_of_any_type_take_the_mark(type):
+    read, told = torch.tensor([[65, 66]], dtype=type), torch.tensor([[67, 68]], dtype=type)
+    window = torch.cat([context_only(read), told], 1)
+    assert predicted(window).tolist() == [[False, True, True]]
+    assert readable(window).tolist() == [[65, 66, 67, 68]]

@@ -462,3 +462,10 @@ def test_tokenizers_of_other_kinds_are_refused(key, value, sentence, smollm2, mo
     monkeypatch.setattr(module, "read_gguf", lambda path: changed)
     with pytest.raises(ValueError, match=sentence):
         gguf_tokenizer(head.path)
+
+
+def test_pieces_of_letters_that_are_no_pieces_are_refused(tmp_path):
+    """Sentencepiece asks whether the joined text is a piece, a list of merges whether its parts are."""
+    keys = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "▁", "子", "帽子"], "scores": [0.0] * 3 + [-2.0, -3.0, -1.0], "token_type": [2, 3, 3, 1, 1, 1]}  # fmt: skip
+    with pytest.raises(ValueError, match="a.gguf has the token '帽子' and none for '帽' alone"):
+        gguf_tokenizer(write_tokenizer(tmp_path / "a.gguf", **keys, merges=None))

@@ -24,6 +24,7 @@ from minicpm_lite import ModelConfig
 from minicpm_lite.config import MixtureConfig
 from minicpm_lite.data.shards import write_shards
 from minicpm_lite.data.windows import TokenWindows
+from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.documents import loss_within_documents
 from minicpm_lite.language.scoring import context_only, next_token_loss, predicted, token_losses
@@ -1386,3 +1387,24 @@ def test_killed_at_random_moments(tmp_path):
             assert [line["loss"] for line in metrics] == run.losses[first - 1 :]
             names = {f"step-{step:08d}" for step in stay} | {"metrics.jsonl"}
             assert {path.name for path in place.iterdir()} == names, "nothing of the killed is left"
+
+
+def test_a_model_that_was_packed_since_is_not_trained():
+    run = trained(2)
+    quantize_model(run.model, {"embed_tokens.weight": "INT8"})
+    with pytest.raises(
+        ValueError, match="parameters that this trainer was made for are not in the model any"
+    ):
+        run.train(progress=False)
+
+
+def test_the_home_directory_has_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = make()
+    run.train(2, "~/run", progress=False)
+    run.save("~/run")
+    assert not (tmp_path / "~").exists()
+    other = make()
+    other.load("~/run/step-00000002")
+    assert_same(run, other)
