@@ -293,7 +293,8 @@ def _require_one_beginning(tokenizer: Tokenizer, said: Mapping[str, object], set
     if isinstance(asked, bool) and asked != puts:
         raise ValueError(
             f"{settings} {says}, and tokenizer.json puts {'a' if puts else 'no'} blank before a text. For a "
-            f"{said['tokenizer_class']} transformers heeds the first, others the second. Make the two the same."
+            f"{said['tokenizer_class']} transformers heeds the first, others the second. Make the two the "
+            "same."
         )
 
 
