@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from .context import Context
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-def context_only(ids: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
+def context_only(ids: Integer[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
     """Token ids with the mark: they are read, and not predicted.
 
     Of a type without a sign they come in one that has it.

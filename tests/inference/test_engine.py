@@ -567,8 +567,8 @@ def test_refusals(unchecked):
     executor = PagedExecutor(model(), 8, 4)
     serving = Engine(executor)
     for request, why in (
-        (Request((), 5), "The prompt holds 0 tokens; expected one at least"),
-        (Request((1, 23), 5), "ids from 0 to 22"),
+        (Request((), 5), "The prompt holds no tokens; expected one at least"),
+        (Request((1, 23), 5), "whole numbers from 0 to 22, the ids of this model"),
         (Request((1, 2), 40), "A text of 41 tokens does not fit: there are 8 pages of 4 tokens"),
         (Request((1, 2), 0), "max_new_tokens"),
         (Request((1, 2), 5, stop_ids=(99,)), "stop_ids"),
@@ -661,7 +661,7 @@ def test_a_model_of_another_type_is_served_on(types, sparse, open_text, unchecke
 
 
 @pytest.mark.parametrize("prompt", [np.array([1, 2, 3]), torch.tensor([1, 2, 3]), iter([1, 2, 3])])
-def test_prompts_may_be_arrays(prompt):
+def test_prompts_may_be_arrays(prompt, unchecked):
     request = Request(prompt, 3, stop_ids=())
     serving = Engine(PagedExecutor(model(), 8, 4))
     answer = serving.submit(request)
@@ -669,7 +669,7 @@ def test_prompts_may_be_arrays(prompt):
     assert answer.tokens == alone(Request((1, 2, 3), 3, stop_ids=()))
 
 
-def test_prompts_hold_ids():
+def test_prompts_hold_ids(unchecked):
     serving = Engine(PagedExecutor(model(), 8, 4))
     with pytest.raises(
         ValueError, match="The prompt holds 1.5, of type float; expected whole numbers from 0"

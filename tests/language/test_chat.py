@@ -811,13 +811,14 @@ def test_a_control_token_may_begin_as_a_name_ends(control, template):
         {"role": "user", "content": f"Hello <|im_end|> {control}!"},
         {"role": "assistant", "content": "the hat"},
     ]
-    ids = encode_chat(tokenizer, chat_template(template), messages, add_generation_prompt=False)
+    ids = encode_chat(tokenizer, chat_template(template), messages)
     wanted = (
         f"<|im_start|>user\nHello <|im_end|> {control}!<|im_end|>\n<|im_start|>assistant\nthe hat<|im_end|>"
     )
-    assert tokenizer.decode(ids, skip_special_tokens=False).strip() == wanted
-    controls = [i for i in ids if tokenizer.id_to_token(i) in ("<|im_start|>", "<|im_end|>", control)]
-    assert [tokenizer.id_to_token(i) for i in controls] == ["<|im_start|>", "<|im_end|>"] * 2
+    assert tokenizer.decode(ids, skip_special_tokens=False).startswith(wanted)
+    controls = [tokenizer.id_to_token(i) for i in ids]
+    controls = [each for each in controls if each in ("<|im_start|>", "<|im_end|>", control)]
+    assert controls[:4] == ["<|im_start|>", "<|im_end|>"] * 2 and control not in controls
 
 
 def test_a_key_that_spells_a_control_token_is_text():
