@@ -406,7 +406,7 @@ def rows_within(answer):
 quiz = Quiz(
     [
         (
-            "Eight texts are written together. What do they share in a step?",
+            "Eight texts that have nothing in common are written together. What do they share in a step?",
             [
                 "the reading of the weights",
                 "the reading of the caches",
@@ -416,7 +416,7 @@ quiz = Quiz(
             "Each text has a cache of its own, which is read for its row alone. Only the weights serve all.",
         ),
         (
-            "Continuous batching brings most where",
+            "Counted in steps, continuous batching brings most where",
             [
                 "all requests want equally many tokens",
                 "requests want very different numbers of tokens",
