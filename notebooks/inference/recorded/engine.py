@@ -50,10 +50,11 @@ Added after that: with guesses the engine had written 0.75 times as much as with
 There were two causes. Each text reckoned with what guesses cost a text alone, though eight shared each call;
 and a text without guesses was filled up to the one with most. With the first alone mended it was 0.82 times
 (three sets). Both are mended: `Adaptive` is told how many share a call, and the tokens of a call stand in one
-row. So all of "load" was run anew, with six sets in place of three, between which ratios had spread far more
-than had been taken for granted; all clocks start when a request comes (ours and llama.cpp's had started when
-it was taken, at most a step later). Expected: with guesses at least 0.95 times as much as without, whenever
-requests come. A request may lose two steps, of some 36, to find out whether guesses pay; so much is allowed.
+row. So all of "load" was run anew, with six sets in place of three (the first three are the same draws),
+between which ratios had spread by 2 to 10 %, so that six give intervals of 3 to 11 % to either side; all
+clocks start when a request comes (ours and llama.cpp's had started when it was taken, at most a step later).
+Expected: with guesses at least 0.95 times as much as without, whenever requests come. A request may lose two
+steps, of some 36, to find out whether guesses pay; so much is allowed.
 
 Identity. Kernels and compiled code write PyTorch's tokens, unless there is a tie: where two answers part, the
 gap between the two best scores is at most twice the noise, by which the scores of the same text differ when
