@@ -135,8 +135,10 @@ def test_names_of_a_class_are_those_of_transformers(kind, family, tmp_path):
 
     KINDS[kind].save(str(tmp_path / "tokenizer.json"))
     found = set()
+    # GPT2Tokenizer puts no blank before a text where nothing is said; such a folder is refused
+    classes = [name for name in CLASSES if kind == "byte_level" or "GPT2" not in str(name)]
     for name, says in product(
-        CLASSES, [{}, {"bos_token": "<s>"}, {"eos_token": None, "pad_token": "<|end|>"}]
+        classes, [{}, {"bos_token": "<s>"}, {"eos_token": None, "pad_token": "<|end|>"}]
     ):
         named = {} if name is None else {"tokenizer_class": name}
         for in_settings in (named, {}):
