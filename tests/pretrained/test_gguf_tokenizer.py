@@ -358,10 +358,10 @@ def test_scores_that_tie_where_the_order_may_matter_are_refused(scores, named, t
     first=st.integers(0, 3),
 )  # fmt: skip
 def test_ties_that_are_read_are_cut_as_llama_cpp_does(data, learned, runs, first):
-    """Runs of spaces tie, also with one piece that was learned, and so do single letters."""
+    """Runs of spaces tie, also with one piece that was learned, and so does what no merges make."""
     scores = {piece: -float(rank) for rank, piece in enumerate(learned)}
     scores |= {"▁" * length: -float(first) for length in runs}
-    keys = with_scores(LETTERS | scores)
+    keys = with_scores(LETTERS | scores | {"yyy": 0.0, "zzz": 0.0})
     head = GGUFFile(Path("a.gguf"), {f"tokenizer.ggml.{name}": value for name, value in keys.items()}, {})
     try:
         tokenizer = module._sentencepiece(head, keys["tokens"], keys["token_type"])
