@@ -282,9 +282,14 @@ class _Controls:
                 shown = self._show(template, messages, hide, trusted=("assistant",))
         return _put_back(self._renamed(shown), hide), self.twin
 
-    def spelt(self, text: str) -> list[tuple[int, int]]:
-        """Where a text spells a control token, and where it begins one at its end."""
+    def spelt(self, text: str, is_name: bool = False) -> list[tuple[int, int]]:
+        """Where a text spells a control token, and where it begins one at its end.
+
+        Templates ask for keys and roles by name, letter by letter, so the end of a name begins nothing.
+        """
         places = [(start, end) for start, end, _ in self._found(text)]
+        if is_name and text.isidentifier():
+            return places
         end, normalizer = len(text.rstrip()), self.tokenizer.normalizer
         for start in range(max(end - max(map(len, self._beginnings), default=0), 0), end):
             last = text[start:end]
@@ -316,22 +321,15 @@ class _Controls:
         """What a template makes of messages in which what they spell is hidden, but for trusted roles."""
         table = str.maketrans(hide)
 
-        def without(places: Iterable[tuple[int, int]], text: str) -> str:
+        def hidden(text: str, is_name: bool) -> str:
             pieces, done = [], 0
-            for start, end in places:
+            for start, end in self.spelt(text, is_name):
                 pieces += text[done:start], text[max(start, done) : end].translate(table)
                 done = end
             return "".join((*pieces, text[done:]))
 
-        def hidden(text: str) -> str:
-            return without(self.spelt(text), text)
-
-        def name(text: str) -> str:  # a template asks for it letter by letter, so its end may begin anything
-            places = ((start, end) for start, end, _ in self._found(text))
-            return without(places, text) if text.isidentifier() else hidden(text)
-
         return template(
-            [each if each.get("role") in trusted else _in_texts(hidden, each, name) for each in messages]
+            [each if each.get("role") in trusted else _in_texts(hidden, each) for each in messages]
         )
 
     def _renamed(self, text: str) -> str:
@@ -384,33 +382,33 @@ def _texts(messages: Sequence[Mapping[str, object]]) -> list[str]:
             )
     texts: list[str] = []
 
-    def note(text: str) -> str:
+    def note(text: str, is_name: bool) -> str:
         require_text(text)
         texts.append(text)
         return text
 
     try:
         for message in messages:
-            _in_texts(note, message, note)
+            _in_texts(note, message)
     except RecursionError:
         raise ValueError("The messages hold lists or tables that are nested too deeply.") from None
     return texts
 
 
-def _in_texts(change: Callable[[str], str], value: object, name: Callable[[str], str]) -> object:
-    """A copy of what a message holds, with every text in it changed, keys and roles as names."""
+def _in_texts(change: Callable[[str, bool], str], value: object, is_name: bool = False) -> object:
+    """A copy of what a message holds, with every text in it changed; keys and roles are names."""
     match value:
         case str():
-            return change(value)
+            return change(value, is_name)
         case Mapping():
             return {
-                _in_texts(name, key, name): _in_texts(name if key == "role" else change, each, name)
+                _in_texts(change, key, True): _in_texts(change, each, key == "role")
                 for key, each in value.items()
             }
         case list():
-            return [_in_texts(change, each, name) for each in value]
+            return [_in_texts(change, each, is_name) for each in value]
         case tuple():
-            return tuple(_in_texts(change, each, name) for each in value)
+            return tuple(_in_texts(change, each, is_name) for each in value)
         case None | bool() | int() | float():
             return value
     raise ValueError(
