@@ -221,10 +221,13 @@ class PagePool:
         if layer not in self._layers:
             slots = self.pages * self.page_size
             self._layers[layer] = tuple(each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new)
-        elif new:
-            kept = zip(self._layers[layer], new, strict=True)
-            self._layers[layer] = tuple(whole.to(each) for whole, each in kept)
+        elif new and _kind(new[0]) != _kind(self._layers[layer][0]):
+            self.move(layer, new[0])
         return self._layers[layer]
+
+    def move(self, layer: int, like: Tensor) -> None:
+        """What a layer made becomes of the type and the device of another tensor."""
+        self._layers[layer] = tuple(whole.to(like) for whole in self._layers[layer])
 
     def context(
         self, texts: Sequence[PagedText], parents: Sequence[Sequence[int]] | None = None
@@ -242,6 +245,10 @@ class PagePool:
         for kept in self._layers.values():
             for whole in kept:
                 whole[targets] = whole[sources]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
 
 
 class PagedContext(Context):

@@ -77,14 +77,18 @@ class SparsePagePool(PagePool):
 
     def means(self, layer: int) -> list[Shaped[Tensor, "_slots kv_heads head_dim"]]:
         """Those of a layer's windows, for each of the `levels`; a window has the slot in which it ends."""
-        key = self._layers[layer][0]
         if layer not in self._means:
+            key = self._layers[layer][0]
             slots = self.pages * self.page_size
             self._means[layer] = [
                 key.new_zeros(slots // stride, *key.shape[1:]) for _, stride in levels(self.config)
             ]
-        self._means[layer] = [means.to(key) for means in self._means[layer]]
         return self._means[layer]
+
+    def move(self, layer: int, like: Tensor) -> None:
+        """What a layer made, and its means, become of the type and the device of another tensor."""
+        super().move(layer, like)
+        self._means[layer] = [means.to(like) for means in self.means(layer)]
 
     def average(self, layer: int, text: PagedText, before: int, after: int) -> None:
         """Make the means that a text has with ``after`` tokens and had not with ``before``."""

@@ -234,7 +234,7 @@ class _Adapting:
     def __init__(self, settings: Adaptive, drafting: Drafting) -> None:
         self.settings, self.drafting = settings, drafting
         self.unheard: list[list[int]] = []  # by the draft, of each row
-        self.costs, self.spent = settings.costs, 0.0
+        self._texts, self.costs, self.spent = 1, settings.costs, 0.0
         self._plain: list[float] = []  # of each row
         self._accepted = self._refused = 1.0  # so that at first a guess is as likely right as wrong
         self._last: tuple[Costs, int, int, int] | None = None  # guesses, those asked for, steps of the draft
@@ -246,7 +246,8 @@ class _Adapting:
 
     def reckon_with(self, texts: int) -> None:
         """The next step is one for so many texts; see `SharingDrafting`."""
-        self.costs = self.settings.costs.shared(texts)
+        if texts != self._texts:
+            self._texts, self.costs = texts, self.settings.costs.shared(texts)
 
     @property
     def acceptance(self) -> float:
