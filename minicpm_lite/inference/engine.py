@@ -20,8 +20,9 @@ prompts), arXiv 2308.16369; Kwon et al. 2023 (pages; see `minicpm_lite.inference
 Choices, and the traps behind them:
 
 - What a request cannot have is refused at the door, before it takes anything.
-- First come, first served within a user, and users in turn. A request that waits for pages is not overtaken
-  by smaller ones, or it might wait for ever.
+- First come, first served within a user, and users in turn: while somebody's next request waits, at most one
+  of each other user begins. Turns count requests, not tokens. One that waits for pages is not overtaken by
+  smaller ones of anybody, or it might wait for ever.
 - Each request has a generator of its own, and its guesses have the room of its own text. So what it draws
   does not depend on who is there beside it, with a draft neither, since other guesses draw otherwise. Where a
   draft is shown what the model made of a text, one that is drawn is read whole, also where pages hold its

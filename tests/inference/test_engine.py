@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -385,6 +386,13 @@ def test_users_take_turns_and_nobody_is_overtaken():
     while not serving.idle:
         done += [answer for answer in serving.step() if answer.state == "done"]
     assert done == [many[0], one, many[1], many[2]]
+    # Whoever comes later waits for one request of the other at most.
+    many = [serving.submit(Request((1, 2), 3, stop_ids=(), user="a")) for _ in range(4)]
+    serving.step()
+    one, done = serving.submit(Request((3, 4), 3, stop_ids=(), user="b")), []
+    while not serving.idle:
+        done += [answer for answer in serving.step() if answer.state == "done"]
+    assert done == [many[0], many[1], one, many[2], many[3]]
     # One that waits for pages lets no smaller one of its user by.
     serving = Engine(PagedExecutor(model(), 10, 4, 40), rows=4)
     first = serving.submit(Request((1,) * 8, 12, stop_ids=()))
@@ -393,6 +401,48 @@ def test_users_take_turns_and_nobody_is_overtaken():
     assert (first.state, large.state, small.state) == ("writing", "waiting", "waiting")
     serving.run()
     assert large.state == small.state == "done"
+
+
+class Logged(PagedExecutor):
+    """Notes whose requests begin; a prompt is its user's number."""
+
+    def open(self, prompt, most, share=True):
+        text = super().open(prompt, most, share)
+        if text is not None:
+            self.log.append(("begins", prompt[0]))
+        return text
+
+
+def most_before(log: list[tuple[str, int]]) -> int:
+    """How many requests of another user begin while somebody's first one waits, at most."""
+    most, waiting, passed = 0, Counter(), Counter()
+    for what, user in log:
+        if what == "comes":
+            waiting[user] += 1
+            if waiting[user] > 1:
+                continue
+        else:
+            waiting[user] -= 1
+            passed.update((other, user) for other in waiting if waiting[other] and other != user)
+            most = max([most, *passed.values()])
+        for pair in [*passed]:
+            if pair[0] == user:
+                del passed[pair]
+    return most
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_request_of_each_other_user_begins_before_somebodys_first(seed):
+    luck, executor = random.Random(seed), Logged(model(), 40, 4, 40)
+    executor.log = []
+    serving = Engine(executor, rows=luck.randint(1, 3))
+    for _ in range(150):
+        for user in luck.choices(range(4), (8, 1, 1, 1), k=luck.randint(0, 2)):
+            executor.log.append(("comes", user))
+            serving.submit(Request((user,), luck.randint(1, 4), user=str(user)))
+        serving.step()
+    serving.run()
+    assert executor.log.count(("begins", 0)) > 50 and most_before(executor.log) == 1
 
 
 def test_a_long_prompt_is_read_in_pieces_while_the_others_write():

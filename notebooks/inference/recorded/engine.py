@@ -1,8 +1,9 @@
 """An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
 
-Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "machine", "stack" or "load",
-which does that alone, and a number behind it: so many jobs, of two minutes at most each. What was done is not
-done again. All but "identity" take times, so nothing else may run beside them. "load" needs xllamacpp.
+Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "machine", "stack", "load",
+"alone", "rows" or "queue", which does that alone, and a number behind it: so many jobs, of two minutes at
+most each. What was done is not done again. All but "identity" and "alone" take times, so nothing else may run
+beside them. "load" needs xllamacpp.
 
 The model is SmolLM2-135M-Instruct with every matrix rounded to Q4_0, in float32 or packed, so all that is
 compared multiplies by the same weights. All is greedy, and nothing ends a text early. A text stands behind
@@ -23,6 +24,12 @@ with guesses; and packed weights with guesses.
   with batches that stay (those that wait when the last batch is done, padded, written until the longest has
   enough), in float32; llama.cpp's server on a file of the same bytes. Kept are the tokens a second that were
   asked for, and the times from each request to its first and to its last token, in the order of requests.
+- "alone": the same sixteen requests of "at once", with packed and with float32 weights, each in an engine
+  that has no other text; kept are its tokens.
+- "rows": the seconds of a call that writes for 1 to 8 texts of some 150 tokens, and of prompts of 16, 72 and
+  128 tokens, read one by one; packed weights and our kernels for float32.
+- "queue": 64 requests, drawn as those of "load", all at once in eight rows: our engine, and with batches that
+  stay; packed and float32 weights.
 
 The rule, fixed before the runs. A unit is a prompt (five of each length and kind), or a drawn set of requests
 (three at first: a quiet machine is rare, and what is expected are factors). A part of the stack makes faster,
@@ -55,6 +62,15 @@ between which ratios had spread by 2 to 10 %, so that six give intervals of 3 to
 clocks start when a request comes (ours and llama.cpp's had started when it was taken, at most a step later).
 Expected: with guesses at least 0.95 times as much as without, whenever requests come. A request may lose two
 steps, of some 36, to find out whether guesses pay; so much is allowed.
+
+Added after that: "alone". Each of these requests has the tokens that it has in "load", whose eight rows it
+shared.
+And "rows" and "queue", since nothing had been measured of what was said about why continuous batching brings
+so little in "load". Sixteen requests in eight rows are two batches, whose end, with few rows at work, weighs
+as much as the rest; with 64 the gain should be larger. And from the seconds of "rows" alone, the schedule of
+each engine and the lengths of its requests, the ratio of the two can be foretold. Expected: the foretold
+ratio is within 0.05 of the measured mean, for 16 requests and for 64, packed and float32; with 64 the gain is
+larger than with 16. The unit is a drawn set, four of them.
 
 Identity. Kernels and compiled code write PyTorch's tokens, unless there is a tie: where two answers part, the
 gap between the two best scores is at most twice the noise, by which the scores of the same text differ when
@@ -113,11 +129,14 @@ SPARSE = SparseConfig(
 )
 GUESSES = 6
 REQUESTS, SETS = 16, 6
+QUEUE, QUEUE_SETS = 64, 4
 EVERY = {"at once": 0.0, "one a second": 1.0, "at once, float32": 0.0}  # seconds between requests, on average
+AT_ONCE = ("at once", "at once, float32")
 ENGINES = ("engine", "engine with guesses", "engine, batches that stay", "transformers", "llama.cpp")
 FACTS = {
     "model": "SmolLM2-135M-Instruct, every matrix Q4_0", "threads": THREADS, "rows": ROWS,
     "lengths": LENGTHS, "new": NEW, "sparse": vars(SPARSE), "guesses": GUESSES, "requests": REQUESTS,
+    "queue": QUEUE,
 }  # fmt: skip
 PRODUCTS = ("PyTorch", "kernels", "packed")
 ASK = "\nRepeat the text above from its first word on:\n"
@@ -145,7 +164,8 @@ def work(job: Job) -> dict:
     if job.kind == "identity":
         return identity(job)
     torch.set_num_threads(THREADS)
-    return {"machine": machine, "stack": stack, "load": load}[job.kind](job)
+    kinds = {"machine": machine, "stack": stack, "load": load, "alone": alone, "rows": rows, "queue": queue}
+    return kinds[job.kind](job)
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -264,7 +284,7 @@ def stack(job: Job) -> dict:
 
 def machine(job: Job) -> dict:
     """The shortest of several: an array that no cache holds is summed, and two squares are multiplied."""
-    array, square = torch.ones(128_000_000), torch.randn(2048, 2048)
+    array, square = torch.ones(500_000_000), torch.randn(2048, 2048)
     summing, multiplying = (shortest(work) for work in (array.sum, lambda: square @ square))
     return {
         "bytes a second": array.nbytes / summing,
@@ -351,14 +371,7 @@ def where_they_part(
 
 
 def load(job: Job) -> dict:
-    luck = random.Random(job.number)
-    ids = ids_of(load_austen()[200_000:300_000])
-    asked, at = [], 0.0
-    for _ in range(REQUESTS):
-        begin, length = luck.randrange(len(ids) - 128), luck.randint(16, 128)
-        asked.append((at, Request(tuple(ids[begin : begin + length]), luck.randint(8, 64), stop_ids=())))
-        at += luck.expovariate(1 / EVERY[job.of]) if EVERY[job.of] else 0.0
-    model = kernels() if job.of.endswith("float32") else packed()
+    asked, model = requests_of(job), model_of(job)
     serve = {
         "engine": partial(by_engine, model, None),
         "engine with guesses": lambda asked: by_engine(
@@ -372,6 +385,66 @@ def load(job: Job) -> dict:
     found = {}
     for name in engines[job.number % len(engines) :] + engines[: job.number % len(engines)]:
         found[name] = measured(serve[name](asked))
+    return found
+
+
+def requests_of(job: Job) -> list[tuple[float, Request]]:
+    """When each comes, and what it asks for."""
+    luck = random.Random(job.number)
+    ids = ids_of(load_austen()[200_000:300_000])
+    asked, at = [], 0.0
+    for _ in range(QUEUE if job.kind == "queue" else REQUESTS):
+        begin, length = luck.randrange(len(ids) - 128), luck.randint(16, 128)
+        asked.append((at, Request(tuple(ids[begin : begin + length]), luck.randint(8, 64), stop_ids=())))
+        at += luck.expovariate(1 / EVERY[job.of]) if EVERY[job.of] else 0.0
+    return asked
+
+
+def model_of(job: Job) -> Decoder:
+    return kernels() if job.of.endswith("float32") else packed()
+
+
+def alone(job: Job) -> dict:
+    answers = [by_engine(model_of(job), None, [(0.0, request)])[0] for _, request in requests_of(job)]
+    return {"tokens": [answer.tokens for answer in answers]}
+
+
+def queue(job: Job) -> dict:
+    asked, model, found = requests_of(job), model_of(job), {}
+    serve = {
+        "engine": partial(by_engine, model, None),
+        "engine, batches that stay": partial(by_batches, model),
+    }
+    for name in sorted(serve, reverse=bool(job.number % 2)):
+        found[name] = measured(serve[name](asked))
+    return found
+
+
+def rows(job: Job) -> dict:
+    """Medians; sizes, lengths and models take turns."""
+    found = {}
+    for name, model in (("packed", packed()), ("kernels", kernels())):
+        executor, luck = PagedExecutor(model, 200), random.Random(0)
+        prompts = [luck.choices(range(1000), k=100) for _ in range(ROWS)]
+        texts = [executor.open(prompt, 256, share=False) for prompt in prompts]
+        for text, prompt in zip(texts, prompts, strict=True):
+            executor.prefill(text, prompt)
+        taken = {count: [] for count in range(1, ROWS + 1)}
+        for count in [*taken] * 12:
+            start = time.perf_counter()
+            executor.decode(texts[:count], [7] * count)
+            taken[count].append(time.perf_counter() - start)
+        read = {length: [] for length in (16, 72, 128)}
+        for length in [*read] * 7:
+            text = executor.open(ids := luck.choices(range(1000), k=length), length, share=False)
+            start = time.perf_counter()
+            executor.prefill(text, ids)
+            read[length].append(time.perf_counter() - start)
+            executor.close(text)
+        found[name] = {
+            "decode": [median(each) for each in taken.values()],
+            "prompt": {str(length): median(each) for length, each in read.items()},
+        }
     return found
 
 
@@ -498,9 +571,18 @@ if __name__ == "__main__":
         for length in LENGTHS
         for number in range(PROMPTS)
         for text in kinds
-    ] + [Job("load", arrivals, number) for number in range(SETS) for arrivals in EVERY]
-    jobs.insert(0, Job("machine"))
-    wanted = sys.argv[1:2] or ["identity", "machine", "stack", "load"]
+    ] + [
+        Job(kind, arrivals, number)
+        for kind, all_arrivals, sets in (
+            ("load", EVERY, SETS),
+            ("alone", AT_ONCE, SETS),
+            ("queue", AT_ONCE, QUEUE_SETS),
+        )
+        for number in range(sets)
+        for arrivals in all_arrivals
+    ]
+    jobs[:0] = [Job("machine"), Job("rows")]
+    wanted = sys.argv[1:2] or ["identity", "machine", "stack", "load", "alone", "rows", "queue"]
     if "load" in wanted:
         require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="compare with llama.cpp")
     done = load_results(__file__)["runs"]
