@@ -88,5 +88,5 @@ def _question(name: str, number: int, question: str, options: Sequence[str], rig
         f'<legend style="{legend_style}">{number}. {inline_html(question)}</legend>'
         f'<div style="clear:both">{radios}</div><p role="status" style="margin:.3rem 0;font-weight:bold"></p>'
         f"<details><summary {KEEP_KEYS}>Answer</summary>"
-        f"<p>{inline_html(options[right])}. {inline_html(why)}</p></details></fieldset>"
+        f"<p>{inline_html(options[right].removesuffix('.'))}. {inline_html(why)}</p></details></fieldset>"
     )

@@ -1,5 +1,7 @@
 """Checks and quiz of the chapter on the engine."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...lab.exercises import exercise
@@ -322,6 +324,68 @@ def shared_pages(answer):
         )
 
 
+def _sums(rows, parts=None, size=64):
+    """Each row in parts of so many numbers, or in so many parts; the parts are added up in their order."""
+    sums = []
+    for row in rows:
+        step = size if parts is None else max(1, -(-len(row) // parts))
+        total = torch.zeros(())
+        for at in range(0, len(row), step):
+            total = total + row[at : at + step].sum()
+        sums.append(total)
+    return sums
+
+
+def _filled(rows):
+    """All as long as the longest, with zeros, and in two parts of that length."""
+    longest = max(map(len, rows))
+    filled = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+    return [*filled[:, : longest // 2].sum(1) + filled[:, longest // 2 :].sum(1)]
+
+
+@exercise(
+    "order of adding",
+    wrong=(
+        lambda rows: _sums(rows, parts=max(1, 8 // len(rows))),  # as it was given
+        lambda rows: _sums(rows, parts=len(rows)),
+        lambda rows: _sums(rows, size=8 * len(rows)),
+        _filled,
+        lambda rows: [total.round(decimals=1) for total in _sums(rows)],  # hides it
+        lambda rows: _sums(rows)[:1],
+        lambda rows: _sums([row[: len(row) // 64 * 64] for row in rows]),  # what is over is lost
+        lambda rows: [total.new_zeros(()) for total in _sums(rows)],
+        lambda rows: _sums([*reversed(rows)]),
+    ),
+)
+def mended_sums(answer):
+    """The order of adding depends on the row's own length alone, so its last bit does, too."""
+    luck = torch.Generator().manual_seed(0)
+    for lengths in (
+        (300, 200),
+        (100, 900, 500, 64),
+        (700,) * 8,
+        (1, 999, 2),
+        (513, 4, 40, 77, 640, 300, 8, 9, 10),
+    ):
+        rows = [torch.randn(length, generator=luck) for length in lengths]
+        got = list(answer([row.clone() for row in rows]))
+        assert len(got) == len(rows), f"{len(rows)} rows have {len(rows)} sums; yours are {len(got)}."
+        for row, found in zip(rows, got, strict=True):
+            right, found = row.double().sum().item(), float(found)
+            assert abs(found - right) < 1e-3, (
+                f"A row of {len(row)} numbers has the sum {right:.5f}, and yours is {found:.5f}. Is every "
+                "number added once, and none rounded away?"
+            )
+        for number, row in enumerate(rows):
+            for company in ([row], [row, rows[0], rows[-1]], [row] * 8):
+                alone = list(answer([each.clone() for each in company]))[0]
+                assert float(alone) == float(got[number]), (
+                    f"A row of {len(row)} numbers has the sum {float(got[number]):.9g} among {len(rows)} "
+                    f"rows and {float(alone):.9g} among {len(company)}. What in your order of adding depends "
+                    "on the other rows?"
+                )
+
+
 def _levelled(wanted):
     least, more = divmod(sum(wanted), len(wanted))
     return [least + (place < more) for place in range(len(wanted))]
@@ -429,7 +493,7 @@ quiz = Quiz(
             "Two prompts have their first ten tokens in common; a page has four. They can share",
             ["two pages", "two pages and a half", "three pages"],
             0,
-            "Only whole pages: the third would be written by one while the other reads it.",
+            "Only whole pages: in the third both would write their next tokens into the same slots.",
         ),
         (
             "A page holds the tokens 3 4 5 6. Another prompt has these four, too, behind another first page.",

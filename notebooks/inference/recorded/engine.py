@@ -405,12 +405,14 @@ def model_of(job: Job) -> Decoder:
 
 
 def alone(job: Job) -> dict:
-    answers = [by_engine(model_of(job), None, [(0.0, request)])[0] for _, request in requests_of(job)]
-    return {"tokens": [answer.tokens for answer in answers]}
+    asked = [request for _, request in requests_of(job)]
+    answers = [by_engine(model_of(job), None, [(0.0, request)])[0] for request in asked]
+    return {"prompts": [len(r.prompt) for r in asked], "tokens": [answer.tokens for answer in answers]}
 
 
 def queue(job: Job) -> dict:
-    asked, model, found = requests_of(job), model_of(job), {}
+    asked, model = requests_of(job), model_of(job)
+    found = {"prompts": [len(request.prompt) for _, request in asked]}
     serve = {
         "engine": partial(by_engine, model, None),
         "engine, batches that stay": partial(by_batches, model),

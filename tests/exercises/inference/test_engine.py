@@ -94,6 +94,15 @@ def levelled_by_tensors(wanted):
     return torch.tensor([(total + size - 1 - place) // size for place in range(size)])
 
 
+def sums_by_numpy(rows):
+    """One number after the other, in 64 bits, rounded once."""
+    return [float(np.float32(sum(row.tolist()))) for row in rows]
+
+
+def sums_by_whole_rows(rows):
+    return torch.stack([row.sum() for row in rows])
+
+
 def rows_by_counting(promise, weights, text, rate):
     rows = 0
     while weights + (rows + 1) * text <= promise * rate:
@@ -121,6 +130,8 @@ def rows_by_division(promise, weights, text, rate):
         (check.shared_pages, shared_by_counting),
         (check.levelled, levelled_by_dealing),
         (check.levelled, levelled_by_tensors),
+        (check.mended_sums, sums_by_numpy),
+        (check.mended_sums, sums_by_whole_rows),
         (check.rows_within, rows_by_counting),
         (check.rows_within, rows_by_division),
     ],
@@ -145,6 +156,13 @@ def test_other_styles(exercise, answer):
         (check.shared_pages, lambda prompt, read, size: len(prompt) // size, "must be read"),
         (check.levelled, lambda wanted: [max(wanted)] * len(wanted), "the work differs"),
         (check.levelled, lambda wanted: [4.0, 4.5, 3.5, 4.0], "whole numbers"),
+        (check.mended_sums, lambda rows: rows[0].sum()[None], "2 rows have 2 sums"),
+        (check.mended_sums, lambda rows: [row[:-1].sum() for row in rows], "Is every number added once"),
+        (
+            check.mended_sums,
+            lambda rows: [sum(part.sum() for part in row.chunk(2 + len(rows))) for row in rows],
+            "depends on the other rows",
+        ),
         (check.rows_within, lambda promise, weights, text, rate: 42.5, "whole number"),
         (check.rows_within, lambda promise, weights, text, rate: 149, "4.2 of them for texts"),
     ],
