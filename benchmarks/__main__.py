@@ -1,7 +1,8 @@
 """Training and cached decoding beside transformers and beside what the machine can do, in one run.
 
-    python -m benchmarks               everything, about eight minutes on 2 cores
-    python -m benchmarks decode        one of settings, profile, decode, decode-135m, kernels, sparse, train
+    python -m benchmarks               everything, about twelve minutes on 2 cores
+    python -m benchmarks decode        one part: settings, profile, decode, decode-135m, kernels, sparse,
+                                       serving or train
 
 Each figure is the median over rounds in which all take turns, so that a busy machine slows all of them. The
 physical limit of training is the rate at which the machine multiplies two large matrices; that of decoding,
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,6 +34,7 @@ from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 from .kernels import kernels
+from .serving import serving
 from .sparse import sparse
 from .timing import reading_rate, take_turns
 
@@ -188,6 +191,7 @@ def main() -> None:
         "decode-135m": decode_a_real_model,
         "kernels": kernels,
         "sparse": sparse,
+        "serving": partial(serving, transformers_twin),
         "train": train,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
