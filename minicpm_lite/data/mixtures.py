@@ -91,12 +91,19 @@ class MixtureWindows:
         given = {name: self.sources[name].identity() for name in self.sources if name not in gone}
         require_one_tokenizer(given | {"what was read before": read})
         names: dict[str, str] = {}
-        for name in given:
-            for content in (_content(each.identity()) for each in _innermost(self.sources[name])):
-                if names.setdefault(content, name) != name:
+        for name in (*gone, *given):
+            for content in map(_content, _innermost(self.sources[name].identity())):
+                other = names.setdefault(content, name)
+                if other in gone and name not in gone:
                     raise ValueError(
-                        f"The sources {names[content]!r} and {name!r} hold the same windows; give them once, "
-                        "with one weight."
+                        f"The source {name!r} holds windows that were read before in another place, by "
+                        "themselves or in another mixture, and would read them again. Give them as they were "
+                        "given there."
+                    )
+                if other != name:
+                    raise ValueError(
+                        f"The sources {other!r} and {name!r} hold the same windows; give them once, with one "
+                        "weight."
                     )
         starts = [start for start, _ in self.stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
@@ -168,8 +175,8 @@ class MixtureWindows:
 def going_on(text: Mapping, start: int, sources: Mapping[str, Windows], weights: Mapping) -> MixtureWindows:
     """The mixture of a run that starts where another run stopped: each source goes on where that one left it.
 
-    Sources are recognised by what they hold, whatever their names. One that was read and is not given any
-    more is counted as read; one that is new begins at its first window.
+    Sources are recognised by what they hold, whatever their names; a mixture as the whole that it is. One
+    that was read and is not given any more is counted as read; one that is new begins at its first window.
 
     Args:
         text: identity of the other run's windows, of one sequence or of a mixture, as its checkpoint has it.
@@ -178,7 +185,8 @@ def going_on(text: Mapping, start: int, sources: Mapping[str, Windows], weights:
         weights: of the sources, from ``start`` on.
 
     Raises:
-        ValueError: as `MixtureWindows`.
+        ValueError: as `MixtureWindows`; or windows were read in one mixture and are given by themselves or
+            in another one.
 
     >>> import torch
     >>> from minicpm_lite.data.windows import TokenWindows
@@ -188,8 +196,9 @@ def going_on(text: Mapping, start: int, sources: Mapping[str, Windows], weights:
     >>> [decay.locate(index) for index in range(6, 10)]
     [('old', 6), ('new', 0), ('old', 7), ('new', 1)]
     """
-    past, stages = (text["sources"], text["stages"]) if "sources" in text else ([text], [(0, [1])])
     names = {_content(source.identity()): name for name, source in sources.items()}
+    taken_apart = "sources" in text and _content(text) not in names
+    past, stages = (text["sources"], text["stages"]) if taken_apart else ([text], [(0, [1])])
     read = {names.get(_content(known), _content(known)): known for known in past}
     length = next(iter(sources.values())).length
     gone = {name: _Gone(known, length) for name, known in read.items() if name not in sources}
@@ -246,13 +255,15 @@ class _Gone:
         return self.known
 
 
-def _innermost(windows: Windows) -> Iterator[Windows]:
+def _innermost(identity: Mapping) -> Iterator[Mapping]:
     """What a mixture, or a mixture in it, is made of; anything else itself."""
-    if isinstance(windows, MixtureWindows):
-        for source in windows.sources.values():
-            yield from _innermost(source)
+    if isinstance(inner := identity.get("sources"), list) and all(
+        isinstance(each, Mapping) for each in inner
+    ):
+        for each in inner:
+            yield from _innermost(each)
     else:
-        yield windows
+        yield identity
 
 
 def _content(identity: Mapping) -> str:

@@ -21,6 +21,8 @@ Choices, and the traps behind them:
 - An expert is given the tokens that visit it, without their positions, so to skip some its feed-forward layer
   is called once more, on the others. An expert that no token visits has no statistics.
 - Layers that are given one input, as queries, keys and values are, have one sum between them.
+- Where latent attention is absorbed, the layer that expands latents is never called, only its weight is read.
+  So its inputs are counted where they are made, behind their norm.
 - Output layer and tables are no part of the blocks, and not calibrated.
 """
 
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 
 from ..language.context import Context
 from ..language.decoder import Decoder
+from ..language.latent_attention import LatentAttention
 from ..language.moe import MixtureOfExperts
 from ..language.scoring import evaluating, readable
 
@@ -137,7 +140,14 @@ def _counting(block: nn.Module, skip: int) -> Iterator[dict[str, Statistics]]:
         mlp.forward(inputs[0][:, skip:])
         counted["mlp"] = False
 
-    handles = [linear.register_forward_pre_hook(count(name)) for name, linear in linears.items()]
+    def latents(_: nn.Module, __: tuple[Tensor], latent: Tensor) -> None:
+        statistics[expanding].add(latent[:, 0, skip:])
+
+    expanding, handles = "self_attn.kv_b_proj", []
+    if isinstance(block.self_attn, LatentAttention):
+        linears.pop(expanding)
+        handles.append(block.self_attn.kv_a_layernorm.register_forward_hook(latents))
+    handles += [linear.register_forward_pre_hook(count(name)) for name, linear in linears.items()]
     if apart:
         handles.append(block.mlp.register_forward_pre_hook(later_positions))
     try:

@@ -284,6 +284,8 @@ def _apart(
 class CompiledExecutor(PagedExecutor):
     """A `PagedExecutor` whose decoder is compiled, in the first calls of each kind.
 
+    Calls that check guesses are not: each number of texts and guesses would need code of its own.
+
     Args:
         model: the decoder.
         pages, page_size, room: as of `PagedExecutor`.
@@ -313,6 +315,8 @@ class CompiledExecutor(PagedExecutor):
     def _states(
         self, x: Float[Tensor, "rows places d"], context: PagedContext, after: tuple[int, ...]
     ) -> list[Float[Tensor, "rows places d"]]:
+        if context.parents is not None:
+            return super()._states(x, context, after)
         if not self._ready:  # the first call takes the memory
             found = super()._states(x, context, after)
             for layer in range(self.model.config.num_hidden_layers):

@@ -13,7 +13,7 @@ How far a weight can be from its value, with the step of its group (the distance
   has the other sign, for which there is no code.
 - TQ1_0, TQ2_0: half a step, and a step is the largest weight of the block: nothing, if the weights are
   ternary.
-- INT4: half a step.
+- INT4: half a step, and what rounding to float16 does to the smallest weight of its group.
 - Q4_K, Q5_K, Q6_K: half a step within the values of the group; beyond the last, the distance to the last.
 
 To this comes, in each type with a scale in float16, what rounding to float16 does to the scale, times the

@@ -171,7 +171,7 @@ class KVCache(Context):
     def __init__(
         self, room: int, padding: Int[Tensor, " batch"] | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        if room < 1:
+        if not isinstance(room, int) or room < 1:
             raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, which cuts numbers to whole ones; Int8Cache keeps 8 bits.")

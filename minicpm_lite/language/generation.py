@@ -262,7 +262,7 @@ def resolve_stop_ids(model: Decoder, stop_ids: Iterable[int] | None) -> tuple[in
         return model.config.eos_token_id
     found = tuple(stop_ids) if isinstance(stop_ids, Iterable) else (None,)
     vocab_size = model.config.vocab_size
-    if not all(isinstance(each, int) and 0 <= each < vocab_size for each in found):
+    if not all(type(each) is int and 0 <= each < vocab_size for each in found):
         raise ValueError(
             f"stop_ids is {stop_ids!r}; expected a list of token ids, which this model has from 0 to "
             f"{vocab_size - 1}, [] for none."

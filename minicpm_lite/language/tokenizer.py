@@ -64,6 +64,7 @@ __all__ = [
 # last sign is left for the word that follows.
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 _DIGIT = regex.compile(r"\p{N}|\P{N}+")
+_OF_A_WORD = regex.compile(r"\w")
 
 # GPT-2 writes each byte as one printable character: itself where it is one, else one from U+0100 on. Ids of
 # bytes follow these characters, so the printable bytes come first.
@@ -604,8 +605,11 @@ def _rename_controls(described: dict, controls: Mapping[int, AddedToken]) -> Non
 
 
 def _secret_name(name: str) -> str:
-    """One that nobody can guess; blanks at its ends stay, since a tokenizer may read them with it."""
-    return name.replace(name.strip(), _secret_letters())
+    """One that nobody can guess. Blanks at its ends stay, since a tokenizer may read them with it, and signs
+    that are of no word, beside which a token may stand that is a word of its own."""
+    bare = name.strip()
+    first, last = ("" if _OF_A_WORD.match(each) else each for each in (bare[:1], bare[-1:]))
+    return name.replace(bare, first + _secret_letters() + last)
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:

@@ -80,6 +80,7 @@ class AddedTokens:
         of_older_folder: ``tokenizer.json`` lists tokens, too.
         source: the file that lists.
         settings: what ``tokenizer_config.json`` says of all else.
+        of_class: whose rules transformers follows beside these files; "": none's.
     """
 
     listed: dict[int, AddedToken]
@@ -88,6 +89,7 @@ class AddedTokens:
     of_older_folder: bool
     source: Path
     settings: dict
+    of_class: str
 
     def add_to(self, tokenizer: Tokenizer) -> None:
         """Add them to the tokenizer of the folder's ``tokenizer.json``, or give them their flags there.
@@ -130,11 +132,12 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     names = _read(folder / _NAMES_FILE) if older else {}
     source = folder / (_IDS_FILE if older else _SETTINGS)
     ids = _read(source) if older else settings["added_tokens_decoder"]
-    of_class = _names_of_class(folder, settings)
+    of_class = _class_heeded(folder, settings)
     try:
         values = _joined(settings, names)
         named = {name: each for name, each in values.items() if name.endswith("_token")}
-        named = dict.fromkeys(_NAMES) | of_class | named | (values.get("model_specific_special_tokens") or {})
+        own = values.get("model_specific_special_tokens") or {}
+        named = dict.fromkeys(_NAMES) | _NAMES_OF_CLASS.get(of_class, {}) | named | own
         named = {name: _token(each) for name, each in named.items() if isinstance(each, _TOKEN)}
         extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
         if not isinstance(extra, list):
@@ -157,11 +160,11 @@ def read_added_tokens(folder: Path) -> AddedTokens:
         raise ValueError(
             f"{source} lists {shown(ids)} as added tokens; expected tokens and their ids."
         ) from None
-    return AddedTokens(listed, named, extra, older, source, settings)
+    return AddedTokens(listed, named, extra, older, source, settings, of_class)
 
 
-def _names_of_class(folder: Path, settings: dict) -> dict[str, str]:
-    """The special tokens of the tokenizer's class in transformers."""
+def _class_heeded(folder: Path, settings: dict) -> str:
+    """The tokenizer's class in transformers, where it decides what files leave out."""
     try:
         model = _read(folder / _MODEL)
     except ValueError as error:
@@ -171,10 +174,10 @@ def _names_of_class(folder: Path, settings: dict) -> dict[str, str]:
         ) from None
     name = str(settings.get("tokenizer_class") or model.get("tokenizer_class")).removesuffix("Fast")
     if name not in _NAMES_OF_CLASS or model.get("model_type") in _HEED_NO_CLASS:
-        return {}
+        return ""
     if name == "LlamaTokenizer" and _is_byte_level(folder / _TOKENIZER):
-        return {}  # as Llama 3's, which is of no class
-    return _NAMES_OF_CLASS[name]
+        return ""  # as Llama 3's, which is of no class
+    return name
 
 
 def _is_byte_level(file: Path) -> bool:

@@ -39,7 +39,7 @@ from ..language.decoder import Decoder, require_plain
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer, panics_as_errors
 from ..language.writing import warn_of_ordinary_ends
 from ..optional import require
-from .added_tokens import ADDED_TOKENS_FILES, read_added_tokens
+from .added_tokens import ADDED_TOKENS_FILES, AddedTokens, read_added_tokens
 from .assemble import assemble, empty_decoder
 from .families import config_from_json, config_to_json, end_ids_to_json, family_of, own_family, stored_name
 from .gguf import read_gguf
@@ -59,7 +59,8 @@ __all__ = [
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # older files store the rotary frequencies; we compute them
 _CHAT_TEMPLATE = "chat_template.jinja"
-_PUT_A_BLANK = ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")  # classes that decide it by themselves
+# classes that decide by themselves whether a blank stands before a text
+_PUT_A_BLANK = ("CohereTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "LlamaTokenizer", "Qwen2Tokenizer")
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -110,7 +111,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     tokenizer = read_tokenizer(file)
     tokens = read_added_tokens(path)
     tokens.add_to(tokenizer)
-    _require_one_beginning(tokenizer, tokens.settings, path / "tokenizer_config.json")
+    _require_one_beginning(tokenizer, tokens, path / "tokenizer_config.json")
     return tokenizer
 
 
@@ -281,21 +282,28 @@ def save_pretrained(
         write_weights(beside, named, max_shard_bytes)
 
 
-def _require_one_beginning(tokenizer: Tokenizer, said: Mapping[str, object], settings: Path) -> None:
-    """Refuse settings that ask for another blank before a text than ``tokenizer.json``, where they count."""
-    if (name := str(said.get("tokenizer_class")).removesuffix("Fast")) not in _PUT_A_BLANK:
+def _require_one_beginning(tokenizer: Tokenizer, tokens: AddedTokens, settings: Path) -> None:
+    """Refuse settings that begin a text otherwise than ``tokenizer.json``, where they count."""
+    if (name := tokens.of_class) not in _PUT_A_BLANK:
         return
-    asked = said.get("add_prefix_space")
-    says = f"says add_prefix_space: {json.dumps(asked)}"
-    if asked is None and name == "GPT2Tokenizer":
-        asked, says = False, "leaves out add_prefix_space, which is false then"
-    puts = tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
-    if isinstance(asked, bool) and asked != puts:
-        raise ValueError(
-            f"{settings} {says}, and tokenizer.json puts {'a' if puts else 'no'} blank before a text. For a "
-            f"{said['tokenizer_class']} transformers heeds the first, others the second. Make the two the "
-            "same."
+    begins = {
+        "add_prefix_space": (
+            tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"],
+            "blank",
+            None if name == "LlamaTokenizer" else False,
         )
+    }
+    if name == "GPTNeoXTokenizer":
+        begins["add_bos_token"] = bool(tokenizer.encode("").ids), "token", False
+    for key, (puts, what, default) in begins.items():
+        asked, says = tokens.settings.get(key), f"says {key}: {json.dumps(tokens.settings.get(key))}"
+        if asked is None:
+            asked, says = default, f"leaves out {key}, which is {json.dumps(default)} then"
+        if isinstance(asked, bool) and asked != puts:
+            raise ValueError(
+                f"{settings} {says}, and tokenizer.json puts {'a' if puts else 'no'} {what} before a text. "
+                f"For a {name} transformers heeds the first, others the second. Make the two the same."
+            )
 
 
 def _is_gguf(path: Path) -> bool:

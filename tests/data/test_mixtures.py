@@ -511,6 +511,40 @@ def test_going_on_without_what_was_read():
     assert new.identity() == whole.identity()
 
 
+def test_a_mixture_goes_on_as_the_whole_that_it_is():
+    """Whether it was a run's whole text or one of its sources."""
+    run = mixture((0, {"a": 1, "b": 1}))
+    within = MixtureWindows({"mix": run, "c": Numbered(2)}, [(0, {"mix": 2, "c": 1})])
+    for text, places in (
+        (run, (("run", 6), ("new", 0), ("run", 7))),
+        (within, (("run", 4), ("new", 0), ("run", 5))),
+    ):
+        new = going_on(text.identity(), 6, {"run": run, "new": Numbered(5)}, {"run": 1, "new": 1})
+        assert [new.locate(index) for index in range(6, 9)] == [*places]
+        assert sum(new.counts(6).values()) == 6
+        again = going_on(new.identity(), 8, {"run": run, "new": Numbered(5)}, {"run": 1})
+        assert again.locate(8) == ("run", places[-1][1])
+
+
+def test_what_was_read_in_another_mixture_is_not_read_again():
+    run, other = mixture((0, {"a": 1, "b": 1})), mixture((0, {"a": 1, "b": 3}))
+    within = MixtureWindows({"mix": run, "c": Numbered(2)}, [(0, {"mix": 2, "c": 1})])
+    for text, sources in (
+        (run, {"mix": other, "c": Numbered(2)}),
+        (run, {"mix": mixture((0, {"a": 1}), sources=["a"]), "c": Numbered(2)}),
+        (within, {"a": Numbered(0), "c": Numbered(2)}),
+        (within, {"mix": other, "c": Numbered(2)}),
+        (Numbered(0), {"mix": run}),
+    ):
+        name = next(iter(sources))
+        with pytest.raises(
+            ValueError, match=f"The source '{name}' holds windows that were read before in another"
+        ):
+            going_on(text.identity(), 6, sources, dict.fromkeys(sources, 1))
+    new = going_on(run.identity(), 6, {"a": Numbered(0), "c": Numbered(2)}, {"a": 1, "c": 1})
+    assert [new.locate(index) for index in (6, 7)] == [("a", 3), ("c", 0)], "by themselves as they were"
+
+
 def test_going_on_twice():
     """Of a run that went on itself, the stages before the start are the past."""
     old = mixture((0, {"a": 1}), (4, {"a": 1, "b": 1}), (20, {"b": 1}))

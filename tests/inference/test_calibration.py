@@ -5,8 +5,10 @@ import torch
 from small_models import WIDE, make_ids, make_model
 from torch.testing import assert_close
 
+from minicpm_lite.config import LatentAttentionConfig, ModelConfig
 from minicpm_lite.inference.calibration import Statistics, walk_blocks
 from minicpm_lite.inference.packed import quantize_model
+from minicpm_lite.language import latent_attention
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.fast_decoding import fast_decoding
 from minicpm_lite.language.scoring import context_only
@@ -52,6 +54,22 @@ def test_statistics_are_those_of_a_whole_pass(family):
             assert_close(found[name].hessian / scale, x.T @ x / scale, atol=1e-5, rtol=1e-4, msg=name)
             assert_close(found[name].total_abs / len(x), x.abs().mean(0), atol=1e-5, rtol=1e-4)
             assert_close(found[name].largest, x.abs().amax(0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+def test_a_layer_that_is_only_absorbed_is_given_what_expands_its_latents(skip, monkeypatch):
+    """With a small latent absorbed attention is cheaper for whole texts, too, and the layer is never called."""
+    sizes = LatentAttentionConfig(64, 32, 64, 32, 64)
+    model = make_model(
+        ModelConfig(64, 128, 2, 4, 61, num_key_value_heads=4, head_dim=96, latent_attention=sizes)
+    )
+    windows, name = make_ids(model.config, batch=3), "1.self_attn.kv_b_proj"
+    assert not len(seen_by_hooks(model, windows)[name])
+    found = collected(model, windows, skip=skip)[name]
+    monkeypatch.setattr(latent_attention, "absorbed_is_cheaper", lambda *_, **__: False)
+    expected = seen_by_hooks(model, windows)[name].unflatten(0, (3, -1))[:, skip:].flatten(0, 1)
+    assert found.tokens == len(expected)
+    assert_close(found.hessian, expected.T @ expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", WIDE)

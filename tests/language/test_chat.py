@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kinds import CONTROLS as CONTROL_NAMES
 from kinds import KINDS, LACKING
 from small_models import SHAPE, TOKENIZER, WRITER, Counted, make_model
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch.testing import assert_close
 
 from minicpm_lite.config import ModelConfig
@@ -789,6 +789,23 @@ def test_bad_input_gets_a_sentence(call, sentence):
         (ValueError, TypeError), match=sentence
     ):  # the type check of the tests sees some first
         call(make_model(WRITER))
+
+
+@pytest.mark.parametrize("single", ["<s>", "mRNA", "_x_", "帽"])
+@pytest.mark.parametrize("control", ["<|im_end|>", "END", "END>", "<END"])
+def test_a_token_that_is_a_word_of_its_own_is_found_beside_whatever_a_message_spells(control, single):
+    tokenizer = train_tokenizer("the cat and the hat", 270)
+    tokenizer.add_special_tokens([control])
+    tokenizer.add_tokens([AddedToken(single, single_word=True, normalized=False)])
+
+    def template(messages):
+        return "".join(f"{single}{control}{m['content']} {single}{control}{single}." for m in messages)
+
+    found = encode_chat(tokenizer, template, [{"role": "user", "content": f"what is {control}?"}])
+    written = tokenizer.encode(template([{"role": "user", "content": "what is ?"}])).ids
+    ids = tokenizer.token_to_id(single), tokenizer.token_to_id(control)
+    assert [i for i in found if i in ids] == [i for i in written if i in ids]
+    assert tokenizer.decode(found, skip_special_tokens=False).replace(control, "").startswith(single)
 
 
 @pytest.mark.parametrize("control", ["the_end", "eos", "tail", "rest"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
 from minicpm_lite.language.tokenizer import train_tokenizer
 from minicpm_lite.pretrained.checkpoints import load_special_tokens, load_tokenizer
@@ -88,26 +88,36 @@ def write(folder: Path, own, listed, gap, settings, named, map, ids) -> None:
         (folder / "added_tokens.json").write_text(json.dumps(numbered(ids)))
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("family", ["llama", "minicpm3"])
 @pytest.mark.parametrize("puts", [False, True])
-@pytest.mark.parametrize("kind", ["GPT2TokenizerFast", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
-def test_a_blank_before_a_text_is_that_of_transformers_or_refused(kind, puts, asked, tmp_path):
+@pytest.mark.parametrize(
+    "kind",
+    ["GPT2TokenizerFast", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CohereTokenizerFast", "LlamaTokenizer",
+     "PreTrainedTokenizerFast"],
+)  # fmt: skip
+def test_what_begins_a_text_is_that_of_transformers_or_refused(kind, puts, family, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = Tokenizer.from_str(vocabulary())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=puts)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    said = {"tokenizer_class": kind} | ({} if asked is None else {"add_prefix_space": asked})
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    says = "says add_prefix_space: .*"
-    if asked is None and kind == "GPT2TokenizerFast":
-        asked, says = False, "leaves out add_prefix_space, which is false then, .*"
-    if kind != "PreTrainedTokenizerFast" and asked not in (None, puts):
-        with pytest.raises(ValueError, match=f"{says} Make the two the same"):
-            load_tokenizer(tmp_path)
-    elif kind == "PreTrainedTokenizerFast" or asked is not None:
-        theirs = AutoTokenizer.from_pretrained(tmp_path)("some plain words", add_special_tokens=False)
-        assert load_tokenizer(tmp_path).encode("some plain words").ids == theirs.input_ids
+    for asked, marked in product((None, False, True), (False, True)):
+        folder = tmp_path / f"{asked} {marked}"
+        folder.mkdir()
+        tokenizer = Tokenizer.from_str(vocabulary())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=puts)
+        if marked:
+            first = tokenizer.id_to_token(0)
+            tokenizer.post_processor = processors.TemplateProcessing(f"{first} $A", None, [(first, 0)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+        said = {"tokenizer_class": kind} | ({} if asked is None else {"add_prefix_space": asked})
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        theirs = AutoTokenizer.from_pretrained(folder)("some plain words").input_ids
+        if theirs == tokenizer.encode("some plain words").ids:
+            assert load_tokenizer(folder).encode("some plain words").ids == theirs
+        else:
+            with pytest.raises(
+                ValueError, match="puts (a|no) (blank|token) before a text.* Make the two the same"
+            ):
+                load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("asked", [None, False, True])
@@ -136,8 +146,9 @@ def test_names_of_a_class_are_those_of_transformers(kind, family, tmp_path):
 
     KINDS[kind].save(str(tmp_path / "tokenizer.json"))
     found = set()
-    # GPT2Tokenizer puts no blank before a text where nothing is said; such a folder is refused
-    classes = [name for name in CLASSES if kind == "byte_level" or "GPT2" not in str(name)]
+    # these put no blank before a text where nothing is said; such a folder is refused
+    no_blank = ("GPT2", "GPTNeoX", "Qwen2", "Cohere") if kind == "prepended" else ()
+    classes = [name for name in CLASSES if not str(name).startswith(no_blank)]
     for name, says in product(
         classes, [{}, {"bos_token": "<s>"}, {"eos_token": None, "pad_token": "<|end|>"}]
     ):
