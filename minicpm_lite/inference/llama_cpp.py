@@ -17,11 +17,16 @@ Choices, and the traps behind them:
 - Left alone, llama.cpp draws by other rules: no token below a smallest probability, repetitions counted in
   the last 64 tokens. Both are set to what `Sampling` says. What is drawn is drawn by its own luck.
 - With few rows it multiplies in other order than with many, as all do; a tie may fall the other way.
+- It computes in a process of its own: its threads and PyTorch's stand in each other's way (see
+  `minicpm_lite.inference.llama_cpp_server`).
 """
 
 import json
 import os
+import subprocess
+import sys
 import time
+import weakref
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -31,7 +36,6 @@ from urllib.request import urlopen
 
 from ..config import require_positive_integer
 from ..language.sampling import Sampling, require_sampling
-from ..optional import require
 from ..runtime import require_seed
 from .engine import Answer, Request
 
@@ -39,7 +43,7 @@ __all__ = ["LlamaCpp"]
 
 
 class LlamaCpp:
-    """The server of llama.cpp, in this process.
+    """The server of llama.cpp, which ends with this object.
 
     Args:
         file: a GGUF file.
@@ -50,7 +54,7 @@ class LlamaCpp:
     Raises:
         ImportError: the package xllamacpp is missing.
         FileNotFoundError: there is no such file.
-        ValueError: rows, room or threads that are not positive.
+        ValueError: rows, room or threads that are not positive, or a file that llama.cpp cannot open.
     """
 
     def __init__(self, file: str | Path, rows: int = 8, room: int = 512, threads: int | None = None) -> None:
@@ -59,13 +63,19 @@ class LlamaCpp:
             require_positive_integer(name, value)
         if not Path(file).is_file():
             raise FileNotFoundError(f"There is no file {file}; give a model in GGUF.")
-        xllamacpp = require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="run llama.cpp")
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(file)
-        settings.n_parallel, settings.n_ctx, settings.warmup = rows, rows * room, True
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        self.room = room
-        self._server = xllamacpp.Server(settings)
+        asked = {"file": str(file), "rows": rows, "room": room, "threads": threads}
+        server = subprocess.Popen(
+            [sys.executable, "-m", "minicpm_lite.inference.llama_cpp_server", json.dumps(asked)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+        weakref.finalize(self, _end, server)
+        told = json.loads(server.stdout.readline() or "{}")
+        if "missing" in told:
+            raise ImportError(told["missing"])
+        if "address" not in told:
+            raise ValueError(f"llama.cpp cannot open {file}; why, it has printed above.")
+        self.room, self._address = room, told["address"]
         self._threads: list[Thread] = []
 
     def submit(self, request: Request) -> Answer:
@@ -103,8 +113,7 @@ class LlamaCpp:
 
     def _serve(self, answer: Answer) -> None:
         asked = json.dumps(_asked(answer.request)).encode()
-        address = f"{self._server.listening_address}/completion"
-        post = Post(address, asked, {"Content-Type": "application/json"})
+        post = Post(f"{self._address}/completion", asked, {"Content-Type": "application/json"})
         try:
             with urlopen(post) as lines:
                 for line in lines:
@@ -118,6 +127,16 @@ class LlamaCpp:
             answer.state, answer.why = "failed", f"llama.cpp's answer broke off: {error!r}"
         if not answer.over:
             answer.state, answer.why = "failed", "llama.cpp ended it without a word."
+
+
+def _end(server: subprocess.Popen) -> None:
+    server.stdin.close()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    server.stdout.close()
 
 
 def _asked(request: Request) -> dict[str, object]:

@@ -7,7 +7,7 @@ Choices, and the traps behind them:
 - llama.cpp turns neighbours (2i, 2i+1), this library turns (i, i + head_dim/2). So rows of the query and key
   matrices lie in another order, and are put back here; but not in "minicpm3", where llama.cpp turns as we do.
 - The multipliers of "minicpm" and "granite" are three keys. Older files lack them; then those hold with which
-  MiniCPM was trained; they are llama.cpp's fallbacks, but for the scale of logits, which is the inverse there.
+  MiniCPM was trained; they are llama.cpp's fallbacks, but for the scale of logits, whose inverse it takes.
   Those of "minicpm3" stand in llama.cpp's code alone, whatever the model was trained with.
 - llama.cpp norms the latents of "minicpm3" with the epsilon of all norms; we do with 1e-6, as it was trained.
 - A file without ``output.weight`` has tied tables.

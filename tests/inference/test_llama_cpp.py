@@ -1,12 +1,10 @@
 """llama.cpp's server is asked as it wants to be asked, and answers become ours; its package may be missing."""
 
-import contextlib
+import gc
 import importlib.util
 import json
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-from types import SimpleNamespace
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
@@ -14,56 +12,70 @@ from minicpm_lite.inference.engine import Request
 from minicpm_lite.inference.llama_cpp import LlamaCpp
 from minicpm_lite.language.sampling import Sampling
 
+PACKAGE = '''
+"""Instead of llama.cpp's: writes 1, 2, 3, ... a token a line; some first tokens make something go wrong."""
 
-class _Answers(BaseHTTPRequestHandler):
-    """Writes 1, 2, 3, ... as the server does, a token a line; a prompt that begins with 9 is refused."""
+import contextlib, json, os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import SimpleNamespace
 
+
+def note(asked):
+    with open(os.path.join(os.path.dirname(__file__), "asked"), "a") as file:
+        file.write(json.dumps(asked) + "\\n")
+
+
+class Answers(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(asked)
-        wrong = asked["prompt"][0] == 9
-        if asked["prompt"][0] == 7:  # a connection that breaks within a piece
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\ndata: ")
+        note(asked)
+        first = asked["prompt"][0]
+        if first == 7:  # a connection that breaks within a piece
+            self.wfile.write(b"HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n40\\r\\ndata: ")
             return
-        if asked["prompt"][0] == 6:
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\ndata: nonsense\n")
+        if first == 6:
+            self.wfile.write(b"HTTP/1.1 200 OK\\r\\n\\r\\ndata: nonsense\\n")
             return
-        self.send_response(400 if wrong else 200)
+        self.send_response(400 if first == 9 else 200)
         self.end_headers()
-        if wrong:
+        if first == 9:
             self.wfile.write(b"no such token")
             return
         for token in range(1, asked["n_predict"] + 1):
-            self._say({"tokens": [token], "stop": False})
-        if asked["prompt"][0] != 8:
-            self._say({"tokens": [], "stop": True})
+            self.say({"tokens": [token], "stop": False})
+        if first != 8:
+            self.say({"tokens": [], "stop": True})
 
-    def _say(self, told):
+    def say(self, told):
         with contextlib.suppress(BrokenPipeError):  # a request that was cancelled hears no more
-            self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
+            self.wfile.write(b"data: " + json.dumps(told).encode() + b"\\n\\n")
 
     def log_message(self, *given):
         pass
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The package with a server of ours in it; what it was asked."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
-    http.asked = []
+def CommonParams():
+    return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+
+
+def Server(settings):
+    print("what llama.cpp prints")
+    if os.path.getsize(settings.model.path):
+        raise RuntimeError("no model")
+    note([settings.n_parallel, settings.n_ctx, settings.cpuparams.n_threads])
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     Thread(target=http.serve_forever, daemon=True).start()
+    return SimpleNamespace(listening_address=f"http://127.0.0.1:{http.server_port}")
+'''
 
-    def parameters():
-        processor = SimpleNamespace
-        return SimpleNamespace(model=SimpleNamespace(), cpuparams=processor(), cpuparams_batch=processor())
 
-    def server(settings):
-        http.asked.append(settings)
-        return SimpleNamespace(listening_address=f"http://127.0.0.1:{http.server_port}")
-
-    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(CommonParams=parameters, Server=server))
-    yield http.asked
-    http.shutdown()
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """The package with a server of ours in it; what it was asked."""
+    (tmp_path / "xllamacpp.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda: [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -74,7 +86,7 @@ def file(tmp_path):
 
 def test_requests_become_answers(asked, file):
     server = LlamaCpp(file, rows=3, room=64, threads=1)
-    assert (asked[0].n_parallel, asked[0].n_ctx, asked[0].cpuparams.n_threads) == (3, 192, 1)
+    assert asked()[0] == [3, 192, 1]
     answers = [server.submit(Request((5, 6), number, stop_ids=())) for number in (2, 3, 4)]
     server.run()
     assert [answer.tokens for answer in answers] == [[1, 2], [1, 2, 3], [1, 2, 3, 4]]
@@ -88,7 +100,7 @@ def test_what_it_is_asked(asked, file):
     wanted = {"prompt": [5, 6], "n_predict": 3, "temperature": 0.7, "top_k": 9, "top_p": 1.0, "min_p": 0.0,
               "repeat_penalty": 1.1, "repeat_last_n": 5, "seed": 4, "ignore_eos": False, "stream": True,
               "return_tokens": True, "samplers": ["penalties", "temperature", "top_k", "top_p"]}  # fmt: skip
-    assert asked[-1] == wanted
+    assert asked()[-1] == wanted
 
 
 @pytest.mark.parametrize("none", [(), [], iter(()), set()])
@@ -96,7 +108,16 @@ def test_no_stop_ids_are_none_however_they_are_given(none, asked, file, unchecke
     server, prompt = LlamaCpp(file, room=64), [5, 6]
     server.submit(Request(iter(prompt), 3, stop_ids=none))
     server.run()
-    assert asked[-1]["ignore_eos"] is True and asked[-1]["prompt"] == prompt
+    assert asked()[-1]["ignore_eos"] is True and asked()[-1]["prompt"] == prompt
+
+
+def test_the_server_ends_with_its_object(asked, file):
+    server = LlamaCpp(file, room=64)
+    address = server._address
+    del server
+    gc.collect()
+    with pytest.raises(URLError):
+        urlopen(address, timeout=5)
 
 
 def test_what_fails_fails_alone(asked, file):
@@ -133,7 +154,11 @@ def test_refusals(asked, file, monkeypatch, unchecked):
     for wrong in ({"rows": 0}, {"room": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="expected a whole number of at least 1"):
             LlamaCpp(file, **wrong)
-    monkeypatch.delitem(sys.modules, "xllamacpp")
+    file.write_text("no model")
+    with pytest.raises(ValueError, match="llama.cpp cannot open .*model.gguf; why, it has printed above"):
+        LlamaCpp(file)
+    file.with_name("xllamacpp.py").unlink()
+    importlib.invalidate_caches()
     if importlib.util.find_spec("xllamacpp") is None:
         with pytest.raises(
             ImportError, match="The package 'xllamacpp' is needed to run llama.cpp. Install it"

@@ -1,9 +1,9 @@
 """An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
 
 Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "machine", "stack", "load",
-"alone", "rows" or "queue", which does that alone, and a number behind it: so many jobs, of two minutes at
-most each. What was done is not done again. All but "identity" and "alone" take times, so nothing else may run
-beside them. "load" needs xllamacpp.
+"alone", "rows", "queue" or "server", which does that alone, and a number behind it: so many jobs, of two
+minutes at most each. What was done is not done again. All but "identity" and "alone" take times, so nothing
+else may run beside them. "rows" and "server" need xllamacpp.
 
 The model is SmolLM2-135M-Instruct with every matrix rounded to Q4_0, in float32 or packed, so all that is
 compared multiplies by the same weights. All is greedy, and nothing ends a text early. A text stands behind
@@ -22,12 +22,14 @@ with guesses; and packed weights with guesses.
   times that are drawn; eight rows, two threads. Our engine with packed weights, with and without guesses;
   the same engine with batches that stay (nobody begins before the last of the batch is done); transformers
   with batches that stay (those that wait when the last batch is done, padded, written until the longest has
-  enough), in float32; llama.cpp's server on a file of the same bytes. Kept are the tokens a second that were
-  asked for, and the times from each request to its first and to its last token, in the order of requests.
+  enough), in float32. Kept are the tokens a second that were asked for, and the times from each request to
+  its first and to its last token, in the order of requests.
+- "server": the same requests, packed weights: our engine, and llama.cpp's server on a file of the same bytes.
 - "alone": the same sixteen requests of "at once", with packed and with float32 weights, each in an engine
   that has no other text; kept are its tokens.
 - "rows": the seconds of a call that writes for 1 to 8 texts of some 150 tokens, and of prompts of 16, 72 and
-  128 tokens, read one by one; packed weights and our kernels for float32.
+  128 tokens, read one by one; packed weights and our kernels for float32. And one text alone, 64 tokens after
+  64, by our engine with packed weights and by llama.cpp's server on a file of the same bytes.
 - "queue": 64 requests, drawn as those of "load", all at once in eight rows: our engine, and with batches that
   stay; packed and float32 weights.
 
@@ -63,8 +65,10 @@ clocks start when a request comes (ours and llama.cpp's had started when it was 
 Expected: with guesses at least 0.95 times as much as without, whenever requests come. A request may lose two
 steps, of some 36, to find out whether guesses pay; so much is allowed.
 
-Added after that: "alone". Each of these requests has the tokens that it has in "load", whose eight rows it
-shared.
+Once more after that: llama.cpp's server had run in our process, where its threads and PyTorch's stand in each
+other's way; there it wrote 16 tokens a second for one text, and 66 in a process of its own. So it runs in one
+now, and "server" is its run, with our engine beside it. As before nothing is expected.
+And "alone". Each of these requests has the tokens that it has in "load", whose eight rows it shared.
 And "rows" and "queue", since nothing had been measured of what was said about why continuous batching brings
 so little in "load". Sixteen requests in eight rows are two batches, whose end, with few rows at work, weighs
 as much as the rest; with 64 the gain should be larger. And from the seconds of "rows" alone, the schedule of
@@ -132,7 +136,7 @@ REQUESTS, SETS = 16, 6
 QUEUE, QUEUE_SETS = 64, 4
 EVERY = {"at once": 0.0, "one a second": 1.0, "at once, float32": 0.0}  # seconds between requests, on average
 AT_ONCE = ("at once", "at once, float32")
-ENGINES = ("engine", "engine with guesses", "engine, batches that stay", "transformers", "llama.cpp")
+ENGINES = ("engine", "engine with guesses", "engine, batches that stay", "transformers")
 FACTS = {
     "model": "SmolLM2-135M-Instruct, every matrix Q4_0", "threads": THREADS, "rows": ROWS,
     "lengths": LENGTHS, "new": NEW, "sparse": vars(SPARSE), "guesses": GUESSES, "requests": REQUESTS,
@@ -164,7 +168,15 @@ def work(job: Job) -> dict:
     if job.kind == "identity":
         return identity(job)
     torch.set_num_threads(THREADS)
-    kinds = {"machine": machine, "stack": stack, "load": load, "alone": alone, "rows": rows, "queue": queue}
+    kinds = {
+        "machine": machine,
+        "stack": stack,
+        "load": load,
+        "alone": alone,
+        "rows": rows,
+        "queue": queue,
+        "server": server,
+    }
     return kinds[job.kind](job)
 
 
@@ -284,7 +296,7 @@ def stack(job: Job) -> dict:
 
 def machine(job: Job) -> dict:
     """The shortest of several: an array that no cache holds is summed, and two squares are multiplied."""
-    array, square = torch.ones(500_000_000), torch.randn(2048, 2048)
+    array, square = torch.ones(128_000_000), torch.randn(2048, 2048)
     summing, multiplying = (shortest(work) for work in (array.sum, lambda: square @ square))
     return {
         "bytes a second": array.nbytes / summing,
@@ -379,7 +391,6 @@ def load(job: Job) -> dict:
         ),
         "engine, batches that stay": partial(by_batches, model),
         "transformers": by_transformers,
-        "llama.cpp": by_llama_cpp,
     }
     engines = ENGINES if model is packed() else ("engine", "engine, batches that stay")
     found = {}
@@ -422,6 +433,13 @@ def queue(job: Job) -> dict:
     return found
 
 
+def server(job: Job) -> dict:
+    serve, found = {"engine": partial(by_engine, packed(), None), "llama.cpp": by_llama_cpp}, {}
+    for name in sorted(serve, reverse=bool(job.number % 2)):
+        found[name] = measured(serve[name](requests_of(job)))
+    return found
+
+
 def rows(job: Job) -> dict:
     """Medians; sizes, lengths and models take turns."""
     found = {}
@@ -447,7 +465,14 @@ def rows(job: Job) -> dict:
             "decode": [median(each) for each in taken.values()],
             "prompt": {str(length): median(each) for length, each in read.items()},
         }
-    return found
+    asked = [(0.0, Request(tuple(range(100, 164)), 64, stop_ids=()))]
+    serve = {"engine": partial(by_engine, packed(), None), "llama.cpp": by_llama_cpp}
+    speeds = {name: [] for name in serve}
+    for _ in range(5):
+        for name, by in serve.items():
+            (answer,) = by(asked)
+            speeds[name].append((len(answer.tokens) - 1) / (answer.last - answer.first))
+    return found | {"alone": {name: median(each) for name, each in speeds.items()}}
 
 
 def measured(answers: list[Answer]) -> dict:
@@ -579,13 +604,14 @@ if __name__ == "__main__":
             ("load", EVERY, SETS),
             ("alone", AT_ONCE, SETS),
             ("queue", AT_ONCE, QUEUE_SETS),
+            ("server", ("at once", "one a second"), SETS),
         )
         for number in range(sets)
         for arrivals in all_arrivals
     ]
     jobs[:0] = [Job("machine"), Job("rows")]
-    wanted = sys.argv[1:2] or ["identity", "machine", "stack", "load", "alone", "rows", "queue"]
-    if "load" in wanted:
+    wanted = sys.argv[1:2] or ["identity", "machine", "stack", "load", "alone", "rows", "queue", "server"]
+    if {"rows", "server"} & {*wanted}:
         require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="compare with llama.cpp")
     done = load_results(__file__)["runs"]
     todo = [job for job in jobs if job.kind in wanted and job.name not in done]
