@@ -6,11 +6,15 @@ What bounds them is the rate at which memory is read. Of each figure the aim sta
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
 from minicpm_lite.data.packages import smollm2_file
+from minicpm_lite.inference.engine import Request
+from minicpm_lite.inference.llama_cpp import LlamaCpp
 from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.inference.quantization import quantize
 from minicpm_lite.kernels import find_format, linear
@@ -85,6 +89,21 @@ def smollm2() -> None:
     print(f"    F32 reads at {nbytes / one['F32'] / rate:.0%} of the rate (aim: 80%)")
     cells = ", ".join(f"{name} {eight[name] / one[name]:.2f}" for name in one)
     print(f"    a step of 8 takes so many times a step of one: {cells} (aim: 1.3)")
+    if find_spec("xllamacpp") is None:
+        print("    beside llama.cpp: pip install xllamacpp")
+        return
+    theirs = by_llama_cpp()
+    print(f"    Q8_0 is {1 / one['Q8_0'] / theirs:.2f} x llama.cpp on the same file, {theirs:.1f} (aim: 0.7)")
+
+
+def by_llama_cpp() -> float:
+    """Its tokens a second for one text, from the file that SmolLM2 comes in, which is Q8_0."""
+    server, speeds = LlamaCpp(smollm2_file(), 1, 128, torch.get_num_threads()), []
+    for _ in range(5):
+        answer = server.submit(Request((1,) * PROMPT, 64, stop_ids=()))
+        server.run()
+        speeds.append((len(answer.tokens) - 1) / (answer.last - answer.first))
+    return median(speeds)
 
 
 def make_step(model: Callable, tokens: int) -> Callable[[], None]:

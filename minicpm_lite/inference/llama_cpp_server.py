@@ -6,8 +6,8 @@ prints one line, {"address": ...} or {"missing": a sentence}, and ends when its 
 
 Why not in the process that asks: both llama.cpp and PyTorch compute with threads of GNU OpenMP, which counts
 them together. Where there are more of them than cores, each that waits goes to sleep at once. llama.cpp's
-wait for each other hundreds of times a token: beside a PyTorch that had computed with two threads it wrote 16
-tokens a second, and by itself 66.
+wait for each other hundreds of times a token: beside PyTorch's, on two cores, a token took three times as
+long.
 """
 
 import json
