@@ -12,10 +12,8 @@ which reads every weight for each token, the rate at which it reads an array fro
 import argparse
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -26,14 +24,14 @@ from minicpm_lite import ModelConfig, load_config
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.generation import generate
-from minicpm_lite.optional import require
-from minicpm_lite.pretrained.checkpoints import load_pretrained, save_pretrained
+from minicpm_lite.pretrained.checkpoints import load_pretrained
 from minicpm_lite.runtime import seed_everything, tune_cpu
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
 
 from .kernels import kernels
+from .models import transformers_twin
 from .serving import serving
 from .sparse import sparse
 from .timing import reading_rate, take_turns
@@ -43,14 +41,6 @@ SHAPES = {
     "8M": replace(load_config("lite-1m"), hidden_size=320, intermediate_size=800, num_attention_heads=10,
                   num_key_value_heads=5, num_hidden_layers=8, vocab_size=4096),
 }  # fmt: skip
-
-
-def transformers_twin(model: Decoder) -> nn.Module:
-    """The same weights in transformers' Granite, whose graph has MiniCPM's multipliers."""
-    transformers = require("transformers", install="minicpm_lite[parity]", purpose="compare with it")
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, f"{folder}/twin", model_type="granite")
-        return transformers.GraniteForCausalLM.from_pretrained(f"{folder}/twin", dtype=torch.float32)
 
 
 def make_run(config: ModelConfig, compiled: bool = False) -> Trainer:
@@ -130,7 +120,6 @@ def compare_decoding(name: str, model: Decoder, new_tokens: int, compiled: bool)
     """Print tokens a second beside transformers', and return our seconds a token."""
     prompt = torch.randint(model.config.vocab_size, (1, 32))
     twin = transformers_twin(model).eval()
-    twin.generation_config.eos_token_id = None  # all write as many tokens
     versions = {"minicpm_lite": lambda: generate(model, prompt, new_tokens, stop_ids=())}
     if compiled:
         faster = torch.compile(model)
@@ -191,7 +180,7 @@ def main() -> None:
         "decode-135m": decode_a_real_model,
         "kernels": kernels,
         "sparse": sparse,
-        "serving": partial(serving, transformers_twin),
+        "serving": serving,
         "train": train,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])

@@ -3,7 +3,6 @@
 What bounds them is the rate at which memory is read. Of each figure the aim stands beside it.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -15,13 +14,13 @@ import torch.nn.functional as F
 from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.inference.engine import Request
 from minicpm_lite.inference.llama_cpp import LlamaCpp
-from minicpm_lite.inference.packed import quantize_model
 from minicpm_lite.inference.quantization import quantize
 from minicpm_lite.kernels import find_format, linear
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.fast_decoding import fast_decoding
 from minicpm_lite.pretrained.checkpoints import load_pretrained
 
+from .models import packed_copy
 from .timing import reading_rate, take_turns
 
 MATRICES = [
@@ -62,9 +61,7 @@ def one_matrix(outputs: int, features: int) -> None:
 def smollm2() -> None:
     plain = load_pretrained(smollm2_file()).eval()
     models = {"torch": plain, "F32": fast_decoding(plain)}
-    for type in ("Q8_0", "Q4_0"):
-        matrices = {name: type for name, parameter in plain.named_parameters() if parameter.ndim == 2}
-        models[type] = quantize_model(copy.deepcopy(plain), matrices)
+    models |= {type: packed_copy(plain, type) for type in ("Q8_0", "Q4_0")}
     rate, nbytes = reading_rate(), sum(parameter.nbytes for parameter in plain.parameters())
     read = f"{nbytes / 1e6:.0f} MB of float32 are read in {1000 * nbytes / rate:.1f} ms"
     print(f"  {read}, at {rate / 1e9:.1f} GB/s")

@@ -4,7 +4,6 @@ Guesses cannot make decoding faster than the tokens that a call writes; continuo
 than it saves in steps, and packed weights no more than they save in bytes.
 """
 
-import copy
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from minicpm_lite.data.packages import smollm2_file
 from minicpm_lite.inference.drafts import PromptLookup
 from minicpm_lite.inference.engine import Engine, Request
 from minicpm_lite.inference.executors import PagedExecutor
-from minicpm_lite.inference.packed import quantize_model, true_bits
+from minicpm_lite.inference.packed import true_bits
 from minicpm_lite.inference.speculative import speculative_generate
 from minicpm_lite.inference.speculative_costs import Adaptive, Costs
 from minicpm_lite.language.context import KVCache, Tree
@@ -27,6 +26,7 @@ from minicpm_lite.language.fast_decoding import fast_decoding
 from minicpm_lite.language.generation import generate
 from minicpm_lite.pretrained.checkpoints import load_pretrained, load_tokenizer
 
+from .models import packed_copy, transformers_twin
 from .timing import take_turns
 
 GUESSES, NEW = 6, 64
@@ -34,13 +34,12 @@ ROWS, REQUESTS = 8, 32
 
 
 @torch.no_grad()
-def serving(twin_of: Callable[[Decoder], nn.Module]) -> None:
-    """Guesses in one text, then many requests; `twin_of` makes a model of transformers."""
+def serving() -> None:
+    """Guesses in one text, then many requests."""
     plain = load_pretrained(smollm2_file()).eval()
-    matrices = {name: "Q4_0" for name, weight in plain.named_parameters() if weight.ndim == 2}
-    models = {"F32": fast_decoding(plain), "Q4_0": quantize_model(copy.deepcopy(plain), matrices)}
+    models = {"F32": fast_decoding(plain), "Q4_0": packed_copy(plain, "Q4_0")}
     guesses(models)
-    requests(models, twin_of(plain).eval())
+    requests(models, transformers_twin(plain).eval())
 
 
 def guesses(models: dict[str, Decoder]) -> None:
@@ -122,7 +121,6 @@ def serve(model: Decoder, asked: Sequence[Request], batch: int) -> None:
 
 def serve_by(twin: nn.Module, asked: Sequence[Request]) -> None:
     """Padded batches, each written until its longest has enough."""
-    twin.generation_config.eos_token_id = None
     for first in range(0, len(asked), ROWS):
         batch = asked[first : first + ROWS]
         longest = max(len(request.prompt) for request in batch)

@@ -257,11 +257,9 @@ class _Gone:
 
 def _innermost(identity: Mapping) -> Iterator[Mapping]:
     """What a mixture, or a mixture in it, is made of; anything else itself."""
-    if isinstance(inner := identity.get("sources"), list) and all(
-        isinstance(each, Mapping) for each in inner
-    ):
-        for each in inner:
-            yield from _innermost(each)
+    if {"sources", "stages"} <= identity.keys():
+        for source in identity["sources"]:
+            yield from _innermost(source)
     else:
         yield identity
 

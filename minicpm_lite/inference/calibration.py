@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 from ..language.context import Context
 from ..language.decoder import Decoder
-from ..language.latent_attention import LatentAttention
 from ..language.moe import MixtureOfExperts
 from ..language.scoring import evaluating, readable
 
@@ -141,11 +140,10 @@ def _counting(block: nn.Module, skip: int) -> Iterator[dict[str, Statistics]]:
         counted["mlp"] = False
 
     def latents(_: nn.Module, __: tuple[Tensor], latent: Tensor) -> None:
-        statistics[expanding].add(latent[:, 0, skip:])
+        statistics["self_attn.kv_b_proj"].add(latent[:, 0, skip:])
 
-    expanding, handles = "self_attn.kv_b_proj", []
-    if isinstance(block.self_attn, LatentAttention):
-        linears.pop(expanding)
+    handles = []
+    if linears.pop("self_attn.kv_b_proj", None) is not None:
         handles.append(block.self_attn.kv_a_layernorm.register_forward_hook(latents))
     handles += [linear.register_forward_pre_hook(count(name)) for name, linear in linears.items()]
     if apart:

@@ -286,16 +286,11 @@ def _require_one_beginning(tokenizer: Tokenizer, tokens: AddedTokens, settings: 
     """Refuse settings that begin a text otherwise than ``tokenizer.json``, where they count."""
     if (name := tokens.of_class) not in _PUT_A_BLANK:
         return
-    begins = {
-        "add_prefix_space": (
-            tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"],
-            "blank",
-            None if name == "LlamaTokenizer" else False,
-        )
-    }
+    blank = tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
+    begins = [("add_prefix_space", "blank", blank, None if name == "LlamaTokenizer" else False)]
     if name == "GPTNeoXTokenizer":
-        begins["add_bos_token"] = bool(tokenizer.encode("").ids), "token", False
-    for key, (puts, what, default) in begins.items():
+        begins.append(("add_bos_token", "token", bool(tokenizer.encode("").ids), False))
+    for key, what, puts, default in begins:
         asked, says = tokens.settings.get(key), f"says {key}: {json.dumps(tokens.settings.get(key))}"
         if asked is None:
             asked, says = default, f"leaves out {key}, which is {json.dumps(default)} then"

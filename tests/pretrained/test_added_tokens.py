@@ -114,9 +114,13 @@ def test_what_begins_a_text_is_that_of_transformers_or_refused(kind, puts, famil
         if theirs == tokenizer.encode("some plain words").ids:
             assert load_tokenizer(folder).encode("some plain words").ids == theirs
         else:
-            with pytest.raises(
-                ValueError, match="puts (a|no) (blank|token) before a text.* Make the two the same"
-            ):
+            says = "leaves out add_prefix_space, which is false then"
+            if asked is not None:
+                says = f"says add_prefix_space: {json.dumps(asked)}"
+            sentence = f"{says}, and tokenizer.json puts {'a' if puts else 'no'} blank before a text"
+            if puts == bool(asked):
+                sentence = "leaves out add_bos_token, which is false then, and tokenizer.json puts a token"
+            with pytest.raises(ValueError, match=f"{sentence}.* Make the two the same"):
                 load_tokenizer(folder)
 
 

@@ -135,7 +135,6 @@ REQUESTS, SETS = 16, 6
 QUEUE, QUEUE_SETS = 64, 4
 EVERY = {"at once": 0.0, "one a second": 1.0, "at once, float32": 0.0}  # seconds between requests, on average
 AT_ONCE = ("at once", "at once, float32")
-ENGINES = ("engine", "engine with guesses", "engine, batches that stay", "transformers")
 FACTS = {
     "model": "SmolLM2-135M-Instruct, every matrix Q4_0", "threads": THREADS, "rows": ROWS,
     "lengths": LENGTHS, "new": NEW, "sparse": vars(SPARSE), "guesses": GUESSES, "requests": REQUESTS,
@@ -382,20 +381,36 @@ def where_they_part(
 
 
 def load(job: Job) -> dict:
-    asked, model = requests_of(job), model_of(job)
-    serve = {
+    model = model_of(job)
+    if model is not packed():
+        return queue(job)
+    return in_turns(job, {
         "engine": partial(by_engine, model, None),
         "engine with guesses": lambda asked: by_engine(
             model, Adaptive(PromptLookup(GUESSES), costs(model, 128, ROWS), GUESSES), asked
         ),
         "engine, batches that stay": partial(by_batches, model),
         "transformers": by_transformers,
+    })  # fmt: skip
+
+
+def queue(job: Job) -> dict:
+    model = model_of(job)
+    return in_turns(job, {
+        "engine": partial(by_engine, model, None), "engine, batches that stay": partial(by_batches, model),
+    })  # fmt: skip
+
+
+def server(job: Job) -> dict:
+    return in_turns(job, {"engine": partial(by_engine, packed(), None), "llama.cpp": by_llama_cpp})
+
+
+def in_turns(job: Job, serve: dict[str, Callable[[list], list[Answer]]]) -> dict:
+    """The same requests by all; each set begins with another engine."""
+    asked, names, first = requests_of(job), [*serve], job.number % len(serve)
+    return {"prompts": [len(request.prompt) for _, request in asked]} | {
+        name: measured(serve[name](asked)) for name in names[first:] + names[:first]
     }
-    engines = ENGINES if model is packed() else ("engine", "engine, batches that stay")
-    found = {}
-    for name in engines[job.number % len(engines) :] + engines[: job.number % len(engines)]:
-        found[name] = measured(serve[name](asked))
-    return found
 
 
 def requests_of(job: Job) -> list[tuple[float, Request]]:
@@ -418,25 +433,6 @@ def alone(job: Job) -> dict:
     asked = [request for _, request in requests_of(job)]
     answers = [by_engine(model_of(job), None, [(0.0, request)])[0] for request in asked]
     return {"prompts": [len(r.prompt) for r in asked], "tokens": [answer.tokens for answer in answers]}
-
-
-def queue(job: Job) -> dict:
-    asked, model = requests_of(job), model_of(job)
-    found = {"prompts": [len(request.prompt) for _, request in asked]}
-    serve = {
-        "engine": partial(by_engine, model, None),
-        "engine, batches that stay": partial(by_batches, model),
-    }
-    for name in sorted(serve, reverse=bool(job.number % 2)):
-        found[name] = measured(serve[name](asked))
-    return found
-
-
-def server(job: Job) -> dict:
-    serve, found = {"engine": partial(by_engine, packed(), None), "llama.cpp": by_llama_cpp}, {}
-    for name in sorted(serve, reverse=bool(job.number % 2)):
-        found[name] = measured(serve[name](requests_of(job)))
-    return found
 
 
 def rows(job: Job) -> dict:
