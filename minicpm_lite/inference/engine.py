@@ -34,8 +34,9 @@ Choices, and the traps behind them:
 - With the kernels of this library, for float32 or packed weights and for pages, a token has the same bits in
   any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding depends on
   the shape of a call, and a tie to six digits may fall the other way. So it is with more than 32 tokens in
-  a call of float32 layers, and with how a prompt is cut into pieces, which known pages change (unless nothing
-  is shared). Packed weights make much of a last bit, since they round their inputs to 8 bits.
+  a call of float32 layers, and with how a prompt is cut into pieces of more than 32 tokens, which known pages
+  change. With pieces of at most 32, or if nothing is shared, a prompt has the same bits whatever was read
+  before. Packed weights make much of a last bit, since they round their inputs to 8 bits.
 """
 
 import time

@@ -26,15 +26,17 @@ Choices, and the traps behind them:
 - Guesses are stored behind the text and make no page known before they are taken. Texts may have different
   numbers of them: the tokens of all texts come in one row, one text behind the other, and layers work on no
   more than these. Attention alone sees a row for each text, as long as that of the longest.
-- For a few new tokens a kernel reads the pages where they are, and gives a token the same bits in any
-  company. For a piece of a prompt, and where there is no kernel, PyTorch's attention gets the keys of a call
-  copied together, as long as its longest text. What fills up the shorter rows is their own: no number of
-  another text, which may be none, gets near.
+- A kernel reads the pages where they are, for new tokens, for guesses and for pieces of a prompt of up to 32
+  tokens, and gives a token the same bits in any company and however these pieces are cut. For longer pieces,
+  and where there is no kernel, PyTorch's attention gets the keys of a call copied together, as long as its
+  longest text. What fills up the shorter rows is their own: no number of another text, which may be none,
+  gets near.
+- The kernel adds up page after page, so other pages than of 16 tokens give other last bits.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from weakref import WeakSet, ref
 
 import torch
@@ -48,7 +50,7 @@ from ..language.rotary import AngleTable
 
 __all__ = ["PagePool", "PagedContext", "PagedText"]
 
-_FEW = 32  # new tokens of a text; of more, PyTorch's attention is the faster
+_FEW = 32  # tokens of a piece of a prompt; for more, PyTorch's attention is the faster
 
 
 class PagedText:
@@ -90,7 +92,7 @@ class PagePool:
         require_positive_integer("room", self.room)
         self._texts: WeakSet[PagedText] = WeakSet()  # that are open
         # by serial before and tokens: a page and its serial; what was not used for longest comes first
-        self._known: OrderedDict[tuple[int, tuple[int, ...]], tuple[int, int]] = OrderedDict()
+        self._known: OrderedDict[Hashable, tuple[int, int]] = OrderedDict()
         self._serials = itertools.count(1)
         self._root = 0  # stands before all texts that the present model reads
         self._layers: dict[int, tuple[Tensor, ...]] = {}  # each (slots, heads, width)
@@ -138,7 +140,7 @@ class PagePool:
         self.require_room(most)
         shared, serials = [], [self._root]
         for start in range(0, len(tokens) - self.page_size if share else 0, self.page_size):
-            known = self._known.get((serials[-1], tuple(tokens[start : start + self.page_size])))
+            known = self._known.get(self._key(serials[-1], tokens[start : start + self.page_size]))
             if known is None:
                 break
             shared.append(known[0])
@@ -164,15 +166,18 @@ class PagePool:
     def close(self, text: PagedText) -> None:
         """Its pages come back; of a text that is closed already there are none."""
         for place in range(len(text.serials) - 2, -1, -1):  # the end of a beginning goes before its start
-            if text.pages and (key := self._key(text, place)) in self._known:
+            if text.pages and (key := self._key_of(text, place)) in self._known:
                 self._known.move_to_end(key)
         self._texts.discard(text)
         text.pages = []
 
-    def _key(self, text: PagedText, place: int) -> tuple[int, tuple[int, ...]]:
-        """By what a page of a text is known."""
+    def _key(self, before: int, tokens: Sequence[int]) -> Hashable:
+        """By what a page is known: the serial of the page before it, and its tokens."""
+        return before, tuple(tokens)
+
+    def _key_of(self, text: PagedText, place: int) -> Hashable:
         start = place * self.page_size
-        return text.serials[place], tuple(text.tokens[start : start + self.page_size])
+        return self._key(text.serials[place], text.tokens[start : start + self.page_size])
 
     def forget(self) -> None:
         """The model has changed: what was read so far counts for no text that is opened from now on.
@@ -190,7 +195,7 @@ class PagePool:
         text.tokens += tokens
         while len(text.serials) * self.page_size <= len(text):
             place = len(text.serials) - 1
-            key = self._key(text, place)
+            key = self._key_of(text, place)
             if key not in self._known:  # else another text has read the same; this one keeps its own page
                 self._known[key] = text.pages[place], next(self._serials)
             text.serials.append(self._known[key][1])
@@ -318,7 +323,8 @@ class PagedContext(Context):
             self._sees = self.among & real[:, None]
             self.mask = text.expand(-1, new, -1).scatter(2, places, self.among)[:, None]
         self._positions = positions
-        self._in_place = new <= _FEW and not self.pool.latent
+        # guesses always, however many: PyTorch would add up those of other texts in another order, too
+        self._in_place = (new <= _FEW or self.parents is not None) and not self.pool.latent
         return positions[:, None] if self.parents is None else positions[real][None, None]
 
     def _counts(self, rows: int, new: int) -> list[int]:

@@ -92,16 +92,22 @@ def test_compiled_code_writes_the_same_texts_and_is_made_a_few_times():
     assert run.stdout.count("is served") == 2
 
 
-@pytest.mark.parametrize("type", ["F32", "Q8_0"])
-@pytest.mark.parametrize(
-    "sparse", [None, SparseConfig(4, 2, 1, 4, 8, 2, dense_len=0)], ids=["dense", "sparse"]
-)
-def test_a_token_has_the_same_bits_in_any_company(type, sparse):
-    """One by one, or among guesses and beside other texts."""
+SPARSE = SparseConfig(4, 2, 1, 4, 8, 2, dense_len=0)
+
+
+def own_kernels(type: str) -> Decoder:
+    """A small model with the kernels of this library, in float32 or packed."""
     torch.manual_seed(0)
     config = ModelConfig(64, 96, 3, 4, 50, num_key_value_heads=2, max_position_embeddings=200, init_std=0.3)
     plain = Decoder(config).eval()
-    model = fast_decoding(plain) if type == "F32" else quantize_model(plain, type)
+    return fast_decoding(plain) if type == "F32" else quantize_model(plain, type)
+
+
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+def test_a_token_has_the_same_bits_in_any_company(type, sparse):
+    """One by one, or among guesses and beside other texts."""
+    model = own_kernels(type)
     tree, path = [7, 1, 8, 2, 9, 3], [0, 2, 4, 5]
     for length, others in ((3, 60), (13, 9), (13, 150), (60, 3), (130, 20)):  # of the first 16 all is seen
         executor = PagedExecutor(model, 80, 8, sparse=sparse)
@@ -112,3 +118,41 @@ def test_a_token_has_the_same_bits_in_any_company(type, sparse):
         alone = [executor.decode([one], [tree[place]])[0][0] for place in path]
         scores, _ = executor.verify([other, many], [[4, 5], tree], [[-1, 0], [-1, 0, 0, 2, 2, 4]])
         assert torch.equal(scores[1][path], torch.stack(alone))
+
+
+@pytest.mark.parametrize("guesses", [30, 31, 32, 33, 60])
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+def test_many_guesses_of_a_neighbour_change_no_bit(guesses, sparse):
+    """Packed layers take any number of rows in the same order, and so must attention."""
+    model = own_kernels("Q8_0")
+    executor = PagedExecutor(model, 120, 8, sparse=sparse)
+    prompts = [torch.randint(50, (length,)).tolist() for length in (40, 13)]
+    texts = [executor.open(ids, len(ids) + 70, False) for ids in prompts]
+    other, one = texts
+    for text, ids in zip(texts, prompts, strict=True):
+        executor.prefill(text, ids)
+    tree = torch.randint(50, (guesses + 1,)).tolist()
+    beside, _ = executor.verify([other, one], [tree, [3]], [[*range(-1, guesses)], [-1]])
+    executor.accept([[0], []])
+    alone, _ = executor.verify([one], [[3]], [[-1]])
+    executor.accept([[]])
+    decoded, _ = executor.decode([one], [3])
+    assert torch.equal(beside[1][0], alone[0][0]) and torch.equal(alone[0][0], decoded[0])
+
+
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+def test_a_prompt_has_the_same_bits_however_it_is_cut_into_pieces_of_up_to_32(type, sparse):
+    model, ids = own_kernels(type), torch.randint(50, (90,)).tolist()
+    found = []
+    for cuts in ([32] * 3, [7] * 13, [1, 31, 1, 31, 26], [16, 3] * 5, [1] * 90):
+        executor = PagedExecutor(model, 20, 8, sparse=sparse)
+        text, start = executor.open(ids, 100), 0
+        for size in cuts:
+            piece = ids[start : start + size]
+            if piece:
+                scores, _ = executor.prefill(text, piece)
+            start += size
+        found.append(torch.stack([scores, executor.decode([text], [5])[0][0]]))
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
