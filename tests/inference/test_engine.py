@@ -62,13 +62,15 @@ def alone(request: Request, kind: str = "grouped", room: int = 64) -> list[int]:
 
 
 def requests(count: int, seed: int) -> list[Request]:
-    """Prompts of which some begin alike, of several users, drawn and not."""
+    """Prompts of which some begin alike, or have the same page behind another one; drawn and not."""
     luck = random.Random(seed)
     beginning = [luck.randrange(22) for _ in range(13)]
+    pages = [[luck.randrange(22) for _ in range(4)] for _ in range(2)]
     found = []
     for number in range(count):
         own = [luck.randrange(22) for _ in range(luck.randint(1, 9))]
-        prompt = beginning[: luck.choice((0, 0, 5, 8, 13))] + own
+        alike = beginning[: luck.choice((0, 0, 5, 8, 13))]
+        prompt = luck.choice((alike, sum(luck.choices(pages, k=3), []))) + own
         sampling = luck.choice(
             (Sampling(), Sampling(1.0, top_k=9), Sampling(0.7, top_p=0.9, repetition_penalty=1.3))
         )
