@@ -1,5 +1,7 @@
 """Checks and quiz of the chapter on the engine."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -288,6 +290,12 @@ _KNOWN = (
         2,
         "One text has the first page, another the second; not both.",
     ),
+    (
+        [1, 1, 2, 2, 3, 3, 9],
+        [[1, 1, 2, 2], [5, 5, 2, 2, 3, 3]],
+        2,
+        "3 3 was read behind 2 2, but behind another 2 2: the whole beginning counts, not one page of it.",
+    ),
     ([7], [[7, 7, 7]], 1, "The only token is the last one."),
     ([7, 7, 7], [[7, 7, 7, 7]], 1, "Pages of one token: all but the last."),
     (
@@ -297,6 +305,21 @@ _KNOWN = (
         "All is known, and the last page is read again.",
     ),
 )
+
+
+def _one_before(prompt, read, size):
+    """A page is known by its tokens and those of the page before it, and no more."""
+
+    def pages(text):
+        return [tuple(text[at : at + size]) for at in range(0, len(text) - size + 1, size)]
+
+    known = {pair for text in read for pair in pairwise([None, *pages(text)])}
+    count = 0
+    for pair in pairwise([None, *pages(prompt[:-1])]):
+        if pair not in known:
+            break
+        count += 1
+    return count
 
 
 @exercise(
@@ -310,6 +333,7 @@ _KNOWN = (
         lambda prompt, read, size: _shared(prompt, read, 4),
         lambda prompt, read, size: (len(prompt) - 1) // size if read else 0,
         lambda prompt, read, size: min(1, _shared(prompt, read, size)),
+        _one_before,
         _common,
         _anywhere,
     ),
@@ -349,6 +373,7 @@ def _filled(rows):
         lambda rows: _sums(rows, parts=max(1, 8 // len(rows))),  # as it was given
         lambda rows: _sums(rows, parts=len(rows)),
         lambda rows: _sums(rows, size=8 * len(rows)),
+        lambda rows: _sums(rows, size=64 if len(rows) < 16 else 128),
         _filled,
         lambda rows: [total.round(decimals=1) for total in _sums(rows)],  # hides it
         lambda rows: _sums(rows)[:1],
@@ -377,7 +402,7 @@ def mended_sums(answer):
                 "number added once, and none rounded away?"
             )
         for number, row in enumerate(rows):
-            for company in ([row], [row, rows[0], rows[-1]], [row] * 8):
+            for company in ([row], [row, rows[0], rows[-1]], [row] * 8, [row] * 17, [row] * 33):
                 alone = list(answer([each.clone() for each in company]))[0]
                 assert float(alone) == float(got[number]), (
                     f"A row of {len(row)} numbers has the sum {float(got[number]):.9g} among {len(rows)} "

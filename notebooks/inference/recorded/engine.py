@@ -1,9 +1,9 @@
 """An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
 
 Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "machine", "stack",
-"together", "load", "alone", "rows", "queue", "bus" or "server", which does that alone, and a number behind
-it: so many jobs, of two minutes at most each. What was done is not done again. All but "identity" and "alone"
-take times, so nothing else may run beside them. "server" needs xllamacpp.
+"together", "load", "alone", "rows", "lengths", "queue", "bus" or "server", which does that alone, and a
+number behind it: so many jobs, of two minutes at most each. What was done is not done again. All but
+"identity" and "alone" take times, so nothing else may run beside them. "server" needs xllamacpp.
 
 The model is SmolLM2-135M-Instruct with every matrix rounded to Q4_0, in float32 or packed, so all that is
 compared multiplies by the same weights. All is greedy, and nothing ends a text early. A text stands behind
@@ -31,6 +31,8 @@ with guesses; and packed weights with guesses.
   that has no other text; kept are its tokens.
 - "rows": the seconds of a call that writes for 1 to 8 texts of some 150 tokens, and of prompts of 16, 72 and
   128 tokens, read one by one; packed weights and our kernels for float32.
+- "lengths": the shortest of ten calls that write for 1 to 16 texts of 64, 500 or 1,000 tokens, our kernels
+  for float32; for an exercise. Nothing is expected.
 - "queue": 64 requests, drawn as those of "load", all at once in eight rows: our engine, and with batches that
   stay; packed and float32 weights.
 - "bus": the requests of "load" at once and of "queue": our engine, and batches in which a row that has enough
@@ -492,6 +494,25 @@ def rows(job: Job) -> dict:
     return found
 
 
+def lengths(job: Job) -> dict:
+    """All sizes and lengths take turns."""
+    executor, luck, texts = PagedExecutor(kernels(), 1800), random.Random(0), {}
+    for length in (64, 500, 1000):
+        texts[length] = []
+        for _ in range(16):
+            ids = luck.choices(range(1000), k=length)
+            texts[length].append(executor.open(ids, length + 60, share=False))
+            for start in range(0, length, 256):
+                executor.prefill(texts[length][-1], ids[start : start + 256])
+    cases = [(length, count) for length in texts for count in (1, 2, 4, 8, 16)]
+    taken = {case: [] for case in cases}
+    for length, count in cases * 10:
+        start = time.perf_counter()
+        executor.decode(texts[length][:count], [7] * count)
+        taken[length, count].append(time.perf_counter() - start)
+    return {f"{length}, {count}": min(each) for (length, count), each in taken.items()}
+
+
 def measured(answers: list[Answer]) -> dict:
     tokens = sum(len(answer.tokens) for answer in answers)
     seconds = max(answer.last for answer in answers) - min(answer.submitted for answer in answers)
@@ -628,7 +649,7 @@ def twin() -> transformers.PreTrainedModel:
 
 KINDS = {
     "identity": identity, "machine": machine, "stack": stack, "together": together, "load": load,
-    "alone": alone, "rows": rows, "queue": queue, "bus": bus, "server": server,
+    "alone": alone, "rows": rows, "lengths": lengths, "queue": queue, "bus": bus, "server": server,
 }  # fmt: skip
 
 if __name__ == "__main__":
@@ -653,7 +674,7 @@ if __name__ == "__main__":
         for arrivals in all_arrivals
     ]
     jobs += [Job("together", "prose", number, LENGTHS[-1]) for number in range(PROMPTS)]
-    jobs[:0] = [Job("machine"), Job("rows")]
+    jobs[:0] = [Job("machine"), Job("rows"), Job("lengths")]
     wanted = sys.argv[1:2] or [*KINDS]
     if "server" in wanted:
         require("xllamacpp", install="minicpm_lite[llama_cpp]", purpose="compare with llama.cpp")
