@@ -379,7 +379,8 @@ class ModelConfig:
             raise ValueError(
                 f"tie_word_embeddings is {shown(self.tie_word_embeddings)}; expected true or false."
             )
-        ends = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id or ()
+        ends = () if self.eos_token_id is None else self.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends
         if not isinstance(ends, list | tuple) or not all(
             isinstance(end, int) and not isinstance(end, bool) and 0 <= end < self.vocab_size for end in ends
         ):

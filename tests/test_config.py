@@ -139,7 +139,9 @@ def test_ids_that_end_a_text_become_a_tuple_without_repetition(given, ends):
     assert model_config(json.loads(json.dumps(asdict(config)))) == config
 
 
-@pytest.mark.parametrize("ends", [100, -1, [2, 100], 2.0, "2", ["2"], True, [False], {2: 3}, [[2]], [None]])
+@pytest.mark.parametrize(
+    "ends", [100, -1, [2, 100], 2.0, 0.0, "", "2", ["2"], True, False, {}, [False], {2: 3}, [[2]], [None]]
+)
 def test_ids_that_end_a_text_are_of_the_vocabulary(ends):
     with pytest.raises(
         ValueError, match="eos_token_id is .*; expected ids of the vocabulary: .* from 0 to 99"

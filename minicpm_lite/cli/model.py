@@ -17,7 +17,13 @@ from ..pretrained.checkpoints import (
     name_special_tokens,
 )
 from ..training.run_folder import require_noted
-from ..training.sharded_checkpoint import is_checkpoint, latest_checkpoint, load_weights, read_facts
+from ..training.sharded_checkpoint import (
+    is_checkpoint,
+    latest_checkpoint,
+    load_weights,
+    read_facts,
+    run_of,
+)
 
 __all__ = ["OpenModel", "open_model"]
 
@@ -61,7 +67,7 @@ def open_model(place: str, template: str | None = None) -> OpenModel:
     path = Path(place)
     checkpoint = path if is_checkpoint(path) else latest_checkpoint(path)
     if checkpoint is not None:
-        run = checkpoint.parent
+        run = run_of(checkpoint)
         if not (run / TOKENIZER).is_file():
             raise FileNotFoundError(
                 f"{run} holds no {TOKENIZER}, so what its model reads and writes is not known: its data said "

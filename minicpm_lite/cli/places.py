@@ -1,5 +1,6 @@
 """Places, as commands are told them: files, folders, models."""
 
+import os
 from pathlib import Path
 
 import typer
@@ -8,7 +9,7 @@ __all__ = ["as_path", "as_place"]
 
 
 def as_place(given: str) -> str:
-    """A place as it was typed.
+    """A place as it was typed; a ``~`` that the shell left, as it does behind ``=``, is the home folder.
 
     Raises:
         typer.BadParameter: it is empty, as a variable of the shell that is not set; to Python that would be
@@ -16,7 +17,7 @@ def as_place(given: str) -> str:
     """
     if not given:
         raise typer.BadParameter('it is empty; expected a place. The working directory is ".".')
-    return given
+    return os.path.expanduser(given)
 
 
 def as_path(given: str) -> Path:

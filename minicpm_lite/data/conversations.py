@@ -9,10 +9,11 @@ Trap: a question may spell a control token, as in "what does <AI> mean?", and a 
 one.
 """
 
+import operator
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from ..config import require_positive_integer
 from ..language.chat import encode_chat, encode_text, minicpm_chat
-from ..language.scoring import context_only, predicted, readable
+from ..language.scoring import context_only, predicted
 from ..language.tokenizer import BytePairTokenizer, fast_tokenizer
 from ..runtime import require_seed
+from .windows import recent
 
 __all__ = ["ConversationWindows", "EncodedExample", "Example", "encode_example", "packed_windows"]
 
@@ -155,10 +157,16 @@ class ConversationWindows:
 
     def __getitem__(self, index: int) -> Int[Tensor, " window"]:
         """The window of an index, counted from 0."""
+        index = operator.index(index)
         if index < 0:
             raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
         epoch, place = divmod(index, len(self.packed))
-        return self.packed[_order(len(self.packed), self.seed, epoch)[place]].clone()
+        order = recent(self._epochs, epoch, lambda: _order(len(self.packed), self.seed, epoch))
+        return self.packed[order[place]].clone()
+
+    @cached_property
+    def _epochs(self) -> dict[int, list[int]]:
+        return {}
 
     @property
     def predicted_share(self) -> float:
@@ -167,8 +175,13 @@ class ConversationWindows:
 
     def id_range(self) -> tuple[int, int]:
         """Smallest and largest token id in questions and answers."""
-        ids = readable(self.packed)
-        return int(ids.min()), int(ids.max())
+        ends = [
+            each
+            for example in self.examples
+            for ids in (example.question, example.answer)
+            for each in (min(ids), max(ids))
+        ]
+        return int(min(ends)), int(max(ends))
 
     def identity(self) -> dict:
         """Number of windows and their checksum, window length and seed."""
@@ -176,7 +189,6 @@ class ConversationWindows:
         return {"windows": len(self.packed), "checksum": checksum, "length": self.length, "seed": self.seed}
 
 
-@lru_cache(maxsize=16)
 def _order(windows: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1)
     return torch.randperm(windows, generator=generator).tolist()

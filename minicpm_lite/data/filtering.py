@@ -326,7 +326,7 @@ def bits_per_byte(
             ids = encoding.ids[:max_tokens]
             size = _bytes_of_first(len(ids), encoding, text) - _bytes_of_first(1, encoding, text)
             if len(ids) > 1 and size:
-                window = torch.tensor([ids], device=model.embed_tokens.weight.device)
+                window = torch.tensor([ids], device=next(model.parameters()).device)
                 losses = token_losses(model, window)
                 require_finite(losses, "a document")
                 bits.append(losses.sum().item() / math.log(2) / size)

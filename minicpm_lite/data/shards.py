@@ -75,7 +75,7 @@ def is_tokenizer(file: Path, checksums: Collection[int]) -> bool:
         return True
     try:
         with panics_as_errors():
-            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         return tokenizer_checksum(tokenizer) in checksums
     except Exception:  # the package raises plain Exception
         return False
@@ -213,6 +213,9 @@ def _blocks(
 
 
 def _checked(array: object, number: int, vocab_size: int) -> np.ndarray:
+    if isinstance(array, Tensor):  # NumPy does not know all of its types, nor gradients
+        array = array.detach().cpu()
+        array = array.double() if array.is_floating_point() else array
     try:
         array = np.asarray(array)
     except ValueError:
@@ -369,6 +372,7 @@ class Shards:
             )
         for shard, intact in enumerate(self._intact):
             for block in range(len(intact)):
+                intact[block] = 0  # what was whole when it was read may be damaged by now
                 self._check(shard, block)
 
     def _check(self, shard: int, block: int) -> None:

@@ -106,7 +106,8 @@ def pieces_of(text: str, size: int = PIECE_CHARACTERS, shortest: int = SHORTEST_
         if end < len(text):
             space = max(text.rfind(" ", start + 1, end + 1), text.rfind("\n", start + 1, end + 1))
             end = space if space > start else end
-        yield text[start:end].strip()
+        if piece := text[start:end].strip():
+            yield piece
         start = end
 
 

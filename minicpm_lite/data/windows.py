@@ -22,10 +22,10 @@ Choices and traps:
 import math
 import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -37,6 +37,8 @@ from ..runtime import require_seed
 from .shards import Shards
 
 __all__ = ["Permutation", "TokenWindows", "Windows", "batch_of", "require_stream", "stream_identity"]
+
+Made = TypeVar("Made")
 
 _MASK = (1 << 64) - 1
 _KINDS = (torch.int64, torch.int32, torch.int16)
@@ -82,6 +84,19 @@ def batch_of(windows: Windows, step: int, batch_size: int) -> Int[Tensor, "batch
     if step < 0:
         raise ValueError(f"The step is {step}; steps are counted from 0.")
     return torch.stack([windows[index] for index in range(step * batch_size, (step + 1) * batch_size)])
+
+
+def recent(epochs: dict[int, Made], epoch: int, make: Callable[[], Made]) -> Made:
+    """What was made for an epoch, or is made now; of the epochs, the last two are kept.
+
+    Each sequence of windows keeps its own: a limit for all together would, where a mixture has more sequences
+    than that, draw an epoch anew for each window.
+    """
+    if epoch not in epochs:
+        for old in [*epochs][:-1]:
+            del epochs[old]
+        epochs[epoch] = make()
+    return epochs[epoch]
 
 
 def require_stream(tokens: Int[Tensor, " tokens"] | Shards) -> None:
@@ -147,6 +162,10 @@ class TokenWindows:
                 f"{self.length} need at least {2 * self.length}. Give a longer text or shorter windows."
             )
 
+    @cached_property
+    def _epochs(self) -> dict[int, tuple[int, Sequence[int]]]:
+        return {}
+
     @property
     def _in_epoch(self) -> int:
         return (len(self.tokens) - self.length) // self.length  # the offset takes up to one window
@@ -163,7 +182,9 @@ class TokenWindows:
             raise IndexError(f"The index of the window is {index}; windows are counted from 0.")
         epoch, place = divmod(index, self._in_epoch)
         epoch_of = _computed_epoch if isinstance(self.tokens, Shards) else _drawn_epoch
-        offset, order = epoch_of(self._in_epoch, self.length, self.seed, epoch)
+        offset, order = recent(
+            self._epochs, epoch, lambda: epoch_of(self._in_epoch, self.length, self.seed, epoch)
+        )
         start = offset + order[place] * self.length
         return self.tokens[start : start + self.length + 1].to(torch.long, copy=True)
 
@@ -183,7 +204,6 @@ class TokenWindows:
         return stream_identity(self.tokens)
 
 
-@lru_cache(maxsize=16)
 def _drawn_epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int, Sequence[int]]:
     """Offset and order of an epoch, drawn and kept."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -191,7 +211,6 @@ def _drawn_epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int,
     return offset, torch.randperm(windows, generator=generator).tolist()
 
 
-@lru_cache(maxsize=16)
 def _computed_epoch(windows: int, length: int, seed: int, epoch: int) -> tuple[int, "Permutation"]:
     """Offset and order of an epoch, computed where they are asked."""
     return _hash(seed, epoch, 0) % length, Permutation(windows, _hash(seed, epoch, 1))

@@ -341,7 +341,7 @@ def frequent_draft(model: Decoder, vocabulary: Int[Tensor, " kept"], shape: Shap
     require_ids(vocabulary, model.config.vocab_size)
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     cut = copy.deepcopy(model, shared)
-    vocabulary = vocabulary.long().to(model.embed_tokens.weight.device)
+    vocabulary = vocabulary.long().to(next(model.parameters()).device)
     cut.lm_head = nn.Linear(model.config.hidden_size, len(vocabulary), bias=False, device="meta")
     cut.lm_head.weight = nn.Parameter(model.tables[-1].detach()[vocabulary], requires_grad=False)
     return DecoderDraft(cut, shape, vocabulary)
@@ -363,7 +363,7 @@ def require_ids(vocabulary: Int[Tensor, " kept"], vocab_size: int) -> None:
 
 
 def rank_by_frequency(
-    tokens: Int[Tensor, " tokens"], vocab_size: int, first: Iterable[int] = ()
+    tokens: Int[Tensor, "*tokens"], vocab_size: int, first: Iterable[int] = ()
 ) -> Int[Tensor, " vocab"]:
     """All ids of a vocabulary, those that a corpus has most often first; of equal ones the lower.
 
@@ -381,11 +381,11 @@ def rank_by_frequency(
     first = list(first)
     for name, ids in (("tokens", tokens), ("first", torch.tensor(first, dtype=torch.long))):
         whole = not ids.is_floating_point()
-        if len(ids) and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocab_size):
+        if ids.numel() and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocab_size):
             raise ValueError(
                 f"{name} holds ids from {ids.min()} to {ids.max()}, and the vocabulary has whole numbers "
                 f"from 0 to {vocab_size - 1}. Was the corpus cut into tokens with another one?"
             )
-    counts = torch.bincount(tokens, minlength=vocab_size)
-    counts[first] = len(tokens) + 1
+    counts = torch.bincount(tokens.flatten().long(), minlength=vocab_size)
+    counts[first] = tokens.numel() + 1
     return counts.sort(descending=True, stable=True).indices

@@ -31,12 +31,14 @@ Choices, and the traps behind them:
 - A step that is broken off, by Ctrl-C or an error, may have done half of its work: a token is chosen and not
   known to the draft, or read and not chosen. So the requests that were at work then end as failed, with what
   they had, and those that wait are served. Whoever goes on with one submits its prompt and its tokens.
-- With the kernels of this library, for float32 or packed weights and for pages, a token has the same bits in
-  any company: in a call of one or of many, among guesses or alone. With PyTorch's layers rounding depends on
-  the shape of a call, and a tie to six digits may fall the other way. So it is with more than 32 tokens in
-  a call of float32 layers, and with how a prompt is cut into pieces of more than 32 tokens, which known pages
-  change. With pieces of at most 32, or if nothing is shared, a prompt has the same bits whatever was read
-  before. Packed weights make much of a last bit, since they round their inputs to 8 bits.
+- With the kernels of this library for all layers (`fast_decoding` of a float32 model, or a packed one) and
+  for pages, a token has the same bits in any company: in a call of one or of many, among guesses or alone. A
+  packed model some of whose layers stayed PyTorch's, such as routers of experts, rows that no block divides
+  and tables that were not packed, needs `fast_decoding` around it for that. With PyTorch's layers rounding
+  depends on the shape of a call, and a tie to six digits may fall the other way. So it is with more than 32
+  tokens in a call of float32 layers, and with how a prompt is cut into pieces of more than 32 tokens, which
+  known pages change. With pieces of at most 32, or if nothing is shared, a prompt has the same bits whatever
+  was read before. Packed weights make much of a last bit, since they round their inputs to 8 bits.
 """
 
 import time
@@ -44,6 +46,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from itertools import chain
+from reprlib import repr as shown
 
 import torch
 from jaxtyping import Float
@@ -70,6 +73,9 @@ class Request:
         stop_ids: tokens that end the text; None: those of the model.
         seed: of the request's own luck.
         user: who asks; users are served in turn.
+
+    Raises:
+        ValueError: the prompt is no sequence.
     """
 
     prompt: tuple[int, ...]
@@ -80,6 +86,10 @@ class Request:
     user: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, Iterable):
+            raise ValueError(
+                f"The prompt is {shown(self.prompt)}; expected token ids, such as a list of them."
+            )
         for name in ("prompt", "stop_ids"):
             if isinstance(given := getattr(self, name), Iterable):
                 numbers = given.tolist() if hasattr(given, "tolist") else given  # of a tensor or an array

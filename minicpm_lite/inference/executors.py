@@ -309,7 +309,11 @@ class CompiledExecutor(PagedExecutor):
             return model.states(x, context, range(model.config.num_hidden_layers))
 
         self._compiled = torch.compile(  # counted by itself: of one function only some codes are made
-            everywhere, fullgraph=True, dynamic=True, backend=backend, isolate_recompiles=True
+            everywhere,
+            fullgraph=model.config.mixture is None,  # which expert gets what is known only at run time
+            dynamic=True,
+            backend=backend,
+            isolate_recompiles=True,
         )
 
     def _states(

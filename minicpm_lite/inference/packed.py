@@ -15,6 +15,9 @@ Choices, and the traps behind them:
   for, and an output layer, `PackedLinear`, multiplies by all of it. Both hold the same tensor.
 - What is left, norms and routers, is frozen: else each call would want gradients through packed weights, and
   there are none. A model that shares its weights, as `fast_decoding` makes one, is frozen alone.
+- Layers that are not packed, such as routers of experts or rows that no block divides, stay PyTorch's, whose
+  last bits depend on how many rows a call has; packed layers behind them make much of that. `fast_decoding`
+  of the packed model has kernels for these, too.
 - A packed model is no plain decoder, and what asks for one (`save_pretrained`) refuses it. `unpack_model`
   gives one, whose weights are rounded and take as much room as ever.
 """

@@ -225,14 +225,18 @@ class PagePool:
         """
         if layer not in self._layers:
             slots = self.pages * self.page_size
-            self._layers[layer] = tuple(each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new)
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                self._layers[layer] = tuple(
+                    each.new_zeros(slots, each.shape[1], each.shape[3]) for each in new
+                )
         elif new and _kind(new[0]) != _kind(self._layers[layer][0]):
             self.move(layer, new[0])
         return self._layers[layer]
 
     def move(self, layer: int, like: Tensor) -> None:
         """What a layer made becomes of the type and the device of another tensor."""
-        self._layers[layer] = tuple(whole.to(like) for whole in self._layers[layer])
+        with torch.inference_mode(False):  # as in `layer`
+            self._layers[layer] = tuple(whole.to(like.device, like.dtype) for whole in self._layers[layer])
 
     def context(
         self, texts: Sequence[PagedText], parents: Sequence[Sequence[int]] | None = None

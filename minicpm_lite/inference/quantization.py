@@ -102,6 +102,8 @@ def quantize(weight: Float[Tensor, "*rows columns"], type: str) -> Quantized:
     kind = block_format(type, columns)
     require_finite_weight(weight)
     groups = weight.detach().float().reshape(-1, kind.block // kind.group, kind.group)
+    if not groups.isfinite().all():
+        raise ValueError(f"Weights as large as {weight.abs().max():.3g} are beyond float32.")
     packed = []
     for part in groups.split(max(1, _AT_ONCE // kind.block)):
         grid = finite_grid(kind, part)

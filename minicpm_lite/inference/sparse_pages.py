@@ -80,15 +80,17 @@ class SparsePagePool(PagePool):
         if layer not in self._means:
             key = self._layers[layer][0]
             slots = self.pages * self.page_size
-            self._means[layer] = [
-                key.new_zeros(slots // stride, *key.shape[1:]) for _, stride in levels(self.config)
-            ]
+            with torch.inference_mode(False):  # so that they can be written in any mode
+                self._means[layer] = [
+                    key.new_zeros(slots // stride, *key.shape[1:]) for _, stride in levels(self.config)
+                ]
         return self._means[layer]
 
     def move(self, layer: int, like: Tensor) -> None:
         """What a layer made, and its means, become of the type and the device of another tensor."""
         super().move(layer, like)
-        self._means[layer] = [means.to(like) for means in self.means(layer)]
+        with torch.inference_mode(False):
+            self._means[layer] = [means.to(like.device, like.dtype) for means in self.means(layer)]
 
     def average(self, layer: int, text: PagedText, before: int, after: int) -> None:
         """Make the means that a text has with ``after`` tokens and had not with ``before``."""

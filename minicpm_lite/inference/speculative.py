@@ -38,7 +38,9 @@ Choices, and the traps behind them:
   frequencies. Near the end of it drafts are asked for fewer guesses, and for the last token for none.
 - The same seed gives other tokens than plain generation, since other things are drawn; only the law is one.
 - Rounding differs between a call of one token and one of several. Where two tokens are equal but for that,
-  greedy decoding may take the other one; with float32 that takes a tie to six digits.
+  greedy decoding may take the other one; with float32 that takes a tie to six digits. Packed weights round
+  their inputs to 8 bits, so that a last bit becomes much more, and greedy texts can differ without a tie; in
+  an `Engine`, whose attention adds up in one order, they do not.
 """
 
 import time

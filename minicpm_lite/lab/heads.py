@@ -214,7 +214,8 @@ def _hundredths(rows: Sequence[Sequence[float]], count: int, name: str) -> list[
     if len(rows) != count or any(len(row) != count for row in rows):
         raise ValueError(f"{name} has no weights of {count} by {count}, as many as the text has pieces.")
     for asks, row in enumerate(rows):
-        if abs(sum(row[: asks + 1]) - 1) > 1e-3 or any(row[asks + 1 :]) or min(row) < 0:
+        whole = abs(sum(row[: asks + 1]) - 1) <= 1e-3  # which no sum of nan is
+        if not whole or any(row[asks + 1 :]) or min(row) < 0:
             raise ValueError(f"Row {asks} of {name} is no share of 1 among the tokens up to its own.")
     return [round(100 * share) for asks, row in enumerate(rows) for share in row[: asks + 1]]
 

@@ -136,7 +136,7 @@ class Chat:
         self._fed = list(prompt)
         steps = self.stream(
             self.model,
-            torch.tensor([prompt], device=self.model.embed_tokens.weight.device),
+            torch.tensor([prompt], device=next(self.model.parameters()).device),
             max_new_tokens,
             self.sampling,
             self.stop_ids,
@@ -235,7 +235,7 @@ def _encode(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The tokens of a text, with one start token, and where in the text each begins and ends."""
     encoding = encode_whole(reader, text, add_special_tokens)
-    begin = 1 if starts_twice(encoding) else 0
+    begin = starts_twice(encoding)
     return encoding.ids[begin:], encoding.offsets[begin:]
 
 

@@ -171,12 +171,15 @@ class KVCache(Context):
     def __init__(
         self, room: int, padding: Int[Tensor, " batch"] | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        if not isinstance(room, int) or room < 1:
-            raise ValueError(f"room is {room}; a cache needs room for at least 1 token.")
+        require_positive_integer("room", room)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; expected a type of tensors, such as torch.bfloat16.")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, which cuts numbers to whole ones; Int8Cache keeps 8 bits.")
         if padding is not None and not (
-            isinstance(padding, Tensor) and bool(((padding >= 0) & (padding < room)).all())
+            isinstance(padding, Tensor)
+            and not (padding.is_floating_point() or padding.is_complex() or padding.dtype == torch.bool)
+            and bool(((padding >= 0) & (padding < room)).all())
         ):
             raise ValueError(
                 f"padding is {padding!r}; expected whole numbers in a tensor, from 0 to {room - 1}, one for "
@@ -465,16 +468,19 @@ class Int8Cache(KVCache):
         )
 
 
-def appearance(model: nn.Module) -> tuple[ModelConfig, list[list[float | int]]]:
-    """The config and a few numbers of each weight, by which whoever keeps what a model made sees its changes.
+def appearance(model: nn.Module) -> tuple[ModelConfig, list[tuple]]:
+    """The config, and of each weight a few numbers, where it is and how often it was written in place.
 
-    Training changes nearly all weights, and so does loading others; an adapter has weights of its own. All
-    numbers would take as long as a token.
+    By these whoever keeps what a model made sees its changes. All numbers would take as long as a token.
+    Unseen stays what writes past PyTorch, as through ``weight.data`` or NumPy, behind the first numbers.
     """
     weights = chain(model.parameters(), model.buffers())
     # of a weight that is cut over processes, the part that is here
-    here = (getattr(weight, "to_local", weight.detach)() for weight in weights)
-    return model.config, [weight.flatten()[:8].tolist() for weight in here]
+    here = [getattr(weight, "to_local", weight.detach)() for weight in weights]
+    return model.config, [
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.flatten()[:8].tolist())
+        for weight in here
+    ]
 
 
 def lineage(parents: Sequence[int]) -> tuple[list[int], Bool[Tensor, "guesses guesses"]]:

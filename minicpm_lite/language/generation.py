@@ -13,7 +13,8 @@ Choices, and the traps behind them:
 - Prompts of different lengths are padded on the left, so that every row's next token stands in one column.
   A row gets the tokens that it would get alone. Not so where the rotary frequencies follow the length of the
   text ("dynamic", "longrope" around its border): the room of the cache, with the tokens still to come,
-  decides for all rows.
+  decides for all rows. Nor with packed weights, whose inputs are rounded to 8 bits: there the rounding of a
+  call of several rows can become another word (see `minicpm_lite.inference.engine` for what helps).
 - Several samples of one prompt read it once: the cache is copied after the prefill, not before.
 - A model knows which tokens end a text (``config.eos_token_id``), and stops there unless told otherwise.
 - The last token is chosen and not read, so the cache then holds one token less than the text.

@@ -388,8 +388,9 @@ def fast_tokenizer(tokenizer: Tokenizer | BytePairTokenizer) -> Tokenizer:
             f"The tokenizer is of type {type(tokenizer).__name__}; expected a BytePairTokenizer or a "
             "Tokenizer of the tokenizers package (transformers' fast ones hold it as backend_tokenizer)."
         )
+    of_bytes = tokenizer.decoder is not None and b'"ByteLevel"' in tokenizer.decoder.__getstate__()
     for token, added in tokenizer.get_added_tokens_decoder().items():
-        if (name := added.content) not in _BYTE_OF or name.isascii():
+        if (name := added.content) not in _BYTE_OF or name.isascii() or not of_bytes:
             continue
         if tokenizer.decode([token], skip_special_tokens=False) != name:
             raise ValueError(

@@ -281,9 +281,11 @@ def stop_strings(stop: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def starts_twice(encoding: Encoding) -> bool:
-    """Whether a text begins with the start token that the tokenizer put before it."""
-    return encoding.special_tokens_mask[:2] == [1, 0] and encoding.ids[0] == encoding.ids[1]
+def starts_twice(encoding: Encoding) -> int:
+    """With how many start tokens a text begins that the tokenizer puts before it once more; mostly 0."""
+    mask, ids = encoding.special_tokens_mask, encoding.ids
+    starts = next((place for place, added in enumerate(mask) if not added), 0)
+    return starts if ids[:starts] == ids[starts : 2 * starts] and not any(mask[starts : 2 * starts]) else 0
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
@@ -297,14 +299,14 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
         return ids
     require_text(prompt)
     encoding = encode_whole(tokenizer, prompt)
-    if starts_twice(encoding):
+    if starts := starts_twice(encoding):
         warnings.warn(
-            f"The prompt begins with {encoding.tokens[0]}, and the tokenizer puts another before it. Models "
-            "see one in training; leave it out of the prompt.",
+            f"The prompt begins with {''.join(encoding.tokens[:starts])}, and the tokenizer puts another "
+            "before it. Models see one in training; leave it out of the prompt.",
             stacklevel=3,
         )
     return encoding.ids
 
 
 def _device(model: Decoder) -> torch.device:
-    return model.embed_tokens.weight.device
+    return next(model.parameters()).device  # asked of the table, one that is packed would be unpacked

@@ -135,7 +135,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     of_class = _class_heeded(folder, settings)
     try:
         values = _joined(settings, names)
-        named = {name: each for name, each in values.items() if name.endswith("_token")}
+        named = {name: each for name, each in values.items() if _is_named(name, each)}
         own = values.get("model_specific_special_tokens") or {}
         named = dict.fromkeys(_NAMES) | _NAMES_OF_CLASS.get(of_class, {}) | named | own
         named = {name: _token(each) for name, each in named.items() if isinstance(each, _TOKEN)}
@@ -161,6 +161,12 @@ def read_added_tokens(folder: Path) -> AddedTokens:
             f"{source} lists {shown(ids)} as added tokens; expected tokens and their ids."
         ) from None
     return AddedTokens(listed, named, extra, older, source, settings, of_class)
+
+
+def _is_named(name: str, value: object) -> bool:
+    """Whether it is a token with a name; a table with a name that only some models have must say so."""
+    is_table = isinstance(value, dict) and "__type" not in value
+    return name.endswith("_token") and (name in _NAMES or not is_table)
 
 
 def _class_heeded(folder: Path, settings: dict) -> str:

@@ -123,7 +123,10 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
     """
     try:
         with panics_as_errors():
-            tokenizer = Tokenizer.from_file(str(file))
+            # read here: the package knows only names of files that are UTF-8
+            tokenizer = Tokenizer.from_str(Path(file).read_text(encoding="utf-8"))
+    except OSError:
+        raise
     except Exception as error:  # the package raises plain Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not a tokenizer.json of the tokenizers package: {reason}") from None

@@ -203,7 +203,7 @@ def load_weights(checkpoint: str | Path) -> Decoder:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it is damaged or foreign, or holds another module than a plain decoder.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = Path(checkpoint).expanduser()
     facts = read_facts(checkpoint)
     if "model config" not in facts:
         raise ValueError(
@@ -229,16 +229,23 @@ def load_weights(checkpoint: str | Path) -> Decoder:
 
 def checkpoints(folder: str | Path) -> dict[int, Path]:
     """Whole checkpoints of a run's folder, by their step. What a killed save left is none."""
+    folder = Path(folder).expanduser()
     return {
         int(match[1]): path
-        for path in (Path(folder).iterdir() if Path(folder).is_dir() else ())
+        for path in (folder.iterdir() if folder.is_dir() else ())
         if (match := _CHECKPOINT.match(path.name)) and is_checkpoint(path)
     }
 
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a folder is a whole checkpoint of ours."""
-    return (Path(path) / FACTS).is_file()
+    return (Path(path).expanduser() / FACTS).is_file()
+
+
+def run_of(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint's run, also if the checkpoint is given by a link of another name."""
+    path = Path(os.path.abspath(Path(checkpoint).expanduser()))
+    return (path if _CHECKPOINT.match(path.name) else path.resolve()).parent
 
 
 def require_whole(

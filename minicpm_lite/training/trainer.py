@@ -595,8 +595,11 @@ class Trainer:
         Raises:
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is damaged or foreign, or belongs to another model, trainer config, text,
-                objective, choice of trained parameters or schedule; or processes were given different ones.
+                objective, choice of trained parameters or schedule; or processes were given different ones;
+                or None was given, as `latest_checkpoint` finds none.
         """
+        if checkpoint is None:
+            raise ValueError("The checkpoint is None: there is none to go on from. Begin with train().")
         self._load(_place(checkpoint), self._identity())
 
     def branch_from(self, checkpoint: str | Path) -> None:

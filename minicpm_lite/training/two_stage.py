@@ -78,7 +78,7 @@ def score_answers(model: Decoder, examples: Iterable[EncodedExample], batch_size
         raise ValueError("An example has no question; give it one token at least, such as the start token.")
     if not all(example.answer for example in examples):
         raise ValueError("An example has no answer, so there is nothing to score; leave it out.")
-    device, places, parts = model.embed_tokens.weight.device, [], []
+    device, places, parts = next(model.parameters()).device, [], []
     with evaluating(model):
         for at in _batches(model, examples, batch_size):
             batch = [examples[place] for place in at]

@@ -121,3 +121,14 @@ def test_what_is_no_model(run, tmp_path):
     (run[0] / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
         open_model(str(run[0]))
+
+
+def test_a_link_to_a_checkpoint_has_the_tokenizer_of_its_run(run, tmp_path, monkeypatch):
+    folder, model = run
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "best").symlink_to(folder / "step-00000004")
+    train_tokenizer("zzz qqq www", 262).save(str(tmp_path / "models" / "tokenizer.json"))
+    own = open_model(str(folder)).tokenizer.to_str()
+    assert open_model(str(tmp_path / "models" / "best")).tokenizer.to_str() == own
+    monkeypatch.chdir(folder / "step-00000004")
+    assert open_model(".").tokenizer.to_str() == own

@@ -1,9 +1,12 @@
 """Where a command reads and writes: never where nobody said so."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 from shell import says
+
+from minicpm_lite.cli.places import as_path, as_place
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,10 @@ def test_data_without_a_folder(at_home, capsys, data):
         ["train", "--config", "tiny.yaml", "--data", data, "--out", "run"],
         f"--data {shlex.quote(data)} names no folder",
     )
+
+
+def test_a_home_that_the_shell_left_is_one(monkeypatch):
+    """Shells expand a tilde at the beginning of a word, and so not behind ``--out=``."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert as_place("~/run") == "/somewhere/run" and as_path("~/run") == Path("/somewhere/run")
+    assert as_place("owner/name~") == "owner/name~"

@@ -2,6 +2,7 @@
 
 import zlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -286,3 +287,14 @@ def test_an_answer_that_begins_like_a_blank_keeps_its_own():
     for answer in ("▁x", "a", ""):
         encoded = encode_example(tokenizer, Example("any", "what is it?", answer))
         assert "".join(map(tokenizer.id_to_token, encoded.answer)) == f" {answer}\n"
+
+
+def test_the_range_of_ids_is_that_of_questions_and_answers():
+    """The id that fills windows up is none of them."""
+    windows = ConversationWindows([EncodedExample((5, 9), (7,)), EncodedExample((6,), (8, 6))], 8, 0)
+    assert windows.id_range() == (5, 9)
+
+
+def test_an_index_may_be_a_number_of_numpys():
+    windows = ConversationWindows([EncodedExample((5,), (7,)), EncodedExample((6,), (8,))], 4, 0)
+    assert torch.equal(windows[np.int64(3)], windows[3])

@@ -616,3 +616,24 @@ def test_the_home_directory_has_its_short_name(tmp_path, monkeypatch):
     write_shards("~/shards", [[1, 1]], 2)
     assert (tmp_path / "shards").is_dir() and not (tmp_path / "~").exists()
     assert len(Shards("~/shards")) == 2
+
+
+def test_what_was_whole_once_is_read_again_when_it_is_verified(tmp_path):
+    shards = write_shards(tmp_path / "shards", [np.arange(50)], 60)
+    shards.verify()
+    file = shards.folder / "tokens-00000.npy"
+    with open(file, "r+b") as opened:
+        opened.seek(-1, 2)
+        last = opened.read(1)[0]
+        opened.seek(-1, 2)
+        opened.write(bytes([last ^ 1]))
+    with pytest.raises(ValueError, match="tokens-00000.npy"):
+        shards.verify()
+
+
+@pytest.mark.parametrize(
+    "array", [torch.ones(3).bfloat16(), torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.bool)]
+)
+def test_tensors_of_no_ids_are_refused(array, tmp_path):
+    with pytest.raises(ValueError, match="expected token ids, whole numbers in one dimension"):
+        write_shards(tmp_path / "shards", [array], 60)

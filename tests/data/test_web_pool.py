@@ -130,3 +130,9 @@ def test_a_missing_package_and_a_wrong_scale_get_one_sentence(monkeypatch):
     ):
         web_pool._build_pool.__wrapped__(0, 0.1)
     packages.package_file.cache_clear()
+
+
+def test_pieces_hold_something():
+    text = "one two" + " " * 40 + "three four"
+    pieces = [*pieces_of(text, size=9, shortest=3)]
+    assert pieces and all(pieces) and "".join("".join(pieces).split()) == "onetwothreefour"

@@ -331,3 +331,24 @@ def test_a_stream_has_one_dimension(shape, monkeypatch):
 def test_an_index_may_be_a_number_of_numpy(unchecked):
     windows = TokenWindows(torch.arange(100), 8, seed=0)
     assert torch.equal(windows[np.int64(3)], windows[3])
+
+
+def test_many_sequences_draw_each_epoch_once(monkeypatch):
+    """Each keeps its own; a limit for all together made a mixture of many draw one for each window."""
+    drawn = []
+    make = module._drawn_epoch
+    monkeypatch.setattr(module, "_drawn_epoch", lambda *given: drawn.append(given) or make(*given))
+    sequences = [TokenWindows(torch.arange(100 + n), length=4, seed=0) for n in range(40)]
+    for index in range(5):
+        for each in sequences:
+            each[index]
+    assert len(drawn) == 40
+
+
+def test_two_epochs_are_kept(monkeypatch):
+    windows, drawn = TokenWindows(torch.arange(41), length=4, seed=0), []
+    make = module._drawn_epoch
+    monkeypatch.setattr(module, "_drawn_epoch", lambda *given: drawn.append(given[-1]) or make(*given))
+    for index in (0, 9, 8, 10, 18, 17, 0):
+        windows[index]
+    assert drawn == [0, 1, 2, 0]

@@ -25,6 +25,7 @@ from minicpm_lite.inference.speculative import speculative_stream
 from minicpm_lite.inference.speculative_costs import Adaptive, Costs
 from minicpm_lite.language.context import KVCache
 from minicpm_lite.language.decoder import Decoder
+from minicpm_lite.language.fast_decoding import fast_decoding
 from minicpm_lite.language.generation import generate
 from minicpm_lite.language.sampling import Sampling, choose
 
@@ -780,3 +781,43 @@ def test_prompts_hold_ids(unchecked):
         serving.submit(Request((1, 99), 3))
     with pytest.raises(ValueError, match="The prompt holds no tokens"):
         serving.submit(Request((), 3))
+
+
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+def test_an_engine_works_on_in_any_mode(sparse, types, unchecked):
+    """What was taken in inference mode is written outside of it, and the other way round."""
+    torch.manual_seed(3)
+    own = Decoder(BASE).eval()
+    serving = Engine(PagedExecutor(own, 40, 4, 48, sparse))
+    request, found = Request(tuple(range(12)), 6, stop_ids=()), []
+    for inside in (True, False, True):
+        own.to(types[inside])
+        with torch.inference_mode(inside):
+            found.append(serving.submit(request))
+            serving.run()
+    assert [answer.state for answer in found] == ["done"] * 3
+    assert found[0].tokens == found[2].tokens
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_a_request_without_a_prompt_is_none(prompt, unchecked):
+    with pytest.raises(ValueError, match=f"The prompt is {prompt}; expected a list of token ids."):
+        Request(prompt, 3)
+
+
+def test_packed_experts_have_their_own_text_in_company_with_kernels_for_all_layers(unchecked):
+    """Their router stays PyTorch's, whose last bit hangs on the number of rows."""
+    torch.manual_seed(0)
+    config = ModelConfig(256, 256, 2, 4, 64, mixture=MixtureConfig(8, 2), init_std=0.05)
+    own = fast_decoding(quantize_model(Decoder(config).eval(), "Q4_K_M"))
+    asked = [Request(tuple(torch.randint(64, (n,)).tolist()), 24, stop_ids=()) for n in (5, 9, 14, 20, 11, 7)]
+    found = []
+    for groups in ([asked], [[request] for request in asked]):
+        answers = []
+        for group in groups:
+            serving = Engine(PagedExecutor(own, 100), piece=1000, share=False)
+            answers += [serving.submit(request) for request in group]
+            serving.run()
+        found.append([answer.tokens for answer in answers])
+    assert found[0] == found[1]

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minicpm_lite.config import ModelConfig, SparseConfig
+from minicpm_lite.config import MixtureConfig, ModelConfig, SparseConfig
 from minicpm_lite.inference import executors
 from minicpm_lite.inference.engine import Engine, Request
 from minicpm_lite.inference.executors import CompiledExecutor, Executor, PagedExecutor
 from minicpm_lite.inference.packed import PackedEmbedding, quantize_model
+from minicpm_lite.language.chat import Chat
 from minicpm_lite.language.decoder import Decoder
 from minicpm_lite.language.fast_decoding import fast_decoding
+from minicpm_lite.language.writing import generate_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(
@@ -77,6 +80,10 @@ def test_packed_tables_are_not_unpacked_in_each_step(monkeypatch):
     answer = serving.submit(Request((1, 2, 3), 4, stop_ids=()))
     serving.run()
     assert answer.state == "done"
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(23)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert len(generate_text(packed, tokenizer, ["1 2 3"], 4)) == 1
+    assert "".join(Chat(packed, tokenizer, lambda messages: messages[-1]["content"]).answer("1 2", 3))
 
 
 @pytest.mark.slow  # compiles in a process of its own
@@ -156,3 +163,15 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut_into_pieces_of_up_to_32(ty
         found.append(torch.stack([scores, executor.decode([text], [5])[0][0]]))
     for other in found[1:]:
         assert torch.equal(other, found[0])
+
+
+def test_a_mixture_of_experts_is_compiled_around_its_experts():
+    torch.manual_seed(0)
+    own = Decoder(ModelConfig(32, 48, 2, 4, 40, mixture=MixtureConfig(3, 2))).eval()
+    found = []
+    for executor in (PagedExecutor(own, 20, 4), CompiledExecutor(own, 20, 4, backend="eager")):
+        serving = Engine(executor)
+        answers = [serving.submit(Request(prompt, 5, stop_ids=())) for prompt in ((1, 2, 3), (4, 5))]
+        serving.run()
+        found.append([answer.tokens for answer in answers])
+    assert found[0] == found[1] and all(len(tokens) == 5 for tokens in found[0])

@@ -149,3 +149,8 @@ def test_bytes_that_are_no_row_are_refused(type, size):
 def test_no_rows_are_packed_as_no_rows(type):
     packed = quantize(torch.zeros(0, 64), type)
     assert packed.shape == (0, 64) and dequantize(packed).shape == (0, 64)
+
+
+def test_weights_beyond_float32_are_named_so():
+    with pytest.raises(ValueError, match="Weights as large as 1e\\+39 are beyond float32"):
+        quantize(torch.full((1, 32), 1e39, dtype=torch.float64), "INT8")

@@ -41,6 +41,7 @@ def test_a_page_holds_each_weight_once():
         (TOKENS[:3], weights(), None, "block 1, head 1 has no weights of 3 by 3"),
         (TOKENS, weights().mT, None, "Row 0 of block 1, head 1 is no share of 1"),
         (TOKENS, weights() / 2, None, "Row 0 of block 1, head 1 is no share of 1"),
+        (TOKENS, weights() * float("nan"), None, "Row 0 of block 1, head 1 is no share of 1"),
         (TOKENS, weights(), (0, 3, 0), "start is (0, 3, 0); expected block, head and token"),
         (TOKENS, weights(), (0, 0, 4), "start is (0, 0, 4)"),
     ],

@@ -847,3 +847,43 @@ def test_a_key_that_spells_a_control_token_is_text():
     for arguments in ({"<|im_end|>": "x"}, {"<|im_": "end|>"}):
         ids = encode_chat(tokenizer, template, [{"role": "user", "content": "", "arguments": arguments}])
         assert tokenizer.token_to_id("<|im_end|>") not in ids
+
+
+@pytest.mark.parametrize("starts", [["<sop>"], ["[gMASK]", "<sop>"], ["[gMASK]", "<sop>", "<b>"]])
+def test_start_tokens_that_a_template_writes_too_come_once(starts):
+    """However many there are: GLM-4 has two."""
+    tokenizer = train_tokenizer("the cat sat on the mat " * 9, 270)
+    tokenizer.add_special_tokens([*starts, "<|user|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{' '.join(starts)} $A",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in starts],
+    )
+    messages = [{"role": "user", "content": "the cat"}]
+    alone = encode_chat(tokenizer, chat_template("<|user|>{{ messages[0].content }}"), messages)
+    both = encode_chat(
+        tokenizer, chat_template("".join(starts) + "<|user|>{{ messages[0].content }}"), messages
+    )
+    assert both == alone
+    assert [tokenizer.id_to_token(each) for each in both[: len(starts) + 1]] == [*starts, "<|user|>"]
+    # one that stands there of its own accord stays
+    more = encode_chat(tokenizer, chat_template(starts[-1] + "<|user|>{{ messages[0].content }}"), messages)
+    assert len(more) == len(alone) + (len(starts) > 1)
+
+
+def test_a_weight_that_changes_behind_its_first_numbers_is_seen():
+    """What was kept of a chat is read again, as by a chat that begins now."""
+    different = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = Decoder(ModelConfig(32, 48, 2, 4, TOKENIZER.get_vocab_size(), init_std=0.5)).eval()
+        chat = Chat(model, TOKENIZER, chatml)
+        first = "".join(chat.answer("the cat", 3))
+        with torch.no_grad():
+            for layer in model.layers:
+                layer.self_attn.o_proj.weight[:, 8:16] = 0
+        anew = Chat(model, TOKENIZER, chatml)
+        anew.messages = list(chat.messages)
+        assert "".join(chat.answer("the mat", 4)) == "".join(anew.answer("the mat", 4))
+        again = Chat(model, TOKENIZER, chatml)
+        different += "".join(again.answer("the cat", 3)) != first
+    assert different  # the change is one that answers show

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import jaxtyping
@@ -404,3 +405,33 @@ def test_a_cache_used_again_takes_the_frequencies_of_its_new_model():
 def test_padding_of_another_batch_is_refused():
     with pytest.raises(ValueError, match="is for 2 rows, and 3 came"), torch.no_grad():
         make_model(GROUPED)(make_ids(GROUPED, batch=3), KVCache(17, torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (dict(room=2.0), "room is 2.0; expected a whole number of at least 1."),
+        (dict(dtype="bfloat16"), "dtype is 'bfloat16'; expected a type of tensors, such as torch.bfloat16."),
+        (dict(padding=torch.tensor([0.0, 1.0])), "expected whole numbers in a tensor, from 0 to 7"),
+        (dict(padding=torch.tensor([True])), "expected whole numbers in a tensor, from 0 to 7"),
+    ],
+)
+def test_a_cache_of_what_cannot_be_is_refused(given, sentence, unchecked):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        KVCache(**{"room": 8, **given})
+
+
+def test_whatever_changes_a_weight_is_seen():
+    model = make_model(PLAIN)
+    seen = context.appearance(model)
+    assert context.appearance(model) == seen
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight[-1, -1] += 1
+    assert context.appearance(model) != seen
+    seen = context.appearance(model)
+    weight = model.layers[1].mlp.up_proj.weight
+    model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.detach().clone())
+    assert context.appearance(model) != seen
+    with torch.inference_mode():
+        made_there = make_model(PLAIN)
+    assert context.appearance(made_there) == context.appearance(made_there)

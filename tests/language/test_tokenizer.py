@@ -854,3 +854,13 @@ def test_a_loaded_vocabulary_with_special_tokens_has_no_smaller_ones():
     assert tokenizer.encode("<|end|>")[0] != tokenizer.vocab_size - 1  # text is text
     with pytest.raises(ValueError, match="not made by BytePairTokenizer.train"):
         tokenizer.first(257)
+
+
+def test_a_letter_may_be_added_to_a_vocabulary_that_has_no_bytes():
+    """In WordPiece it stands for itself, though a normaliser writes it otherwise."""
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_tokens([AddedToken("é")])
+    assert fast_tokenizer(tokenizer).encode("é a").ids == tokenizer.encode("é a").ids

@@ -57,7 +57,7 @@ folders = st.fixed_dictionaries(
         "listed": st.none() | st.lists(st.tuples(content, flags), max_size=4, unique_by=lambda each: each[0]),
         "gap": st.sampled_from([0, 0, 0, 1]),
         "settings": in_settings,
-        "named": st.dictionaries(named, st.none() | content | typed, max_size=3),
+        "named": st.dictionaries(named, st.none() | content | typed | table, max_size=3),
         "map": st.none() | st.tuples(in_map, st.dictionaries(named, st.none() | content | table, max_size=3)),
         "ids": st.none() | st.lists(content, max_size=3, unique=True),
     }
@@ -219,3 +219,18 @@ def test_added_tokens_are_those_of_transformers(said):
         }
         assert ours.encode(TEXT).ids == theirs(TEXT, add_special_tokens=False).input_ids
         assert load_special_tokens(place) == theirs.special_tokens_map
+
+
+def test_a_table_of_a_name_that_only_some_models_have_must_say_what_it_is(tmp_path):
+    """As transformers has it: else the ids of what comes behind it would be other ones."""
+    (tmp_path / "tokenizer.json").write_text(vocabulary())
+    size = Tokenizer.from_str(vocabulary()).get_vocab_size()
+    for says, ids in (({}, (None, size)), ({"__type": "AddedToken"}, (size, size + 1))):
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "image_token": {"content": "<image>", "special": True} | says,
+            "extra_special_tokens": ["<x>"],
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        loaded = load_tokenizer(tmp_path)
+        assert (loaded.token_to_id("<image>"), loaded.token_to_id("<x>")) == ids

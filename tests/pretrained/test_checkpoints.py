@@ -1028,3 +1028,16 @@ def test_special_tokens_are_written_with_the_template_that_names_them(tmp_path):
         assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
     save_pretrained(model, tmp_path / "b", tokenizer, special_tokens={"bos_token": "<s>"})
     assert load_special_tokens(tmp_path / "b") == {"bos_token": "<s>", "eos_token": "<|end|>"}
+
+
+def test_a_tokenizer_in_a_folder_whose_name_is_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"s\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system knows no such names")
+    tokenizer = train_tokenizer("the cat and the hat", 260)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    assert checkpoints.read_tokenizer(folder / "tokenizer.json").get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(FileNotFoundError):
+        checkpoints.read_tokenizer(folder / "none.json")

@@ -21,9 +21,11 @@ from minicpm_lite.training import trainer as trainer_module
 from minicpm_lite.training.settings import TrainerConfig
 from minicpm_lite.training.sharded_checkpoint import (
     checkpoints,
+    is_checkpoint,
     latest_checkpoint,
     load_weights,
     read_facts,
+    run_of,
 )
 from minicpm_lite.training.trainer import Trainer
 from minicpm_lite.training.wsd import WSD
@@ -390,3 +392,27 @@ def test_foreign_facts(refused, folder, text):
 
 def test_no_checkpoint(refused, tmp_path):
     refused(tmp_path / "none", "There is no checkpoint at", FileNotFoundError)
+
+
+def test_a_home_stands_for_its_folder_everywhere(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(saved, tmp_path / "run" / saved.name)
+    assert latest_checkpoint("~/run") == tmp_path / "run" / saved.name
+    assert [*checkpoints("~/run").values()] == [tmp_path / "run" / saved.name]
+    place = f"~/run/{saved.name}"
+    assert is_checkpoint(place) and run_of(place) == tmp_path / "run"
+    one, other = (load_weights(each).state_dict() for each in (place, saved))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_the_run_of_a_checkpoint_that_a_link_names(tmp_path, monkeypatch):
+    """A link of another name leads to the run of its checkpoint; one named like a checkpoint is its own run's."""
+    step = tmp_path / "run" / "step-00000010"
+    for folder in (step, tmp_path / "models", tmp_path / "other"):
+        folder.mkdir(parents=True)
+    (tmp_path / "models" / "best").symlink_to(step)
+    (tmp_path / "other" / "step-00000010").symlink_to(step)
+    assert run_of(tmp_path / "models" / "best") == run_of(step) == (tmp_path / "run").resolve()
+    assert run_of(tmp_path / "other" / "step-00000010") == tmp_path / "other"
+    monkeypatch.chdir(step)
+    assert run_of(".") == (tmp_path / "run").resolve()

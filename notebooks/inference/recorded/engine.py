@@ -1,4 +1,4 @@
-"""An engine's stack, one part switched on after the other, and engines under load; an hour on 2 cores.
+"""An engine's stack, one part switched on after the other, and engines under load; two hours on 2 cores.
 
 Run it with `python notebooks/inference/recorded/engine.py`; or with "identity", "machine", "stack",
 "together", "load", "alone", "rows", "lengths", "queue", "bus" or "server", which does that alone, and a
