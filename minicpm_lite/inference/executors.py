@@ -290,6 +290,9 @@ class CompiledExecutor(PagedExecutor):
         model: the decoder.
         pages, page_size, room: as of `PagedExecutor`.
         backend: of ``torch.compile``.
+
+    Raises:
+        ValueError: as of `PagedExecutor`, or the model has a mixture of experts.
     """
 
     def __init__(
@@ -300,6 +303,11 @@ class CompiledExecutor(PagedExecutor):
         room: int | None = None,
         backend: str = "inductor",
     ) -> None:
+        if model.config.mixture is not None:
+            raise ValueError(
+                "The model has a mixture of experts; which of them reads a token is known only when it is "
+                "read, so its states are no one graph. Give it to a PagedExecutor."
+            )
         super().__init__(model, pages, page_size, room)
         self._ready = False
 
@@ -310,7 +318,7 @@ class CompiledExecutor(PagedExecutor):
 
         self._compiled = torch.compile(  # counted by itself: of one function only some codes are made
             everywhere,
-            fullgraph=model.config.mixture is None,  # which expert gets what is known only at run time
+            fullgraph=True,
             dynamic=True,
             backend=backend,
             isolate_recompiles=True,

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, require_positive_integer
 from .rotary import AngleTable, scaled_angles
 
 __all__ = ["Context", "Int8Cache", "KVCache", "Tree", "causal_mask", "dense_attention", "appearance",

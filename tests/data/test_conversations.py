@@ -295,6 +295,6 @@ def test_the_range_of_ids_is_that_of_questions_and_answers():
     assert windows.id_range() == (5, 9)
 
 
-def test_an_index_may_be_a_number_of_numpys():
+def test_an_index_may_be_a_number_of_numpys(unchecked):
     windows = ConversationWindows([EncodedExample((5,), (7,)), EncodedExample((6,), (8,))], 4, 0)
     assert torch.equal(windows[np.int64(3)], windows[3])

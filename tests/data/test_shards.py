@@ -456,7 +456,9 @@ def test_each_block_is_checked_once(folder, monkeypatch):
     shards[10:100]
     assert checked == [128, 128], "two blocks of 64 tokens, two bytes each"
     shards.verify()
-    assert len(checked) == 3 * 5 + 2
+    assert len(checked) == 2 + 3 * 5 + 2, "all of them, those that were read before once more"
+    shards[0:65]
+    assert len(checked) == 2 + 3 * 5 + 2
 
 
 def test_a_single_place_is_no_stretch(folder, monkeypatch):

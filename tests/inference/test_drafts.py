@@ -228,7 +228,7 @@ def test_padding_is_not_guessed_from():
     assert torch.equal(found, generate(model, ids, 12, padding=padding))
 
 
-def test_a_corpus_may_be_a_batch_or_empty():
+def test_a_corpus_may_be_a_batch_or_empty(unchecked):
     ids = torch.tensor([[3, 1, 3], [1, 1, 2]])
     assert torch.equal(rank_by_frequency(ids, 5), rank_by_frequency(ids.flatten(), 5))
     assert rank_by_frequency(torch.tensor([]), 3, first=[2]).tolist() == [2, 0, 1]

@@ -802,7 +802,9 @@ def test_an_engine_works_on_in_any_mode(sparse, types, unchecked):
 
 @pytest.mark.parametrize("prompt", [None, 5])
 def test_a_request_without_a_prompt_is_none(prompt, unchecked):
-    with pytest.raises(ValueError, match=f"The prompt is {prompt}; expected a list of token ids."):
+    with pytest.raises(
+        ValueError, match=f"The prompt is {prompt}; expected token ids, such as a list of them."
+    ):
         Request(prompt, 3)
 
 

@@ -422,7 +422,7 @@ def test_a_cache_of_what_cannot_be_is_refused(given, sentence, unchecked):
 
 
 def test_whatever_changes_a_weight_is_seen():
-    model = make_model(PLAIN)
+    model = make_model(PLAIN["grouped, tied"])
     seen = context.appearance(model)
     assert context.appearance(model) == seen
     with torch.no_grad():
@@ -433,5 +433,5 @@ def test_whatever_changes_a_weight_is_seen():
     model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.detach().clone())
     assert context.appearance(model) != seen
     with torch.inference_mode():
-        made_there = make_model(PLAIN)
+        made_there = make_model(PLAIN["grouped, tied"])
     assert context.appearance(made_there) == context.appearance(made_there)

@@ -396,12 +396,15 @@ def test_no_checkpoint(refused, tmp_path):
 
 def test_a_home_stands_for_its_folder_everywhere(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(saved, tmp_path / "run" / saved.name)
-    assert latest_checkpoint("~/run") == tmp_path / "run" / saved.name
-    assert [*checkpoints("~/run").values()] == [tmp_path / "run" / saved.name]
-    place = f"~/run/{saved.name}"
+    shutil.copytree(saved, tmp_path / "run")
+    newest = latest_checkpoint(saved)
+    assert latest_checkpoint("~/run") == tmp_path / "run" / newest.name
+    assert [path.name for path in checkpoints("~/run").values()] == [
+        path.name for path in checkpoints(saved).values()
+    ]
+    place = f"~/run/{newest.name}"
     assert is_checkpoint(place) and run_of(place) == tmp_path / "run"
-    one, other = (load_weights(each).state_dict() for each in (place, saved))
+    one, other = (load_weights(each).state_dict() for each in (place, newest))
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
