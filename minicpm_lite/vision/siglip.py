@@ -83,7 +83,7 @@ class SigLIPConfig:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Pictures as rows of patches, filled up to the one with most.
+    """Pictures as rows of patches, filled up to the one with most; a batch for a trainer, or a part of one.
 
     Attributes:
         pixels: of each patch, colour by colour and row by row.
@@ -92,6 +92,19 @@ class Patches:
 
     pixels: Float[Tensor, "pictures patches pixels"]
     grids: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitem__(self, pictures: slice) -> "Patches":
+        """Some of the pictures, filled up to the one of them with most."""
+        grids = self.grids[pictures]
+        most = max((rows * columns for rows, columns in grids), default=0)
+        return Patches(self.pixels[pictures, :most], grids)
+
+    def to(self, device: torch.device) -> "Patches":
+        """The same on a device."""
+        return Patches(self.pixels.to(device), self.grids)
 
     @property
     def real(self) -> Bool[Tensor, "pictures patches"] | None:
