@@ -1,0 +1,1 @@
+"""Vision: from pixels to a few vectors that a language model reads among its tokens."""
