@@ -2,7 +2,7 @@
 
     clip = Clips(seed=0)[5]                  the same one whenever it is asked for
     clip.frame(1.5)                          what is seen after so many seconds, in RGB
-    describe(clip.motions, clip.character)   'The robot walks slowly to the left, then it jumps.'
+    describe_clip(clip.motions, clip.character)   'The robot walks slowly to the left, then it jumps.'
 
 What a clip shows is known exactly: who, what, which way, how fast, and in which order.
 
@@ -26,7 +26,7 @@ from ..config import require_positive_integer, require_positive_number
 from ..runtime import require_seed
 from .assets import load_kenney
 
-__all__ = ["ACTIONS", "CHARACTERS", "Clip", "Clips", "Motion", "describe", "read_description"]
+__all__ = ["ACTIONS", "CHARACTERS", "Clip", "Clips", "Motion", "describe_clip", "read_description"]
 
 CHARACTERS = {
     "robot": ("robot", "机器人"),
@@ -177,12 +177,12 @@ class Clips:
         )
 
 
-def describe(motions: Sequence[Motion], character: str, language: str = "en") -> str:
+def describe_clip(motions: Sequence[Motion], character: str, language: str = "en") -> str:
     """What a figure does, as a sentence.
 
-    >>> describe([Motion("walk", "left", "slowly"), Motion("jump")], "robot")
+    >>> describe_clip([Motion("walk", "left", "slowly"), Motion("jump")], "robot")
     'The robot walks slowly to the left, then it jumps.'
-    >>> describe([Motion("climb"), Motion("walk", "right", "fast")], "zombie", "zh")
+    >>> describe_clip([Motion("climb"), Motion("walk", "right", "fast")], "zombie", "zh")
     '僵尸先往上爬，然后快快地向右走。'
     """
     if language not in ("en", "zh"):
@@ -195,13 +195,13 @@ def describe(motions: Sequence[Motion], character: str, language: str = "en") ->
 
 
 def read_description(sentence: str) -> tuple[str, tuple[Motion, ...]]:
-    """Who does what, by a sentence of `describe` in either language.
+    """Who does what, by a sentence of `describe_clip` in either language.
 
     Raises:
         ValueError: no clip is described so.
     """
     if (found := _descriptions().get(sentence)) is None:
-        raise ValueError(f"{sentence!r} describes no clip; see minicpm_lite.data.clips.describe.")
+        raise ValueError(f"{sentence!r} describes no clip; see minicpm_lite.data.clips.describe_clip.")
     return found
 
 
@@ -211,7 +211,7 @@ def _descriptions() -> dict[str, tuple[str, tuple[Motion, ...]]]:
     single = walks + [Motion(action) for action in ACTIONS if action != "walk"]
     pairs = [(one, two) for one in single for two in single if one.action != two.action]
     return {
-        describe(motions, who, language): (who, motions)
+        describe_clip(motions, who, language): (who, motions)
         for motions in [*((motion,) for motion in single), *pairs]
         for who in CHARACTERS
         for language in ("en", "zh")

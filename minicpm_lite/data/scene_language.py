@@ -1,18 +1,18 @@
 """What is said of scenes, in English and Chinese: one grammar that writes, reads and checks.
 
     claim = Number(Noun("apple", "red"), 2)
-    write(claim, "en")               'There are two red apples.'
-    write(claim, "zh")               '有两个红色的苹果。'
-    read("There are two red apples.") == claim
-    holds(claim, scene)              True or False
+    write_claim(claim, "en")               'There are two red apples.'
+    write_claim(claim, "zh")               '有两个红色的苹果。'
+    read_claim("There are two red apples.") == claim
+    is_true(claim, scene)              True or False
 
 A claim is atomic: it is true or false of a scene as a whole. A caption is several, one sentence each, and so
 it can be taken apart again, and each sentence checked.
 
 Choices, and the traps behind them:
 
-- Every sentence has one meaning and every claim one sentence in each language. So `read` is the inverse of
-  `write`, and what is read as no claim is refused, not guessed.
+- Every sentence has one meaning and every claim one sentence in each language. So `read_claim` is the inverse
+  of `write_claim`, and what is read as no claim is refused, not guessed.
 - "There is one dog" is false where there are two.
 - "The dog" speaks of the only one. Where there is none, or are several, a claim about it is false.
 - "Left of" asks that the whole thing lies further left; so two things can be in no order at all. "Larger"
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from .scenes import COLOURS, KINDS, Scene, Thing
+from .scenes import COLOURS, SCENE_KINDS, Scene, Thing
 
 __all__ = [
     "Claim",
@@ -34,16 +34,16 @@ __all__ = [
     "Number",
     "Position",
     "Text",
-    "ask",
+    "ask_whether",
     "caption",
     "claims_of",
     "false_claim",
-    "holds",
+    "is_true",
     "questions",
-    "read",
+    "read_claim",
     "read_caption",
     "read_question",
-    "write",
+    "write_claim",
 ]
 
 LANGUAGES = ("en", "zh")
@@ -110,7 +110,7 @@ class Text:
 Claim = Number | Colour | Position | Larger | Text
 
 
-def holds(claim: Claim, scene: Scene) -> bool:
+def is_true(claim: Claim, scene: Scene) -> bool:
     """Whether a claim is true of a scene."""
     match claim:
         case Number(noun, number):
@@ -128,12 +128,12 @@ def holds(claim: Claim, scene: Scene) -> bool:
             return scene.text == text
 
 
-def write(claim: Claim, language: str = "en") -> str:
+def write_claim(claim: Claim, language: str = "en") -> str:
     """A claim as a sentence.
 
-    >>> write(Position(Noun("dog"), "left of", Noun("heart", "blue")))
+    >>> write_claim(Position(Noun("dog"), "left of", Noun("heart", "blue")))
     'The dog is left of the blue heart.'
-    >>> write(Larger(Noun("dog"), Noun("apple", "red")), "zh")
+    >>> write_claim(Larger(Noun("dog"), Noun("apple", "red")), "zh")
     '狗比红色的苹果大。'
     """
     _require_language(language)
@@ -143,7 +143,7 @@ def write(claim: Claim, language: str = "en") -> str:
             said = NUMBERS[language][number]
             if english:
                 return f"There {'is' if number == 1 else 'are'} {said} {_name(noun, 'en', number != 1)}."
-            measure = KINDS[noun.kind].measure if number else ""
+            measure = SCENE_KINDS[noun.kind].measure if number else ""
             return f"{'有' if number else ''}{said}{measure}{_name(noun, 'zh')}。"
         case Colour(kind, colour):
             name = _name(Noun(kind), language)
@@ -158,13 +158,13 @@ def write(claim: Claim, language: str = "en") -> str:
             return f"The sign says {text}." if english else f"牌子上写着{text}。"
 
 
-def ask(claim: Claim, language: str = "en") -> str:
+def ask_whether(claim: Claim, language: str = "en") -> str:
     """A claim as a question that is answered by yes or no.
 
-    >>> ask(Number(Noun("fish"), 2)), ask(Text("K7"), "en"), ask(Text("K7"), "zh")
+    >>> ask_whether(Number(Noun("fish"), 2)), ask_whether(Text("K7"), "en"), ask_whether(Text("K7"), "zh")
     ('Are there two fish?', 'Does the sign say K7?', '牌子上写着K7吗？')
     """
-    sentence = write(claim, language)[:-1]
+    sentence = write_claim(claim, language)[:-1]
     if language == "zh":
         return f"{sentence}吗？"
     if isinstance(claim, Text):
@@ -175,13 +175,13 @@ def ask(claim: Claim, language: str = "en") -> str:
     return f"Is {subject[0].lower()}{subject[1:]} {rest}?"
 
 
-def read(sentence: str) -> Claim:
+def read_claim(sentence: str) -> Claim:
     """The claim that a sentence makes, in either language.
 
     Raises:
         ValueError: no claim is written so.
 
-    >>> read("没有狗。")
+    >>> read_claim("没有狗。")
     Number(noun=Noun(kind='dog', colour=None), number=0)
     """
     end = "。" if sentence.endswith("。") else "."
@@ -192,7 +192,7 @@ def read(sentence: str) -> Claim:
 
 
 def read_question(question: str) -> Claim:
-    """The claim about which `ask` asks.
+    """The claim about which `ask_whether` asks.
 
     Raises:
         ValueError: no question is written so.
@@ -213,7 +213,7 @@ def read_question(question: str) -> Claim:
         ]
         claim = next((each for each in found if each is not None), None)
     if claim is None:
-        raise ValueError(f"{question!r} is no question of this grammar; see `ask`.")
+        raise ValueError(f"{question!r} is no question of this grammar; see `ask_whether`.")
     return claim
 
 
@@ -227,7 +227,7 @@ def claims_of(scene: Scene) -> list[Claim]:
         claims += [Position(one, where, two) for where in POSITIONS] + [Larger(one, two)]
     if scene.text is not None:
         claims.append(Text(scene.text))
-    return [claim for claim in claims if holds(claim, scene)]
+    return [claim for claim in claims if is_true(claim, scene)]
 
 
 def false_claim(scene: Scene, luck: random.Random) -> Claim:
@@ -237,10 +237,10 @@ def false_claim(scene: Scene, luck: random.Random) -> Claim:
         match claim:
             case Number(noun, number):
                 wrong = luck.choice(
-                    (Number(noun, luck.randint(0, 6)), Number(Noun(luck.choice([*KINDS])), number))
+                    (Number(noun, luck.randint(0, 6)), Number(Noun(luck.choice([*SCENE_KINDS])), number))
                 )
             case Colour(kind, _):
-                wrong = Colour(kind, luck.choice([colour for colour, _ in KINDS[kind].pictures]))
+                wrong = Colour(kind, luck.choice([colour for colour, _ in SCENE_KINDS[kind].pictures]))
             case Position(noun, _, other):
                 wrong = Position(noun, luck.choice([*POSITIONS]), other)
             case Larger(noun, other):
@@ -248,7 +248,7 @@ def false_claim(scene: Scene, luck: random.Random) -> Claim:
             case Text(text):
                 place = luck.randrange(len(text))
                 wrong = Text(text[:place] + luck.choice("ABCDEFGH23456789") + text[place + 1 :])
-        if not holds(wrong, scene):
+        if not is_true(wrong, scene):
             return wrong
     raise ValueError("No false claim was found in a thousand tries.")  # a scene of which all is said
 
@@ -268,7 +268,7 @@ def caption(scene: Scene, luck: random.Random, language: str = "en", most: int =
         first.append(Text(scene.text))
     rest = [claim for claim in claims_of(scene) if claim not in first]
     luck.shuffle(rest)
-    sentences = [write(claim, language) for claim in (first + rest)[:most]]
+    sentences = [write_claim(claim, language) for claim in (first + rest)[:most]]
     return (" " if language == "en" else "").join(sentences)
 
 
@@ -279,7 +279,7 @@ def read_caption(text: str) -> list[Claim]:
         ValueError: a sentence that is no claim.
     """
     end = "。" if "。" in text else "."
-    return [read(sentence.strip() + end) for sentence in text.split(end) if sentence.strip()]
+    return [read_claim(sentence.strip() + end) for sentence in text.split(end) if sentence.strip()]
 
 
 def questions(scene: Scene, luck: random.Random, language: str = "en") -> list[tuple[str, str]]:
@@ -293,7 +293,7 @@ def questions(scene: Scene, luck: random.Random, language: str = "en") -> list[t
     for claim in claims_of(scene):
         match claim:
             case Number(noun, number):
-                name, measure = _name(noun, language, plural=True), KINDS[noun.kind].measure
+                name, measure = _name(noun, language, plural=True), SCENE_KINDS[noun.kind].measure
                 said = NUMBERS[language][number]
                 found.append(
                     (f"How many {name} are there?", said)
@@ -311,8 +311,8 @@ def questions(scene: Scene, luck: random.Random, language: str = "en") -> list[t
                 found.append(("What does the sign say?" if english else "牌子上写着什么？", text))
     yes, no = ("yes", "no") if english else ("对", "不对")
     for _ in range(max(1, len(found) // 2)):
-        found.append((ask(luck.choice(claims_of(scene)), language), yes))
-        found.append((ask(false_claim(scene, luck), language), no))
+        found.append((ask_whether(luck.choice(claims_of(scene)), language), yes))
+        found.append((ask_whether(false_claim(scene, luck), language), no))
     luck.shuffle(found)
     return found
 
@@ -338,7 +338,7 @@ def _nouns(thing: Thing) -> list[Noun]:
 
 
 def _name(noun: Noun, language: str, plural: bool = False) -> str:
-    kind = KINDS[noun.kind]
+    kind = SCENE_KINDS[noun.kind]
     if language == "zh":
         return (f"{COLOURS[noun.colour]}色的" if noun.colour else "") + kind.chinese
     name = kind.plural if plural else kind.english
@@ -348,8 +348,8 @@ def _name(noun: Noun, language: str, plural: bool = False) -> str:
 @cache
 def _named(language: str, plural: bool) -> dict[str, Noun]:
     """Every noun by its name."""
-    nouns = [Noun(kind) for kind in KINDS] + [
-        Noun(kind, colour) for kind in KINDS for colour, _ in KINDS[kind].pictures if colour
+    nouns = [Noun(kind) for kind in SCENE_KINDS] + [
+        Noun(kind, colour) for kind in SCENE_KINDS for colour, _ in SCENE_KINDS[kind].pictures if colour
     ]
     return {_name(noun, language, plural): noun for noun in nouns}
 
@@ -395,7 +395,7 @@ def _read_chinese(sentence: str) -> Claim | None:
         return None if noun is None else Number(noun, 0)
     if sentence.startswith("有") and sentence[1:2] in NUMBERS["zh"][1:]:
         noun = names.get(sentence[3:])
-        fits = noun is not None and sentence[2] == KINDS[noun.kind].measure
+        fits = noun is not None and sentence[2] == SCENE_KINDS[noun.kind].measure
         return Number(noun, NUMBERS["zh"].index(sentence[1])) if fits else None
     if "是" in sentence and sentence.endswith("色的"):
         name, colour = sentence[:-2].split("是", 1)

@@ -29,7 +29,7 @@ from ..config import require_positive_integer
 from ..runtime import require_seed
 from .assets import Emoji, load_emoji
 
-__all__ = ["COLOURS", "KINDS", "Kind", "Scene", "Scenes", "Thing"]
+__all__ = ["COLOURS", "SCENE_KINDS", "Kind", "Scene", "Scenes", "Thing"]
 
 COLOURS = {
     "red": "红", "pink": "粉", "orange": "橙", "yellow": "黄", "green": "绿", "blue": "蓝", "purple": "紫",
@@ -67,7 +67,7 @@ def _kind(line: str) -> Kind:
     return Kind(english, plural, chinese, measure, tuple(pictures))
 
 
-KINDS = {
+SCENE_KINDS = {
     kind.english: kind
     for kind in map(
         _kind,
@@ -188,7 +188,7 @@ class Scene:
         """The picture, in RGB."""
         picture = Image.new("RGB", (self.side, self.side), "white")
         for thing in self.things:
-            drawn = _drawn(dict(KINDS[thing.kind].pictures)[thing.colour], thing.side)
+            drawn = _drawn(dict(SCENE_KINDS[thing.kind].pictures)[thing.colour], thing.side)
             picture.paste(drawn, (thing.left, thing.top))
         if self.text is not None:
             left, top, width, height = self.sign
@@ -243,9 +243,9 @@ class Scenes:
             )
         if not 0 <= self.signs <= 1:
             raise ValueError(f"signs is {self.signs}; expected a share from 0 to 1.")
-        object.__setattr__(self, "kinds", tuple(KINDS if self.kinds is None else self.kinds))
-        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise ValueError(f"There is no kind {unknown[0]!r}; see minicpm_lite.data.scenes.KINDS.")
+        object.__setattr__(self, "kinds", tuple(SCENE_KINDS if self.kinds is None else self.kinds))
+        if unknown := [kind for kind in self.kinds if kind not in SCENE_KINDS]:
+            raise ValueError(f"There is no kind {unknown[0]!r}; see minicpm_lite.data.scenes.SCENE_KINDS.")
         if len(set(self.kinds)) < 2:
             raise ValueError("There is only one kind; give at least two, so that scenes differ.")
 
@@ -268,7 +268,7 @@ class Scenes:
             if not wanted:
                 break
             count = min(luck.choice((1, 1, 1, 2, 3, 4)), wanted)
-            colours = [colour for colour, _ in KINDS[kind].pictures]
+            colours = [colour for colour, _ in SCENE_KINDS[kind].pictures]
             scale = luck.choice(_SIZES)  # things of one kind are equally large
             for _ in range(count):
                 column, row = free.pop(luck.randrange(len(free)))

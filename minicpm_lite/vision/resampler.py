@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..config import require_positive_integer
 from .layers import CrossAttention
 
-__all__ = ["Resampler", "ResamplerConfig", "places", "times"]
+__all__ = ["Resampler", "ResamplerConfig", "place_waves", "time_waves"]
 
 TICKS_PER_SECOND = 10
 _EPS = 1e-6
@@ -77,10 +77,10 @@ class ResamplerConfig:
             )
 
 
-def places(rows: int, columns: int, width: int) -> Float[Tensor, "patches width"]:
+def place_waves(rows: int, columns: int, width: int) -> Float[Tensor, "patches width"]:
     """Where each patch of a grid lies, row by row: half of the features for its column, half for its row.
 
-    >>> places(1, 2, width=4).tolist()[0]
+    >>> place_waves(1, 2, width=4).tolist()[0]
     [0.0, 1.0, 0.0, 1.0]
     """
     across = _waves(torch.arange(columns), width // 2).expand(rows, -1, -1)
@@ -88,7 +88,7 @@ def places(rows: int, columns: int, width: int) -> Float[Tensor, "patches width"
     return torch.cat([across, down], dim=-1).flatten(0, 1)
 
 
-def times(ticks: Sequence[int], width: int) -> Float[Tensor, "frames width"]:
+def time_waves(ticks: Sequence[int], width: int) -> Float[Tensor, "frames width"]:
     """When each frame was taken, in tenths of a second; zeros for a still image, whose tick is -1."""
     at = torch.tensor(ticks)
     return _waves(at.clamp(min=0), width) * (at >= 0)[:, None]
@@ -142,14 +142,14 @@ class Resampler(nn.Module):
         self._require_fit(features, grids, groups)
         device, dtype, width = features.device, features.dtype, self.config.hidden_size
         x = self.ln_kv(self.kv_proj(features))
-        when = times([tick for group in groups for tick in group], width).to(device, dtype)
+        when = time_waves([tick for group in groups for tick in group], width).to(device, dtype)
         keys, values, first = [], [], 0
         for group in groups:
             frames = range(first, first + len(group))
             first += len(group)
             counts = [math.prod(grids[frame]) for frame in frames]
             here = [x[frame, :count] for frame, count in zip(frames, counts, strict=True)]
-            where = [places(*grids[frame], width).to(device, dtype) for frame in frames]
+            where = [place_waves(*grids[frame], width).to(device, dtype) for frame in frames]
             values.append(torch.cat(here))
             keys.append(
                 torch.cat([each + at + when[f] for each, at, f in zip(here, where, frames, strict=True)])
@@ -168,7 +168,7 @@ class Resampler(nn.Module):
         if not self.config.places_on_queries:
             return query
         side = math.isqrt(self.config.queries)
-        return query + places(side, side, self.config.hidden_size).to(query.device, query.dtype)
+        return query + place_waves(side, side, self.config.hidden_size).to(query.device, query.dtype)
 
     def _require_fit(
         self, features: Tensor, grids: Sequence[tuple[int, int]], groups: Sequence[Sequence[int]]

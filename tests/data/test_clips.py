@@ -14,7 +14,7 @@ from minicpm_lite.data.clips import (
     Clip,
     Clips,
     Motion,
-    describe,
+    describe_clip,
     read_description,
 )
 
@@ -101,7 +101,7 @@ def test_what_is_described_is_read(language):
         for motions in [*((one,) for one in MOTIONS), *product(MOTIONS, repeat=2)]:
             if len({motion.action for motion in motions}) < len(motions):
                 continue
-            sentence = describe(motions, who, language)
+            sentence = describe_clip(motions, who, language)
             assert read_description(sentence) == (who, motions)
             said.add(sentence)
     assert len(said) == 6 * (7 + 30)
@@ -128,7 +128,7 @@ def test_clips_differ_and_show_all_there_is():
         (lambda: Clips(0, most=3), "most is 3; a figure does one thing or two."),
         (lambda: CLIPS[0].frame(5.0), "The second is 5.0; the clip lasts from 0 to 4."),
         (lambda: CLIPS[0].frames(0), "rate is 0"),
-        (lambda: describe([Motion("jump")], "robot", "de"), "expected one of en, zh"),
+        (lambda: describe_clip([Motion("jump")], "robot", "de"), "expected one of en, zh"),
         (lambda: read_description("The robot flies."), "'The robot flies.' describes no clip"),
     ],
 )

@@ -17,27 +17,27 @@ from minicpm_lite.data.scene_language import (
     Number,
     Position,
     Text,
-    ask,
+    ask_whether,
     caption,
     claims_of,
     false_claim,
-    holds,
+    is_true,
     questions,
-    read,
     read_caption,
+    read_claim,
     read_question,
-    write,
+    write_claim,
 )
-from minicpm_lite.data.scenes import COLOURS, KINDS, Scene, Scenes, Thing
+from minicpm_lite.data.scenes import COLOURS, SCENE_KINDS, Scene, Scenes, Thing
 
 SCENES = Scenes(seed=3)
-NOUNS = [Noun(kind) for kind in KINDS] + [
-    Noun(kind, colour) for kind in KINDS for colour, _ in KINDS[kind].pictures if colour
+NOUNS = [Noun(kind) for kind in SCENE_KINDS] + [
+    Noun(kind, colour) for kind in SCENE_KINDS for colour, _ in SCENE_KINDS[kind].pictures if colour
 ]
 nouns = st.sampled_from(NOUNS)
 claims = st.one_of(
     st.builds(Number, nouns, st.integers(0, 9)),
-    st.builds(Colour, st.sampled_from([*KINDS]), st.sampled_from([*COLOURS])),
+    st.builds(Colour, st.sampled_from([*SCENE_KINDS]), st.sampled_from([*COLOURS])),
     st.builds(Position, nouns, st.sampled_from([*POSITIONS]), nouns),
     st.builds(Larger, nouns, nouns),
     st.builds(Text, st.text("ABCXYZ0189", min_size=1, max_size=6)),
@@ -48,20 +48,20 @@ languages = st.sampled_from(["en", "zh"])
 @settings(max_examples=400)
 @given(claims, languages)
 def test_what_is_written_is_read(claim, language):
-    assert read(write(claim, language)) == claim
-    assert read_question(ask(claim, language)) == claim
+    assert read_claim(write_claim(claim, language)) == claim
+    assert read_question(ask_whether(claim, language)) == claim
 
 
 def test_every_number_of_every_noun_and_every_colour():
     written = Counter()
     for language in ("en", "zh"):
         for noun, number in product(NOUNS, range(10)):
-            sentence = write(Number(noun, number), language)
-            assert read(sentence) == Number(noun, number)
+            sentence = write_claim(Number(noun, number), language)
+            assert read_claim(sentence) == Number(noun, number)
             written[sentence] += 1
-        for kind, colour in product(KINDS, COLOURS):
-            sentence = write(Colour(kind, colour), language)
-            assert read(sentence) == Colour(kind, colour)
+        for kind, colour in product(SCENE_KINDS, COLOURS):
+            sentence = write_claim(Colour(kind, colour), language)
+            assert read_claim(sentence) == Colour(kind, colour)
             written[sentence] += 1
     assert max(written.values()) == 1  # no sentence says two things
 
@@ -70,7 +70,7 @@ def test_every_number_of_every_noun_and_every_colour():
 @given(claims, languages, st.data())
 def test_a_word_too_many_or_another_one_is_another_claim_or_none(claim, language, data):
     """What is read is written again as it was: so nothing is overlooked."""
-    sentence = write(claim, language)
+    sentence = write_claim(claim, language)
     letters = list(sentence)
     place = data.draw(st.integers(0, len(letters) - 1))
     what = data.draw(st.sampled_from(["cut", "double", "swap", "strange"]))
@@ -84,11 +84,11 @@ def test_a_word_too_many_or_another_one_is_another_claim_or_none(claim, language
         letters[place - 1], letters[place] = letters[place], letters[place - 1]
     spoilt = "".join(letters)
     try:
-        found = read(spoilt)
+        found = read_claim(spoilt)
     except ValueError as refused:
         assert "is no claim of this grammar" in str(refused)
     else:
-        assert write(found, language) == spoilt
+        assert write_claim(found, language) == spoilt
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_word_too_many_or_another_one_is_another_claim_or_none(claim, language
 )  # fmt: skip
 def test_what_is_no_claim_is_refused(sentence):
     with pytest.raises(ValueError, match="is no claim of this grammar"):
-        read(sentence)
+        read_claim(sentence)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ SCENE = things(
 
 
 @pytest.mark.parametrize(
-    ("sentence", "is_true"),
+    ("sentence", "wanted"),
     [
         ("There is one dog.", True), ("There are two dogs.", False), ("There are no owls.", True),
         ("There are two apples.", True), ("There is one red apple.", True), ("There is one apple.", False),
@@ -143,25 +143,25 @@ SCENE = things(
         ("狗在猫的左边。", True), ("有两个苹果。", True), ("没有狗。", False), ("牌子上写着K7。", True),
     ],
 )  # fmt: skip
-def test_truth_by_hand(sentence, is_true):
-    assert holds(read(sentence), SCENE) is is_true
+def test_truth_by_hand(sentence, wanted):
+    assert is_true(read_claim(sentence), SCENE) is wanted
 
 
 def test_a_colour_is_that_of_the_only_one():
     one = things(("heart", "blue", 0, 0, 24))
-    assert holds(Colour("heart", "blue"), one) and not holds(Colour("heart", "red"), one)
-    assert not holds(Colour("apple", "red"), SCENE)  # there are two
+    assert is_true(Colour("heart", "blue"), one) and not is_true(Colour("heart", "red"), one)
+    assert not is_true(Colour("apple", "red"), SCENE)  # there are two
 
 
 def naive_claims(scene: Scene) -> set:
     """All claims that there are about the things of a scene, tried one by one."""
     here = [noun for noun in NOUNS if any(noun.matches(thing) for thing in scene.things)]
     all_claims = [Number(noun, number) for noun in here for number in range(1, 10)]
-    all_claims += [Colour(kind, colour) for kind in KINDS for colour in COLOURS]
+    all_claims += [Colour(kind, colour) for kind in SCENE_KINDS for colour in COLOURS]
     all_claims += [Position(a, where, b) for a in here for b in here for where in POSITIONS]
     all_claims += [Larger(a, b) for a in here for b in here]
     all_claims += [Text(scene.text)] if scene.text else []
-    return {claim for claim in all_claims if holds(claim, scene)}
+    return {claim for claim in all_claims if is_true(claim, scene)}
 
 
 def test_all_that_is_true_is_found():
@@ -175,7 +175,7 @@ def test_false_claims_are_false_and_of_every_kind():
     luck, kinds = random.Random(0), Counter()
     for index in range(300):
         claim = false_claim(SCENES[index], luck)
-        assert not holds(claim, SCENES[index])
+        assert not is_true(claim, SCENES[index])
         kinds[type(claim)] += 1
     assert set(kinds) == {Number, Colour, Position, Larger, Text}
 
@@ -187,7 +187,7 @@ def test_captions_can_be_taken_apart_and_are_true(language):
         scene = SCENES[index]
         said = read_caption(caption(scene, luck, language))
         assert 1 <= len(said) <= 6 and len(set(said)) == len(said)
-        assert all(holds(claim, scene) for claim in said)
+        assert all(is_true(claim, scene) for claim in said)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -199,7 +199,7 @@ def test_answers_are_right(language):
         scene = SCENES[index]
         for question, answer in questions(scene, luck, language):
             if answer in (yes, no):
-                assert holds(read_question(question), scene) is (answer == yes)
+                assert is_true(read_question(question), scene) is (answer == yes)
                 answers[answer] += 1
             elif "sign" in question or "牌子" in question:
                 assert answer == scene.text
@@ -209,11 +209,11 @@ def test_answers_are_right(language):
                 verb = "is" if number == 1 else "are"
                 if language == "en":
                     plural = question.removeprefix("How many ").removesuffix(" are there?")
-                    noun = next(n for n in NOUNS if write(Number(n, 2)) == f"There are two {plural}.")
-                    assert write(Number(noun, number)).startswith(f"There {verb} {answer}")
+                    noun = next(n for n in NOUNS if write_claim(Number(n, 2)) == f"There are two {plural}.")
+                    assert write_claim(Number(noun, number)).startswith(f"There {verb} {answer}")
                 else:
-                    noun = read(f"有两{question[2:-1]}。").noun
-                assert holds(Number(noun, number), scene)
+                    noun = read_claim(f"有两{question[2:-1]}。").noun
+                assert is_true(Number(noun, number), scene)
             else:
                 said = {word: colour for colour, word in COLOURS.items()}
                 colour = answer if language == "en" else said[answer[:-1]]
@@ -222,13 +222,13 @@ def test_answers_are_right(language):
                     if language == "en"
                     else question.removesuffix("是什么颜色的？")
                 )
-                kind = next(k for k in KINDS.values() if name in (k.english, k.chinese))
-                assert holds(Colour(kind.english, colour), scene)
+                kind = next(k for k in SCENE_KINDS.values() if name in (k.english, k.chinese))
+                assert is_true(Colour(kind.english, colour), scene)
     assert answers[yes] == answers[no] > 100
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: write(Text("A"), "de"), lambda: questions(SCENE, random.Random(0), "fr")]
+    "call", [lambda: write_claim(Text("A"), "de"), lambda: questions(SCENE, random.Random(0), "fr")]
 )
 def test_other_languages_are_refused(call):
     with pytest.raises(ValueError, match="expected one of en, zh"):

@@ -1,6 +1,7 @@
 """The two losses by their definitions, and SigLIP's beside transformers; one process and two."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_gradients_reach_every_weight():
 @pytest.mark.slow  # starts two processes
 def test_two_processes_equal_one():
     script = Path(__file__).with_name("siglip_in_two_processes.py")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    root = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, script], env=root, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
 
 

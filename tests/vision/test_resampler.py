@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minicpm_lite.vision.resampler import Resampler, ResamplerConfig, places, times
+from minicpm_lite.vision.resampler import Resampler, ResamplerConfig, place_waves, time_waves
 
 SMALL = ResamplerConfig(hidden_size=32, queries=4, vision_size=20, head_dim=8)
 
@@ -167,15 +167,15 @@ def test_one_time_for_all_keys_says_nothing():
 
 
 def test_places_beyond_the_table_of_the_release():
-    table = places(90, 75, 64).unflatten(0, (90, 75))
+    table = place_waves(90, 75, 64).unflatten(0, (90, 75))
     for row, column in ((0, 0), (3, 5), (69, 69), (70, 74), (89, 0)):
         torch.testing.assert_close(table[row, column], place_of(row, column, 64), atol=2e-6, rtol=0)
-    assert torch.equal(places(3, 4, 64).unflatten(0, (3, 4)), table[:3, :4])
+    assert torch.equal(place_waves(3, 4, 64).unflatten(0, (3, 4)), table[:3, :4])
 
 
 def test_times_of_an_hour_keep_their_digits():
     ticks = [-1, 0, 1, 36_000]
-    found = times(ticks, 64)
+    found = time_waves(ticks, 64)
     assert torch.equal(found[0], torch.zeros(64))
     for tick, row in zip(ticks[1:], found[1:], strict=True):
         torch.testing.assert_close(row, torch.tensor(sines(tick, 64)), atol=1e-6, rtol=0)
