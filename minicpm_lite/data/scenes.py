@@ -58,7 +58,7 @@ class Kind:
 
 
 def _kind(line: str) -> Kind:
-    """``english, plural, chinese, measure[, caption]``; a caption with % stands for one of each colour."""
+    """``english, plural, chinese, measure[, [colour:]caption, ...]``; left out, the caption is the name."""
     english, plural, chinese, measure, *captions = (part.strip() for part in line.split(","))
     pictures = []
     for caption in captions or [english]:
@@ -146,7 +146,7 @@ SCENE_KINDS = {
         rose, roses, 玫瑰, 朵
         sunflower, sunflowers, 向日葵, 朵
         tulip, tulips, 郁金香, 朵
-        """.replace(",\n            ", ", ")
+        """.replace(",\n            ", ", ")  # a kind of many colours goes on in the next lines
         .strip()
         .splitlines(),
     )

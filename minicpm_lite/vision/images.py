@@ -52,9 +52,9 @@ def read_image(source: str | PathLike | bytes | Image.Image, most_pixels: int = 
     try:
         image = _opened(source) if isinstance(source, bytes) else source
         if image.width * image.height > most_pixels:
-            raise _TooLarge(f"{image.width:,} by {image.height:,} pixels")
+            raise Image.DecompressionBombError(f"{image.width:,} by {image.height:,} pixels")
         image = ImageOps.exif_transpose(image)  # a copy, unpacked
-    except (_TooLarge, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own, or the one above
         raise ValueError(
             f"{name} is too large: {error}. At most {most_pixels:,} pixels in all are read. Make it smaller, "
             "or give a larger most_pixels if there is memory for it."
@@ -74,10 +74,6 @@ def pixels_of(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """
     levels = torch.from_numpy(np.array(image, dtype=np.float32))  # (height, width, 3)
     return levels.permute(2, 0, 1) / 127.5 - 1
-
-
-class _TooLarge(Exception):
-    """More pixels than are read."""
 
 
 def _opened(content: bytes) -> Image.Image:

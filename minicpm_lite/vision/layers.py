@@ -12,12 +12,45 @@ Source: SigLIP as released (big_vision; ``SiglipVisionModel``). Cross attention 
 Trap: the gelu is its tanh approximation, as in the releases; the exact one differs by up to 5e-4.
 """
 
+from collections.abc import Sequence
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-__all__ = ["CrossAttention", "EncoderBlock", "MLP", "SelfAttention"]
+from ..config import require_positive_integer, require_positive_number
+
+__all__ = ["CrossAttention", "EncoderBlock", "MLP", "SelfAttention", "real_places", "require_encoder_shape"]
+
+
+def require_encoder_shape(config: object) -> None:
+    """Refuse the shape of an encoder: a dataclass of sizes, and of what norms add to the variance.
+
+    Raises:
+        ValueError: a size that cannot be, or heads that do not divide the features.
+    """
+    sizes = asdict(config)
+    require_positive_number("layer_norm_eps", sizes.pop("layer_norm_eps"))
+    for name, size in sizes.items():
+        require_positive_integer(name, size)
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size is {config.hidden_size} and num_attention_heads {config.num_attention_heads}; each "
+            "head takes an equal share, so the heads must divide the size."
+        )
+
+
+def real_places(counts: Sequence[int], device: torch.device) -> Bool[Tensor, "rows places"] | None:
+    """Which places of rows that were filled up to the longest are no filling; None if all are.
+
+    >>> real_places([2, 1], torch.device("cpu")).tolist()
+    [[True, True], [True, False]]
+    """
+    if min(counts) == max(counts):
+        return None
+    return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
 
 
 class SelfAttention(nn.Module):

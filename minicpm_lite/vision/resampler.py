@@ -27,13 +27,14 @@ Choices, and the traps behind them:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import require_positive_integer
-from .layers import CrossAttention
+from .layers import CrossAttention, real_places
 
 __all__ = ["Resampler", "ResamplerConfig", "place_waves", "time_waves"]
 
@@ -141,27 +142,22 @@ class Resampler(nn.Module):
         groups = [[-1]] * len(grids) if ticks is None else [list(group) for group in ticks]
         self._require_fit(features, grids, groups)
         device, dtype, width = features.device, features.dtype, self.config.hidden_size
-        x = self.ln_kv(self.kv_proj(features))
         when = time_waves([tick for group in groups for tick in group], width).to(device, dtype)
-        keys, values, first = [], [], 0
-        for group in groups:
-            frames = range(first, first + len(group))
-            first += len(group)
-            counts = [math.prod(grids[frame]) for frame in frames]
-            here = [x[frame, :count] for frame, count in zip(frames, counts, strict=True)]
-            where = [place_waves(*grids[frame], width).to(device, dtype) for frame in frames]
-            values.append(torch.cat(here))
-            keys.append(
-                torch.cat([each + at + when[f] for each, at, f in zip(here, where, frames, strict=True)])
-            )
-        lengths = torch.tensor([len(each) for each in keys], device=device)
-        real = None  # which keys are no filling
-        if int(lengths.min()) < int(lengths.max()):
-            real = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-        pad = nn.utils.rnn.pad_sequence
-        key, value = pad(keys, batch_first=True), pad(values, batch_first=True)
+        where = {grid: place_waves(*grid, width).to(device, dtype) for grid in {*map(tuple, grids)}}
+        x = self.ln_kv(self.kv_proj(features))
+        values = [row[: math.prod(grid)] for row, grid in zip(x, grids, strict=True)]
+        keys = [value + where[tuple(grid)] + at for value, grid, at in zip(values, grids, when, strict=True)]
+        keys, values = (self._by_group(each, groups) for each in (keys, values))
+        real = real_places([*map(len, keys)], device)
+        key, value = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (keys, values))
         query = self._queries().expand(len(groups), -1, -1)
         return self.ln_post(self.attn(query, key, value, real)) @ self.proj
+
+    @staticmethod
+    def _by_group(frames: list[Tensor], groups: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The patches of all frames of a group in one row, frame after frame."""
+        left = iter(frames)
+        return [torch.cat([*islice(left, len(group))]) for group in groups]
 
     def _queries(self) -> Float[Tensor, "queries width"]:
         query = self.ln_q(self.query)

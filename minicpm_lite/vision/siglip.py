@@ -19,17 +19,24 @@ Choices, and the traps behind them:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..config import require_positive_integer, require_positive_number
+from ..config import require_positive_integer
 from ..pretrained.assemble import assemble
 from ..pretrained.weights import read_json, read_weights
-from .layers import MLP, CrossAttention, EncoderBlock, SelfAttention
+from .layers import (
+    MLP,
+    CrossAttention,
+    EncoderBlock,
+    SelfAttention,
+    real_places,
+    require_encoder_shape,
+)
 
 __all__ = [
     "AttentionPooling",
@@ -71,14 +78,7 @@ class SigLIPConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:-1]:
-            require_positive_integer(field.name, getattr(self, field.name))
-        require_positive_number("layer_norm_eps", self.layer_norm_eps)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size} and num_attention_heads {self.num_attention_heads}; each "
-                "head takes an equal share, so the heads must divide the size."
-            )
+        require_encoder_shape(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +109,7 @@ class Patches:
     @property
     def real(self) -> Bool[Tensor, "pictures patches"] | None:
         """Which patches are no filling; None if all are."""
-        counts = [rows * columns for rows, columns in self.grids]
-        if min(counts) == max(counts):
-            return None
-        device = self.pixels.device
-        return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+        return real_places([rows * columns for rows, columns in self.grids], self.pixels.device)
 
 
 def pack_pictures(pictures: Sequence[Float[Tensor, "3 height width"]], patch: int = 14) -> Patches:

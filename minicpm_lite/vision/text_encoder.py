@@ -9,13 +9,12 @@ another length has another vector.
 Source: SigLIP as released (big_vision; ``SiglipTextModel``).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..config import require_positive_integer, require_positive_number
-from .layers import EncoderBlock
+from .layers import EncoderBlock, require_encoder_shape
 from .siglip import initialise_encoder
 
 __all__ = ["TextConfig", "TextEncoder"]
@@ -47,14 +46,7 @@ class TextConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:-1]:
-            require_positive_integer(field.name, getattr(self, field.name))
-        require_positive_number("layer_norm_eps", self.layer_norm_eps)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size} and num_attention_heads {self.num_attention_heads}; each "
-                "head takes an equal share, so the heads must divide the size."
-            )
+        require_encoder_shape(self)
 
 
 class TextEncoder(nn.Module):

@@ -25,11 +25,16 @@ def as_file(image: Image.Image, kind: str, **settings) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 5000), (20_000, 3), (7, 11)])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        (size, kind)
+        for size in [(1, 1), (3, 5000), (20_000, 3), (7, 11)]
+        for kind in ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
+        if kind != "WEBP" or max(size) <= 16_383  # which holds no more
+    ],
+)
 def test_kinds_and_sizes(size, kind):
-    if kind == "WEBP" and max(size) > 16_383:
-        pytest.skip("WebP holds no more")
     picture = read_image(as_file(noise(*size), kind))
     assert (picture.mode, picture.size) == ("RGB", size)
 
